@@ -1,0 +1,118 @@
+"""Runs methods side by side on one pair and measures them: medians of interleaved runs, and efficiency by replay."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from pearl.engine.engine import RoundRecord
+from pearl.llm import LLM
+from pearl.outputs import RequestOutput
+from pearl.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One row of the report. ``tokens`` are returned tokens of one run; ``seconds`` the median run."""
+
+    method: str
+    tokens: int
+    seconds: float
+    tok_s: float
+    speedup: float  # over the first method of the report
+    mean_accepted_tokens: float
+    acceptance_rate: float
+    window: float  # median of the windows drafted
+    target_forwards: int
+    draft_forwards: int
+    efficiency: float
+
+
+@dataclass
+class _Contender:
+    name: str
+    llm: LLM
+    rounds: list[RoundRecord] = field(default_factory=list)  # of the run in progress
+    runs: list[tuple[float, list[RequestOutput], list[RoundRecord]]] = field(default_factory=list)
+
+    def run(self, prompts: Sequence[str], params: SamplingParams, advance: Callable[[], None]) -> None:
+        self.rounds.clear()
+        begin = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
+        self.runs.append((time.perf_counter() - begin, outputs, list(self.rounds)))
+
+    @property
+    def median_run(self) -> tuple[float, list[RequestOutput], list[RoundRecord]]:
+        return sorted(self.runs, key=lambda run: run[0])[(len(self.runs) - 1) // 2]
+
+
+def replay_alone(llm: LLM, rounds: Sequence[RoundRecord]) -> float:
+    """Seconds that the rounds would take if each lasted exactly the longer of its two forwards.
+
+    Every forward is computed again, alone, in the order it happened: the same tokens into the same pages. The LLM
+    must have been idle since, and must not cache prefixes.
+    """
+    engine = llm.engine
+    total = 0.0
+    for record in rounds:
+        target = engine.run_target(record.plan.target).busy.seconds
+        draft = engine.run_draft(record.plan.draft).busy.seconds
+        total += max(target, draft)
+    return total
+
+
+def compare(
+    contenders: dict[str, LLM],
+    prompts: Sequence[str],
+    params: SamplingParams,
+    repeats: int,
+    advance: Callable[[str], None],
+) -> list[MethodResult]:
+    """Run every contender ``repeats`` times, in turns; the first one is the baseline of ``speedup``.
+
+    ``advance(name)`` is called after each finished output and after each replay.
+    """
+    field_ = [_Contender(name, llm) for name, llm in contenders.items()]
+    for contender in field_:
+        contender.llm.engine.observer = contender.rounds.append
+        contender.llm.generate(prompts[:1], params)  # warm up: first-use costs, and the automatic window
+    for repeat in range(repeats):
+        for contender in field_ if repeat % 2 == 0 else field_[::-1]:
+            contender.run(prompts, params, partial(advance, contender.name))
+    results: list[MethodResult] = []
+    for contender in field_:
+        ideal = replay_alone(contender.llm, contender.median_run[2])
+        advance(contender.name)
+        results.append(_summarise(contender, ideal, results[0].tok_s if results else None))
+    return results
+
+
+def _summarise(contender: _Contender, ideal: float, baseline: float | None) -> MethodResult:
+    _, outputs, rounds = contender.median_run
+    metrics = [completion.metrics for output in outputs for completion in output.outputs]
+    tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    seconds = statistics.median(run[0] for run in contender.runs)
+    speed = statistics.median(_tokens(run[1]) / run[0] for run in contender.runs)
+    tested, runs = sum(m.tested for m in metrics), sum(m.runs for m in metrics)
+    accepted = sum(m.accepted for m in metrics)
+    windows = [len(window) for record in rounds for window in record.proposal.windows.values()]
+    return MethodResult(
+        method=contender.name,
+        tokens=tokens,
+        seconds=seconds,
+        tok_s=speed,
+        speedup=speed / (baseline or speed),
+        mean_accepted_tokens=accepted / runs if runs else 0.0,
+        acceptance_rate=accepted / tested if tested else 0.0,
+        window=statistics.median(windows) if windows else 0.0,
+        target_forwards=sum(m.target_forwards for m in metrics),
+        draft_forwards=sum(m.draft_forwards for m in metrics),
+        efficiency=ideal / sum(record.whole.seconds for record in rounds),
+    )
+
+
+def _tokens(outputs: Sequence[RequestOutput]) -> int:
+    return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)

@@ -1,0 +1,79 @@
+"""The report of a comparison: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from pearl.bench.measure import MethodResult
+
+
+def machine() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": name, "cores": cores, "gpus": gpus, "system": platform.platform()}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("pearl-engine", "torch", "triton", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout that the package lies in; None for an installed copy."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(results: Sequence[MethodResult], title: str) -> Table:
+    columns = ("method", "tok/s", "speedup", "mean accepted", "acceptance", "target fwd/token", "window", "efficiency")
+    rows = Table(title=title)
+    for index, column in enumerate(columns):
+        rows.add_column(column, justify="right" if index else "left")
+    for r in results:
+        drafted = bool(r.window)
+        rows.add_row(
+            r.method,
+            f"{r.tok_s:.1f}",
+            f"{r.speedup:.2f}x",
+            f"{r.mean_accepted_tokens:.2f}" if drafted else "-",
+            f"{r.acceptance_rate:.3f}" if drafted else "-",
+            f"{r.target_forwards / r.tokens:.3f}" if r.tokens else "-",
+            f"{r.window:g}" if drafted else "-",
+            f"{r.efficiency:.3f}",
+        )
+    return rows
+
+
+def write_json(path: Path, results: Sequence[MethodResult], settings: dict[str, Any]) -> None:
+    report = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "settings": settings,
+        "results": [asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,71 @@
+"""``pearl info``: what runs here, and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from pearl.cli.terminal import Terminal
+from pearl.config import EngineConfig
+from pearl_kernels.registry import OPERATORS, Situation, explain
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def info(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    head_dim: Annotated[int, typer.Option(help="Size of an attention head.")] = 64,
+) -> None:
+    """Show versions, devices, threads, and which provider runs each operator and why the others do not."""
+    config = EngineConfig(device=device, dtype=dtype)
+    situation = Situation(config.resolve_device("target").type, config.torch_dtype or torch.bfloat16, head_dim)
+    terminal = Terminal.open()
+    terminal.out.print(_machine_table(config))
+    terminal.out.print(_operator_table(situation))
+
+
+def _machine_table(config: EngineConfig) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    draft_threads, target_threads = config.resolve_threads()
+    table.add_row("pearl", installed("pearl"))
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        table.add_row(package, installed(package))
+    table.add_row("device", f"target on {config.resolve_device('target')}, draft on {config.resolve_device('draft')}")
+    table.add_row("cuda", _cuda())
+    table.add_row("threads", f"target {target_threads}, draft {draft_threads}")
+    return table
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return f"not available (torch is built {f'for {torch.version.cuda}' if torch.version.cuda else 'without it'})"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}: {', '.join(names)}"
+
+
+def _operator_table(situation: Situation) -> Table:
+    dtype = str(situation.dtype).removeprefix("torch.")
+    title = f"operators on {situation.device}, {dtype}, head size {situation.head_dim}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    table.add_column("provider", style="green", no_wrap=True)
+    table.add_column("the others")
+    for op in OPERATORS:
+        statuses = explain(op, situation)
+        chosen = next(status.provider for status in statuses if status.chosen)
+        table.add_row(op, chosen, "\n".join(f"{s.provider}: {s.reason}" for s in statuses if not s.chosen))
+    return table

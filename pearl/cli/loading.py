@@ -1,0 +1,20 @@
+"""From options to a loaded ``LLM``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pearl.cli.options import EngineOptions
+from pearl.cli.terminal import Terminal
+from pearl.llm import LLM
+
+
+@contextmanager
+def loaded(options: EngineOptions, terminal: Terminal, max_num_seqs: int = 1) -> Iterator[LLM]:
+    """The LLM, with a spinner while it loads; closed at the end. Raises ConfigurationError as ``LLM`` does."""
+    keywords = options.keywords()
+    with terminal.busy("loading the models"):
+        llm = LLM(**keywords, max_num_seqs=max_num_seqs)
+    with llm:
+        yield llm

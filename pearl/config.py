@@ -1,0 +1,129 @@
+"""The engine's configuration: checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from pearl.errors import ConfigurationError
+
+MethodName = Literal["pearl", "speculative", "autoregressive"]
+Verification = Literal["rejection", "coupled"]
+NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Keyword arguments of ``pearl.LLM``.
+
+    target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
+    method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
+    window: drafted tokens a round, or "auto" (measured). max_window bounds "auto".
+    pre_verify, post_verify: PEARL's two halves; switching one off is an ablation, the output stays exact.
+    device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
+    dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16".
+    max_num_seqs: requests that run at once. max_model_len: positions a sequence may use; None = the model's own.
+    max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
+    kv_cache_memory: bytes for both models' KV; None = room for max_num_seqs full sequences, at most 1 GiB.
+    max_waiting: requests that may wait; more are refused. seed: of requests without one; None = fresh ones.
+    draft_threads, target_threads: intra-op CPU threads of each worker; None splits the cores.
+    """
+
+    target: str | None = None
+    draft: str | None = None
+    method: MethodName = "pearl"
+    verification: Verification = "rejection"
+    window: int | Literal["auto"] = "auto"
+    max_window: int = 16
+    pre_verify: bool = True
+    post_verify: bool = True
+    device: str = "auto"
+    draft_device: str | None = None
+    target_device: str | None = None
+    dtype: str = "auto"
+    max_num_seqs: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 512
+    kv_cache_memory: int | None = None
+    page_size: int = 16
+    prefix_caching: bool = True
+    max_waiting: int = 100_000
+    seed: int | None = None
+    draft_threads: int | None = None
+    target_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        self._one_of("method", get_args(MethodName))
+        self._one_of("verification", get_args(Verification))
+        self._one_of("dtype", ("auto", *_DTYPES))
+        if self.window != "auto" and (not isinstance(self.window, int) or self.window < 1):
+            raise ConfigurationError(f'window must be "auto" or an integer >= 1, not {self.window!r}')
+        for name in ("max_window", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting"):
+            self._positive(name)
+        for name in ("max_model_len", "kv_cache_memory", "draft_threads", "target_threads"):
+            if getattr(self, name) is not None:
+                self._positive(name)
+        if self.method == "speculative" and not (self.pre_verify and self.post_verify):
+            raise ConfigurationError("pre_verify and post_verify are PEARL's; method='speculative' has neither")
+        for device in (self.device, self.draft_device, self.target_device):
+            _check_device(device)
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{name} must be an integer >= 1, not {value!r}")
+
+    @property
+    def uses_draft(self) -> bool:
+        return self.method != "autoregressive"
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.uses_draft and self.draft != NGRAM
+
+    @property
+    def largest_window(self) -> int:
+        return self.max_window if self.window == "auto" else self.window
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None: the checkpoint's own."""
+        return _DTYPES.get(self.dtype)
+
+    def resolve_device(self, role: Literal["draft", "target"]) -> torch.device:
+        name = (self.draft_device if role == "draft" else self.target_device) or self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
+
+    def resolve_threads(self) -> tuple[int, int]:
+        """(draft, target) intra-op threads. The draft gets a quarter of the cores, at least one, the target the rest."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        draft = self.draft_threads or (max(1, cores // 4) if self.uses_draft_model else 1)
+        target = self.target_threads or max(1, cores - (draft if self.uses_draft_model else 0))
+        return draft, target
+
+
+def _check_device(name: str | None) -> None:
+    if name is None or name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"unknown device {name!r}; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigurationError(f"device {name!r} was asked for, but torch sees no CUDA device; use device='cpu'")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()}")

@@ -1,0 +1,7 @@
+"""Drafters: what proposes the tokens that the target verifies."""
+
+from pearl.drafting.drafter import Drafter
+from pearl.drafting.model_drafter import ModelDrafter
+from pearl.drafting.ngram_drafter import NGramDrafter
+
+__all__ = ["Drafter", "ModelDrafter", "NGramDrafter"]

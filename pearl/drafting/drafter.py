@@ -1,0 +1,22 @@
+"""The interface between the engine and whatever proposes tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pearl.messages import DraftPlan, DraftProposal
+
+
+class Drafter(Protocol):
+    """Runs on the draft worker's thread. The scheduler needs to know only two things about it."""
+
+    reads_history: bool  # wants SequenceState.history of every request
+
+    def propose(self, plan: DraftPlan) -> DraftProposal:
+        """Compute each item's tokens, then draft up to ``num_draft`` tokens after them (fewer, even none, is fine).
+
+        ``Drafted.logprob`` must be the log-probability with which the token was really drawn, and ``row`` the row of
+        ``DraftProposal.logits`` with the logits it was drawn from; that row must stay valid until the token is
+        decided, at the latest two rounds on.
+        """
+        ...

@@ -1,0 +1,161 @@
+"""The engine: one round after another, the same for every decoding method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from pearl.drafting import Drafter
+from pearl.engine.request import Request
+from pearl.engine.scheduler import Scheduler
+from pearl.engine.verifier import Verifier
+from pearl.engine.window import MeasuredRound, WindowPolicy
+from pearl.errors import EngineClosedError
+from pearl.messages import Busy, DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
+from pearl.outputs import OutputDelta
+from pearl.workers import TargetRunner, Worker
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round, for observers: benchmarks, timelines, metrics."""
+
+    plan: SchedulerOutput
+    proposal: DraftProposal
+    target: Busy
+    result: VerifyResult
+    whole: Busy
+
+
+class Engine:
+    """Belongs to one thread. Owns the scheduler; talks to the workers in frozen messages only."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        target: TargetRunner,
+        target_worker: Worker,
+        drafter: Drafter | None,
+        draft_worker: Worker | None,
+        verifier: Verifier,
+        window: WindowPolicy,
+        observer: Callable[[RoundRecord], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.observer = observer
+        self._target, self._target_worker = target, target_worker
+        self._drafter, self._draft_worker = drafter, draft_worker
+        self._verifier, self._window = verifier, window
+        self._closed = False
+
+    def add(self, request: Request) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed; build a new one")
+        self.scheduler.add(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[OutputDelta]:
+        """One round: plan, let both models work at the same time, meet once, commit or roll back.
+
+        An exception in a worker fails the requests of that round, each with an ``OutputDelta.error``; the others go on.
+        """
+        begin = time.perf_counter()
+        plan = self.scheduler.schedule()
+        try:
+            proposal, target = self._run(plan)
+            result = self._verifier.verify(plan, proposal, target)
+        except Exception as error:
+            return self._fail(plan, error)
+        committed = self.scheduler.update(plan, proposal, result)
+        outputs = [self._output(self.scheduler.requests[i], tokens, result) for i, tokens in committed.items()]
+        self._learn(plan, proposal, target, result)
+        if self.observer is not None:
+            self.observer(RoundRecord(plan, proposal, target.busy, result, Busy.since(begin)))
+        return outputs
+
+    def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
+        target = self._submit_target(plan.target)
+        draft = self._submit_draft(plan.draft)
+        try:
+            proposal = draft.result() if draft else DraftProposal()
+        finally:  # both must be at rest before anyone touches their KV again
+            output = target.result() if target else TargetOutput(None)
+        return proposal, output
+
+    def _submit_target(self, plan: TargetPlan) -> Future[TargetOutput] | None:
+        return self._target_worker.submit(self._target.run, plan) if plan.work else None
+
+    def _submit_draft(self, plan: DraftPlan) -> Future[DraftProposal] | None:
+        if not plan.work:
+            return None
+        assert self._drafter is not None and self._draft_worker is not None
+        return self._draft_worker.submit(self._drafter.propose, plan)
+
+    def run_target(self, plan: TargetPlan) -> TargetOutput:
+        """Compute a plan on the target's worker while the draft rests: to measure a forward alone."""
+        future = self._submit_target(plan)
+        return future.result() if future else TargetOutput(None)
+
+    def run_draft(self, plan: DraftPlan) -> DraftProposal:
+        """Compute a plan on the draft's worker while the target rests."""
+        future = self._submit_draft(plan)
+        return future.result() if future else DraftProposal()
+
+    def _output(self, request: Request, committed: Sequence[int], result: VerifyResult) -> OutputDelta:
+        """Turn committed tokens into the caller's output, cut at its end."""
+        decision = result.decisions[request.id]
+        accepted = request.output.accept(committed)
+        tokens = tuple(committed[: accepted.kept])
+        metrics = request.metrics
+        metrics.output_tokens += len(tokens)
+        now = time.monotonic()
+        if metrics.first_token_at is None:
+            metrics.first_token_at = now
+        if accepted.finish_reason is not None:
+            metrics.finished_at = now
+            self.scheduler.finish(request.id)
+        drafted = tuple(index < decision.accepted for index in range(len(tokens)))
+        logprobs = None if decision.logprobs is None else decision.logprobs[: len(tokens)]
+        return OutputDelta(request.id, tokens, drafted, accepted.text, logprobs, accepted.finish_reason, metrics)
+
+    def _learn(
+        self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput, result: VerifyResult
+    ) -> None:
+        decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
+        if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
+            return
+        decisions = result.decisions.values()
+        self._window.observe(
+            MeasuredRound(
+                batch=max(len(plan.target.work), len(plan.draft.work)),
+                draft_steps=proposal.steps,
+                draft_seconds=proposal.busy.seconds,
+                target_seconds=target.busy.seconds,
+                tested=sum(min(d.accepted + 1, len(d.tested)) for d in decisions),
+                accepted=sum(d.accepted for d in decisions),
+            )
+        )
+
+    def _fail(self, plan: SchedulerOutput, error: Exception) -> list[OutputDelta]:
+        failed = {w.state.request_id for w in plan.target.work} | {w.forward.state.request_id for w in plan.draft.work}
+        return [self.abort(request_id, f"{type(error).__name__}: {error}") for request_id in sorted(failed)]
+
+    def abort(self, request_id: int, error: str | None = None) -> OutputDelta:
+        """End a request now, whatever its state, and free what it holds. KeyError if it is not (or no longer) known."""
+        request = self.scheduler.finish(request_id)
+        request.metrics.finished_at = time.monotonic()
+        return OutputDelta(request_id, (), (), "", None, "abort", request.metrics, error)
+
+    def close(self) -> None:
+        """Abort everything and end the workers. Idempotent."""
+        self._closed = True
+        for request_id in list(self.scheduler.requests):
+            self.abort(request_id)
+        for worker in (self._target_worker, self._draft_worker):
+            if worker is not None:
+                worker.close()

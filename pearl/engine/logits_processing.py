@@ -1,0 +1,48 @@
+"""Penalties, biases and minimum length: what changes logits depending on the tokens so far.
+
+Both models apply it to their own logits before sampling, so p and q are always distributions *after* it; only rows of
+requests that ask for any of it are touched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from pearl.messages import SequenceState
+
+
+def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_ids: Collection[int]) -> None:
+    """Change one logits row ``[V]`` in place for the token that follows ``history`` (prompt, then output so far).
+
+    repetition_penalty: Keskar et al. 2019, over prompt and output. presence and frequency: over the output only.
+    """
+    params = state.params
+    output = history[state.prompt_length :]
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(history)), device=row.device)
+        logits = row[seen]
+        row[seen] = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(output)
+        tokens = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), device=row.device, dtype=torch.float32)
+        row[tokens] -= (params.presence_penalty + params.frequency_penalty * times).to(row.dtype)
+    if params.logit_bias:
+        tokens = torch.tensor(list(params.logit_bias), device=row.device)
+        row[tokens] += torch.tensor(list(params.logit_bias.values()), device=row.device).to(row.dtype)
+    if len(output) + 1 < params.min_tokens:
+        ending = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(eos_ids))
+        row[torch.tensor(sorted(ending), device=row.device, dtype=torch.int64)] = -torch.inf
+
+
+def process_rows(
+    logits: Tensor, state: SequenceState, continuation: Sequence[int], eos_ids: Collection[int], committed: int
+) -> None:
+    """Rows of one request's window ``[m, V]``: row i follows the first ``committed`` tokens and continuation[:i]."""
+    assert state.history is not None
+    for index in range(logits.shape[0]):
+        process_row(logits[index], state, (*state.history[:committed], *continuation[:index]), eos_ids)

@@ -1,0 +1,136 @@
+"""A request's state. The engine thread owns it; workers only ever see frozen messages made from it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from pearl.engine.output_processor import OutputProcessor
+from pearl.messages import Decision, Drafted, DraftWork, ForwardWork, SequenceState
+from pearl.outputs import RequestMetrics
+from pearl.sampling_params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass
+class Request:
+    """One sequence: committed tokens, then pending ones.
+
+    Invariants between rounds, with L = len(tokens) and k = len(pending):
+    * target KV is valid for positions [0, target_computed), target_computed < L: the target computes a drafted token
+      only to judge it, so at least the last committed token is always still to be computed;
+    * draft KV is valid for positions [0, draft_computed), draft_computed < L + k.
+    """
+
+    id: int
+    params: SamplingParams
+    seed: int
+    tokens: list[int]
+    prompt_length: int
+    max_tokens: int  # params.max_tokens, cut to what the context still holds
+    output: OutputProcessor
+    metrics: RequestMetrics
+    status: Status = Status.WAITING
+    lane: int = -1  # while running
+    pending: tuple[Drafted, ...] = ()
+    target_computed: int = 0
+    draft_computed: int = 0
+    draft_is_dry: bool = False
+    run_length: int = field(default=0, repr=False)  # accepted tokens of the run in progress
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        return self.max_tokens - self.num_output
+
+    def start_running(self, lane: int, target_cached: int, draft_cached: int) -> None:
+        self.status, self.lane = Status.RUNNING, lane
+        self.target_computed, self.draft_computed = target_cached, draft_cached
+        if self.metrics.rounds == 0:
+            self.metrics.cached_tokens = target_cached
+
+    def preempt(self) -> None:
+        """Give up all KV; committed tokens are computed again later, pending ones are forgotten."""
+        self._end_run()
+        self.status, self.lane, self.pending = Status.WAITING, -1, ()
+        self.target_computed = self.draft_computed = 0
+        self.metrics.preemptions += 1
+
+    def state(self, with_history: bool) -> SequenceState:
+        history = (*self.tokens, *(drafted.token for drafted in self.pending)) if with_history else None
+        return SequenceState(self.id, self.lane, self.params, self.seed, self.prompt_length, history)
+
+    def token_range(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens at positions [start, end) of the committed and then the pending tokens."""
+        length = len(self.tokens)
+        if end <= length:
+            return tuple(self.tokens[start:end])
+        tail = (drafted.token for drafted in self.pending[max(0, start - length) : end - length])
+        return (*self.tokens[start:length], *tail)
+
+    def apply(
+        self,
+        target: ForwardWork | None,
+        draft: DraftWork | None,
+        window: tuple[Drafted, ...],
+        decision: Decision | None,
+    ) -> tuple[int, ...]:
+        """Apply one round: what was computed, the window drafted in it, and the verdict, if there was one.
+
+        Returns the newly committed tokens. Rollback happens here and is only this: ``*_computed`` never covers a
+        token that was rejected.
+        """
+        length, pending = len(self.tokens), self.pending
+        self.metrics.rounds += 1
+        if target is not None:
+            self.target_computed = target.end
+            self.metrics.target_forwards += 1
+        if draft is not None:
+            self.draft_computed = draft.forward.end + max(0, len(window) - 1)
+            self.metrics.drafted += len(window)
+            self.metrics.draft_forwards += max(1, len(window)) if draft.forward.tokens else 0
+        if decision is None:
+            if draft is not None and draft.num_draft:
+                self.pending, self.draft_is_dry = (*pending, *window), not window
+            return ()
+        committed = decision.committed
+        self.draft_is_dry = False
+        self.target_computed = min(self.target_computed, length + min(decision.accepted, len(pending)))
+        if decision.rejected:
+            self.draft_computed = min(self.draft_computed, length + decision.accepted)
+        # Where the first drafted token was tested and held, the rest of its window is pending now.
+        continues = not decision.rejected and decision.next_token is None
+        self.pending = window[1:] if continues else ()
+        self.tokens.extend(committed)
+        self._count(decision, ended=not continues)
+        return committed
+
+    def _count(self, decision: Decision, ended: bool) -> None:
+        metrics = self.metrics
+        metrics.tested += min(decision.accepted + 1, len(decision.tested))
+        metrics.accepted += decision.accepted
+        self.run_length += decision.accepted
+        if ended and decision.tested:
+            metrics.runs += 1
+            self.run_length = 0
+
+    def _end_run(self) -> None:
+        if self.run_length:
+            self.metrics.runs += 1
+            self.run_length = 0
+
+    def finish(self) -> None:
+        self._end_run()
+        self.status, self.pending, self.lane = Status.FINISHED, (), -1

@@ -1,0 +1,222 @@
+"""Decides who computes what in a round. Everything is one rule: each model catches up with its tokens.
+
+There are no prefill and decode phases. A request whose model lags by more than the token budget gets a chunk; one
+that has caught up takes part in the round as its decoding method wants. Rejection is ``truncate``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from pearl.engine.request import Request, Status
+from pearl.errors import InvalidRequestError, QueueFullError
+from pearl.kv import KVCacheManager, OutOfPages, PageCopy
+from pearl.messages import (
+    DraftPlan,
+    DraftProposal,
+    DraftWork,
+    ForwardWork,
+    SchedulerOutput,
+    TargetPlan,
+    VerifyResult,
+    VerifyWork,
+)
+from pearl.methods import DecodingMethod, Intent, Progress
+
+
+class _Round:
+    """The plan being built; becomes an immutable SchedulerOutput."""
+
+    def __init__(self, budget: int) -> None:
+        self.target_budget = self.draft_budget = budget
+        self.target: list[ForwardWork] = []
+        self.draft: list[DraftWork] = []
+        self.verify: list[VerifyWork] = []
+        self.target_copies: list[PageCopy] = []
+        self.draft_copies: list[PageCopy] = []
+        self.preempted: list[int] = []
+
+    def freeze(self) -> SchedulerOutput:
+        return SchedulerOutput(
+            TargetPlan(tuple(self.target), tuple(self.target_copies)),
+            DraftPlan(tuple(self.draft), tuple(self.draft_copies)),
+            tuple(self.verify),
+            tuple(self.preempted),
+        )
+
+
+class Scheduler:
+    """Owns the requests and both KV managers. First come, first served; the latest arrival is preempted first.
+
+    draft_kv is None where the drafter keeps no KV. ``window`` gives the draft length for a batch of that many requests.
+    """
+
+    def __init__(
+        self,
+        method: DecodingMethod,
+        target_kv: KVCacheManager,
+        draft_kv: KVCacheManager | None,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_waiting: int,
+        window: Callable[[int], int],
+        drafter_reads_history: bool = False,
+    ) -> None:
+        self._method, self._window = method, window
+        self.target_kv, self.draft_kv = target_kv, draft_kv
+        self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
+        self._drafter_reads_history = drafter_reads_history
+        self._free_lanes = list(range(max_num_seqs))[::-1]
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.requests: dict[int, Request] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises QueueFullError, or InvalidRequestError if it could never fit in the KV cache."""
+        if len(self.waiting) >= self._max_waiting:
+            raise QueueFullError(f"{len(self.waiting)} requests are waiting, the limit (max_waiting); try again later")
+        needed = request.prompt_length + request.max_tokens
+        for kv in filter(None, (self.target_kv, self.draft_kv)):
+            if needed > kv.num_pages * kv.page_size:
+                raise InvalidRequestError(
+                    f"the request needs KV for {needed} tokens, the cache holds {kv.num_pages * kv.page_size}; "
+                    "lower max_tokens or raise kv_cache_memory"
+                )
+        self.requests[request.id] = request
+        self.waiting.append(request)
+
+    def schedule(self) -> SchedulerOutput:
+        self._admit()
+        batch = list(self.running)
+        plan = _Round(self._max_num_batched_tokens)
+        intents = self._method.intents([Progress(len(r.pending), r.draft_is_dry) for r in batch])
+        # Decoding rows are never held back by prompts; prompts share what is left of the budget.
+        decoding = sum(len(r.pending) + 1 for r in batch if r.length - r.target_computed == 1)
+        plan.target_budget = max(plan.target_budget - decoding, self.target_kv.page_size)
+        window = self._window(len(batch)) if batch else 0
+        for request, intent in zip(batch, intents, strict=True):
+            if request.status is Status.RUNNING:  # it may have been preempted for an earlier one
+                self._plan_request(plan, request, intent, window)
+        return plan.freeze()
+
+    def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int) -> None:
+        k = len(request.pending)
+        num_draft = min(window, request.remaining - k) if intent.draft else 0
+        # Rows the target judges: the pending tokens and one more, never past max_tokens.
+        rows = min(k + 1, request.remaining) if intent.verify or (intent.draft and not num_draft) else 0
+        target_end = request.length + rows - 1 if rows else request.target_computed
+        draft_end = request.length + k if num_draft and self.draft_kv else request.draft_computed
+        target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed
+        target_ready = target_lag <= max(plan.target_budget, k + 1)
+        draft_ready = draft_lag <= max(plan.draft_budget, 2)
+        if not (target_ready and draft_ready):
+            # One model still computes the prompt. The other waits when it is done: then every token is decided in
+            # the same way however the prompts were cut, and a seeded output does not depend on the batch.
+            rows = num_draft = 0
+            target_end = request.target_computed + (0 if target_ready else max(0, plan.target_budget))
+            draft_end = request.draft_computed + (0 if draft_ready else max(0, plan.draft_budget))
+        if self._reserve(plan, request, target_end, draft_end + max(0, num_draft - 1)):
+            self._emit(plan, request, rows, num_draft, target_end, draft_end)
+
+    def _reserve(self, plan: _Round, request: Request, target_end: int, draft_end: int) -> bool:
+        """Reserve pages for both models, preempting later requests as needed; False: the request itself had to go."""
+        target_copies = self._reserve_in(self.target_kv, plan, request, request.target_computed, target_end)
+        draft_copies = self._reserve_in(self.draft_kv, plan, request, request.draft_computed, draft_end)
+        if request.status is not Status.RUNNING:
+            return False
+        plan.target_copies.extend(target_copies)
+        plan.draft_copies.extend(draft_copies)
+        return True
+
+    def _reserve_in(
+        self, kv: KVCacheManager | None, plan: _Round, request: Request, start: int, end: int
+    ) -> tuple[PageCopy, ...]:
+        while kv is not None and end > start and request.status is Status.RUNNING:
+            try:
+                return kv.reserve(request.id, end, start)
+            except OutOfPages:
+                victim = self.running[-1]  # not planned yet in this round, or the request itself
+                self._preempt(victim)
+                plan.preempted.append(victim.id)
+        return ()
+
+    def _emit(
+        self, plan: _Round, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int
+    ) -> None:
+        state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)
+        if target_end > request.target_computed:
+            tokens = request.token_range(request.target_computed, target_end)
+            table = self.target_kv.block_table(request.id)
+            plan.target.append(ForwardWork(state, tokens, request.target_computed, rows, table))
+            if len(tokens) > len(request.pending) + 1:
+                plan.target_budget -= len(tokens)
+        if rows:
+            plan.verify.append(VerifyWork(request.id, request.pending, request.length))
+        if num_draft or draft_end > request.draft_computed:
+            tokens = request.token_range(request.draft_computed, draft_end)
+            draft_table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
+            forward = ForwardWork(state, tokens, request.draft_computed, 1 if num_draft else 0, draft_table)
+            plan.draft.append(DraftWork(forward, num_draft))
+            plan.draft_budget -= len(tokens)
+
+    def _admit(self) -> None:
+        while self.waiting and self._free_lanes:
+            request = self.waiting[0]
+            pools = [kv for kv in (self.target_kv, self.draft_kv) if kv]
+            # Room for all it has now: a request admitted into less would be preempted before its first token.
+            needed = -(-(request.length + 1) // self.target_kv.page_size)
+            if self.running and any(kv.num_free_pages < needed for kv in pools):
+                return
+            self.waiting.popleft()
+            cached = [kv.begin(request.id, request.tokens) for kv in pools]
+            request.start_running(self._free_lanes.pop(), cached[0], cached[1] if self.draft_kv else 0)
+            self.running.append(request)
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        request.preempt()
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        self._free_lanes.append(request.lane)
+        for kv in filter(None, (self.target_kv, self.draft_kv)):
+            kv.free(request.id)
+
+    def update(self, plan: SchedulerOutput, proposal: DraftProposal, result: VerifyResult) -> dict[int, tuple[int, ...]]:
+        """Commit and roll back. Returns the newly committed tokens of each request that was verified."""
+        target = {work.state.request_id: work for work in plan.target.work}
+        draft = {work.forward.state.request_id: work for work in plan.draft.work}
+        committed: dict[int, tuple[int, ...]] = {}
+        for request_id in target.keys() | draft.keys() | result.decisions.keys():
+            request = self.requests[request_id]
+            window = proposal.windows.get(request_id, ())
+            decision = result.decisions.get(request_id)
+            tokens = request.apply(target.get(request_id), draft.get(request_id), window, decision)
+            if decision is not None:
+                committed[request_id] = tokens
+            self._roll_back(request)
+        return committed
+
+    def _roll_back(self, request: Request) -> None:
+        self.target_kv.truncate(request.id, request.target_computed)
+        self.target_kv.commit(request.id, request.tokens, request.target_computed)
+        if self.draft_kv:
+            self.draft_kv.truncate(request.id, request.draft_computed)
+            self.draft_kv.commit(request.id, request.tokens, request.draft_computed)
+
+    def finish(self, request_id: int) -> Request:
+        """Remove a request in any state (finished, aborted, failed) and free what it holds."""
+        request = self.requests.pop(request_id)
+        if request.status is Status.RUNNING:
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+        request.finish()
+        return request

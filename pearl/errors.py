@@ -1,0 +1,29 @@
+"""Errors that a user can act on. Each message says what was wrong and what to do."""
+
+
+class PearlError(Exception):
+    """Base class of every error that the library raises on purpose."""
+
+
+class ConfigurationError(PearlError, ValueError):
+    """The engine cannot be built as asked for."""
+
+
+class UnsupportedModelError(ConfigurationError):
+    """The model belongs to a family that the decoder does not implement."""
+
+
+class ModelLoadError(ConfigurationError):
+    """Weights or configuration are missing, or do not fit each other."""
+
+
+class InvalidRequestError(PearlError, ValueError):
+    """One request is refused before it costs anything; other requests are not touched."""
+
+
+class QueueFullError(PearlError):
+    """The waiting queue is at its limit; try again later."""
+
+
+class EngineClosedError(PearlError):
+    """The engine was closed; build a new one."""

@@ -1,0 +1,114 @@
+"""What a caller receives. Only committed tokens ever appear here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pearl.messages import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass
+class RequestMetrics:
+    """Counters of one output. A *run* is a stretch of accepted drafted tokens: in PEARL it ends with a rejection,
+    in the methods that verify window by window also with its window."""
+
+    rounds: int = 0
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    drafted: int = 0  # tokens the drafter proposed
+    tested: int = 0  # of them, tokens that verification reached
+    accepted: int = 0  # of them, tokens that it accepted
+    runs: int = 0
+    preemptions: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    output_tokens: int = 0
+    arrival: float = 0.0  # time.monotonic(), as are the next two
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.tested if self.tested else 0.0
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Mean length of the accepted runs (the paper's M)."""
+        return self.accepted / self.runs if self.runs else 0.0
+
+    @property
+    def target_forwards_per_token(self) -> float:
+        return self.target_forwards / self.output_tokens if self.output_tokens else 0.0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_at is None else self.first_token_at - self.arrival
+
+    @property
+    def latency(self) -> float | None:
+        return None if self.finished_at is None else self.finished_at - self.arrival
+
+
+@dataclass(frozen=True)
+class OutputDelta:
+    """What one engine step added to one output."""
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    drafted: tuple[bool, ...]  # for each token: proposed by the drafter (True) or drawn from the target (False)
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+    metrics: RequestMetrics
+    error: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def extend(self, delta: OutputDelta) -> None:
+        self.text += delta.text
+        self.token_ids.extend(delta.token_ids)
+        self.drafted.extend(delta.drafted)
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *delta.logprobs]
+        self.finish_reason, self.metrics = delta.finish_reason, delta.metrics
+
+
+@dataclass
+class RequestOutput:
+    """One prompt with its ``n`` outputs."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """Of the first output; with n > 1 each output has its own."""
+        return self.outputs[0].metrics
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """A piece of a streamed output. Concatenating ``text`` gives exactly the text that ``generate`` returns."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    drafted: tuple[bool, ...]
+    finish_reason: FinishReason | None
+    metrics: RequestMetrics

@@ -1,0 +1,30 @@
+"""The operators' specification in plain torch. Providers are tested against these functions, and only these."""
+
+from pearl_kernels.reference.layers import (
+    add_rms_norm,
+    copy_blocks,
+    linear,
+    rms_norm,
+    rope_and_cache,
+    silu_and_mul,
+    verify_attention,
+)
+from pearl_kernels.reference.philox import Stream
+from pearl_kernels.reference.sampling import Rule, Sampled, SamplingTensors, Verdict, sample, verify
+
+__all__ = [
+    "Rule",
+    "Sampled",
+    "SamplingTensors",
+    "Stream",
+    "Verdict",
+    "add_rms_norm",
+    "copy_blocks",
+    "linear",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "silu_and_mul",
+    "verify",
+    "verify_attention",
+]

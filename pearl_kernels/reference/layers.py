@@ -1,0 +1,129 @@
+"""Reference of the decoder layer's operators. Each function is the specification that every provider must match.
+
+Arithmetic is fp32 whatever the tensors' dtype; results are rounded once, to the dtype of the input.
+N tokens, D model width, F feed-forward width, H heads, P pages of S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    Args: x ``[N, D]``, weight ``[D]``, same floating dtype. Returns ``[N, D]`` in x's dtype.
+    """
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``residual += x`` in place (rounded to its dtype), then ``rms_norm(residual)``.
+
+    Args: x, residual ``[N, D]``, weight ``[D]``. Returns the normed ``[N, D]``.
+    """
+    residual.copy_(residual.float() + x.float())
+    return rms_norm(residual, weight, eps)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """Gated activation: x ``[N, 2F]`` holds gate and up halves; returns ``silu(gate) * up``, ``[N, F]``."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: x ``[N, K]``, weight ``[M, K]``, bias ``[M]`` or None; returns ``[N, M]``."""
+    return F.linear(x, weight, bias)
+
+
+def rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """Optional per-head RMS norm (Qwen3) and rotary embedding of q and k; writes q in place, k and v to the cache.
+
+    Args:
+        q: ``[N, Hq, D]``, rotated in place. k, v: ``[N, Hk, D]``, left as they are. Rows may be strided (views of one
+            merged projection), the last two dimensions are contiguous.
+        positions: int64 ``[N]``, rows of ``cos_sin``.
+        cos_sin: fp32 ``[max_position, D]``: D/2 cosines, then D/2 sines ("half rotation": lane i pairs with i + D/2).
+        k_cache, v_cache: ``[P, S, Hk, D]``, contiguous.
+        slot_mapping: int64 ``[N]``, ``page * S + slot``; a negative slot writes nothing (padding row).
+        q_norm, k_norm: ``[D]`` or None, with ``eps``.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def rotate(x: Tensor, norm: Tensor | None) -> Tensor:
+        if norm is not None:
+            x = rms_norm(x, norm, eps)
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+    q.copy_(rotate(q, q_norm))
+    live = slot_mapping >= 0
+    k_cache.flatten(0, 1)[slot_mapping[live]] = rotate(k, k_norm)[live]
+    v_cache.flatten(0, 1)[slot_mapping[live]] = v[live]
+
+
+def verify_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention of ragged query rows over the paged KV cache, which already holds the queries' own keys.
+
+    One call serves decoding (1 row a sequence), verification (a window of rows) and prefill chunks, mixed.
+
+    Args:
+        q: ``[N, Hq, D]``; rows ``query_start[r]:query_start[r + 1]`` belong to sequence r and sit at its last
+            positions: row i of m is at position ``context_lens[r] - m + i`` and sees keys at positions <= its own.
+        k_cache, v_cache: ``[P, S, Hk, D]``; query head h reads KV head ``h // (Hq // Hk)``.
+        block_tables: int32 ``[R, B]``; entries past ``ceil(context_lens[r] / S)`` are never read.
+        query_start: int32 ``[R + 1]``. context_lens: int32 ``[R]``, keys in all, the queries' included.
+        window: > 0 keeps only the last ``window`` keys, the row's own included (sliding window).
+        softcap: > 0 replaces scores s by ``softcap * tanh(s / softcap)``.
+    Returns: ``[N, Hq, D]`` in q's dtype.
+    """
+    page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for r, length in enumerate(context_lens.tolist()):
+        begin, end = query_start[r].item(), query_start[r + 1].item()
+        pages = block_tables[r, : -(-length // page_size)].long()
+        group = q.shape[1] // kv_heads
+        k, v = (c[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for c in (k_cache, v_cache))
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), k) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        key = torch.arange(length, device=q.device)
+        row = torch.arange(length - (end - begin), length, device=q.device)[:, None]
+        visible = (key <= row) if window <= 0 else (key <= row) & (key > row - window)
+        probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", probabilities, v).to(q.dtype)
+    return out
+
+
+def copy_blocks(cache: Tensor, pairs: Tensor) -> None:
+    """Copy whole pages inside ``cache`` ``[P, ...]``: for each row of pairs (int64 ``[M, 2]``) source to destination.
+
+    No destination is also a source or a destination of another pair, so the order of the copies is free.
+    """
+    cache[pairs[:, 1]] = cache[pairs[:, 0]]

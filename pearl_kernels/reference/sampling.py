@@ -1,0 +1,154 @@
+"""Reference of ``sample`` and ``verify``: the distributions of the engine and the two verification rules.
+
+A request's distribution over the V logits of a row is ``softmax(logits / temperature)`` cut to the tokens whose
+scaled logit reaches one cutoff, the largest that top-k, top-p and min-p ask for, and renormalised. Temperature 0 is
+the point mass on the (first) largest logit. Columns at or past ``vocab_size`` are padding and have no probability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pearl_kernels.reference.philox import Stream, gumbel, uniform
+
+Rule = Literal["rejection", "coupled"]
+
+
+@dataclass(frozen=True)
+class SamplingTensors:
+    """Sampling parameters, one entry per row (``sample``) or per request (``verify``), on the logits' device.
+
+    temperature fp32 >= 0; top_k int32, 0 = off; top_p fp32 in (0, 1], 1 = off; min_p fp32 in [0, 1], 0 = off;
+    seed int64 (any 64-bit pattern).
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+    def __getitem__(self, rows: Tensor) -> SamplingTensors:
+        return SamplingTensors(
+            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.seed[rows]
+        )
+
+
+class Sampled(NamedTuple):
+    tokens: Tensor  # int64 [N]
+    logprobs: Tensor  # fp32 [N], of the drawn token under the row's (cut, renormalised) distribution
+
+
+class Verdict(NamedTuple):
+    accepted: Tensor  # int32 [R], drafted tokens accepted
+    next_token: Tensor  # int64 [R], the replacement or bonus token; -1 when all were accepted and no bonus row stood
+
+
+def log_probabilities(logits: Tensor, params: SamplingTensors, vocab_size: int) -> Tensor:
+    """fp32 ``[N, vocab_size]`` log-probabilities of the rows' distributions, -inf for excluded tokens.
+
+    top-k keeps every token that ties with the k-th; top-p then keeps the smallest set of most likely tokens whose
+    mass, after top-k, reaches top_p, and what ties with its last member; min-p keeps p >= min_p * max(p).
+    """
+    greedy = params.temperature <= 0
+    z = logits[:, :vocab_size].float() / params.temperature.masked_fill(greedy, 1.0)[:, None]
+    z = z - z.amax(-1, keepdim=True)
+    descending = z.sort(-1, descending=True).values
+    k = torch.where(params.top_k > 0, params.top_k.clamp(max=vocab_size), vocab_size).long()
+    cutoff = descending.gather(1, (k - 1)[:, None])
+    mass = torch.where(descending >= cutoff, descending.exp(), 0.0)
+    before = mass.double().cumsum(-1) - mass  # of the more likely tokens; the first always stays
+    needed = (before < params.top_p[:, None].double() * mass.double().sum(-1, keepdim=True)) & (descending >= cutoff)
+    last = needed.sum(-1, keepdim=True).clamp(min=1) - 1
+    cutoff = torch.where((params.top_p < 1)[:, None], descending.gather(1, last), cutoff)
+    cutoff = torch.maximum(cutoff, params.min_p.log()[:, None])
+    result = z.masked_fill(z < cutoff, -torch.inf).log_softmax(-1)
+    point = torch.full_like(result, -torch.inf).scatter_(1, z.argmax(-1, keepdim=True), 0.0)
+    return torch.where(greedy[:, None], point, result)
+
+
+def sample(
+    logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
+) -> Sampled:
+    """Gumbel-max draw from each row's distribution, keyed by (seed, position, stream, token).
+
+    Args: logits ``[N, V]`` floating, V >= vocab_size; positions int64 ``[N]``, of the token being drawn.
+    The draw is ``argmax(logits / T + gumbel)`` over the kept tokens: with one seed, two models whose distributions
+    are close mostly draw the same token (Gumbel coupling, arXiv 2408.07978).
+    """
+    log_p = log_probabilities(logits, params, vocab_size)
+    noise = gumbel(params.seed, positions, stream, vocab_size)
+    tokens = (log_p + noise).argmax(-1)
+    return Sampled(tokens, log_p.gather(1, tokens[:, None])[:, 0])
+
+
+def verify(
+    logits: Tensor,
+    draft_tokens: Tensor,
+    row_start: Tensor,
+    positions: Tensor,
+    params: SamplingTensors,
+    vocab_size: int,
+    rule: Rule = "rejection",
+    draft_logprobs: Tensor | None = None,
+    draft_logits: Tensor | None = None,
+    draft_rows: Tensor | None = None,
+    draft_temperature: Tensor | None = None,
+) -> Verdict:
+    """Test each request's drafted tokens in order against the target's rows; stop at the first that fails.
+
+    Args:
+        logits: ``[N, V]`` target rows. Rows ``row_start[r]:row_start[r + 1]`` belong to request r (int32 ``[R + 1]``;
+            a request may have none).
+        draft_tokens: int64 ``[N]``, the token tested at each row; -1 marks a *bonus row*, only ever a request's last:
+            if it is reached, its token is drawn from the target (stream SAMPLE).
+        positions: int64 ``[N]``, the position of the token decided at each row.
+        params: of the target, ``[R]``.
+        rule: "coupled": the target's own draw decides (accept iff equal; the draw is the next token). "rejection":
+            accept iff ``u < p(x) / q(x)``, strictly; else draw from ``norm(max(p - q, 0))``, or from p where that is
+            zero everywhere (Leviathan et al. 2023, Chen et al. 2023).
+        draft_logprobs: fp32 ``[N]``, log q(x) as ``sample`` reported it; read under "rejection" only.
+        draft_logits: ``[Q, Vq]`` raw draft rows, Vq >= vocab_size. draft_rows: int32 ``[N]``, the row of draft_logits
+            that each token was drawn from; -1 says that q was the point mass on the token (greedy or n-gram draft).
+        draft_temperature: fp32 ``[R]``; q uses it with the request's top-k, top-p and min-p.
+    A temperature of 0 accepts exactly the target's argmax, under both rules.
+    """
+    starts = row_start.tolist()
+    accepted = torch.zeros(len(starts) - 1, dtype=torch.int32, device=logits.device)
+    next_token = torch.full((len(starts) - 1,), -1, dtype=torch.int64, device=logits.device)
+    for r, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        request = params[torch.tensor([r], device=logits.device)]
+        for row in range(begin, end):
+            here = slice(row, row + 1)
+            drafted = int(draft_tokens[row])
+            if drafted < 0 or rule == "coupled" or request.temperature.item() <= 0:
+                drawn = int(sample(logits[here], request, positions[here], vocab_size).tokens)
+                if drawn != drafted:
+                    next_token[r] = drawn
+                    break
+            else:
+                assert draft_logprobs is not None and draft_rows is not None
+                log_p = log_probabilities(logits[here], request, vocab_size)[0]
+                u = uniform(request.seed, positions[here], Stream.ACCEPT)[0]
+                if not u < torch.exp(log_p[drafted] - draft_logprobs[row]):
+                    p, q = log_p.exp(), torch.zeros_like(log_p)
+                    if draft_rows[row] < 0:
+                        q[drafted] = 1.0
+                    else:
+                        assert draft_logits is not None and draft_temperature is not None
+                        drafter = SamplingTensors(
+                            draft_temperature[r : r + 1], request.top_k, request.top_p, request.min_p, request.seed
+                        )
+                        q = log_probabilities(draft_logits[draft_rows[row]][None], drafter, vocab_size)[0].exp()
+                    residual = (p - q).clamp(min=0)
+                    if not residual.any():
+                        residual = p
+                    noise = gumbel(request.seed, positions[here], Stream.RESIDUAL, vocab_size)[0]
+                    next_token[r] = (residual.log() + noise).argmax()
+                    break
+            accepted[r] += 1
+    return Verdict(accepted, next_token)

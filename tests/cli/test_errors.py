@@ -1,0 +1,57 @@
+"""What is refused is one sentence on standard error and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from pearl.cli import app
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--method", "magic"], "magic"),
+        (["generate", "x", "--no-such-option"], "--no-such-option"),
+        (["generate", "x", "--window", "0"], "window"),
+        (["generate", "x", "--window", "many"], "window"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--temperature", "warm"], "warm"),
+        (["generate", "x", "--top-p", "0"], "top_p"),
+        (["generate", "x", "--kv-cache-memory", "lots"], "lots"),
+        (["generate", "x", "--device", "abacus"], "abacus"),
+        (["generate", "x", "--target", "/no/such/model"], "/no/such/model"),
+        (["generate", ""], "empty"),
+        (["generate", "-"], "empty"),
+        (["generate", "x", "--file", "y"], "not both"),
+        (["generate", "--file", "/no/such/prompt"], "/no/such/prompt"),
+        (["chat", "--max-tokens", "0"], "max_tokens"),
+        (["chat", "--target", "/no/such/model"], "/no/such/model"),
+        (["info", "--dtype", "int3"], "int3"),
+        (["dance"], "dance"),
+    ],
+)
+def test_refusal(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert app.run(arguments) == app.REFUSED
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_prompt_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompt.bin"
+    file.write_bytes(b"\xff\xfe\xff")
+    assert app.run(["generate", "--file", str(file)]) == app.REFUSED
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_prompt_longer_than_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["generate", "x = 1\n" * 100, "--max-model-len", "32"]) == app.REFUSED
+    assert "the context holds 32" in capsys.readouterr().err

@@ -1,0 +1,370 @@
+"""Simulated models over simulated KV pages, and the engine's own code around them.
+
+The simulated target is a function of the whole prefix, which it reads from its pages alone: a page that holds anything
+else than the sequence (a rollback, copy or sharing error) is found at the first forward that reads it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.output_processor import OutputProcessor
+from pearl.engine.request import Request, Status
+from pearl.engine.scheduler import Scheduler
+from pearl.engine.window import FixedWindow
+from pearl.kv import KVCacheManager, PageCopy
+from pearl.messages import (
+    Decision,
+    Drafted,
+    DraftPlan,
+    DraftProposal,
+    ForwardWork,
+    SchedulerOutput,
+    SequenceState,
+    TargetOutput,
+    TargetPlan,
+    VerifyResult,
+)
+from pearl.methods import Autoregressive, DecodingMethod, Pearl, Speculative
+from pearl.outputs import OutputDelta, RequestMetrics
+from pearl.sampling_params import SamplingParams
+
+VOCAB = 29
+EOS = 0
+METHODS: dict[str, DecodingMethod] = {
+    "pearl": Pearl(),
+    "pearl-without-pre-verify": Pearl(pre_verify=False),
+    "pearl-without-post-verify": Pearl(post_verify=False),
+    "pearl-without-both": Pearl(pre_verify=False, post_verify=False),
+    "speculative": Speculative(),
+    "autoregressive": Autoregressive(),
+}
+
+
+class PieceDetokenizer:
+    """One fixed text for each token id; ``tail`` is what only ``flush`` gives out."""
+
+    def __init__(self, pieces: Sequence[str] | None = None, tail: str = "") -> None:
+        self._pieces, self._tail = pieces, tail
+
+    def feed(self, token: int) -> str:
+        return f"<{token}>" if self._pieces is None else self._pieces[token]
+
+    def flush(self) -> str:
+        return self._tail
+
+
+def request_of(
+    request_id: int,
+    prompt: Sequence[int],
+    max_tokens: int = 8,
+    *,
+    params: SamplingParams | None = None,
+    eos_ids: Collection[int] = (EOS,),
+    seed: int = 0,
+) -> Request:
+    params = params or SamplingParams(max_tokens=max_tokens)
+    output = OutputProcessor(PieceDetokenizer(), params, max_tokens, eos_ids)
+    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, RequestMetrics())
+
+
+def drafted(*tokens: int) -> tuple[Drafted, ...]:
+    return tuple(Drafted(token, 0.0, -1) for token in tokens)
+
+
+def sequence_state(params: SamplingParams, history: Sequence[int] | None = None, prompt_length: int = 1) -> SequenceState:
+    return SequenceState(1, 0, params, 0, prompt_length, None if history is None else tuple(history))
+
+
+def target_token(prefix: Sequence[int]) -> int:
+    """The token that the simulated target puts after ``prefix``."""
+    return zlib.crc32(bytes(prefix)) % VOCAB
+
+
+def target_sequence(prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """What a request must return: the target's own tokens up to EOS or max_tokens."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens and (len(tokens) == len(prompt) or tokens[-1] != EOS):
+        tokens.append(target_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class _Entry(NamedTuple):
+    position: int
+    token: int
+    digest: int  # of the prefix that the entry was computed on: keys and values depend on all of it
+
+
+class PagedMemory:
+    """What a model's KV tensors hold, slot by slot."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._slots: dict[int, _Entry] = {}
+
+    def copy(self, copies: Sequence[PageCopy]) -> None:
+        sources, destinations = {c.source for c in copies}, [c.destination for c in copies]
+        assert len(set(destinations)) == len(destinations) and not sources & set(destinations), copies
+        for pair in copies:
+            for slot in range(self._page_size):
+                self._slots.pop(pair.destination * self._page_size + slot, None)
+                held = self._slots.get(pair.source * self._page_size + slot)
+                if held is not None:
+                    self._slots[pair.destination * self._page_size + slot] = held
+
+    def write(self, table: Sequence[int], start: int, tokens: Sequence[int]) -> None:
+        """What a forward does: each entry is computed on what the pages hold below it, right or wrong."""
+        below = self._slots.get(self._slot(table, start - 1)) if start else None
+        digest = below.digest if below else 0
+        for position, token in enumerate(tokens, start):
+            digest = zlib.crc32(bytes([token]), digest)
+            self._slots[self._slot(table, position)] = _Entry(position, token, digest)
+
+    def read(self, table: Sequence[int], end: int) -> list[int]:
+        """The tokens of positions [0, end), each computed on exactly the ones before it."""
+        tokens: list[int] = []
+        digest = 0
+        for position in range(end):
+            entry = self._slots.get(self._slot(table, position))
+            assert entry is not None, f"position {position} of {end} was never computed"
+            digest = zlib.crc32(bytes([entry.token]), digest)
+            assert entry == _Entry(position, entry.token, digest), f"stale KV at position {position}: {entry}"
+            tokens.append(entry.token)
+        return tokens
+
+    def _slot(self, table: Sequence[int], position: int) -> int:
+        return table[position // self._page_size] * self._page_size + position % self._page_size
+
+
+Truth = Callable[[int], list[int]]  # committed + pending tokens of a request
+
+
+def compute(memory: PagedMemory, work: Sequence[ForwardWork], truth: Truth) -> list[list[int]]:
+    """One ragged forward: everything is written, then everything is read. Returns each item's whole prefix."""
+    for item in work:
+        assert item.num_logits <= len(item.tokens) and item.tokens, item
+        memory.write(item.block_table, item.start, item.tokens)
+    prefixes = [memory.read(item.block_table, item.end) for item in work]
+    for item, prefix in zip(work, prefixes, strict=True):
+        assert prefix == truth(item.state.request_id)[: item.end]
+    return prefixes
+
+
+class SimulatedTarget:
+    """``TargetRunner``'s interface; ``logits`` are simply the target's token for each wanted row."""
+
+    def __init__(self, memory: PagedMemory, truth: Truth) -> None:
+        self._memory, self._truth = memory, truth
+
+    def run(self, plan: TargetPlan) -> TargetOutput:
+        self._memory.copy(plan.copies)
+        rows: list[int] = []
+        for item, prefix in zip(plan.work, compute(self._memory, plan.work, self._truth), strict=True):
+            first = len(prefix) - item.num_logits + 1
+            rows.extend(target_token(prefix[:end]) for end in range(first, first + item.num_logits))
+        return TargetOutput(torch.tensor(rows, dtype=torch.int64))
+
+
+class SimulatedDrafter:
+    """Right with probability ``accuracy``; ``moody`` also makes it propose fewer tokens than asked, or none."""
+
+    def __init__(self, memory: PagedMemory | None, truth: Truth, accuracy: float = 0.7, moody: bool = False) -> None:
+        self._memory, self._truth = memory, truth
+        self._accuracy, self._moody = accuracy, moody
+        self.reads_history = memory is None
+
+    def propose(self, plan: DraftPlan) -> DraftProposal:
+        if self._memory is not None:
+            self._memory.copy(plan.copies)
+            compute(self._memory, [item.forward for item in plan.work], self._truth)
+        windows = {}
+        for item in plan.work:
+            forward, tokens = item.forward, self._truth(item.forward.state.request_id)
+            for step in range(self._count(tokens, item.num_draft)):
+                tokens.append(self.guess(tokens))
+                if self._memory is not None and step:
+                    self._memory.write(forward.block_table, forward.end + step - 1, tokens[-2:-1])
+                    assert self._memory.read(forward.block_table, forward.end + step) == tokens[:-1]
+            windows[forward.state.request_id] = drafted(*tokens[len(self._truth(forward.state.request_id)) :])
+        return DraftProposal(windows, steps=max((item.num_draft for item in plan.work), default=0))
+
+    def guess(self, prefix: Sequence[int]) -> int:
+        right = zlib.crc32(bytes(prefix), 1) % 1000 < 1000 * self._accuracy
+        return (target_token(prefix) + (not right)) % VOCAB
+
+    def _count(self, prefix: Sequence[int], wanted: int) -> int:
+        return min(wanted, zlib.crc32(bytes(prefix), 2) % (wanted + 1)) if self._moody else wanted
+
+
+class SimulatedVerifier:
+    """The greedy rule, written out: pending tokens in order, then the first one drafted in this round."""
+
+    def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
+        rows: list[int] = [] if target.logits is None else target.logits.tolist()
+        forwards = [item for item in plan.target.work if item.num_logits]
+        decisions = {}
+        for work, forward in zip(plan.verify, forwards, strict=True):
+            assert work.request_id == forward.state.request_id
+            assert work.position == forward.end - forward.num_logits + 1
+            own, rows = rows[: forward.num_logits], rows[forward.num_logits :]
+            window = proposal.windows.get(work.request_id, ())
+            tested = [d.token for d in (*work.pending, *window[:1])][: len(own)]
+            accepted = 0
+            while accepted < len(tested) and tested[accepted] == own[accepted]:
+                accepted += 1
+            following = own[accepted] if accepted < len(own) else None
+            decisions[work.request_id] = Decision(tuple(tested), accepted, following, None)
+        assert not rows
+        return VerifyResult(decisions)
+
+
+class InlineWorker:
+    """``Worker``'s interface without a thread."""
+
+    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+class CheckedScheduler(Scheduler):
+    """Checks every plan before anyone works on it."""
+
+    def schedule(self) -> SchedulerOutput:
+        plan = super().schedule()
+        target = {item.state.request_id: item for item in plan.target.work}
+        draft = {item.forward.state.request_id: item for item in plan.draft.work}
+        assert len(target) == len(plan.target.work) and len(draft) == len(plan.draft.work), "planned twice"
+        assert not set(plan.preempted) & (target.keys() | draft.keys()), "preempted after it was planned"
+        assert len({r.lane for r in self.running}) == len(self.running)
+        for work in plan.verify:
+            request, forward = self.requests[work.request_id], target[work.request_id]
+            assert forward.num_logits == min(len(request.pending) + 1, request.remaining)
+            assert forward.end == request.length + forward.num_logits - 1
+            assert work.request_id not in draft or draft[work.request_id].num_draft, "decided before the draft is ready"
+        for request_id, forward in target.items():
+            request = self.requests[request_id]
+            assert forward.start == request.target_computed and request.status is Status.RUNNING
+            assert forward.num_logits or forward.end < request.length, "computed without judging"
+        for request_id, item in draft.items():
+            request = self.requests[request_id]
+            assert item.forward.start == request.draft_computed and request.status is Status.RUNNING
+            assert item.num_draft <= request.remaining - len(request.pending)
+            if item.num_draft and self.draft_kv:
+                assert item.forward.end == request.length + len(request.pending)
+        return plan
+
+
+@dataclass
+class Simulation:
+    """An engine over simulated models. ``step`` checks the invariants that hold between rounds."""
+
+    engine: Engine
+    scheduler: Scheduler
+    drafter: SimulatedDrafter
+    records: list[RoundRecord]
+    num_pages: int
+    lanes: int
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    last: dict[int, OutputDelta] = field(default_factory=dict)
+
+    def add(self, *requests: Request) -> None:
+        for request in requests:
+            self.engine.add(request)
+            self.outputs[request.id] = []
+
+    def step(self) -> SchedulerOutput:
+        """One round; returns its plan."""
+        for delta in self.engine.step():
+            assert delta.error is None, delta.error
+            self.outputs[delta.request_id].extend(delta.token_ids)
+            self.last[delta.request_id] = delta
+        self.check()
+        return self.records[-1].plan
+
+    def run(self, limit: int = 2000) -> dict[int, list[int]]:
+        for _ in range(limit):
+            if not self.engine.has_work:
+                return self.outputs
+            self.step()
+        raise AssertionError(f"not finished after {limit} rounds")
+
+    def check(self) -> None:
+        for kv in self.pools:
+            kv.check_integrity()
+        lanes = [request.lane for request in self.scheduler.running]
+        assert len(set(lanes)) == len(lanes) and set(lanes) <= set(range(self.lanes))
+        for request in self.scheduler.requests.values():
+            assert 0 <= request.target_computed < request.length
+            assert 0 <= request.draft_computed < request.length + len(request.pending)
+            assert len(request.pending) <= request.remaining
+            assert (request.status is Status.RUNNING) == (request.lane >= 0)
+
+    def check_empty(self) -> None:
+        """Nothing is left behind once every request has ended."""
+        self.check()
+        assert not self.engine.has_work and not self.scheduler.requests
+        assert all(kv.num_free_pages == self.num_pages for kv in self.pools)
+        assert sorted(self.scheduler._free_lanes) == list(range(self.lanes))
+
+    @property
+    def pools(self) -> list[KVCacheManager]:
+        return [kv for kv in (self.scheduler.target_kv, self.scheduler.draft_kv) if kv is not None]
+
+
+def simulate(
+    method: DecodingMethod | str = "pearl",
+    *,
+    window: int = 3,
+    num_pages: int = 64,
+    page_size: int = 4,
+    budget: int = 64,
+    lanes: int = 4,
+    max_waiting: int = 100,
+    draft_keeps_kv: bool = True,
+    accuracy: float = 0.7,
+    moody: bool = False,
+    prefix_caching: bool = True,
+) -> Simulation:
+    method = METHODS[method] if isinstance(method, str) else method
+    draft_keeps_kv = draft_keeps_kv and not isinstance(method, Autoregressive)
+    scheduler = CheckedScheduler(
+        method,
+        KVCacheManager(num_pages, page_size, prefix_caching),
+        KVCacheManager(num_pages, page_size, prefix_caching) if draft_keeps_kv else None,
+        max_num_seqs=lanes,
+        max_num_batched_tokens=budget,
+        max_waiting=max_waiting,
+        window=lambda batch: window,
+    )
+
+    def truth(request_id: int) -> list[int]:
+        request = scheduler.requests[request_id]
+        return [*request.tokens, *(d.token for d in request.pending)]
+
+    drafter = SimulatedDrafter(PagedMemory(page_size) if draft_keeps_kv else None, truth, accuracy, moody)
+    records: list[RoundRecord] = []
+    engine = Engine(
+        scheduler,
+        SimulatedTarget(PagedMemory(page_size), truth),  # type: ignore[arg-type]
+        InlineWorker(),  # type: ignore[arg-type]
+        drafter,
+        InlineWorker(),  # type: ignore[arg-type]
+        SimulatedVerifier(),  # type: ignore[arg-type]
+        FixedWindow(window),
+        records.append,
+    )
+    return Simulation(engine, scheduler, drafter, records, num_pages, lanes)

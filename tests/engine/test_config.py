@@ -1,0 +1,120 @@
+"""The engine's configuration is refused as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from pearl.config import EngineConfig
+from pearl.errors import ConfigurationError
+from pearl.llm import LLM
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"method": "medusa"}, ["method must be one of pearl, speculative, autoregressive", "'medusa'"]),
+        ({"verification": "exact"}, ["verification must be one of rejection, coupled", "'exact'"]),
+        ({"dtype": "int8"}, ["dtype must be one of auto, float32, bfloat16, float16", "'int8'"]),
+        ({"window": 0}, ['window must be "auto" or an integer >= 1', "0"]),
+        ({"window": -1}, ['window must be "auto" or an integer >= 1', "-1"]),
+        ({"window": 2.5}, ['window must be "auto" or an integer >= 1', "2.5"]),
+        ({"window": "large"}, ['window must be "auto" or an integer >= 1', "'large'"]),
+        ({"max_window": 0}, ["max_window must be an integer >= 1"]),
+        ({"max_num_seqs": 0}, ["max_num_seqs must be an integer >= 1"]),
+        ({"max_num_batched_tokens": 0}, ["max_num_batched_tokens must be an integer >= 1"]),
+        ({"page_size": 0}, ["page_size must be an integer >= 1"]),
+        ({"max_waiting": 0}, ["max_waiting must be an integer >= 1"]),
+        ({"max_model_len": 0}, ["max_model_len must be an integer >= 1"]),
+        ({"kv_cache_memory": 1.5e9}, ["kv_cache_memory must be an integer >= 1"]),
+        ({"draft_threads": 0}, ["draft_threads must be an integer >= 1"]),
+        ({"target_threads": -2}, ["target_threads must be an integer >= 1", "-2"]),
+        ({"method": "speculative", "pre_verify": False}, ["pre_verify and post_verify are PEARL's"]),
+        ({"method": "speculative", "post_verify": False}, ["pre_verify and post_verify are PEARL's"]),
+        ({"device": "gpu"}, ["unknown device 'gpu'", "use 'auto', 'cpu', 'cuda' or 'cuda:N'"]),
+        ({"draft_device": "meta"}, ["device 'meta' is not supported", "use 'cpu' or 'cuda'"]),
+    ],
+)
+def test_bad_option_says_what_is_wrong_and_what_would_be_right(options: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        EngineConfig(**options)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["device", "draft_device", "target_device"])
+def test_cuda_asked_for_but_absent(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="torch sees no CUDA device; use device='cpu'"):
+        EngineConfig(**{name: "cuda"})
+
+
+def test_cuda_index_past_the_last_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    EngineConfig(device="cuda:1")
+    with pytest.raises(ConfigurationError, match=r"'cuda:2' was asked for, but there are 2"):
+        EngineConfig(device="cuda:2")
+
+
+def test_unknown_option_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown options \['windw'\]; known are .*'window'"):
+        LLM("/nowhere", "/nowhere", windw=3)
+
+
+def test_every_field_is_documented() -> None:
+    assert EngineConfig.__doc__ is not None
+    missing = [name for name in EngineConfig.__dataclass_fields__ if name not in EngineConfig.__doc__]
+    assert set(missing) <= {"page_size", "prefix_caching"}
+
+
+@pytest.mark.parametrize(
+    ("options", "draft", "draft_model"),
+    [
+        ({}, True, True),
+        ({"method": "speculative"}, True, True),
+        ({"draft": "ngram"}, True, False),
+        ({"method": "autoregressive"}, False, False),
+        ({"method": "autoregressive", "draft": "ngram"}, False, False),
+    ],
+)
+def test_which_drafter_a_configuration_needs(options: dict[str, Any], draft: bool, draft_model: bool) -> None:
+    config = EngineConfig(**options)
+    assert (config.uses_draft, config.uses_draft_model) == (draft, draft_model)
+
+
+def test_largest_window_bounds_every_buffer() -> None:
+    assert EngineConfig(window=5, max_window=16).largest_window == 5
+    assert EngineConfig(window=40, max_window=16).largest_window == 40
+    assert EngineConfig(window="auto", max_window=7).largest_window == 7
+
+
+def test_each_model_may_have_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    mixed = EngineConfig(draft_device="cpu")
+    assert (mixed.resolve_device("draft").type, mixed.resolve_device("target").type) == ("cpu", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert EngineConfig().resolve_device("target").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "threads"),
+    [
+        (1, {}, (1, 1)),
+        (2, {}, (1, 1)),
+        (8, {}, (2, 6)),
+        (8, {"method": "autoregressive"}, (1, 8)),
+        (8, {"draft": "ngram"}, (1, 8)),
+        (8, {"draft_threads": 3}, (3, 5)),
+        (8, {"target_threads": 2}, (2, 2)),
+    ],
+)
+def test_cores_are_split_between_the_models(
+    cores: int, options: dict[str, Any], threads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert EngineConfig(**options).resolve_threads() == threads

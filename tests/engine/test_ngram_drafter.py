@@ -1,0 +1,79 @@
+"""Prompt lookup: what followed the last occurrence of the text's final n-gram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from engine_sim import sequence_state
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pearl.drafting import NGramDrafter
+from pearl.messages import DraftPlan, DraftWork, ForwardWork
+from pearl.sampling_params import SamplingParams
+
+
+def propose(history: Sequence[int], count: int, longest: int = 4, shortest: int = 1) -> list[int]:
+    state = sequence_state(SamplingParams(), history)
+    plan = DraftPlan((DraftWork(ForwardWork(state, (), 0, 1, ()), count),))
+    proposal = NGramDrafter(longest, shortest).propose(plan)
+    window = proposal.windows[state.request_id]
+    assert all((d.logprob, d.row) == (0.0, -1) for d in window)  # a point mass: q(token) = 1
+    assert proposal.logits is None and proposal.steps == 0
+    return [d.token for d in window]
+
+
+@pytest.mark.parametrize(
+    ("history", "count", "window"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]),
+        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),  # the text ends before the window is full
+        ([7, 1, 8, 1, 9, 1], 1, [9]),  # the last occurrence, not the first
+        ([1, 2, 5, 3, 2, 6, 1, 2], 1, [5]),  # the longer match wins over the more recent one
+        ([4, 4, 4], 3, [4]),  # overlapping with itself
+        ([4, 4], 3, [4]),
+        ([1, 2, 3], 3, []),
+        ([1], 3, []),
+        ([], 3, []),
+    ],
+)
+def test_window_follows_the_last_longest_match(history: list[int], count: int, window: list[int]) -> None:
+    assert propose(history, count) == window
+
+
+def test_shortest_match_length_is_respected() -> None:
+    assert propose([1, 5, 2, 1], 1, shortest=1) == [5]
+    assert propose([1, 5, 2, 1], 1, shortest=2) == []
+
+
+def test_longest_match_length_is_respected() -> None:
+    history = [1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3]
+    assert propose(history, 1, longest=3) == [7]
+    assert propose(history, 1, longest=2) == [8]
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 6))
+def test_window_is_always_a_copy_of_what_followed_the_same_tail(history: list[int], count: int) -> None:
+    window = propose(history, count)
+    assert len(window) <= count
+    if window:
+        matches = [
+            at
+            for at in range(1, len(history))
+            if history[at - 1] == history[-1] and history[at : at + count] == window
+        ]
+        assert matches
+    else:
+        assert history[-1:] == [] or history[-1] not in history[:-1]
+
+
+def test_several_requests_in_one_plan() -> None:
+    import dataclasses
+
+    work = []
+    for request_id, history in ((1, [1, 2, 1]), (2, [3, 4]), (3, [5, 5])):
+        state = dataclasses.replace(sequence_state(SamplingParams(), history), request_id=request_id)
+        work.append(DraftWork(ForwardWork(state, (), 0, 1, ()), 2))
+    windows = NGramDrafter().propose(DraftPlan(tuple(work))).windows
+    assert {i: [d.token for d in window] for i, window in windows.items()} == {1: [2, 1], 2: [], 3: [5]}

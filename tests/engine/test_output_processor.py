@@ -1,0 +1,183 @@
+"""Where an output ends, and what text may be given out before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from engine_sim import PieceDetokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pearl.engine.output_processor import OutputProcessor
+from pearl.sampling_params import SamplingParams
+
+END, OTHER_END = 9, 8
+
+
+def processor(
+    pieces: Sequence[str] = "0123456789", max_tokens: int = 100, tail: str = "", **params: Any
+) -> OutputProcessor:
+    settings = SamplingParams(**{"max_tokens": 100, **params})
+    return OutputProcessor(PieceDetokenizer(pieces, tail), settings, max_tokens, {END, OTHER_END})
+
+
+def run(output: OutputProcessor, tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[list[int], str, str | None]:
+    """Feed ``tokens`` in verdicts of the given sizes (then one by one); returns kept tokens, text, finish reason."""
+    kept: list[int] = []
+    text, rest, splits = "", list(tokens), list(sizes)
+    while rest:
+        size = splits.pop(0) if splits else 1
+        verdict, rest = rest[:size], rest[size:]
+        accepted = output.accept(verdict)
+        kept += verdict[: accepted.kept]
+        text += accepted.text
+        if accepted.finish_reason is not None:
+            return kept, text, accepted.finish_reason
+        assert accepted.kept == len(verdict)
+    return kept, text, None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "kept", "text"),
+    [
+        ((1, 2, END, 3, 4), 3, "12"),  # inside: what follows was committed but is never returned
+        ((END, 1, 2), 1, ""),  # at its start
+        ((1, 2, END), 3, "12"),  # at its end, as the correction or bonus token
+        ((1, OTHER_END, END), 2, "1"),  # the first of several end tokens
+    ],
+)
+def test_output_ends_at_the_first_end_token(verdict: tuple[int, ...], kept: int, text: str) -> None:
+    accepted = processor().accept(verdict)
+    assert accepted == (kept, text, "stop")
+
+
+def test_stop_token_ids_end_the_output_and_are_returned() -> None:
+    assert processor(stop_token_ids=[3]).accept((1, 3, 2)) == (2, "1", "stop")
+
+
+def test_ignore_eos_still_honours_stop_token_ids() -> None:
+    output = processor(stop_token_ids=[3], ignore_eos=True)
+    assert output.accept((END, 1)) == (2, "91", None)
+    assert output.accept((2, 3, 4)) == (2, "2", "stop")
+
+
+def test_no_end_before_min_tokens() -> None:
+    output = processor(min_tokens=3, stop="1")
+    assert output.accept((1, END)) == (2, "19", None)
+    assert output.accept((END, 2)) == (1, "", "stop")  # the third token may end it
+
+
+def test_stop_string_counts_from_min_tokens_on() -> None:
+    assert run(processor(min_tokens=3, stop="1"), (1, 1, 1, 1)) == ([1, 1, 1], "11", "stop")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_cut_at_max_tokens_inside_a_verdict(size: int) -> None:
+    assert run(processor(max_tokens=3), (1, 2, 3, 4, 5), [size] * 5) == ([1, 2, 3], "123", "length")
+
+
+def test_end_token_as_the_last_allowed_one_is_a_stop() -> None:
+    assert processor(max_tokens=2).accept((1, END, 2)) == (2, "1", "stop")
+
+
+def test_stop_string_as_the_last_allowed_token_is_a_stop() -> None:
+    assert processor(max_tokens=2, stop="2").accept((1, 2, 3)) == (2, "1", "stop")
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 2), (4,)])
+def test_stop_string_across_tokens_and_verdicts(sizes: Sequence[int]) -> None:
+    assert run(processor(("x", "ab", "cd", "ef"), stop="bcde"), (0, 1, 2, 3), sizes) == ([0, 1, 2, 3], "xa", "stop")
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back_and_then_given_out() -> None:
+    output = processor(("a", "b", "c"), stop="abb")
+    assert output.accept((0,)).text == ""
+    assert output.accept((1,)).text == ""
+    assert output.accept((2,)).text == "abc"
+
+
+def test_overlapping_prefix_is_not_lost() -> None:
+    """"aab" in "aaab": after "aaa" the last two characters may still begin the stop string."""
+    assert run(processor(("a", "b"), stop="aab"), (0, 0, 0, 1)) == ([0, 0, 0, 1], "a", "stop")
+    assert run(processor(("ab", "ac", "x"), stop="abac"), (0, 0, 1, 2)) == ([0, 0, 1], "ab", "stop")
+
+
+def test_the_earliest_of_several_stop_strings_wins() -> None:
+    assert processor(("xcdabz",), stop=["ab", "cd"]).accept((0,)) == (1, "x", "stop")
+    assert run(processor(("x", "c", "d", "a", "b"), stop=["ab", "cd"]), (0, 1, 2, 3, 4))[1] == "x"
+
+
+def test_the_longest_possible_stop_prefix_is_held() -> None:
+    output = processor(("xab", "c", "q"), stop=["bz", "abcd"])
+    assert output.accept((0,)).text == "x"
+    assert output.accept((1,)).text == ""
+    assert output.accept((2,)).text == "abcq"
+
+
+@pytest.mark.parametrize("last", [END, 2])
+def test_stop_string_in_the_flushed_remainder_is_cut(last: int) -> None:
+    """Bytes that the detokenizer held until the end may complete a stop string."""
+    output = processor(max_tokens=3, tail="b!", stop="2b" if last == 2 else "1b")
+    assert run(output, (0, 1, last)) == ([0, 1, last], "01" if last == 2 else "0", "stop")
+
+
+@pytest.mark.parametrize(("last", "reason"), [(END, "stop"), (2, "length")])
+def test_flushed_remainder_and_held_text_are_given_out_at_the_end(last: int, reason: str) -> None:
+    output = processor(max_tokens=3, tail="!", stop="12x")
+    text = "01!" if last == END else "012!"
+    assert run(output, (0, 1, last)) == ([0, 1, last], text, reason)
+
+
+def cut(text: str, stops: Sequence[str], tokens: Sequence[str]) -> str:
+    """The specification: the text up to the first token after which it contains a stop string, cut at the earliest."""
+    seen = ""
+    for piece in tokens:
+        seen += piece
+        found = [at for stop in stops if (at := seen.find(stop)) >= 0]
+        if found:
+            return seen[: min(found)]
+    return text
+
+
+@given(
+    pieces=st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=8),
+    data=st.data(),
+    stops=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3),
+)
+def test_streamed_text_is_the_full_text_cut_at_the_stop(pieces: list[str], data: st.DataObject, stops: list[str]) -> None:
+    tokens = data.draw(st.lists(st.integers(0, len(pieces) - 1), min_size=1, max_size=20))
+    sizes = data.draw(st.lists(st.integers(1, 5), max_size=20))
+    output = processor(pieces, max_tokens=len(tokens), stop=stops)
+    kept, text, _ = run(output, tokens, sizes)
+    used = [pieces[token] for token in tokens]
+    assert text == cut("".join(used), stops, used)
+    assert "".join(pieces[token] for token in kept).startswith(text)
+    assert not any(stop in text for stop in stops)
+
+
+class Utf8Detokenizer:
+    """Tokens are bytes: a character appears with its last one."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+
+    def feed(self, token: int) -> str:
+        self._bytes += bytes([token])
+        try:
+            text, self._bytes = self._bytes.decode(), b""
+        except UnicodeDecodeError:
+            return ""
+        return text
+
+    def flush(self) -> str:
+        text, self._bytes = self._bytes.decode(errors="replace"), b""
+        return text
+
+
+@given(st.text("aé€😀", min_size=1, max_size=12), st.lists(st.integers(1, 6), max_size=30), st.text("aé€", max_size=2))
+def test_streamed_bytes_give_whole_characters(text: str, sizes: list[int], stop: str) -> None:
+    tokens = text.encode()
+    output = OutputProcessor(Utf8Detokenizer(), SamplingParams(stop=stop or None), len(tokens), ())
+    assert run(output, tokens, sizes)[1] == (text.partition(stop)[0] if stop else text)

@@ -1,0 +1,90 @@
+"""Workers: one thread each, with its own number of intra-op threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pearl.workers import Worker
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Worker]]:
+    made: list[Worker] = []
+    yield made
+    for worker in made:
+        worker.close()
+
+
+def test_each_worker_has_its_own_number_of_threads(workers: list[Worker]) -> None:
+    workers += [Worker("a", 3), Worker("b", 1)]
+    assert [worker.submit(torch.get_num_threads).result() for worker in workers] == [3, 1]
+    assert [worker.submit(torch.get_num_threads).result() for worker in workers] == [3, 1]
+
+
+def test_the_process_keeps_its_default(workers: list[Worker]) -> None:
+    """The host program's threads, old and new, are not the worker's business."""
+    before = torch.get_num_threads()
+    workers.append(Worker("a", before + 2))
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join(10)
+    assert [torch.get_num_threads(), *seen] == [before, before]
+
+
+def test_calls_run_one_after_another_on_one_named_thread(workers: list[Worker]) -> None:
+    workers.append(Worker("draft", 1))
+    order: list[int] = []
+    futures = [workers[0].submit(order.append, i) for i in range(20)]
+    for future in futures:
+        future.result(10)
+    assert order == list(range(20))
+    names = {workers[0].submit(lambda: threading.current_thread().name).result(10) for _ in range(5)}
+    assert len(names) == 1
+    assert names.pop().startswith("pearl-draft")
+
+
+def test_calls_run_in_inference_mode_and_the_caller_does_not(workers: list[Worker]) -> None:
+    workers.append(Worker("a", 1))
+    assert workers[0].submit(torch.is_inference_mode_enabled).result(10)
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_arguments_results_and_exceptions_pass_through(workers: list[Worker]) -> None:
+    workers.append(Worker("a", 1))
+    assert workers[0].submit(divmod, 7, 3).result(10) == (2, 1)
+    assert workers[0].submit(int, "ff", base=16).result(10) == 255
+    with pytest.raises(ZeroDivisionError):
+        workers[0].submit(divmod, 1, 0).result(10)
+    assert workers[0].submit(divmod, 9, 4).result(10) == (2, 1)  # the worker survives
+
+
+def test_two_workers_run_at_the_same_time(workers: list[Worker]) -> None:
+    workers += [Worker("a", 1), Worker("b", 1)]
+    barrier = threading.Barrier(2, timeout=20)
+    for future in [worker.submit(barrier.wait) for worker in workers]:
+        future.result(20)
+
+
+def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None:
+    before = set(threading.enumerate())
+    worker = Worker("a", 1)
+    started, release, dropped = threading.Event(), threading.Event(), threading.Event()
+
+    def busy() -> str:
+        started.set()
+        assert release.wait(20)
+        return "done"
+
+    running, waiting = worker.submit(busy), worker.submit(dropped.set)
+    assert started.wait(20)
+    waiting.add_done_callback(lambda future: release.set())  # cancelled by close, which then waits for the other
+    worker.close()
+    assert running.result(0) == "done"
+    assert waiting.cancelled() and not dropped.is_set()
+    worker.close()
+    assert set(threading.enumerate()) <= before
