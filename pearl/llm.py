@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -50,6 +52,7 @@ class LLM:
         self.engine = connect(config, models, observer)
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
         self._next_id = 0
+        self._mail: dict[int, deque[OutputDelta]] = {}  # by request: committed by the engine, not yet read
 
     def variant(self, observer: Callable[[RoundRecord], None] | None = None, **changes: Any) -> LLM:
         """Another LLM around the same weights and KV memory, with some options changed: to compare methods.
@@ -73,39 +76,57 @@ class LLM:
         """Complete every prompt; returns one RequestOutput for each, in order.
 
         prompts: text or token ids, one or a list. params: one for all, or one for each prompt.
-        on_output sees every step's additions. All prompts are checked before any work starts
+        on_output sees each step's additions to these outputs. If the engine fails, the outputs that it could not end
+        say so in ``error``. All prompts are checked before any work starts
         (InvalidRequestError); an interruption (Ctrl-C) drops what this call started and leaves the LLM usable.
         """
         batch = _as_list(prompts)
         every = _params_for(batch, params)
         outputs, owners = self._submit_all(batch, every)
-        try:
-            while any(request_id in self.engine.scheduler.requests for request_id in owners):
-                for delta in self.engine.step():
-                    if delta.request_id in owners:
-                        owners[delta.request_id].extend(delta)
-                    if on_output is not None:
-                        on_output(delta)
-        finally:
-            self._abort(owners)
+        with closing(self._follow(owners)) as deltas:
+            for delta in deltas:
+                owners[delta.request_id].extend(delta)
+                if on_output is not None:
+                    on_output(delta)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamChunk, None, None]:
         """Yield text as it is committed; never a token that could still be taken back. Closing it aborts the request.
 
-        The prompt is checked at the call, before the first chunk is asked for.
+        The prompt is checked at the call; the request is queued when the first chunk is asked for. Streams may be
+        read in turn, and ``generate`` be called between their chunks: each gets its own tokens.
         """
-        _, owners = self._submit_all([prompt], [params or SamplingParams()])
-        return self._stream(owners)
+        params = params or SamplingParams()
+        self._check_ids(params)
+        return self._stream(self.encode(prompt), params)
 
-    def _stream(self, owners: dict[int, CompletionOutput]) -> Iterator[StreamChunk]:
+    def _stream(self, prompt: list[int], params: SamplingParams) -> Generator[StreamChunk, None, None]:
+        _, owners = self._submit_all([prompt], [params])
+        with closing(self._follow(owners)) as deltas:
+            for d in deltas:
+                index = owners[d.request_id].index
+                yield StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error)
+
+    def _follow(self, owners: dict[int, CompletionOutput]) -> Generator[OutputDelta, None, None]:
+        """Run the engine until these requests have ended; yields what is theirs, keeps the rest for its own readers.
+
+        Closing it aborts what has not ended.
+        """
         try:
-            while any(request_id in self.engine.scheduler.requests for request_id in owners):
-                for d in self.engine.step():
-                    if d.request_id in owners:
-                        index = owners[d.request_id].index
-                        yield StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics)
+            for request_id in owners:
+                self._mail[request_id] = deque()
+            while True:
+                for request_id in owners:
+                    while self._mail[request_id]:
+                        yield self._mail[request_id].popleft()
+                if not any(request_id in self.engine.scheduler.requests for request_id in owners):
+                    return
+                for delta in self.engine.step():
+                    if delta.request_id in self._mail:
+                        self._mail[delta.request_id].append(delta)
         finally:
+            for request_id in owners:
+                self._mail.pop(request_id, None)
             self._abort(owners)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -167,10 +188,10 @@ class LLM:
                         f"{name} names token {token!r}, outside the vocabulary [0, {self.tokenizer.vocab_size})"
                     )
 
-    def _abort(self, owners: dict[int, CompletionOutput]) -> None:
-        for request_id in owners:
+    def _abort(self, request_ids: Iterable[int]) -> None:
+        for request_id in request_ids:
             if request_id in self.engine.scheduler.requests:
-                owners[request_id].extend(self.engine.abort(request_id))
+                self.engine.abort(request_id)
 
     def close(self) -> None:
         self.engine.close()
@@ -196,6 +217,3 @@ def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingP
     if len(params) != len(batch):
         raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} SamplingParams; give one, or one for each")
     return list(params)
-
-
-

@@ -74,6 +74,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: str | None = None  # why the engine gave up on it ("abort"); what came before is still exact
 
     def extend(self, delta: OutputDelta) -> None:
         self.text += delta.text
@@ -81,7 +82,7 @@ class CompletionOutput:
         self.drafted.extend(delta.drafted)
         if delta.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *delta.logprobs]
-        self.finish_reason, self.metrics = delta.finish_reason, delta.metrics
+        self.finish_reason, self.metrics, self.error = delta.finish_reason, delta.metrics, delta.error
 
 
 @dataclass
@@ -112,3 +113,4 @@ class StreamChunk:
     drafted: tuple[bool, ...]
     finish_reason: FinishReason | None
     metrics: RequestMetrics
+    error: str | None = None

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from pearl.cli.chat import chat
-from pearl.cli.generate import INTERRUPTED, generate
+from pearl.cli.generate import generate
 from pearl.cli.info import info, installed
+from pearl.cli.interrupts import INTERRUPTED
 from pearl.cli.terminal import Terminal
 from pearl.errors import PearlError
 

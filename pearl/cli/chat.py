@@ -61,19 +61,16 @@ class Repl:
         self._welcome()
         while self._open:
             try:
-                line = self._lines.read().strip()
+                self._handle(self._lines.read().strip())
             except EOFError:
                 if self._lines.interactive:
                     self._terminal.write("\n")
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt; while an answer is generated, Ctrl-C only ends the answer
                 if not self._lines.interactive:
                     raise
                 self._terminal.write("\n")
                 self._terminal.note("Ctrl-D or /exit leaves")
-                continue
-            if line:
-                self._handle(line)
 
     def _welcome(self) -> None:
         if not self._lines.interactive:
@@ -83,6 +80,8 @@ class Repl:
             self._terminal.note(self._terminal.legend())
 
     def _handle(self, line: str) -> None:
+        if not line:
+            return
         if not line.startswith("/"):
             self._answer(line)
         elif line in self._commands:

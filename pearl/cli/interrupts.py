@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
+
 
 class InterruptGuard:
-    """While entered, the first Ctrl-C only sets ``requested``; a second one raises KeyboardInterrupt at once.
+    """While entered, the first Ctrl-C only sets ``requested``; a second one ends the program at once.
 
     An exception in the middle of a round could leave the engine between two states. The one who generates asks
     ``requested`` between rounds instead, and stops there.
@@ -27,5 +29,5 @@ class InterruptGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise SystemExit(INTERRUPTED)
         self.requested = True

@@ -98,9 +98,12 @@ class Request:
             self.target_computed = target.end
             self.metrics.target_forwards += 1
         if draft is not None:
-            self.draft_computed = draft.forward.end + max(0, len(window) - 1)
             self.metrics.drafted += len(window)
-            self.metrics.draft_forwards += max(1, len(window)) if draft.forward.tokens else 0
+            if draft.forward.tokens:  # a drafter without KV computes nothing
+                # The window's last token is not computed; after an empty window neither is the token before it, so
+                # that the next draft has something to start from.
+                self.draft_computed = draft.forward.end + (len(window) - 1 if draft.num_draft else 0)
+                self.metrics.draft_forwards += max(1, len(window))
         if decision is None:
             if draft is not None and draft.num_draft:
                 self.pending, self.draft_is_dry = (*pending, *window), not window

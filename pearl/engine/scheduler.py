@@ -96,9 +96,11 @@ class Scheduler:
         batch = list(self.running)
         plan = _Round(self._max_num_batched_tokens)
         intents = self._method.intents([Progress(len(r.pending), r.draft_is_dry) for r in batch])
-        # Decoding rows are never held back by prompts; prompts share what is left of the budget.
-        decoding = sum(len(r.pending) + 1 for r in batch if r.length - r.target_computed == 1)
-        plan.target_budget = max(plan.target_budget - decoding, self.target_kv.page_size)
+        # Decoding rows are never held back by prompts; prompts share what is left of the budget, at least a page.
+        target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
+        draft_rows = sum(not _draft_lags(r) for r in batch)
+        plan.target_budget = max(plan.target_budget - target_rows, self.target_kv.page_size)
+        plan.draft_budget = max(plan.draft_budget - draft_rows, self.target_kv.page_size)
         window = self._window(len(batch)) if batch else 0
         for request, intent in zip(batch, intents, strict=True):
             if request.status is Status.RUNNING:  # it may have been preempted for an earlier one
@@ -119,7 +121,9 @@ class Scheduler:
             # One model still computes the prompt. The other waits when it is done: then every token is decided in
             # the same way however the prompts were cut, and a seeded output does not depend on the batch.
             rows = num_draft = 0
-            target_end = request.target_computed + (0 if target_ready else max(0, plan.target_budget))
+            chunk = 0 if target_ready else max(0, plan.target_budget)
+            # Never into the last committed token or the pending ones: those are computed only to be judged.
+            target_end = min(request.target_computed + chunk, request.length - 1)
             draft_end = request.draft_computed + (0 if draft_ready else max(0, plan.draft_budget))
         if self._reserve(plan, request, target_end, draft_end + max(0, num_draft - 1)):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
@@ -154,7 +158,7 @@ class Scheduler:
             tokens = request.token_range(request.target_computed, target_end)
             table = self.target_kv.block_table(request.id)
             plan.target.append(ForwardWork(state, tokens, request.target_computed, rows, table))
-            if len(tokens) > len(request.pending) + 1:
+            if _target_lags(request):
                 plan.target_budget -= len(tokens)
         if rows:
             plan.verify.append(VerifyWork(request.id, request.pending, request.length))
@@ -163,7 +167,8 @@ class Scheduler:
             draft_table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
             forward = ForwardWork(state, tokens, request.draft_computed, 1 if num_draft else 0, draft_table)
             plan.draft.append(DraftWork(forward, num_draft))
-            plan.draft_budget -= len(tokens)
+            if _draft_lags(request):
+                plan.draft_budget -= len(tokens)
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:
@@ -220,3 +225,13 @@ class Scheduler:
             self.waiting.remove(request)
         request.finish()
         return request
+
+
+def _target_lags(request: Request) -> bool:
+    """Whether the target still computes the prompt (or, after a preemption, the text)."""
+    return request.length - request.target_computed > 1
+
+
+def _draft_lags(request: Request) -> bool:
+    """Likewise the draft, which after a bonus token is two tokens behind."""
+    return request.length + len(request.pending) - request.draft_computed > 2

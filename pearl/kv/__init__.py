@@ -1,7 +1,6 @@
-"""Paged KV cache bookkeeping with rollback and prefix caching."""
+"""Paged KV bookkeeping: host only, no tensors. The draft and the target have one ``KVCacheManager`` each."""
 
-from pearl.kv.manager import KVCacheManager, PageCopy, PrefixStats
-from pearl.kv.page_pool import OutOfPages
+from pearl.kv.manager import CacheStats, KVCacheManager, PageCopy
+from pearl.kv.page_pool import OutOfPages, PagePool, PrefixKey
 
-__all__ = ["KVCacheManager", "OutOfPages", "PageCopy", "PrefixStats"]
-__all__ = ["KVCacheManager", "OutOfPages", "PageCopy", "PrefixStats"]
+__all__ = ["CacheStats", "KVCacheManager", "OutOfPages", "PageCopy", "PagePool", "PrefixKey"]

@@ -1,55 +1,63 @@
-"""Which page holds which tokens of which sequence. Host only: the KV tensors belong to a worker."""
+"""Which pages each sequence holds: growth, rollback, sharing, prefix reuse.
+
+A sequence's tokens lie at positions [0, n). Page i of its block table holds positions [i * S, (i + 1) * S), S being
+the page size in tokens. The manager never sees what is drafted: a page enters the prefix cache in ``commit`` alone,
+when all its tokens are verified and their KV is computed, and leaves it in ``reserve`` before it is overwritten.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from pearl.kv.page_pool import OutOfPages, PageKey, PagePool
+from pearl.kv.page_pool import OutOfPages, PagePool, PrefixKey
 
 
-class PageCopy(NamedTuple):
-    """A page copy that the worker must perform before it writes (copy-on-write)."""
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """The worker copies page ``source`` to page ``destination``, all slots and layers, before it writes anything."""
 
     source: int
     destination: int
 
 
-@dataclass(frozen=True)
-class PrefixStats:
-    """Tokens that ``begin`` looked up, and that it found cached."""
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counters since the manager was built."""
 
-    queried_tokens: int = 0
-    hit_tokens: int = 0
+    queried_tokens: int  # tokens of all sequences begun
+    hit_tokens: int  # of these, tokens whose KV was found in the prefix cache
+    evictions: int  # cached pages given up for new content
+    page_copies: int  # copies on write
 
 
-@dataclass
-class _Sequence:
-    """Positions [0, len(pages) * page_size) have a page.
+@dataclass(slots=True)
+class _SequencePages:
+    """What one sequence holds.
 
-    The first len(serials) pages hold committed, computed tokens and are known to the prefix cache, either themselves
-    or through an equal page; serials[i] identifies the content of pages [0, i].
+    Invariant: ``prefix[i]`` is the key of the tokens that page i holds for this sequence, for i in [0, len(prefix)),
+    len(prefix) <= len(pages). The page carries that key itself unless another page was cached under it first.
     """
 
     pages: list[int] = field(default_factory=list)
-    serials: list[int] = field(default_factory=list)
-    table: tuple[int, ...] | None = None  # the block table, until ``pages`` changes
+    prefix: list[PrefixKey] = field(default_factory=list)
+    block_table: tuple[int, ...] | None = None  # tuple(pages), made when asked for
 
 
 class KVCacheManager:
-    """Page bookkeeping of one model: allocate, commit, truncate, free; with prefix caching and copy-on-write.
+    """Pages of one model's KV cache. The engine's thread owns it: no locks.
 
-    Only pages that are full of *committed and computed* tokens enter the prefix cache: a page with drafted tokens may
-    be rolled back and rewritten, and whoever found it would read another text's keys.
+    Every method but ``begin``, ``fork``, ``free`` and ``check_integrity`` costs O(pages that change). An unknown
+    ``seq_id`` raises KeyError.
     """
 
     def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
+        """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1."""
         self._pool = PagePool(num_pages, page_size)
         self._prefix_caching = prefix_caching
-        self._sequences: dict[int, _Sequence] = {}
-        self.stats = PrefixStats()
+        self._sequences: dict[int, _SequencePages] = {}
+        self._queried_tokens = self._hit_tokens = self._page_copies = 0
 
     @property
     def num_pages(self) -> int:
@@ -57,133 +65,198 @@ class KVCacheManager:
 
     @property
     def page_size(self) -> int:
+        """Tokens in a page."""
         return self._pool.page_size
 
     @property
     def num_free_pages(self) -> int:
-        """Free or evictable."""
-        return self._pool.num_free
+        """Pages that can still be reserved: free ones, and cached ones that no sequence holds."""
+        return self._pool.num_free_pages
 
     @property
     def usage(self) -> float:
-        """Share of the pages that sequences hold, 0..1."""
-        return 1.0 - self._pool.num_free / self._pool.num_pages
+        """The part of all pages that sequences hold, in [0, 1]."""
+        return 1 - self.num_free_pages / self.num_pages
 
-    def begin(self, seq_id: int, tokens: Sequence[int]) -> int:
-        """Register a sequence and attach its longest cached prefix; returns how many tokens that covers.
-
-        Whole pages only, and at most len(tokens) - 1 tokens: the last one must be computed for its logits.
-        Raises ValueError if the id is in use.
-        """
-        if seq_id in self._sequences:
-            raise ValueError(f"sequence {seq_id} has begun already")
-        sequence = self._sequences[seq_id] = _Sequence()
-        if not self._prefix_caching:
-            return 0
-        size, parent = self.page_size, 0
-        for start in range(0, (len(tokens) - 1) // size * size, size):
-            found = self._pool.find(PageKey(parent, tuple(tokens[start : start + size])))
-            if found is None:
-                break
-            page, parent = found
-            self._pool.share(page)
-            sequence.pages.append(page)
-            sequence.serials.append(parent)
-        hit = len(sequence.pages) * size
-        self.stats = PrefixStats(self.stats.queried_tokens + len(tokens), self.stats.hit_tokens + hit)
-        return hit
-
-    def can_reserve(self, seq_id: int, num_tokens: int, write_from: int) -> bool:
-        """Whether ``reserve`` with the same arguments would succeed."""
-        new, copied = self._needs(self._sequences[seq_id], num_tokens, write_from)
-        return new + len(copied) <= self._pool.num_free
-
-    def reserve(self, seq_id: int, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
-        """Give positions [0, num_tokens) a page, and make every page with a position >= write_from writable.
-
-        Returns the page copies that must happen before anything is written. Raises OutOfPages and changes nothing if
-        there are too few pages.
-        """
-        sequence = self._sequences[seq_id]
-        new, shared = self._needs(sequence, num_tokens, write_from)
-        first_written = write_from // self.page_size
-        if new or shared:
-            fresh = self._pool.allocate(new + len(shared))  # all or nothing
-            sequence.table = None
-        copies = []
-        for index in shared:
-            source, destination = sequence.pages[index], fresh.pop()
-            self._pool.release(source)
-            sequence.pages[index] = destination
-            copies.append(PageCopy(source, destination))
-        for page in sequence.pages[first_written:]:
-            self._pool.forget(page)  # exclusively ours, but others could find it: its content is about to change
-        del sequence.serials[first_written:]
-        if new:
-            sequence.pages.extend(fresh)
-        return tuple(copies)
-
-    def _needs(self, sequence: _Sequence, num_tokens: int, write_from: int) -> tuple[int, list[int]]:
-        """(pages to add, indices of shared pages that must be copied)."""
-        new = max(0, -(-num_tokens // self.page_size) - len(sequence.pages))
-        first = write_from // self.page_size
-        shared = [i for i in range(first, len(sequence.pages)) if self._pool.is_shared(sequence.pages[i])]
-        return new, shared
-
-    def commit(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
-        """Offer pages to the prefix cache: those full of positions below min(len(tokens), num_computed).
-
-        tokens: the committed (verified) ones, from the sequence's start. num_computed: leading positions whose KV is
-        valid.
-        """
-        if not self._prefix_caching:
-            return
-        sequence, size = self._sequences[seq_id], self.page_size
-        for index in range(len(sequence.serials), min(len(tokens), num_computed) // size):
-            parent = sequence.serials[-1] if sequence.serials else 0
-            key = PageKey(parent, tuple(tokens[index * size : (index + 1) * size]))
-            sequence.serials.append(self._pool.publish(sequence.pages[index], key))
-
-    def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """Roll back to the first num_tokens positions: gives back the pages that lie wholly behind them."""
-        sequence = self._sequences[seq_id]
-        keep = -(-num_tokens // self.page_size)
-        if keep < len(sequence.pages):
-            for page in sequence.pages[keep:]:
-                self._pool.release(page)
-            del sequence.pages[keep:]
-            sequence.table = None
-        del sequence.serials[num_tokens // self.page_size :]
-
-    def fork(self, parent_id: int, child_id: int) -> None:
-        """Start a sequence that shares all of another's pages; whichever writes first gets copies."""
-        if child_id in self._sequences:
-            raise ValueError(f"sequence {child_id} has begun already")
-        parent = self._sequences[parent_id]
-        for page in parent.pages:
-            self._pool.share(page)
-        self._sequences[child_id] = _Sequence(list(parent.pages), list(parent.serials), parent.table)
-
-    def free(self, seq_id: int) -> None:
-        """End a sequence. Its cached pages can be found until they are needed; the last are given up first."""
-        for page in reversed(self._sequences.pop(seq_id).pages):
-            self._pool.release(page)
+    @property
+    def stats(self) -> CacheStats:
+        return CacheStats(self._queried_tokens, self._hit_tokens, self._pool.evictions, self._page_copies)
 
     def block_table(self, seq_id: int) -> tuple[int, ...]:
+        """The sequence's pages in the order of their positions."""
         sequence = self._sequences[seq_id]
-        if sequence.table is None:
-            sequence.table = tuple(sequence.pages)
-        return sequence.table
+        if sequence.block_table is None:
+            sequence.block_table = tuple(sequence.pages)
+        return sequence.block_table
 
     def capacity_tokens(self, seq_id: int) -> int:
-        """Positions that have a page."""
+        """How many tokens the sequence's pages can hold."""
         return len(self._sequences[seq_id].pages) * self.page_size
 
+    def begin(self, seq_id: int, tokens: Sequence[int]) -> int:
+        """Register a sequence with the pages of its longest cached prefix.
+
+        Returns n, the number of tokens whose KV is valid already: a multiple of the page size, n < len(tokens), so
+        that at least one token remains to be computed (0 if there are no tokens). Raises ValueError if the id exists.
+        """
+        sequence = _SequencePages()
+        self._register(seq_id, sequence)
+        if self._prefix_caching:
+            self._attach_cached(sequence, tokens)
+        num_cached = len(sequence.pages) * self.page_size
+        self._queried_tokens += len(tokens)
+        self._hit_tokens += num_cached
+        return num_cached
+
+    def _attach_cached(self, sequence: _SequencePages, tokens: Sequence[int]) -> None:
+        parent = None
+        for index in range((len(tokens) - 1) // self.page_size):
+            found = self._pool.lookup(self._key(parent, tokens, index))
+            if found is None:
+                return
+            self._pool.retain(found.page)
+            sequence.pages.append(found.page)
+            sequence.prefix.append(found.key)
+            parent = found.key
+
+    def fork(self, parent_id: int, child_id: int) -> None:
+        """Register ``child_id`` on all pages of ``parent_id``; who writes first copies.
+
+        Raises ValueError if the child's id exists.
+        """
+        parent = self._sequences[parent_id]
+        self._register(child_id, _SequencePages(parent.pages.copy(), parent.prefix.copy(), parent.block_table))
+        for page in parent.pages:
+            self._pool.retain(page)
+
+    def _register(self, seq_id: int, sequence: _SequencePages) -> None:
+        if seq_id in self._sequences:
+            raise ValueError(f"sequence {seq_id} exists already")
+        self._sequences[seq_id] = sequence
+
+    def can_reserve(self, seq_id: int, num_tokens: int, write_from: int | None = None) -> bool:
+        """Whether ``reserve`` with these arguments would succeed (None: no position that has a page is rewritten)."""
+        write_from = num_tokens if write_from is None else write_from
+        return self._pages_needed(self._sequences[seq_id], num_tokens, write_from) <= self.num_free_pages
+
+    def reserve(self, seq_id: int, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
+        """Make positions [write_from, num_tokens) ready to be written, and keep [0, write_from) readable.
+
+        Afterwards there are pages for [0, num_tokens), and each page with a position to be written is held by this
+        sequence alone and not cached. The KV at positions >= write_from counts as invalid from here on.
+
+        Returns the copies to perform before anything is written. Copies of several calls are right in the order of
+        the calls; if no sequence was freed, truncated or forked in between, no destination is a source or a
+        destination of another copy, so that any order is right.
+
+        Raises OutOfPages with nothing changed; ValueError unless 0 <= write_from <= num_tokens.
+        """
+        if not 0 <= write_from <= num_tokens:
+            raise ValueError(f"positions [{write_from}, {num_tokens}) cannot be reserved")
+        sequence = self._sequences[seq_id]
+        needed = self._pages_needed(sequence, num_tokens, write_from)
+        if needed > self.num_free_pages:
+            raise OutOfPages(
+                f"sequence {seq_id} needs {needed} more pages for {num_tokens} tokens, "
+                f"{self.num_free_pages} of {self.num_pages} are free"
+            )
+        copies = self._own_written(sequence, num_tokens, write_from)
+        while len(sequence.pages) * self.page_size < num_tokens:
+            sequence.pages.append(self._pool.allocate())
+        if needed:
+            sequence.block_table = None
+        del sequence.prefix[write_from // self.page_size :]
+        return copies
+
+    def _own_written(self, sequence: _SequencePages, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
+        copies = []
+        for index in self._written(sequence, num_tokens, write_from):
+            page = sequence.pages[index]
+            if not self._pool.is_shared(page):
+                self._pool.uncache(page)
+                continue
+            sequence.pages[index] = self._pool.allocate()
+            self._pool.release(page)
+            if index * self.page_size < write_from:  # later pages hold nothing that is still valid
+                copies.append(PageCopy(page, sequence.pages[index]))
+        self._page_copies += len(copies)
+        return tuple(copies)
+
+    def _pages_needed(self, sequence: _SequencePages, num_tokens: int, write_from: int) -> int:
+        """Pages that ``reserve`` would allocate: missing ones, and one for each shared page to be written."""
+        missing = max(0, self._num_pages_for(num_tokens) - len(sequence.pages))
+        written = self._written(sequence, num_tokens, write_from)
+        return missing + sum(self._pool.is_shared(sequence.pages[index]) for index in written)
+
+    def _written(self, sequence: _SequencePages, num_tokens: int, write_from: int) -> range:
+        """Indices of the pages held already that have a position in [write_from, num_tokens)."""
+        if write_from == num_tokens:
+            return range(0)
+        return range(write_from // self.page_size, min(len(sequence.pages), self._num_pages_for(num_tokens)))
+
+    def commit(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
+        """Cache the full pages that are verified and computed: those within [0, min(len(tokens), num_computed)).
+
+        ``tokens`` are the sequence's verified tokens from position 0 on, ``num_computed`` is how many leading positions
+        hold valid KV. Positions of pages committed before are not read again. Raises ValueError if more is computed
+        than there are pages for, or if a page that is cached already was overwritten without ``reserve``.
+        """
+        sequence = self._sequences[seq_id]
+        if num_computed > len(sequence.pages) * self.page_size:
+            raise ValueError(
+                f"sequence {seq_id} has pages for {len(sequence.pages) * self.page_size} tokens, "
+                f"so {num_computed} cannot be computed"
+            )
+        if not self._prefix_caching:
+            return
+        prefix = sequence.prefix
+        for index in range(len(prefix), min(len(tokens), num_computed) // self.page_size):
+            key = self._key(prefix[-1] if prefix else None, tokens, index)
+            prefix.append(self._pool.cache(sequence.pages[index], key))
+
+    def _key(self, parent: PrefixKey | None, tokens: Sequence[int], index: int) -> PrefixKey:
+        start = index * self.page_size
+        return PrefixKey(parent, tuple(tokens[start : start + self.page_size]))
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Roll back: KV at positions >= num_tokens is invalid, pages wholly beyond are given back.
+
+        The page that num_tokens cuts through stays as it is, cached or shared, until ``reserve`` prepares it for
+        writing. A num_tokens beyond the sequence's end changes nothing. Raises ValueError if it is negative.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"a sequence cannot be truncated to {num_tokens} tokens")
+        sequence = self._sequences[seq_id]
+        num_kept = self._num_pages_for(num_tokens)
+        if num_kept < len(sequence.pages):
+            self._release(sequence, num_kept)
+            sequence.block_table = None
+        del sequence.prefix[num_tokens // self.page_size :]
+
+    def free(self, seq_id: int) -> None:
+        """Forget the sequence; its cached pages stay findable until they are needed for something else."""
+        self._release(self._sequences.pop(seq_id), 0)
+
+    def _release(self, sequence: _SequencePages, num_kept: int) -> None:
+        # The last page first, so that it is also evicted first: a prefix without its end is useful, an end alone is not.
+        while len(sequence.pages) > num_kept:
+            self._pool.release(sequence.pages.pop())
+
+    def _num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
     def check_integrity(self) -> None:
-        """AssertionError with a sentence if any invariant is broken; for tests."""
+        """Raise AssertionError, saying what is wrong, if an invariant is broken. For tests: O(all pages)."""
+        holders: Counter[int] = Counter()
         for seq_id, sequence in self._sequences.items():
-            assert len(set(sequence.pages)) == len(sequence.pages), f"sequence {seq_id} holds a page twice"
-            assert len(sequence.serials) <= len(sequence.pages), f"sequence {seq_id} has hashed pages it lost"
-            assert sequence.table in (None, tuple(sequence.pages)), f"sequence {seq_id} has a stale block table"
-        held = Counter(page for sequence in self._sequences.values() for page in sequence.pages)
-        self._pool.check_integrity(held)
+            pages, prefix = sequence.pages, sequence.prefix
+            assert len(set(pages)) == len(pages), f"sequence {seq_id} holds a page twice: {pages}"
+            assert sequence.block_table in (None, tuple(pages)), f"sequence {seq_id} has a stale block table"
+            assert len(prefix) <= len(pages), f"sequence {seq_id} has more prefix keys than pages"
+            holders.update(pages)
+            for index, (page, key) in enumerate(zip(pages, prefix, strict=False)):
+                parent = prefix[index - 1] if index else None
+                assert key.parent == parent, f"page {index} of sequence {seq_id} does not follow from its parent"
+                carried = self._pool.key_of(page)
+                assert carried in (None, key), f"page {index} of sequence {seq_id} is cached as another prefix"
+        self._pool.check_integrity(holders)

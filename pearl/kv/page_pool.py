@@ -1,134 +1,185 @@
-"""Physical pages: reference counts, the free list, and the table of cached prefixes."""
+"""Reference-counted pages, and the prefix cache that finds their content again.
+
+Each page is in exactly one state:
+
+    in use      refcount > 0     held by sequences, with or without a prefix key
+    evictable   refcount = 0     carries a prefix key: it can be found again, and is reused last, oldest first
+    free        refcount = 0     carries no key
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class OutOfPages(Exception):
-    """Fewer pages are free or evictable than were asked for; nothing was changed."""
+    """More pages were asked for than are free or evictable. Nothing has changed."""
 
 
-class PageKey(NamedTuple):
-    """What a cached page holds: its tokens, after the page that ``parent`` identifies.
+class PrefixKey:
+    """The whole token prefix that ends with one full page. Immutable.
 
-    ``parent`` is the serial number of the preceding cached content (0 at the start of a sequence). Serial numbers are
-    never used again, so equal keys mean equal tokens all the way back; there is nothing to collide.
+    ``tokens`` are those of the page itself, ``parent`` is the key of the page before it (None: this is the first).
+    Keys are equal exactly if all tokens of both prefixes are equal; the chained hash only says where to look, so a
+    collision costs time and never a wrong page. A comparison ends at the first ancestor that both keys share, hence
+    the pool hands out one canonical key for each cached prefix: children of it compare in O(page).
     """
 
-    parent: int
-    tokens: tuple[int, ...]
+    __slots__ = ("_hash", "parent", "tokens")
+
+    def __init__(self, parent: PrefixKey | None, tokens: tuple[int, ...]) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self._hash = hash((parent, tokens))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PrefixKey):
+            return NotImplemented
+        mine: PrefixKey | None = self
+        theirs: PrefixKey | None = other
+        while mine is not theirs:
+            if mine is None or theirs is None or mine._hash != theirs._hash or mine.tokens != theirs.tokens:
+                return False
+            mine, theirs = mine.parent, theirs.parent
+        return True
 
 
-@dataclass
-class _Page:
-    references: int = 0
-    key: PageKey | None = None  # set while the page can be found in the prefix cache
-    serial: int = 0  # of its content, for the keys of the pages that follow
+class CachedPage(NamedTuple):
+    """A page in the prefix cache, under its canonical key."""
+
+    page: int
+    key: PrefixKey
 
 
 class PagePool:
-    """Pages 0..num_pages-1. Every page is in exactly one state:
-
-    * in use: references > 0;
-    * free: references == 0 and no key, in the free list;
-    * evictable: references == 0 and a key; it can be found again until it is needed, oldest first.
-    """
+    """Pages 0..num_pages-1 of ``page_size`` tokens each. Every method but ``check_integrity`` is O(1)."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
+        """Raises ValueError unless both numbers are at least 1."""
         if num_pages < 1 or page_size < 1:
-            raise ValueError(f"a pool needs at least one page of one slot, not {num_pages} of {page_size}")
-        self.num_pages, self.page_size = num_pages, page_size
-        self._pages = [_Page() for _ in range(num_pages)]
-        self._free: deque[int] = deque(range(num_pages))
-        self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._cached: dict[PageKey, int] = {}
-        self._next_serial = 1
+            raise ValueError(f"a pool of {num_pages} pages of {page_size} tokens cannot hold anything")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._refcounts = [0] * num_pages
+        self._free = list(reversed(range(num_pages)))  # a stack: what was just released is still in the caches
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._cache: dict[PrefixKey, CachedPage] = {}
+        self._cached: list[CachedPage | None] = [None] * num_pages  # the page's entry in _cache
+        self._evictions = 0
 
     @property
-    def num_free(self) -> int:
-        """Pages that ``allocate`` could hand out now: free or evictable."""
+    def num_free_pages(self) -> int:
+        """Pages that ``allocate`` can still give out: free + evictable."""
         return len(self._free) + len(self._evictable)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` pages with one reference each; evicts cached pages last. Raises OutOfPages."""
-        if count > self.num_free:
-            raise OutOfPages(f"{count} pages are needed, {self.num_free} of {self.num_pages} are free")
-        pages = []
-        for _ in range(count):
-            if self._free:
-                page = self._free.popleft()
-            else:
-                page, _ = self._evictable.popitem(last=False)
-                self.forget(page)
-            self._pages[page].references = 1
-            pages.append(page)
-        return pages
+    @property
+    def evictions(self) -> int:
+        """How many cached pages were given up for new content so far."""
+        return self._evictions
 
-    def share(self, page: int) -> None:
-        """One more reference; revives an evictable page."""
-        if self._pages[page].references == 0:
-            del self._evictable[page]  # a free page cannot be shared: nothing refers to it
-        self._pages[page].references += 1
+    def allocate(self) -> int:
+        """A page with refcount 1 and no key; its content is undefined. Raises OutOfPages."""
+        if self._free:
+            page = self._free.pop()
+        elif self._evictable:
+            page, _ = self._evictable.popitem(last=False)
+            self.uncache(page)
+            self._evictions += 1
+        else:
+            raise OutOfPages(f"all {self.num_pages} pages are in use")
+        self._refcounts[page] = 1
+        return page
+
+    def retain(self, page: int) -> None:
+        """One holder more. Raises ValueError if the page is free: its content belongs to nobody."""
+        if self._refcounts[page] == 0:
+            if self._cached[page] is None:
+                raise ValueError(f"page {page} is free: allocate it")
+            del self._evictable[page]
+        self._refcounts[page] += 1
 
     def release(self, page: int) -> None:
-        entry = self._pages[page]
-        assert entry.references > 0, f"page {page} is released more often than it was taken"
-        entry.references -= 1
-        if entry.references == 0:
-            if entry.key is None:
+        """One holder less; the last one leaves the page evictable if it is cached, else free.
+
+        Raises ValueError if nobody holds the page.
+        """
+        if self._refcounts[page] == 0:
+            raise ValueError(f"page {page} is released more often than it is held")
+        self._refcounts[page] -= 1
+        if self._refcounts[page] == 0:
+            if self._cached[page] is None:
                 self._free.append(page)
             else:
                 self._evictable[page] = None
 
-    def is_writable(self, page: int) -> bool:
-        """Whether its only owner may write into it: nobody shares it, and nobody could find it."""
-        entry = self._pages[page]
-        return entry.references == 1 and entry.key is None
-
     def is_shared(self, page: int) -> bool:
-        return self._pages[page].references > 1
+        """Whether more than one sequence holds the page, so that none of them may write to it."""
+        return self._refcounts[page] > 1
 
-    def forget(self, page: int) -> None:
-        """Remove the page from the prefix cache, because its content is about to change."""
-        entry = self._pages[page]
-        if entry.key is not None:
-            del self._cached[entry.key]
-            entry.key, entry.serial = None, 0
+    def lookup(self, key: PrefixKey) -> CachedPage | None:
+        """The page that holds exactly this prefix. The caller must ``retain`` it before anything is allocated."""
+        return self._cache.get(key)
 
-    def publish(self, page: int, key: PageKey) -> int:
-        """Make a page's content findable; returns the serial for the keys that follow.
+    def key_of(self, page: int) -> PrefixKey | None:
+        """The prefix under which this very page is cached."""
+        entry = self._cached[page]
+        return None if entry is None else entry.key
 
-        Where equal content is cached already, that page's serial is returned and this page stays private.
+    def cache(self, page: int, key: PrefixKey) -> PrefixKey:
+        """Make a held page findable under ``key``; returns the canonical key of that prefix.
+
+        If another page holds the same prefix already, that one stays in the cache and this one stays as it is.
+        Raises ValueError if the page is cached as another prefix: it was overwritten without ``uncache``.
         """
-        known = self._cached.get(key)
-        if known is not None:
-            return self._pages[known].serial
-        entry = self._pages[page]
-        assert entry.key is None, f"page {page} would be cached twice"
-        entry.key, entry.serial = key, self._next_serial
-        self._next_serial += 1
-        self._cached[key] = page
-        return entry.serial
+        own = self._cached[page]
+        if own is not None and own.key != key:
+            raise ValueError(f"page {page} is cached as another prefix: it was written to without being reserved")
+        entry = own or self._cache.get(key)
+        if entry is None:
+            entry = CachedPage(page, key)
+            self._cache[key] = self._cached[page] = entry
+        return entry.key
 
-    def find(self, key: PageKey) -> tuple[int, int] | None:
-        """(page, serial) of cached content, or None."""
-        page = self._cached.get(key)
-        return None if page is None else (page, self._pages[page].serial)
+    def uncache(self, page: int) -> None:
+        """Take the page, which is about to be overwritten, out of the prefix cache, if it is there.
 
-    def check_integrity(self, references: Mapping[int, int]) -> None:
-        """AssertionError if any invariant is broken. ``references``: how many sequences hold each page."""
+        Meant for pages in use: an evictable page would be neither free nor evictable afterwards.
+        """
+        entry = self._cached[page]
+        if entry is not None:
+            del self._cache[entry.key]
+            self._cached[page] = None
+
+    def check_integrity(self, holders: Mapping[int, int]) -> None:
+        """Raise AssertionError if an invariant is broken. ``holders``: how many sequences hold each page in use."""
         free, evictable = set(self._free), set(self._evictable)
+        in_use = {page for page, count in enumerate(self._refcounts) if count > 0}
+        for page, count in enumerate(self._refcounts):
+            held = holders.get(page, 0)
+            assert count == held, f"page {page} has refcount {count}, but {held} sequences hold it"
         assert len(free) == len(self._free), "a page is in the free list twice"
-        for page, entry in enumerate(self._pages):
-            held = references.get(page, 0)
-            assert entry.references == held, f"page {page} counts {entry.references} references, {held} hold it"
-            expected = (held == 0 and entry.key is None, held == 0 and entry.key is not None)
-            assert (page in free, page in evictable) == expected, f"page {page} is in the wrong list"
-            assert entry.key is None or self._cached.get(entry.key) == page, f"page {page} is cached under no key"
-            assert entry.key is None or len(entry.key.tokens) == self.page_size, f"page {page} is cached half full"
-        for key, page in self._cached.items():
-            assert self._pages[page].key == key, f"the cache's entry for page {page} is stale"
+        assert not free & evictable, f"pages {free & evictable} are both free and evictable"
+        assert not in_use & (free | evictable), f"pages {in_use & (free | evictable)} are in use and on offer"
+        lost = set(range(self.num_pages)) - free - evictable - in_use
+        assert not lost, f"pages {lost} are neither free, evictable nor in use"
+        self._check_cache(free, evictable)
+
+    def _check_cache(self, free: set[int], evictable: set[int]) -> None:
+        for page in free:
+            assert self._cached[page] is None, f"page {page} is free, but in the prefix cache"
+        for page in evictable:
+            assert self._cached[page] is not None, f"page {page} is evictable, but not in the prefix cache"
+        assert len(self._cache) == self.num_pages - self._cached.count(None), (
+            "a page is in the prefix cache under two keys, or keeps the key of an entry that is gone"
+        )
+        for key, entry in self._cache.items():
+            assert key is entry.key, f"page {entry.page} is not in the prefix cache under its canonical key"
+            assert self._cached[entry.page] is entry, f"page {entry.page} has lost its prefix key"
+            assert len(key.tokens) == self.page_size, f"page {entry.page} is cached with {len(key.tokens)} tokens"
+            chained = PrefixKey(key.parent, key.tokens)
+            assert chained == key, f"the hash of page {entry.page} does not follow from its parent and its tokens"

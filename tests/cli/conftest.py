@@ -1,26 +1,16 @@
-"""The command line is tested with the bundled pair; float32 and a fixed window make every run the same."""
+"""Fixtures of the command line's tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from pearl import LLM
-from pearl.cli.app import app
-
-PROMPT = "def read_lines(path):\n"
-SETTLED = ("--dtype", "float32", "--window", "3", "--max-model-len", "512")
 
 
 @pytest.fixture(scope="session")
 def llm() -> Iterator[LLM]:
-    """The library itself, configured as ``invoke`` configures the command."""
+    """The library itself, configured as ``cli_support.SETTLED`` configures the command."""
     with LLM(dtype="float32", window=3, max_model_len=512, max_num_seqs=2) as loaded:
         yield loaded
-
-
-def invoke(*arguments: str, stdin: str | None = None) -> Result:
-    """Run ``pearl generate`` in this process, with neither stream a terminal."""
-    return CliRunner().invoke(app, ["generate", *SETTLED, *arguments], input=stdin, catch_exceptions=False)

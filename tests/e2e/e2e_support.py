@@ -155,7 +155,7 @@ class Pair:
 
 
 def greedy_reference(judge: PreTrainedModel, prompt: Sequence[int], count: int, **options: Any) -> Reference:
-    """transformers' ``generate``, without padding tokens and, unless ``eos_token_id`` is given, past any end of text."""
+    """transformers' ``generate`` without padding tokens; goes on after an end of text unless given ``eos_token_id``."""
     ids = torch.tensor([list(prompt)])
     padding = list(range(VOCAB, judge.config.vocab_size)) if VOCAB < judge.config.vocab_size < 2 * VOCAB else []
     with torch.inference_mode():

@@ -78,9 +78,7 @@ def test_there_are_enough_prompts_and_hardly_any_near_ties(bundled: Bundled) -> 
 
 
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])
-def test_pearl_with_its_defaults_equals_transformers(
-    bundled: Bundled, open_llm: OpenLLM, verification: Any
-) -> None:
+def test_pearl_with_its_defaults_equals_transformers(bundled: Bundled, open_llm: OpenLLM, verification: Any) -> None:
     llm = open_llm(dtype="float32", verification=verification, max_num_seqs=8)
     outputs = llm.generate(bundled.texts, SamplingParams(max_tokens=TOKENS))
     assert [output.prompt_token_ids for output in outputs] == bundled.ids

@@ -13,7 +13,6 @@ from e2e_support import (
     Pair,
     acceptance,
     assert_at_rest,
-    cut,
     greedy_reference,
     prompts,
     save,
@@ -30,9 +29,7 @@ TOKENS = 24
 
 @pytest.mark.parametrize("setting", ALL_SETTINGS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_mixed_batch_equals_transformers(
-    pairs: dict[str, Pair], open_llm: OpenLLM, family: str, setting: str
-) -> None:
+def test_mixed_batch_equals_transformers(pairs: dict[str, Pair], open_llm: OpenLLM, family: str, setting: str) -> None:
     pair = pairs[family]
     batch = prompts(LENGTHS)
     # Fewer places than prompts and a small token budget: late joiners, chunks and all phases in one batch.

@@ -177,9 +177,8 @@ def test_a_prompt_that_ends_differently_has_its_own_distribution(small: Pair, op
     first = params_of(n=SAMPLES // 2, seed=10_000)
     second = params_of(n=SAMPLES // 2, seed=20_000, temperature=0.5, top_p=0.9, draft_temperature=1.5)
     outputs = open_llm(small, window=2, max_num_seqs=64).generate([PROMPT, PROMPT], [first, second])
-    for output, params, other in zip(outputs, (first, second), (second, first), strict=True):
+    for output, params in zip(outputs, (first, second), strict=True):
         assert smallest_p(token_ids([output]), exact_joint(small, params)) > ALARM
-    assert p_value(token_ids([outputs[0]]), exact_joint(small, first), (0, 1)) > ALARM
     assert p_value(token_ids([outputs[1]]), exact_joint(small, dataclasses.replace(second, top_p=1.0)), (0, 1)) < PROOF
 
 
@@ -255,7 +254,8 @@ def replacement_from_p(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def accepting_what_the_draft_likes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The draft's noise is reused by the acceptance test: proposals and verdicts are no longer independent."""
     right = sampling.uniform
-    monkeypatch.setattr(sampling, "uniform", lambda seed, position, stream: right(seed, position, sampling.Stream.DRAFT))
+    noise = sampling.Stream.DRAFT
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position, stream: right(seed, position, noise))
     return reference.verify
 
 

@@ -88,12 +88,12 @@ def target_token(prefix: Sequence[int]) -> int:
     return zlib.crc32(bytes(prefix)) % VOCAB
 
 
-def target_sequence(prompt: Sequence[int], max_tokens: int) -> list[int]:
+def target_sequence(prompt: Sequence[int], max_tokens: int, eos_ids: Collection[int] = (EOS,)) -> list[int]:
     """What a request must return: the target's own tokens up to EOS or max_tokens."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens and (len(tokens) == len(prompt) or tokens[-1] != EOS):
-        tokens.append(target_token(tokens))
-    return tokens[len(prompt) :]
+    output: list[int] = []
+    while len(output) < max_tokens and not (output and output[-1] in eos_ids):
+        output.append(target_token([*prompt, *output]))
+    return output
 
 
 class _Entry(NamedTuple):
@@ -329,7 +329,7 @@ def simulate(
     method: DecodingMethod | str = "pearl",
     *,
     window: int = 3,
-    num_pages: int = 64,
+    num_pages: int = 100,
     page_size: int = 4,
     budget: int = 64,
     lanes: int = 4,

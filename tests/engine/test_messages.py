@@ -55,7 +55,7 @@ def test_sequences_in_messages_are_tuples() -> None:
         f"{c.__name__}.{f.name}: {f.type}"
         for c in CLASSES
         for f in dataclasses.fields(c)
-        if str(f.type).startswith(("list", "set", "Sequence"))
+        if str(f.type).startswith(("list[", "set[", "Sequence["))
     ]
     assert wrong == []
 

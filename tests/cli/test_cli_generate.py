@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from cli_support import PROMPT, invoke
 
 from pearl import LLM, SamplingParams
-from tests.cli.conftest import PROMPT, invoke
 
 
 @pytest.fixture(scope="module")

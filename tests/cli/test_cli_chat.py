@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from cli_pty import PtyProcess
+from cli_support import SETTLED
 from typer.testing import CliRunner
 
 from pearl.cli.app import app
-from tests.cli.conftest import SETTLED
-from tests.cli.pty_process import PtyProcess
 
 CLOSING = "per target forward"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from cli_support import PROMPT
 
 from pearl import LLM, RequestMetrics, SamplingParams, StreamChunk
 from pearl.cli.attribution import Attribution
-from tests.cli.conftest import PROMPT
 
 
 def chunk(text: str, token_ids: Sequence[int] = (), drafted: Sequence[bool] = ()) -> StreamChunk:

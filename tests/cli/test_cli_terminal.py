@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from cli_pty import PtyProcess
+from cli_support import PROMPT, SETTLED
+
 from pearl import LLM, SamplingParams
-from tests.cli.conftest import PROMPT, SETTLED
-from tests.cli.pty_process import PtyProcess
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 DRAFTED, OWN = "\x1b[32m", "\x1b[1;33m"

@@ -1,0 +1,20 @@
+"""Models: one decoder for all supported families, its weights, its KV tensors, its tokenizer."""
+
+from pearl.models.bundled import bundled_path
+from pearl.models.decoder import Decoder
+from pearl.models.forward_batch import ForwardBatch
+from pearl.models.kv_cache import KVCache
+from pearl.models.loader import load_model
+from pearl.models.model_config import ModelConfig
+from pearl.models.tokenizer import IncrementalDetokenizer, Tokenizer
+
+__all__ = [
+    "Decoder",
+    "ForwardBatch",
+    "IncrementalDetokenizer",
+    "KVCache",
+    "ModelConfig",
+    "Tokenizer",
+    "bundled_path",
+    "load_model",
+]

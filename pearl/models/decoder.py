@@ -1,0 +1,86 @@
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3: the families differ in data (ModelConfig), not in code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pearl.models.forward_batch import ForwardBatch
+from pearl.models.kv_cache import KVCache
+from pearl.models.model_config import ModelConfig
+from pearl_kernels import KernelSet
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """``qkv`` stacks the q, k and v projections, ``gate_up`` gate and up: one matrix product each."""
+
+    input_norm: Tensor  # [D]
+    qkv: Tensor  # [(Hq + 2 Hk) * head_dim, D]
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None
+    output: Tensor  # [D, Hq * head_dim]
+    output_bias: Tensor | None
+    post_norm: Tensor  # [D]
+    gate_up: Tensor  # [2F, D]
+    gate_up_bias: Tensor | None
+    down: Tensor  # [D, F]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    embedding: Tensor  # [V, D]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [D]
+    head: Tensor  # [V, D]; the embedding itself where they are tied
+
+
+class Decoder:
+    """Weights and operators; stateless between forwards. Call it in torch.inference_mode."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, cos_sin: Tensor, kernels: KernelSet) -> None:
+        self.config, self.weights, self.kernels = config, weights, kernels
+        self._cos_sin = cos_sin  # [max_model_len, head_dim]
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Compute all N tokens, write their keys and values, and return logits ``[M, V]`` of batch.logits_rows."""
+        kernels, eps = self.kernels, self.config.eps
+        x = self.weights.embedding[batch.input_ids]
+        residual: Tensor | None = None
+        for index, layer in enumerate(self.weights.layers):
+            if residual is None:
+                residual, x = x, kernels.rms_norm(x, layer.input_norm, eps)
+            else:
+                x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
+            x = self._attention(layer, x, batch, cache.layers[index], self.config.windows[index])
+            x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = kernels.silu_and_mul(kernels.linear(x, layer.gate_up, layer.gate_up_bias))
+            x = kernels.linear(x, layer.down, layer.down_bias)
+        assert residual is not None  # ModelConfig has at least one layer
+        rows = batch.logits_rows
+        if rows.shape[0] == 0:
+            return x.new_empty(0, self.config.vocab_size)
+        if rows.shape[0] < x.shape[0]:
+            x, residual = x[rows], residual[rows]
+        logits: Tensor = kernels.linear(kernels.add_rms_norm(x, residual, self.weights.norm, eps), self.weights.head)
+        return logits
+
+    def _attention(
+        self, layer: LayerWeights, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, Tensor], window: int
+    ) -> Tensor:
+        config, kernels = self.config, self.kernels
+        keys, values = cache
+        qkv = kernels.linear(x, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, config.head_dim)
+        q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        kernels.rope_and_cache(
+            q, k, v, batch.positions, self._cos_sin, keys, values, batch.slot_mapping,
+            layer.q_norm, layer.k_norm, config.eps,
+        )  # fmt: skip
+        attended = kernels.verify_attention(
+            q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, config.head_dim**-0.5, window
+        )
+        output: Tensor = kernels.linear(attended.view(x.shape[0], -1), layer.output, layer.output_bias)
+        return output

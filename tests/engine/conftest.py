@@ -1,0 +1,11 @@
+"""Settings of the engine's tests. The helpers are in engine_sim.py."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# Deterministic: a failure here is a failure everywhere. Raise max_examples by hand when the scheduler changes.
+settings.register_profile(
+    "engine", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("engine")
