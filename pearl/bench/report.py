@@ -49,7 +49,7 @@ def commit() -> str | None:
 
 
 def table(results: Sequence[MethodResult], title: str) -> Table:
-    columns = ("method", "tok/s", "speedup", "mean accepted", "acceptance", "target fwd/token", "window", "efficiency")
+    columns = ("method", "tok/s", "speedup", "accepted", "rate", "fwd/token", "window", "efficiency")
     rows = Table(title=title)
     for index, column in enumerate(columns):
         rows.add_column(column, justify="right" if index else "left")

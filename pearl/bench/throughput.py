@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -47,23 +48,21 @@ def throughput(
         "target": target or "bundled", "draft": draft or "bundled", "device": device, "dtype": dtype,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
-    try:
-        names = [name.strip() for name in methods.split(",") if name.strip()]
-        if json_out is not None and not json_out.absolute().parent.is_dir():
-            raise ConfigurationError(f"--json: the folder {json_out.parent} does not exist")
-        texts = load_prompts(dataset, prompts)
-        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
-        options: dict[str, Any] = {
-            "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
-            "window": window if window == "auto" else int(window), "max_num_seqs": batch_size,
-            "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
-        }  # fmt: skip
-        for name in names:
-            EngineConfig(**{**options, "method": name})  # refuse a bad option before anything is loaded
-        results = _run(console, names, options, texts, params, repeats)
-    except (PearlError, ValueError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        raise typer.Exit(2) from None
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if window != "auto" and not window.isdigit():
+        raise typer.BadParameter(f'--window must be "auto" or an integer, not {window!r}')
+    if json_out is not None and not json_out.absolute().parent.is_dir():
+        raise ConfigurationError(f"--json: the folder {json_out.parent} does not exist")
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
+    options: dict[str, Any] = {
+        "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
+        "window": window if window == "auto" else int(window), "max_num_seqs": batch_size,
+        "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
+    }  # fmt: skip
+    for name in names:
+        EngineConfig(**{**options, "method": name})  # refuse a bad option before anything is loaded
+    texts = load_prompts(dataset, prompts)
+    results = _run(console, names, options, texts, params, repeats)
     console.print(table(results, f"{dataset}: {len(texts)} prompts, up to {max_tokens} tokens, batch {batch_size}"))
     if json_out is not None:
         write_json(json_out, results, settings)
@@ -90,4 +89,9 @@ def _run(
 
 
 def main() -> None:
-    typer.run(throughput)
+    try:
+        typer.run(throughput)
+    except PearlError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

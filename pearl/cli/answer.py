@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import cast
 
 from pearl.cli.attribution import Attribution
 from pearl.cli.interrupts import InterruptGuard
@@ -97,17 +96,15 @@ def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, dis
     Raises PearlError if the engine gave up on the request; what was shown stays.
     """
     outputs = [CompletionOutput(index) for index in range(params.n)]
-    # Closing the stream aborts what is left of it.
-    stream = cast(Generator[StreamChunk, None, None], llm.stream(prompt, params))
-    with InterruptGuard() as interrupt, closing(stream) as chunks:
+    with InterruptGuard() as interrupt, closing(llm.stream(prompt, params)) as chunks:
         for chunk in chunks:
             _extend(outputs[chunk.index], chunk)
             display.show(chunk)
             if interrupt.requested:
                 break
     display.finish()
-    if any(output.finish_reason == "abort" for output in outputs):
-        raise PearlError("the engine failed while it generated; the answer is incomplete")
+    if errors := [output.error for output in outputs if output.error is not None]:
+        raise PearlError(f"the engine failed, the answer is incomplete: {errors[0]}")
     return Answer(outputs)
 
 
@@ -115,4 +112,4 @@ def _extend(output: CompletionOutput, chunk: StreamChunk) -> None:
     output.text += chunk.text
     output.token_ids.extend(chunk.token_ids)
     output.drafted.extend(chunk.drafted)
-    output.finish_reason, output.metrics = chunk.finish_reason, chunk.metrics
+    output.finish_reason, output.metrics, output.error = chunk.finish_reason, chunk.metrics, chunk.error

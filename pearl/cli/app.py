@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from pearl.bench.throughput import throughput
 from pearl.cli.chat import chat
 from pearl.cli.generate import generate
-from pearl.cli.info import info, installed
+from pearl.cli.info import DISTRIBUTION, info, installed
 from pearl.cli.interrupts import INTERRUPTED
 from pearl.cli.terminal import Terminal
 from pearl.errors import PearlError
@@ -26,11 +27,12 @@ app = typer.Typer(
 )
 for command in (generate, chat, info):
     app.command()(command)
+app.command("bench")(throughput)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pearl {installed('pearl')}")
+        typer.echo(f"pearl {installed(DISTRIBUTION)}")
         raise typer.Exit
 
 

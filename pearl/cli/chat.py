@@ -47,6 +47,7 @@ class Repl:
         self._terminal, self._llm, self._params, self._method = terminal, llm, params, method
         room = min(params.max_tokens, llm.max_model_len // 4)  # an answer that is cut later is better than none
         self._conversation = Conversation(llm.tokenizer.render_chat, llm.max_model_len - room, system)
+        self._conversation.ask("?")  # a model that cannot chat is refused now, not after the first message
         self._total = Summary()
         self._open = True
         self._lines = LineReader("> ", bold=terminal.colored)

@@ -14,6 +14,7 @@ from pearl.cli.terminal import Terminal
 from pearl.config import EngineConfig
 from pearl_kernels.registry import OPERATORS, Situation, explain
 
+DISTRIBUTION = "pearl-engine"
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
@@ -40,7 +41,7 @@ def info(
 def _machine_table(config: EngineConfig) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     draft_threads, target_threads = config.resolve_threads()
-    table.add_row("pearl", installed("pearl"))
+    table.add_row("pearl", installed(DISTRIBUTION))
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in PACKAGES:
         table.add_row(package, installed(package))

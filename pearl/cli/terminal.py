@@ -61,7 +61,7 @@ class Terminal:
         if not self.err.is_terminal:
             yield
             return
-        with self.err.status(f"[dim]{doing}[/]"):
+        with self.err.status(f"[dim]{doing}[/]", spinner_style="dim"):
             yield
 
     def legend(self) -> Text:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pearl.drafting import Drafter
 from pearl.engine.request import Request
 from pearl.engine.scheduler import Scheduler
@@ -49,6 +51,8 @@ class Engine:
         self._drafter, self._draft_worker = drafter, draft_worker
         self._verifier, self._window = verifier, window
         self._closed = False
+        # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
+        self._draft_logits: Tensor | None = None
 
     def add(self, request: Request) -> None:
         if self._closed:
@@ -82,9 +86,10 @@ class Engine:
         target = self._submit_target(plan.target)
         draft = self._submit_draft(plan.draft)
         try:
-            proposal = draft.result() if draft else DraftProposal()
+            proposal = draft.result() if draft else DraftProposal(logits=self._draft_logits)
         finally:  # both must be at rest before anyone touches their KV again
             output = target.result() if target else TargetOutput(None)
+        self._draft_logits = proposal.logits
         return proposal, output
 
     def _submit_target(self, plan: TargetPlan) -> Future[TargetOutput] | None:

@@ -238,7 +238,7 @@ class KVCacheManager:
         self._release(self._sequences.pop(seq_id), 0)
 
     def _release(self, sequence: _SequencePages, num_kept: int) -> None:
-        # The last page first, so that it is also evicted first: a prefix without its end is useful, an end alone is not.
+        # The last page first, so that it is evicted first: a prefix without its end is useful, an end alone is not.
         while len(sequence.pages) > num_kept:
             self._pool.release(sequence.pages.pop())
 

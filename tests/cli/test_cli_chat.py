@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from cli_pty import PtyProcess
 from cli_support import SETTLED
 from typer.testing import CliRunner
 
-from pearl.cli.app import app
+from pearl.cli.app import app, run
 
 CLOSING = "per target forward"
 
 
-def test_a_conversation_at_the_terminal() -> None:
-    with PtyProcess("chat", "--max-tokens", "200", "--ignore-eos", *SETTLED) as terminal:
+def test_a_conversation_at_the_terminal(chat_model: Path) -> None:
+    with PtyProcess("chat", "--target", str(chat_model), "--max-tokens", "256", "--ignore-eos", *SETTLED) as terminal:
         terminal.wait_for("> ")
         terminal.type("import os\n")
-        assert "200 tokens" in terminal.wait_for(CLOSING)
+        assert "256 tokens" in terminal.wait_for(CLOSING)
 
         terminal.type("import sys\n")
         terminal.wait_for("\x1b[32m")
@@ -31,19 +34,29 @@ def test_a_conversation_at_the_terminal() -> None:
 
         terminal.type("\x03")
         terminal.wait_for("Ctrl-D or /exit leaves")
+        terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
     assert "Traceback" not in terminal.output
 
 
-def test_a_piped_conversation_forgets_the_oldest_turns() -> None:
+def test_a_piped_conversation_forgets_the_oldest_turns(chat_model: Path) -> None:
     typed = "/help\nx = 1\ny = 2\nz = 3\n/sing\n" + "w = 4 " * 100 + "\n/stats\n/exit\nnever asked\n"
-    options = ["--dtype", "float32", "--window", "3", "--max-model-len", "64", "--max-tokens", "16", "--ignore-eos"]
-    result = CliRunner().invoke(app, ["chat", *options], input=typed, catch_exceptions=False)
+    options = ["--dtype", "float32", "--window", "3", "--max-model-len", "48", "--max-tokens", "16", "--ignore-eos"]
+    command = ["chat", "--target", str(chat_model), *options]
+    result = CliRunner().invoke(app, command, input=typed, catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stderr.count(CLOSING) == 4  # three answers and /stats
-    assert "/reset  forget" in result.stderr
-    assert "the oldest turn was forgotten" in result.stderr
-    assert "/sing is not a command" in result.stderr
-    assert "the message alone makes a prompt of" in result.stderr
+    for said in (
+        "/reset  forget",
+        "the oldest turn was forgotten",
+        "/sing is not a command",
+        "the message alone makes a prompt of",
+    ):
+        assert said in result.stderr
     assert "never" not in result.stdout
+
+
+def test_a_model_without_a_template_is_refused(mute_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["chat", "--target", str(mute_model), *SETTLED]) == 2
+    assert "no chat template" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from pearl.cli import app
         (["generate", "x", "--window", "0"], "window"),
         (["generate", "x", "--window", "many"], "window"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
-        (["generate", "x", "--temperature", "warm"], "warm"),
+        (["generate", "x", "--temperature", "warm"], "--temperature"),
         (["generate", "x", "--top-p", "0"], "top_p"),
         (["generate", "x", "--kv-cache-memory", "lots"], "lots"),
         (["generate", "x", "--device", "abacus"], "abacus"),

@@ -31,7 +31,7 @@ from pearl.outputs import RequestOutput
 VOCAB = 300  # ids that the tokenizer knows; models may have more columns
 EOS = 0
 # fp32 logits of two implementations differ by about 1e-5; a wider margin is decided the same way by both.
-DECISIVE_MARGIN = 5e-4
+DECISIVE_MARGIN = 1e-4
 
 _SHAPE = {
     "vocab_size": VOCAB,
@@ -101,12 +101,12 @@ def byte_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<eos>"],
+        special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([Path(__file__).read_text("utf-8")], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path, **generation: Any) -> str:
@@ -154,7 +154,9 @@ class Pair:
         return known
 
 
-def greedy_reference(judge: PreTrainedModel, prompt: Sequence[int], count: int, **options: Any) -> Reference:
+def greedy_reference(
+    judge: PreTrainedModel, prompt: Sequence[int], count: int, margin: float = DECISIVE_MARGIN, **options: Any
+) -> Reference:
     """transformers' ``generate`` without padding tokens; goes on after an end of text unless given ``eos_token_id``."""
     ids = torch.tensor([list(prompt)])
     padding = list(range(VOCAB, judge.config.vocab_size)) if VOCAB < judge.config.vocab_size < 2 * VOCAB else []
@@ -171,7 +173,7 @@ def greedy_reference(judge: PreTrainedModel, prompt: Sequence[int], count: int, 
         )
     tokens = out.sequences[0, ids.shape[1] :].tolist()
     best = torch.cat(out.scores).topk(2).values
-    narrow = (best[:, 0] - best[:, 1] < DECISIVE_MARGIN).nonzero().flatten().tolist()
+    narrow = (best[:, 0] - best[:, 1] < margin).nonzero().flatten().tolist()
     return Reference(tokens, narrow[0] if narrow else len(tokens))
 
 

@@ -1,0 +1,4 @@
+#define PEARL_ISA scalar
+#include "cpu/simd_scalar.h"
+
+#include "cpu/kernels.inl"

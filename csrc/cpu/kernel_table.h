@@ -1,0 +1,34 @@
+// The kernels that exist once for each instruction set.
+#pragma once
+
+#include "pearl/params.h"
+
+namespace pearl {
+
+struct KernelTable {
+  const char* isa;
+  void (*rms_norm)(const RmsNormParams&);
+  void (*silu_and_mul)(const SiluAndMulParams&);
+  void (*rope_and_cache)(const RopeAndCacheParams&);
+  void (*verify_attention)(const AttentionParams&);
+  void (*sample)(const SampleParams&);
+  void (*verify)(const VerifyParams&);
+  void (*uniform_noise)(const NoiseParams&);
+  void (*gumbel_noise)(const NoiseParams&);
+};
+
+namespace scalar {
+const KernelTable& table();
+}
+namespace avx2 {
+const KernelTable& table();
+}
+namespace avx512 {
+const KernelTable& table();
+}
+
+/// The kernels for this CPU: the widest instruction set it has, or the one that the environment variable PEARL_CPU_ISA
+/// names. Chosen at the first call. Throws std::runtime_error if the variable names one that cannot run here.
+const KernelTable& kernels();
+
+}  // namespace pearl

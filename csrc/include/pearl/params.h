@@ -1,0 +1,137 @@
+// What a kernel is told: plain structs of pointers and sizes, the same for every instruction set.
+//
+// Shapes stand beside each pointer. A stride counts elements between two rows; where none is given the tensor is
+// contiguous. N tokens, R requests or sequences, D head width, S slots of a page, P pages.
+#pragma once
+
+#include <cstdint>
+
+namespace pearl {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
+/// The upper half of an fp32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct RmsNormParams {
+  DType dtype;  // of every tensor here
+  int64_t rows, width;
+  const void* x;  // [rows, width]
+  int64_t x_stride;
+  void* residual;  // [rows, width], becomes residual + x, which is what is normed; null: x is normed
+  int64_t residual_stride;
+  const void* weight;  // [width]
+  void* out;           // [rows, width]
+  float eps;
+};
+
+struct SiluAndMulParams {
+  DType dtype;
+  int64_t rows, width;
+  const void* x;  // [rows, 2 * width]: gates, then ups
+  int64_t x_stride;
+  void* out;  // [rows, width]
+};
+
+struct RopeAndCacheParams {
+  DType dtype;  // of q, k, v, the caches and the norm weights
+  int64_t tokens, query_heads, kv_heads, head_dim;
+  void* q;  // [N, query_heads, D], rotated in place
+  int64_t q_stride;
+  const void* k;  // [N, kv_heads, D]
+  int64_t k_stride;
+  const void* v;  // [N, kv_heads, D]
+  int64_t v_stride;
+  const int64_t* positions;  // [N], in [0, max_position)
+  const float* cos_sin;      // [max_position, D]: D / 2 cosines, then D / 2 sines
+  int64_t max_position;
+  void* k_cache;  // [slots, kv_heads, D], slots = P * S
+  void* v_cache;
+  int64_t slots;
+  const int64_t* slot_mapping;  // [N], below slots; negative: nothing is written
+  const void* q_norm;           // [D] or null
+  const void* k_norm;           // [D] or null
+  float eps;
+};
+
+struct AttentionParams {
+  DType q_dtype;      // of q and out
+  DType cache_dtype;  // of both caches
+  int64_t sequences, tokens, query_heads, kv_heads, head_dim, pages, page_size;
+  const void* q;  // [N, query_heads, D]
+  int64_t q_stride;
+  const void* k_cache;  // [P, S, kv_heads, D]
+  const void* v_cache;
+  const int32_t* block_tables;  // [R, table_width]
+  int64_t table_width, table_stride;
+  const int32_t* query_start;   // [R + 1]
+  const int32_t* context_lens;  // [R]
+  void* out;                    // [N, query_heads, D]
+  float scale;
+  int64_t window;  // keys a row sees, its own included; 0: all
+  float softcap;   // 0: none
+};
+
+/// Rows of logits. Columns at or past the vocabulary's size are padding and never read.
+struct LogitsView {
+  const void* data;  // [rows, >= vocab_size]
+  DType dtype;
+  int64_t rows, stride;
+};
+
+/// One entry a row (sample) or a request (verify).
+struct SamplingView {
+  const float* temperature;  // 0: greedy
+  const int32_t* top_k;      // 0: off
+  const float* top_p;        // 1: off
+  const float* min_p;        // 0: off
+  const int64_t* seed;
+};
+
+struct SampleParams {
+  LogitsView logits;
+  SamplingView sampling;     // [N]
+  const int64_t* positions;  // [N]
+  int64_t vocab_size;
+  uint32_t stream;
+  int64_t* tokens;  // [N]
+  float* logprobs;  // [N]
+};
+
+enum class Rule : int32_t { kRejection = 0, kCoupled = 1 };
+
+struct VerifyParams {
+  LogitsView logits;  // N rows
+  SamplingView sampling;
+  const int64_t* draft_tokens;  // [N], -1: bonus row
+  const int32_t* row_start;     // [R + 1]
+  const int64_t* positions;     // [N]
+  int64_t requests, vocab_size;
+  Rule rule;
+  const float* draft_logprobs;     // [N]; like all that follow, null under kCoupled
+  LogitsView draft_logits;         // Q rows; data is null where no token needs one
+  const int32_t* draft_rows;       // [N], row of draft_logits; -1: q is the point mass on the token
+  const float* draft_temperature;  // [R]; null where draft_logits is
+  int32_t* accepted;               // [R]
+  int64_t* next_token;             // [R], -1: none
+};
+
+struct CopyBlocksParams {
+  void* cache;  // [P, ...]
+  int64_t pages, page_bytes;
+  const int64_t* pairs;  // [count, 2]: source page, destination page
+  int64_t count;
+};
+
+/// Random numbers by themselves, for tests: one row of noise for each (seed, position).
+struct NoiseParams {
+  const int64_t* seed;      // [N]
+  const int64_t* position;  // [N]
+  uint32_t stream;
+  int64_t rows, vocab_size;
+  float* out;  // [N, vocab_size]
+};
+
+}  // namespace pearl

@@ -1,0 +1,253 @@
+"""Random rounds over simulated KV: whatever happens, every sequence reads exactly its own tokens.
+
+A slot's content stands for the keys and values of one token. They depend on all tokens before it, so the simulated
+slot holds the whole prefix: a page that was reused, shared or found wrongly cannot look right by accident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pearl.kv import KVCacheManager, OutOfPages, PageCopy, PrefixKey
+
+Tokens = tuple[int, ...]
+TOKEN = st.integers(0, 1)  # so few that prefixes coincide all the time
+DRAFT = st.lists(TOKEN, max_size=5)
+PROMPT = st.lists(TOKEN, min_size=1, max_size=10)
+
+
+@dataclass
+class Live:
+    """A sequence as the scheduler sees it: KV is valid for [0, computed) of committed + pending tokens."""
+
+    committed: list[int]
+    computed: int
+    pending: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.committed + self.pending
+
+    def judge(self, accepted: int, correction: int | None) -> None:
+        """Commit ``accepted`` pending tokens; a correction replaces the next one, and ends what is pending."""
+        length = len(self.committed)
+        held, rest = self.pending[:accepted], self.pending[accepted:]
+        self.committed += held
+        self.pending = rest
+        if correction is not None:
+            self.committed.append(correction)
+            self.computed = min(self.computed, length + accepted)
+            self.pending = []
+
+
+class Memory:
+    """What a worker's KV tensors hold: for each page the prefix that was written to each slot."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self._page_size = page_size
+        self.pages: list[list[Tokens]] = [[()] * page_size for _ in range(num_pages)]
+
+    def copy(self, copies: list[PageCopy]) -> None:
+        for copy in copies:
+            self.pages[copy.destination] = list(self.pages[copy.source])
+
+    def write(self, table: Tokens, tokens: list[int], start: int, end: int) -> None:
+        for position in range(start, end):
+            page, slot = table[position // self._page_size], position % self._page_size
+            self.pages[page][slot] = tuple(tokens[: position + 1])
+
+    def check(self, table: Tokens, tokens: list[int], end: int) -> None:
+        for position in range(end):
+            content = self.pages[table[position // self._page_size]][position % self._page_size]
+            assert content == tuple(tokens[: position + 1]), f"position {position} of {tokens} holds {content}"
+
+
+def prefix_of(key: PrefixKey) -> Tokens:
+    before = prefix_of(key.parent) if key.parent else ()
+    return before + key.tokens
+
+
+class Rounds(RuleBasedStateMachine):
+    @initialize(num_pages=st.integers(2, 12), page_size=st.sampled_from([1, 2, 4]))
+    def build(self, num_pages: int, page_size: int) -> None:
+        self.kv = KVCacheManager(num_pages, page_size)
+        self.memory = Memory(num_pages, page_size)
+        self.live: dict[int, Live] = {}
+        self.begun = 0
+        self.verified: set[Tokens] = set()  # every prefix that was committed and computed at some time
+        self.written: list[Tokens] = [()]  # every prefix that was computed, rejected ones too
+
+    def new_id(self) -> int:
+        self.begun += 1
+        return self.begun
+
+    def start(self, seq_id: int, tokens: list[int]) -> None:
+        cached = self.kv.begin(seq_id, tokens)
+        assert cached % self.kv.page_size == 0 and cached < len(tokens)
+        assert self.kv.capacity_tokens(seq_id) == cached
+        assert cached == 0 or tuple(tokens[:cached]) in self.verified, "found, but was never verified"
+        self.live[seq_id] = Live(list(tokens), cached)
+
+    def draw_id(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.live)))
+
+    @rule(tokens=PROMPT)
+    def begin(self, tokens: list[int]) -> None:
+        self.start(self.new_id(), tokens)
+
+    @rule(data=st.data(), more=PROMPT)
+    def begin_with_what_was_written_once(self, data: st.DataObject, more: list[int]) -> None:
+        self.start(self.new_id(), [*data.draw(st.sampled_from(self.written)), *more])
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        parent, child = self.draw_id(data), self.new_id()
+        free = self.kv.num_free_pages
+        self.kv.fork(parent, child)
+        assert self.kv.block_table(child) == self.kv.block_table(parent) and self.kv.num_free_pages == free
+        state = self.live[parent]
+        self.live[child] = Live(list(state.committed), state.computed, list(state.pending))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        seq_id = self.draw_id(data)
+        self.kv.free(seq_id)
+        del self.live[seq_id]
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        seq_id = self.draw_id(data)
+        self.kv.free(seq_id)
+        self.start(seq_id, self.live.pop(seq_id).committed)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), replacement=st.lists(TOKEN, min_size=1, max_size=4))
+    def rewrite_history(self, data: st.DataObject, replacement: list[int]) -> None:
+        """Roll back below what is committed, and perhaps cached; other tokens follow."""
+        state = self.live[seq_id := self.draw_id(data)]
+        length = data.draw(st.integers(0, len(state.committed)))
+        state.committed, state.pending = state.committed[:length] + replacement, []
+        state.computed = min(state.computed, length)
+        self.kv.truncate(seq_id, state.computed)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def round(self, data: st.DataObject) -> None:
+        """Reserve for some sequences, as the scheduler does; then compute them all; then verify and roll back."""
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.live)), unique=True, min_size=1))
+        planned: dict[int, int] = {}  # where the sequence's forward ends
+        copies: list[PageCopy] = []
+        victims: dict[int, Live] = {}
+        for seq_id in chosen:
+            if seq_id in self.live:
+                state = self.live[seq_id]
+                state.pending += data.draw(DRAFT)
+                end = data.draw(st.integers(state.computed, len(state.tokens)))
+                victims |= self.make_room(seq_id, end, planned)
+                if seq_id in self.live:
+                    copies += self.reserve(seq_id, end)
+                    planned[seq_id] = end
+        if not victims:
+            destinations = [copy.destination for copy in copies]
+            assert len(set(destinations)) == len(destinations)
+            assert not {copy.source for copy in copies} & set(destinations), "the order of the copies matters"
+        self.memory.copy(copies)
+        if data.draw(st.booleans()):  # else the forward has failed: nothing is written
+            self.compute(planned)
+        for seq_id in planned:
+            self.settle(data, seq_id)
+        for seq_id, state in victims.items():
+            self.start(seq_id, state.committed)
+
+    def make_room(self, seq_id: int, end: int, planned: dict[int, int]) -> dict[int, Live]:
+        """Preempt sequences that are not planned yet, in the end ``seq_id`` itself."""
+        victims: dict[int, Live] = {}
+        while seq_id in self.live and not self.kv.can_reserve(seq_id, end, self.live[seq_id].computed):
+            before = self.snapshot()
+            with pytest.raises(OutOfPages):
+                self.kv.reserve(seq_id, end, self.live[seq_id].computed)
+            assert self.snapshot() == before, "a reserve that fails changes nothing"
+            victim = max((other for other in self.live if other not in planned and other != seq_id), default=seq_id)
+            self.kv.free(victim)
+            victims[victim] = self.live.pop(victim)
+        return victims
+
+    def snapshot(self) -> object:
+        cached = {prefix_of(key): entry.page for key, entry in self.kv._pool._cache.items()}
+        return [self.kv.block_table(seq_id) for seq_id in self.live], self.kv.num_free_pages, self.kv.stats, cached
+
+    def reserve(self, seq_id: int, end: int) -> tuple[PageCopy, ...]:
+        start, size = self.live[seq_id].computed, self.kv.page_size
+        before, free = self.kv.block_table(seq_id), self.kv.num_free_pages
+        written = range(start // size, -(-end // size)) if start < end else range(0)
+        others = {page for other in self.live if other != seq_id for page in self.kv.block_table(other)}
+        shared = sum(index < len(before) and before[index] in others for index in written)
+        copies = self.kv.reserve(seq_id, end, start)
+        table = self.kv.block_table(seq_id)
+        assert free - self.kv.num_free_pages == max(0, -(-end // size) - len(before)) + shared
+        assert self.kv.capacity_tokens(seq_id) >= end
+        assert table[: start // size] == before[: start // size]
+        for index in written:
+            assert table[index] not in others, "a shared page would be overwritten"
+            assert all(entry.page != table[index] for entry in self.kv._pool._cache.values()), "a cached page too"
+        return copies
+
+    def compute(self, planned: dict[int, int]) -> None:
+        for seq_id, end in planned.items():
+            state = self.live[seq_id]
+            self.memory.write(self.kv.block_table(seq_id), state.tokens, state.computed, end)
+            self.written += [tuple(state.tokens[:position]) for position in range(state.computed + 1, end + 1)]
+            state.computed = end
+
+    def settle(self, data: st.DataObject, seq_id: int) -> None:
+        """The verdict, or none yet; then what the scheduler does after each round."""
+        state = self.live[seq_id]
+        correction = data.draw(st.none() | TOKEN)
+        state.judge(data.draw(st.integers(0, len(state.pending))), correction)
+        if data.draw(st.booleans()):  # reserve must manage without
+            self.kv.truncate(seq_id, state.computed)
+            assert self.kv.capacity_tokens(seq_id) - state.computed in range(self.kv.page_size)
+        valid = state.committed[: state.computed]
+        self.verified |= {tuple(valid[:end]) for end in range(len(valid) + 1)}
+        self.kv.commit(seq_id, state.committed, state.computed)
+
+    @invariant()
+    def bookkeeping_is_consistent(self) -> None:
+        self.kv.check_integrity()
+        tables = {seq_id: self.kv.block_table(seq_id) for seq_id in self.live}
+        in_use = {page for table in tables.values() for page in table}
+        assert self.kv.num_free_pages == self.kv.num_pages - len(in_use)
+        assert self.kv.usage == pytest.approx(len(in_use) / self.kv.num_pages)
+
+    @invariant()
+    def sequences_read_their_own_tokens(self) -> None:
+        for seq_id, state in self.live.items():
+            self.memory.check(self.kv.block_table(seq_id), state.tokens, state.computed)
+
+    @invariant()
+    def the_cache_holds_verified_content_only(self) -> None:
+        """Bug 8 of others: unverified full pages are hashed, or rollback leaves a stale hash."""
+        size = self.kv.page_size
+        for key, entry in self.kv._pool._cache.items():
+            prefix = prefix_of(key)
+            assert prefix in self.verified, f"{prefix} can be found, but was never verified"
+            expected = [prefix[: len(prefix) - size + slot + 1] for slot in range(size)]
+            assert self.memory.pages[entry.page] == expected, f"page {entry.page} is stale"
+
+    def teardown(self) -> None:
+        for seq_id in self.live:
+            self.kv.free(seq_id)
+        self.kv.check_integrity()
+        assert self.kv.num_free_pages == self.kv.num_pages
+
+
+TestRounds = Rounds.TestCase
+TestRounds.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
