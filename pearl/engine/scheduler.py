@@ -93,6 +93,17 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         self._admit()
+        preempted: list[int] = []
+        while True:
+            plan = self._plan_batch()
+            preempted.extend(plan.preempted)
+            # Where a method lets some wait for others, and these all had to go, it is the turn of those that waited:
+            # otherwise the same requests would be admitted and preempted for ever.
+            if plan.target or plan.draft or not (plan.preempted and self.running):
+                plan.preempted = preempted
+                return plan.freeze()
+
+    def _plan_batch(self) -> _Round:
         batch = list(self.running)
         plan = _Round(self._max_num_batched_tokens)
         intents = self._method.intents([Progress(len(r.pending), r.draft_is_dry) for r in batch])
@@ -105,7 +116,7 @@ class Scheduler:
         for request, intent in zip(batch, intents, strict=True):
             if request.status is Status.RUNNING:  # it may have been preempted for an earlier one
                 self._plan_request(plan, request, intent, window)
-        return plan.freeze()
+        return plan
 
     def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int) -> None:
         k = len(request.pending)

@@ -1,5 +1,59 @@
+"""The C++ provider: fp32 and bf16 on CPU, for the instruction set found at run time (csrc/).
+
+The environment variable PEARL_CPU_ISA=avx512|avx2|scalar overrides that choice; one the CPU lacks is an error.
+"""
+
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import Any
-OPERATORS: Mapping[str, Callable[..., Any]] = {}
-def refuses(op: str, situation: Any) -> str | None:
-    return "not built"
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+if TYPE_CHECKING:
+    from pearl_kernels.registry import Situation
+
+_NAMES = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "rope_and_cache",
+    "verify_attention",
+    "sample",
+    "verify",
+    "copy_blocks",
+)
+_HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
+
+
+def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
+    """The operators, and why they cannot run: without the compiled core they exist, so that the reason is told."""
+    try:
+        from pearl_kernels.cpu import layers, sampling
+    except ImportError as error:
+        reason = f"the C++ core is not built ({error}); pip install -e . builds it"
+
+        def unavailable(*_args: Any, **_kwargs: Any) -> NoReturn:
+            raise RuntimeError(reason)
+
+        return dict.fromkeys(_NAMES, unavailable), reason
+    return {name: getattr(layers, name, None) or getattr(sampling, name) for name in _NAMES}, None
+
+
+OPERATORS, _LOAD_ERROR = _load()
+
+
+def refuses(op: str, situation: Situation) -> str | None:
+    """None if ``op`` can run in ``situation``, else the reason. RuntimeError if PEARL_CPU_ISA asks for the impossible."""
+    if _LOAD_ERROR is not None:
+        return _LOAD_ERROR
+    from pearl_kernels.cpu import _core
+
+    _core.isa()  # a wrong PEARL_CPU_ISA must not become a silent fallback
+    if situation.device != "cpu":
+        return f"runs on cpu, not on {situation.device}"
+    if situation.dtype not in (torch.float32, torch.bfloat16):
+        return f"computes float32 and bfloat16, not {situation.dtype}"
+    if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
+        return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
+    return None

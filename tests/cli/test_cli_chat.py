@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def test_a_conversation_at_the_terminal(chat_model: Path) -> None:
         terminal.type("/stats\n")
         terminal.wait_for("turns in the conversation: 0")
 
+        terminal.wait_for("> ")
+        time.sleep(0.2)  # readline shows its prompt a moment before it notices signals
         terminal.type("\x03")
         terminal.wait_for("Ctrl-D or /exit leaves")
         terminal.wait_for("> ")

@@ -17,6 +17,8 @@ from pearl.engine.request import Status
 # One text that prompts are cut from, so that they share prefixes and pages.
 TEXT = [(7 * i * i + 3 * i) % 29 for i in range(24)]
 
+DRAFTING = [name for name in METHODS if name != "autoregressive"]
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -99,9 +101,7 @@ def test_every_request_ends_with_exactly_the_targets_sequence(
     simulation.check_empty()
 
 
-@given(
-    st.integers(1, 6), st.integers(1, 6), st.integers(1, 30), st.sampled_from([name for name in METHODS if name != "autoregressive"])
-)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 30), st.sampled_from(DRAFTING))
 def test_a_perfect_draft_needs_the_fewest_rounds(window: int, page_size: int, max_tokens: int, method: str) -> None:
     """With every token accepted, each method's number of target forwards is known exactly."""
     simulation = simulate(method, window=window, page_size=page_size, accuracy=1.0, num_pages=64)
@@ -110,7 +110,7 @@ def test_a_perfect_draft_needs_the_fewest_rounds(window: int, page_size: int, ma
     simulation.run()
     first, each = {
         "pearl": (1, window),
-        "pearl-without-pre-verify": (window + 1, window),
+        "pearl-without-pre-verify": (window + 1, window if window > 1 else 2),
         "pearl-without-post-verify": (1, window),
         "pearl-without-both": (window + 1, window + 1),
         "speculative": (window + 1, window + 1),
@@ -148,10 +148,13 @@ def test_the_oldest_running_request_is_never_preempted(
     num_pages = max(-(-arrival.positions // size) for arrival in plan) + spare_pages
     simulation = simulate(num_pages=num_pages, **options)
     simulation.add(*(request_of(i, arrival.prompt, arrival.max_tokens) for i, arrival in enumerate(plan)))
-    while simulation.engine.has_work:
+    for _ in range(1000):
+        if not simulation.engine.has_work:
+            return
         simulation.scheduler._admit()
         oldest = simulation.scheduler.running[0]
         ids = [request.id for request in (*simulation.scheduler.running, *simulation.scheduler.waiting)]
         assert ids == sorted(ids)
         simulation.step()
         assert oldest.status is not Status.WAITING
+    raise AssertionError("not finished after 1000 rounds")

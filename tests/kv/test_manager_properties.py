@@ -19,6 +19,7 @@ Tokens = tuple[int, ...]
 TOKEN = st.integers(0, 1)  # so few that prefixes coincide all the time
 DRAFT = st.lists(TOKEN, max_size=5)
 PROMPT = st.lists(TOKEN, min_size=1, max_size=10)
+MAX_LIVE = 5
 
 
 @dataclass
@@ -73,8 +74,9 @@ def prefix_of(key: PrefixKey) -> Tokens:
 
 
 class Rounds(RuleBasedStateMachine):
-    @initialize(num_pages=st.integers(2, 12), page_size=st.sampled_from([1, 2, 4]))
-    def build(self, num_pages: int, page_size: int) -> None:
+    @initialize(num_tokens=st.integers(12, 80), page_size=st.sampled_from([4, 2, 1]))
+    def build(self, num_tokens: int, page_size: int) -> None:
+        num_pages = num_tokens // page_size
         self.kv = KVCacheManager(num_pages, page_size)
         self.memory = Memory(num_pages, page_size)
         self.live: dict[int, Live] = {}
@@ -96,15 +98,17 @@ class Rounds(RuleBasedStateMachine):
     def draw_id(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.live)))
 
+    @precondition(lambda self: len(self.live) < MAX_LIVE)
     @rule(tokens=PROMPT)
     def begin(self, tokens: list[int]) -> None:
         self.start(self.new_id(), tokens)
 
+    @precondition(lambda self: len(self.live) < MAX_LIVE)
     @rule(data=st.data(), more=PROMPT)
     def begin_with_what_was_written_once(self, data: st.DataObject, more: list[int]) -> None:
         self.start(self.new_id(), [*data.draw(st.sampled_from(self.written)), *more])
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: 0 < len(self.live) < MAX_LIVE)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         parent, child = self.draw_id(data), self.new_id()
@@ -139,18 +143,25 @@ class Rounds(RuleBasedStateMachine):
         self.kv.truncate(seq_id, state.computed)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def round(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def rounds(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            self.one_round(data)
+            self.bookkeeping_is_consistent()
+            self.sequences_read_their_own_tokens()
+            self.the_cache_holds_verified_content_only()
+
+    def one_round(self, data: st.DataObject) -> None:
         """Reserve for some sequences, as the scheduler does; then compute them all; then verify and roll back."""
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.live)), unique=True, min_size=1))
+        idle = data.draw(st.sets(st.sampled_from(sorted(self.live)), max_size=len(self.live) - 1))
         planned: dict[int, int] = {}  # where the sequence's forward ends
         copies: list[PageCopy] = []
         victims: dict[int, Live] = {}
-        for seq_id in chosen:
+        for seq_id in sorted(self.live.keys() - idle):
             if seq_id in self.live:
                 state = self.live[seq_id]
                 state.pending += data.draw(DRAFT)
-                end = data.draw(st.integers(state.computed, len(state.tokens)))
+                end = max(state.computed, len(state.tokens) - data.draw(st.integers(0, 2)))
                 victims |= self.make_room(seq_id, end, planned)
                 if seq_id in self.live:
                     copies += self.reserve(seq_id, end)
@@ -160,7 +171,7 @@ class Rounds(RuleBasedStateMachine):
             assert len(set(destinations)) == len(destinations)
             assert not {copy.source for copy in copies} & set(destinations), "the order of the copies matters"
         self.memory.copy(copies)
-        if data.draw(st.booleans()):  # else the forward has failed: nothing is written
+        if data.draw(st.integers(0, 7)) < 7:  # else the forward has failed: nothing is written
             self.compute(planned)
         for seq_id in planned:
             self.settle(data, seq_id)
