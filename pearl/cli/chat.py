@@ -74,11 +74,9 @@ class Repl:
                 self._terminal.note("Ctrl-D or /exit leaves")
 
     def _welcome(self) -> None:
-        if not self._lines.interactive:
-            return
-        self._terminal.note(WELCOME)
-        if self._terminal.colored:
-            self._terminal.note(self._terminal.legend())
+        if self._lines.interactive:
+            self._terminal.note(WELCOME)
+            self._terminal.legend()
 
     def _handle(self, line: str) -> None:
         if not line:

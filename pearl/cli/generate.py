@@ -53,8 +53,7 @@ def generate(
         terminal.write(json.dumps(as_object(answer)) + "\n")
     else:
         terminal.note(answer.closing_line(engine.method))
-        if terminal.colored:
-            terminal.note(terminal.legend())
+        terminal.legend()
     if answer.interrupted:
         raise typer.Exit(INTERRUPTED)
 

@@ -51,7 +51,7 @@ class Terminal:
         self.out.file.write(text)
         self.out.file.flush()
 
-    def note(self, text: str | Text, style: str = "dim") -> None:
+    def note(self, text: str, style: str = "dim") -> None:
         """A line about the output, on standard error."""
         self.err.print(text, style=style, markup=False, soft_wrap=True)
 
@@ -64,8 +64,11 @@ class Terminal:
         with self.err.status(f"[dim]{doing}[/]", spinner_style="dim"):
             yield
 
-    def legend(self) -> Text:
-        return Text.assemble(("■ ", DRAFTED), "drafted  ", ("■ ", OWN), "target's own")
+    def legend(self) -> None:
+        """What the colours mean, where there are any."""
+        if self.colored:
+            legend = Text.assemble(("■", DRAFTED), (" drafted  ", "dim"), ("■", OWN), (" target's own", "dim"))
+            self.err.print(legend, soft_wrap=True)
 
     def error(self, message: str) -> None:
         """One line on standard error, red where it can be."""

@@ -86,22 +86,23 @@ class IncrementalDetokenizer:
     def feed(self, token: int) -> str:
         """Add a token; returns the text that is now certain, often its own, sometimes none."""
         self._ids.append(token)
-        known, text = self._texts()
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
-            return ""
-        self._context, self._done = self._done, len(self._ids)
-        return text[len(known) :]
+        return self._advance(at_end=False)
 
     def flush(self) -> str:
         """The rest, incomplete characters as U+FFFD: at the end of an output."""
-        known, text = self._texts()
-        self._context, self._done = self._done, len(self._ids)
-        return text[len(known) :]
+        return self._advance(at_end=True)
 
-    def _texts(self) -> tuple[str, str]:
-        known = self._tokenizer.decode(self._ids[self._context : self._done])
+    def _advance(self, at_end: bool) -> str:
+        given = self._tokenizer.decode(self._ids[self._context : self._done])
+        text = self._tokenizer.decode(self._ids[self._context :])
         # A prompt may end inside a character; what completes it belongs to the output.
-        return known.rstrip(_REPLACEMENT), self._tokenizer.decode(self._ids[self._context :])
+        known = given.rstrip(_REPLACEMENT)
+        if not at_end and (len(text) <= len(known) or text.endswith(_REPLACEMENT)):
+            return ""
+        if known == given:
+            self._context = self._done  # between characters: decoding may start there
+        self._done = len(self._ids)
+        return text[len(known) :]
 
 
 def _eos_ids(path: str, tokenizer: Any) -> frozenset[int]:

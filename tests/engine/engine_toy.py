@@ -1,0 +1,127 @@
+"""Random toy models with real logits, under the engine's real drafter, verifier, workers and KV managers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from engine_sim import METHODS, CheckedScheduler, InlineWorker, PagedMemory, request_of
+from torch import Tensor
+
+from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
+from pearl.drafting.model_drafter import LogitsRing
+from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.verifier import Verifier
+from pearl.engine.window import FixedWindow
+from pearl.kv import KVCacheManager, PageCopy
+from pearl.messages import ForwardWork
+from pearl.methods import Autoregressive
+from pearl.sampling_params import SamplingParams
+from pearl.workers import TargetRunner
+from pearl_kernels import KernelSet, Rule, select
+from pearl_kernels.registry import OPERATORS
+
+VOCAB, COLUMNS = 24, 32
+CPU = torch.device("cpu")
+KERNELS: KernelSet = select(prefer=dict.fromkeys(OPERATORS, "reference"))
+
+
+class ToyRunner:
+    """``ModelRunner``'s interface: logits are a random function of the prefix, which is read from its pages.
+
+    ``blur`` is how far the model is from the target (0: the target itself). Padding columns are large on purpose.
+    """
+
+    def __init__(self, page_size: int, blur: float = 0.0, kernels: KernelSet = KERNELS) -> None:
+        self.kernels = kernels
+        self._memory, self._blur = PagedMemory(page_size), blur
+        self.batches: list[int] = []  # sequences in each forward
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        self._memory.copy(copies)
+
+    def forward(self, work: Sequence[ForwardWork]) -> Tensor:
+        self.batches.append(len(work))
+        rows = []
+        for item in work:
+            self._memory.write(item.block_table, item.start, item.tokens)
+        for item in work:
+            prefix = self._memory.read(item.block_table, item.end)
+            rows += [self.logits(prefix[:end]) for end in range(item.end - item.num_logits + 1, item.end + 1)]
+        return torch.stack(rows) if rows else torch.empty(0, COLUMNS)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:
+        self.batches.append(len(tokens))
+        for token, position, table in zip(tokens, positions, tables, strict=True):
+            self._memory.write(table, position, [token])
+        prefixes = [self._memory.read(table, p + 1) for p, table in zip(positions, tables, strict=True)]
+        return torch.stack([self.logits(prefix) for prefix in prefixes])
+
+    def logits(self, prefix: Sequence[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(bytes(prefix[-6:])))
+        row = 2.0 * torch.randn(COLUMNS, generator=generator)
+        row += self._blur * torch.randn(COLUMNS, generator=generator)
+        row[VOCAB:] = 50.0
+        return row
+
+
+class Toy:
+    def __init__(
+        self,
+        method: str = "pearl",
+        rule: Rule = "rejection",
+        *,
+        window: int = 3,
+        num_pages: int = 64,
+        page_size: int = 4,
+        lanes: int = 4,
+        budget: int = 64,
+        blur: float = 0.6,
+        ngram: bool = False,
+        kernels: KernelSet = KERNELS,
+        worker: type[Any] = InlineWorker,
+    ) -> None:
+        self.target, self.draft = ToyRunner(page_size, kernels=kernels), ToyRunner(page_size, blur, kernels)
+        self.ring = LogitsRing(lanes, window)
+        drafts = not isinstance(METHODS[method], Autoregressive)
+        drafter: Drafter = NGramDrafter()
+        if not ngram:
+            drafter = ModelDrafter(self.draft, rule, VOCAB, (), self.ring, CPU)  # type: ignore[arg-type]
+        self.scheduler = CheckedScheduler(
+            METHODS[method],
+            KVCacheManager(num_pages, page_size),
+            KVCacheManager(num_pages, page_size) if drafts and not ngram else None,
+            max_num_seqs=lanes,
+            max_num_batched_tokens=budget,
+            max_waiting=100,
+            window=lambda batch: window,
+            drafter_reads_history=ngram,
+        )
+        self.records: list[RoundRecord] = []
+        self.engine = Engine(
+            self.scheduler,
+            TargetRunner(self.target),  # type: ignore[arg-type]
+            worker(),
+            drafter,
+            worker(),
+            Verifier(kernels, rule, VOCAB, (), CPU),
+            FixedWindow(window),
+            self.records.append,
+        )
+
+    def generate(self, *prompts: Sequence[int], max_tokens: int = 10, seed: int = 7, **params: Any) -> list[list[int]]:
+        """Outputs of the prompts, batched; request i has seed ``seed + i``."""
+        settings = SamplingParams(max_tokens=max_tokens, **params)
+        outputs: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            outputs[i] = []
+            self.engine.add(request_of(i, prompt, max_tokens, params=settings, eos_ids=(), seed=seed + i))
+        for _ in range(1000):
+            if not self.engine.has_work:
+                return list(outputs.values())
+            for delta in self.engine.step():
+                assert delta.error is None, delta.error
+                outputs[delta.request_id] += delta.token_ids
+        raise AssertionError("not finished after 1000 rounds")

@@ -1,0 +1,252 @@
+"""Engine.step with real worker threads and fake models: concurrency, failures, observers, shutdown."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from engine_sim import METHODS, SimulatedVerifier, drafted, request_of
+
+from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.request import Status
+from pearl.engine.scheduler import Scheduler
+from pearl.engine.window import MeasuredRound
+from pearl.errors import EngineClosedError
+from pearl.kv import KVCacheManager
+from pearl.messages import DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
+from pearl.outputs import OutputDelta
+from pearl.workers import Worker
+
+TOKEN = 5  # what both fakes always say
+
+
+class FakeTarget:
+    def __init__(self) -> None:
+        self.before: Callable[[TargetPlan], Any] = lambda plan: None
+
+    def run(self, plan: TargetPlan) -> TargetOutput:
+        self.before(plan)
+        return TargetOutput(torch.full((sum(work.num_logits for work in plan.work),), TOKEN))
+
+
+class FakeDrafter:
+    reads_history = False
+
+    def __init__(self) -> None:
+        self.before: Callable[[DraftPlan], Any] = lambda plan: None
+
+    def propose(self, plan: DraftPlan) -> DraftProposal:
+        self.before(plan)
+        windows = {item.forward.state.request_id: drafted(*[TOKEN] * item.num_draft) for item in plan.work}
+        return DraftProposal(windows, steps=max(item.num_draft for item in plan.work))
+
+
+class FakeVerifier(SimulatedVerifier):
+    def __init__(self) -> None:
+        self.before: Callable[[], Any] = lambda: None
+
+    def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
+        self.before()
+        return super().verify(plan, proposal, target)
+
+
+class RecordingWindow:
+    def __init__(self, size: int = 2) -> None:
+        self.size = size
+        self.batches: list[int] = []
+        self.measured: list[MeasuredRound] = []
+
+    def window(self, batch: int) -> int:
+        self.batches.append(batch)
+        return self.size
+
+    def observe(self, measured: MeasuredRound) -> None:
+        self.measured.append(measured)
+
+
+class Rig:
+    def __init__(self, method: str = "pearl", lanes: int = 4, budget: int = 64) -> None:
+        self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
+        self.window = RecordingWindow()
+        self.records: list[RoundRecord] = []
+        self.workers = [Worker("target", 1), Worker("draft", 1)]
+        self.scheduler = Scheduler(
+            METHODS[method],
+            KVCacheManager(64, 4),
+            KVCacheManager(64, 4),
+            max_num_seqs=lanes,
+            max_num_batched_tokens=budget,
+            max_waiting=100,
+            window=self.window.window,
+        )
+        self.engine = Engine(
+            self.scheduler,
+            self.target,  # type: ignore[arg-type]
+            self.workers[0],
+            self.drafter,
+            self.workers[1],
+            self.verifier,  # type: ignore[arg-type]
+            self.window,
+            self.records.append,
+        )
+
+    def add(self, *ids: int, max_tokens: int = 9, length: int = 3) -> None:
+        for request_id in ids:
+            self.engine.add(request_of(request_id, [1] * length, max_tokens))
+
+    def run(self) -> dict[int, list[OutputDelta]]:
+        deltas: dict[int, list[OutputDelta]] = {}
+        while self.engine.has_work:
+            for delta in self.engine.step():
+                deltas.setdefault(delta.request_id, []).append(delta)
+        return deltas
+
+    def check_empty(self) -> None:
+        assert not self.scheduler.requests
+        for kv in (self.scheduler.target_kv, self.scheduler.draft_kv):
+            assert kv is not None and kv.num_free_pages == 64
+            kv.check_integrity()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.engine.close()
+
+
+def tokens_of(deltas: list[OutputDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def fail(*args: object) -> None:
+    raise RuntimeError("out of luck")
+
+
+def test_draft_and_target_run_at_the_same_time(rig: Rig) -> None:
+    """Each waits for the other inside its forward: one after the other would break the barrier."""
+    meeting = threading.Barrier(2, timeout=20)
+    rig.target.before = rig.drafter.before = lambda plan: meeting.wait()
+    rig.add(1, max_tokens=6)  # every round works on both sides until the last one, which only verifies
+    for _ in range(2):
+        assert all(delta.error is None for delta in rig.engine.step())
+    assert rig.records[-1].plan.target.work and rig.records[-1].plan.draft.work
+
+
+@pytest.mark.parametrize("broken", ["target", "drafter", "verifier"])
+def test_a_failing_round_ends_its_requests_with_the_error_and_no_others(rig: Rig, broken: str) -> None:
+    rig.scheduler._free_lanes = rig.scheduler._free_lanes[:2]  # the third request is not part of the round
+    rig.add(1, 2, 3)
+    rig.engine.step()
+    part = getattr(rig, broken)
+    healthy, part.before = part.before, fail
+    deltas = rig.engine.step()
+    assert [(d.request_id, d.finish_reason, d.error, d.token_ids) for d in deltas] == [
+        (i, "abort", "RuntimeError: out of luck", ()) for i in (1, 2)
+    ]
+    assert rig.scheduler.requests.keys() == {3}
+    part.before = healthy
+    assert tokens_of(rig.run()[3]) == [TOKEN] * 9
+    rig.check_empty()
+
+
+def test_after_a_failure_both_workers_are_at_rest(rig: Rig) -> None:
+    """The draft fails at once; step must still wait for the target, whose pages are freed next."""
+    failed, finished = threading.Event(), threading.Event()
+
+    def fail_first(plan: DraftPlan) -> None:
+        failed.set()
+        fail()
+
+    def finish_later(plan: TargetPlan) -> None:
+        assert failed.wait(20)
+        finished.set()
+
+    rig.drafter.before, rig.target.before = fail_first, finish_later
+    rig.add(1)
+    assert rig.engine.step()[0].error == "RuntimeError: out of luck"
+    assert finished.is_set()
+
+
+def test_the_engine_goes_on_after_a_failure_with_new_requests(rig: Rig) -> None:
+    rig.target.before = fail
+    rig.add(1)
+    assert rig.run()[1][-1].error is not None
+    rig.target.before = lambda plan: None
+    rig.add(2)
+    assert tokens_of(rig.run()[2]) == [TOKEN] * 9
+    rig.check_empty()
+
+
+def test_observer_sees_every_finished_round_once(rig: Rig) -> None:
+    rig.add(1, 2)
+    steps = 0
+    while rig.engine.has_work:
+        rig.engine.step()
+        steps += 1
+        assert len(rig.records) == steps
+    committed = [d.committed for r in rig.records for i, d in r.result.decisions.items() if i == 1]
+    assert [token for tokens in committed for token in tokens] == [TOKEN] * 9
+    assert all(not record.plan.is_empty for record in rig.records)
+
+
+def test_deltas_mark_drafted_tokens_and_the_first_token_time(rig: Rig) -> None:
+    rig.drafter.propose = lambda plan: DraftProposal({1: drafted(TOKEN, 6)})  # type: ignore[method-assign]
+    rig.add(1, max_tokens=8)
+    deltas = rig.run()[1]
+    assert [(d.token_ids, d.drafted) for d in deltas[:2]] == [((TOKEN,), (True,)), ((TOKEN,), (False,))]
+    assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    metrics = deltas[-1].metrics
+    assert metrics.first_token_at is not None and metrics.finished_at is not None
+    assert metrics.arrival <= metrics.first_token_at <= metrics.finished_at
+
+
+def test_window_learns_from_decoding_rounds_only() -> None:
+    rig = Rig(budget=4)
+    rig.add(1, length=12)
+    rig.run()
+    prefill = sum(1 for record in rig.records if any(len(w.tokens) != w.num_logits for w in record.plan.target.work))
+    assert prefill > 1
+    assert len(rig.window.measured) == len(rig.records) - prefill
+    last = rig.window.measured[0]
+    assert (last.batch, last.draft_steps, last.tested, last.accepted) == (1, 2, 2, 2)
+    rig.engine.close()
+
+
+def test_window_is_asked_for_the_batch_at_hand(rig: Rig) -> None:
+    rig.add(1)
+    rig.engine.step()
+    rig.add(2, 3)
+    rig.engine.step()
+    assert rig.window.batches == [1, 3]
+
+
+def test_close_aborts_everything_ends_the_threads_and_may_be_repeated() -> None:
+    before = set(threading.enumerate())
+    rig = Rig()
+    rig.add(1, 2)
+    rig.engine.step()
+    request = rig.scheduler.requests[1]
+    assert len(set(threading.enumerate()) - before) == 2
+    rig.engine.close()
+    rig.engine.close()
+    assert set(threading.enumerate()) <= before
+    assert request.status is Status.FINISHED
+    assert not rig.engine.has_work
+    rig.check_empty()
+
+
+def test_add_after_close_is_refused() -> None:
+    rig = Rig()
+    rig.engine.close()
+    with pytest.raises(EngineClosedError, match="the engine is closed; build a new one"):
+        rig.add(1)
+    assert not rig.engine.has_work
+
+
+def test_a_step_without_work_does_nothing(rig: Rig) -> None:
+    assert rig.engine.step() == []
+    assert rig.records[-1].plan.is_empty

@@ -1,0 +1,85 @@
+"""Random small models of every supported family, saved by transformers and read by our loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pearl.models import Decoder, load_model
+from pearl_kernels import Situation, select
+
+CONTEXT = 128
+SHAPE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "attn_implementation": "eager",
+}
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **parameters}}
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 8, "tie_word_embeddings": False, **changes}))
+
+
+LLAMA3 = rope(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)  # fmt: skip
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "llama-biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama-wide-heads": lambda: llama(head_dim=24),
+    "llama-one-kv-head": lambda: llama(num_key_value_heads=1),
+    "llama-linear": lambda: llama(**rope("linear", factor=2.0)),
+    "llama-dynamic": lambda: llama(**rope("dynamic", factor=2.0)),
+    "llama-llama3": lambda: llama(**LLAMA3),
+    "llama-yarn": lambda: llama(**YARN),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=11)),
+    "mistral-full": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen2-sliding-layers": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """Random weights, biases and norms included: a zero bias or a norm of ones would hide that it is ignored."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = FAMILIES[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, max_model_len: int = CONTEXT) -> Decoder:
+    kernels = select(Situation("cpu", dtype))
+    return load_model(path, device=torch.device("cpu"), dtype=dtype, max_model_len=max_model_len, kernels=kernels)

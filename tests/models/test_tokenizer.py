@@ -1,0 +1,96 @@
+"""Text that comes piece by piece must be the text that comes at once; two tokenizers must not be mixed up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as backends
+from transformers import PreTrainedTokenizerFast
+
+from pearl.errors import ConfigurationError, InvalidRequestError
+from pearl.models import Tokenizer, bundled_path
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Tokenizer:
+    return Tokenizer.from_pretrained(str(bundled_path("target")))
+
+
+def bytes_only() -> Tokenizer:
+    """One token a byte: every character beyond ASCII is split."""
+    backend = Backend(backends.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+
+
+def words() -> Tokenizer:
+    """A space between words comes from the decoder, as in sentencepiece: a first word decodes without it."""
+    backend = Backend(backends.WordLevel({"▁a": 0, "▁bc": 1, "d": 2}, unk_token="d"))
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+
+
+def pieces(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer(prompt)
+    return [*(detokenizer.feed(token) for token in output), detokenizer.flush()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=30), split=st.integers(0, 30))
+def test_pieces_join_to_the_whole_text(text: str, split: int) -> None:
+    for tokenizer in (bytes_only(), Tokenizer.from_pretrained(str(bundled_path("target")))):
+        ids = tokenizer.encode(text)
+        found = "".join(pieces(tokenizer, [], ids))
+        assert found == tokenizer.decode(ids) == text
+
+
+def test_an_incomplete_character_is_never_given_out() -> None:
+    tokenizer = bytes_only()
+    ids = tokenizer.encode("a🙂é")
+    assert pieces(tokenizer, [], ids) == ["a", "", "", "", "🙂", "", "é", ""]
+
+
+def test_an_output_may_complete_the_prompts_last_character() -> None:
+    tokenizer = bytes_only()
+    ids = tokenizer.encode("x🙂y")
+    assert "".join(pieces(tokenizer, ids[:3], ids[3:])) == "🙂y"
+
+
+def test_an_output_that_ends_inside_a_character_shows_it_at_the_end_only() -> None:
+    tokenizer = bytes_only()
+    assert pieces(tokenizer, [], tokenizer.encode("a🙂")[:3]) == ["a", "", "", "\ufffd"]
+
+
+def test_a_genuine_replacement_character_survives() -> None:
+    tokenizer = bytes_only()
+    assert "".join(pieces(tokenizer, [], tokenizer.encode("a\ufffdb"))) == "a\ufffdb"
+
+
+def test_the_space_before_an_outputs_first_word_is_kept() -> None:
+    assert pieces(words(), [0], [1, 2, 0]) == [" bc", "d", " a", ""]
+
+
+def test_special_tokens_have_no_text(bundled: Tokenizer) -> None:
+    (end,) = bundled.eos_ids
+    ids = [*bundled.encode("def f"), end, *bundled.encode("x")]
+    assert "".join(pieces(bundled, [], ids)) == bundled.decode(ids) == "def fx"
+
+
+def test_vocabulary_size_and_ends_of_text(bundled: Tokenizer) -> None:
+    assert bundled.vocab_size == 4096
+    assert bundled.eos_ids == {0}
+
+
+def test_different_tokenizers_are_told_apart_by_their_first_difference(bundled: Tokenizer) -> None:
+    bundled.require_same_vocabulary(Tokenizer.from_pretrained(str(bundled_path("draft"))))
+    with pytest.raises(ConfigurationError, match="differs from the target's: 256 and 4096 tokens"):
+        bundled.require_same_vocabulary(bytes_only())
+
+
+def test_a_missing_chat_template_is_an_error_that_says_so() -> None:
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        bytes_only().render_chat([{"role": "user", "content": "hello"}])

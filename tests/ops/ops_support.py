@@ -1,0 +1,158 @@
+"""What the operator tests share: the providers that can run here, tolerances, and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pearl_kernels import SamplingTensors, Situation, reference
+from pearl_kernels.reference.philox import Stream, gumbel
+from pearl_kernels.reference.sampling import log_probabilities
+from pearl_kernels.registry import OPERATORS, PROVIDERS
+
+DTYPES = (torch.float32, torch.bfloat16)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One provider's operator on one device. Takes and returns CPU tensors; what it changes in place comes back."""
+
+    function: Callable[..., Any]
+    device: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.device == "cpu":
+            return self.function(*args, **kwargs)
+        there = [self._move(a) for a in args]
+        result = self.function(*there, **{name: self._move(a) for name, a in kwargs.items()})
+        for here, moved in zip(args, there, strict=True):
+            if isinstance(here, Tensor):
+                here.copy_(moved)
+        return type(result)(*(t.cpu() for t in result)) if isinstance(result, tuple) else result.cpu()
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, SamplingTensors):
+            return SamplingTensors(*(getattr(value, f).to(self.device) for f in value.__dataclass_fields__))
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def implementations(op: str, with_reference: bool = False) -> list[Any]:
+    """pytest parameters: the providers that can run ``op`` here, on every device there is."""
+    params = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for provider in PROVIDERS:
+            if provider.name == "reference" or op not in provider.operators:
+                continue
+            if provider.refuses(op, Situation(device=device)) is None:
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                made = Implementation(provider.operators[op], device)
+                params.append(pytest.param(made, id=f"{provider.name}-{device}", marks=marks))
+    if with_reference:
+        params.append(pytest.param(Implementation(OPERATORS[op], "cpu"), id="reference"))
+    return params
+
+
+def assert_rounds_to(actual: Tensor, exact: Tensor, ulps: float = 0.5, tolerance: float = 1e-5) -> None:
+    """``actual`` is ``exact`` (fp32) rounded to its dtype: within ``ulps`` bf16 units beside an fp32 tolerance."""
+    assert actual.shape == exact.shape
+    unit = 0.0 if actual.dtype == torch.float32 else 2.0**-7 * ulps
+    error = (actual.float() - exact).abs()
+    allowed = exact.abs() * (unit + tolerance) + tolerance
+    assert torch.isfinite(actual).all()
+    assert (error <= allowed).all(), f"largest excess {(error - allowed).max().item():.3g}"
+
+
+def strided_rows(x: Tensor) -> Tensor:
+    """The same values as a view of a wider tensor: rows are contiguous but lie apart, with NaN between."""
+    flat = x.flatten(1)
+    wide = torch.full((x.shape[0], flat.shape[1] + 24), torch.nan, dtype=x.dtype)
+    wide[:, 8 : 8 + flat.shape[1]] = flat
+    return wide[:, 8 : 8 + flat.shape[1]].unflatten(1, x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Paged:
+    """A paged KV cache in which everything that must not be read is poison."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+
+
+def paged(
+    queries: Sequence[int], contexts: Sequence[int], heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> Paged:
+    """Random keys and values. NaN in unused pages and slots; impossible page numbers past each table's end."""
+    used = [-(-length // page_size) for length in contexts]
+    tables = torch.full((len(contexts), max(used, default=0) + 2), -(2**31), dtype=torch.int32)
+    tables[:, 1::2] = 2**31 - 1
+    pages = torch.randperm(sum(used) + 3)
+    caches = torch.full((2, len(pages), page_size, heads, head_dim), torch.nan)
+    taken = iter(pages.tolist())
+    for r, length in enumerate(contexts):
+        for i in range(used[r]):
+            page = next(taken)
+            tables[r, i] = page
+            live = min(page_size, length - i * page_size)
+            caches[:, page, :live] = torch.randn(2, live, heads, head_dim)
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    k, v = caches.to(dtype)
+    return Paged(k, v, tables, starts, torch.tensor(contexts, dtype=torch.int32))
+
+
+def sampling(
+    n: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None
+) -> SamplingTensors:
+    """The same parameters for n rows; seeds 0 to n - 1 unless one is given."""
+    seeds = torch.arange(n) if seed is None else torch.full((n,), seed)
+    return SamplingTensors(
+        torch.full((n,), temperature),
+        torch.full((n,), top_k, dtype=torch.int32),
+        torch.full((n,), top_p),
+        torch.full((n,), min_p),
+        seeds,
+    )
+
+
+def mixed_sampling(n: int) -> SamplingTensors:
+    """Greedy and sampled rows, each cut on for about half of them, seeds over all 64 bits."""
+
+    def maybe(on: Tensor, off: float) -> Tensor:
+        return torch.where(torch.rand(n) < 0.5, on.float(), off)
+
+    return SamplingTensors(
+        maybe(torch.rand(n) * 1.5 + 0.1, 0.0),
+        maybe(torch.randint(1, 60, (n,)), 0).int(),
+        maybe(torch.rand(n) * 0.9 + 0.05, 1.0),
+        maybe(torch.rand(n) * 0.2, 0.0),
+        torch.randint(-(2**63), 2**63 - 1, (n,)),
+    )
+
+
+def padded_logits(n: int, vocab_size: int, width: int, dtype: torch.dtype, poison: float) -> Tensor:
+    logits = (torch.randn(n, width) * 3).to(dtype)
+    logits[:, vocab_size:] = poison
+    return logits
+
+
+def decided(
+    logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
+) -> Tensor:
+    """Rows whose draw does not hang on rounding: the best score leads by more than 1e-4."""
+    scores = log_probabilities(logits, params, vocab_size) + gumbel(params.seed, positions, stream, vocab_size)
+    best = scores.topk(2, dim=-1).values
+    clear = best[:, 0] - best[:, 1] > 1e-4
+    assert clear.float().mean() > 0.95
+    return clear
+
+
+def reference_result(op: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(reference, op)(*args, **kwargs)

@@ -1,0 +1,133 @@
+"""verify_attention: ragged queries over a paged cache whose unused parts are poisoned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_support import Implementation, assert_rounds_to, both_dtypes, implementations, paged, strided_rows
+from torch import Tensor
+
+from pearl_kernels import reference
+
+attention = pytest.mark.parametrize("attention", implementations("verify_attention"))
+
+# (queries, context) of each sequence: decoding, windows, a chunk, a whole prompt, a sequence without queries
+MIXED = [(1, 1), (1, 40), (5, 67), (4, 4), (0, 9), (70, 131), (1, 256)]
+
+
+def check(
+    attention: Implementation,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    page_size: int = 16,
+    window: int = 0,
+    softcap: float = 0.0,
+    q_dtype: torch.dtype | None = None,
+) -> None:
+    queries, contexts = zip(*sequences, strict=True)
+    cache = paged(queries, contexts, heads[1], head_dim, page_size, dtype)
+    q = strided_rows((torch.randn(sum(queries), heads[0], head_dim) * 2).to(q_dtype or dtype))
+    index = (cache.block_tables, cache.query_start, cache.context_lens, head_dim**-0.5, window, softcap)
+    out = attention(q, cache.k_cache, cache.v_cache, *index)
+    assert out.dtype == q.dtype
+    exact = reference.verify_attention(q.float(), cache.k_cache.float(), cache.v_cache.float(), *index)
+    assert_rounds_to(out, exact, tolerance=2e-5)
+
+
+@attention
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 128, 256])
+@both_dtypes
+def test_head_dims_match_reference(attention: Implementation, head_dim: int, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (4, 2), head_dim, dtype)
+
+
+@attention
+@pytest.mark.parametrize("group", range(1, 9))
+@both_dtypes
+def test_groups_match_reference(attention: Implementation, group: int, dtype: torch.dtype) -> None:
+    check(attention, [(1, 33), (3, 20), (40, 64)], (2 * group, 2), 64, dtype)
+
+
+@attention
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48])
+@both_dtypes
+def test_page_sizes_match_reference(attention: Implementation, page_size: int, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (2, 1), 64, dtype, page_size=page_size)
+
+
+@attention
+@pytest.mark.parametrize("window", [1, 5, 31, 64, 1000])
+@both_dtypes
+def test_windows_match_reference(attention: Implementation, window: int, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (2, 1), 64, dtype, window=window)
+
+
+@attention
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+@both_dtypes
+def test_softcap_matches_reference(attention: Implementation, softcap: float, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (2, 1), 64, dtype, softcap=softcap)
+    check(attention, MIXED, (2, 1), 64, dtype, softcap=softcap, window=20)
+
+
+@attention
+def test_query_and_cache_dtypes_may_differ(attention: Implementation) -> None:
+    check(attention, MIXED, (4, 2), 64, torch.bfloat16, q_dtype=torch.float32)
+    check(attention, MIXED, (4, 2), 64, torch.float32, q_dtype=torch.bfloat16)
+
+
+@attention
+def test_nothing_to_do(attention: Implementation) -> None:
+    check(attention, [(0, 0), (0, 17)], (4, 2), 64, torch.float32)
+
+
+@attention
+def test_large_scores_do_not_overflow(attention: Implementation) -> None:
+    cache = paged([2], [50], 1, 64, 16, torch.float32)
+    q = torch.randn(2, 1, 64) * 1e3
+    args = (q, cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start, cache.context_lens, 1.0)
+    torch.testing.assert_close(attention(*args), reference.verify_attention(*args), rtol=1e-3, atol=1e-3)
+
+
+@attention
+def test_rows_do_not_depend_on_the_batch(attention: Implementation) -> None:
+    """A window's rows are bit for bit what each would be, had it been decoded alone."""
+    cache = paged([6], [45], 2, 64, 16, torch.bfloat16)
+    q = torch.randn(6, 4, 64).bfloat16()
+    together = attention(
+        q, cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start, cache.context_lens, 0.125
+    )
+    for i in range(6):
+        start, length = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([40 + i], dtype=torch.int32)
+        alone = attention(q[i : i + 1], cache.k_cache, cache.v_cache, cache.block_tables, start, length, 0.125)
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_reference_is_masked_attention(window: int) -> None:
+    sequences = [(1, 30), (6, 6), (4, 19)]
+    queries, contexts = zip(*sequences, strict=True)
+    cache = paged(queries, contexts, 2, 16, 8, torch.float32)
+    q = torch.randn(sum(queries), 6, 16)
+    out = reference.verify_attention(
+        q, cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start, cache.context_lens, 0.3, window
+    )
+    for r, (count, length) in enumerate(sequences):
+        begin = cache.query_start[r]
+        keys, values = (gather(c, cache.block_tables[r], length) for c in (cache.k_cache, cache.v_cache))
+        position = torch.arange(length - count, length)[:, None]
+        visible = torch.arange(length)[None] <= position
+        if window:
+            visible &= torch.arange(length)[None] > position - window
+        rows = q[begin : begin + count].transpose(0, 1)
+        plain = F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(out[begin : begin + count], plain.transpose(0, 1))
+
+
+def gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """``[heads, length, head_dim]``, slot by slot."""
+    size = cache.shape[1]
+    return torch.stack([cache[table[i // size], i % size] for i in range(length)], dim=1)

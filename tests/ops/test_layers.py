@@ -1,0 +1,94 @@
+"""rms_norm, add_rms_norm and silu_and_mul."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_support import Implementation, assert_rounds_to, both_dtypes, implementations, strided_rows
+
+from pearl_kernels import reference
+
+SHAPES = [(0, 64), (1, 1), (1, 7), (3, 16), (5, 17), (2, 320), (4, 1031)]
+
+
+@pytest.mark.parametrize("rms_norm", implementations("rms_norm"))
+@pytest.mark.parametrize(("n", "width"), SHAPES)
+@both_dtypes
+def test_rms_norm_matches_reference(rms_norm: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(n, width) * 4).to(dtype), torch.randn(width).to(dtype)
+    exact = reference.rms_norm(x.float(), weight.float(), 1e-5)
+    for rows in (x, strided_rows(x)):
+        out = rms_norm(rows, weight, 1e-5)
+        assert out.is_contiguous()
+        assert out.dtype == dtype
+        assert_rounds_to(out, exact)
+
+
+@pytest.mark.parametrize("add_rms_norm", implementations("add_rms_norm"))
+@pytest.mark.parametrize(("n", "width"), SHAPES)
+@both_dtypes
+def test_add_rms_norm_matches_reference(add_rms_norm: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (torch.randn(n, width).to(dtype), torch.randn(n, width).to(dtype), torch.ones(width, dtype=dtype))
+    summed = residual.clone()
+    reference.add_rms_norm(x, summed, weight, 1e-6)
+    exact = reference.rms_norm(summed.float(), weight.float(), 1e-6)
+    for rows in (residual.clone(), strided_rows(residual)):
+        out = add_rms_norm(strided_rows(x), rows, weight, 1e-6)
+        assert torch.equal(rows, summed)  # one addition, rounded once: the same bits
+        assert_rounds_to(out, exact)
+
+
+@pytest.mark.parametrize("silu_and_mul", implementations("silu_and_mul"))
+@pytest.mark.parametrize(("n", "width"), SHAPES)
+@both_dtypes
+def test_silu_and_mul_matches_reference(silu_and_mul: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(n, 2 * width) * 30).to(dtype)
+    exact = reference.silu_and_mul(x.float())
+    for rows in (x, strided_rows(x)):
+        assert_rounds_to(silu_and_mul(rows), exact)
+
+
+@pytest.mark.parametrize("silu_and_mul", implementations("silu_and_mul"))
+def test_silu_saturates(silu_and_mul: Implementation) -> None:
+    gates = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 1e30]])
+    out = silu_and_mul(torch.cat((gates, torch.ones_like(gates)), -1))
+    torch.testing.assert_close(out, F.silu(gates), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("op", implementations("rms_norm"))
+def test_nan_is_not_hidden(op: Implementation) -> None:
+    x = torch.randn(2, 33)
+    x[1, 30] = torch.nan
+    out = op(x, torch.ones(33), 1e-6)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("op", implementations("rms_norm"))
+def test_bf16_rounds_to_nearest_even(op: Implementation) -> None:
+    """Weights carry every bit pattern through a scale of exactly one, up to values whose square overflows nothing."""
+    ones = torch.ones(1, 4096, dtype=torch.bfloat16)
+    weight = torch.arange(0x3000, 0x4000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert torch.equal(op(ones, weight, 0.0)[0], weight)
+
+
+def test_reference_norm_is_the_plain_formula() -> None:
+    x, weight = torch.randn(5, 40, dtype=torch.float32), torch.randn(40)
+    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (40,), weight, 1e-5))
+    residual = torch.randn(5, 40)
+    expected = residual + x
+    out = reference.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, expected)
+    torch.testing.assert_close(out, F.rms_norm(expected, (40,), weight, 1e-5))
+
+
+def test_reference_activation_is_the_plain_formula() -> None:
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(reference.silu_and_mul(x), x[:, :5] * torch.sigmoid(x[:, :5]) * x[:, 5:])
+
+
+def test_reference_linear_is_a_matrix_product() -> None:
+    x, weight, bias = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5)
+    torch.testing.assert_close(reference.linear(x, weight), x @ weight.T)
+    torch.testing.assert_close(reference.linear(x, weight, bias), x @ weight.T + bias)
