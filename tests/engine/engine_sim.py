@@ -79,7 +79,9 @@ def drafted(*tokens: int) -> tuple[Drafted, ...]:
     return tuple(Drafted(token, 0.0, -1) for token in tokens)
 
 
-def sequence_state(params: SamplingParams, history: Sequence[int] | None = None, prompt_length: int = 1) -> SequenceState:
+def sequence_state(
+    params: SamplingParams, history: Sequence[int] | None = None, prompt_length: int = 1
+) -> SequenceState:
     return SequenceState(1, 0, params, 0, prompt_length, None if history is None else tuple(history))
 
 
@@ -257,11 +259,13 @@ class CheckedScheduler(Scheduler):
             assert work.request_id not in draft or draft[work.request_id].num_draft, "decided before the draft is ready"
         for request_id, forward in target.items():
             request = self.requests[request_id]
-            assert forward.start == request.target_computed and request.status is Status.RUNNING
+            assert forward.start == request.target_computed
+            assert request.status is Status.RUNNING
             assert forward.num_logits or forward.end < request.length, "computed without judging"
         for request_id, item in draft.items():
             request = self.requests[request_id]
-            assert item.forward.start == request.draft_computed and request.status is Status.RUNNING
+            assert item.forward.start == request.draft_computed
+            assert request.status is Status.RUNNING
             assert item.num_draft <= request.remaining - len(request.pending)
             if item.num_draft and self.draft_kv:
                 assert item.forward.end == request.length + len(request.pending)
@@ -306,7 +310,8 @@ class Simulation:
         for kv in self.pools:
             kv.check_integrity()
         lanes = [request.lane for request in self.scheduler.running]
-        assert len(set(lanes)) == len(lanes) and set(lanes) <= set(range(self.lanes))
+        assert len(set(lanes)) == len(lanes)
+        assert set(lanes) <= set(range(self.lanes))
         for request in self.scheduler.requests.values():
             assert 0 <= request.target_computed < request.length
             assert 0 <= request.draft_computed < request.length + len(request.pending)
@@ -316,7 +321,8 @@ class Simulation:
     def check_empty(self) -> None:
         """Nothing is left behind once every request has ended."""
         self.check()
-        assert not self.engine.has_work and not self.scheduler.requests
+        assert not self.engine.has_work
+        assert not self.scheduler.requests
         assert all(kv.num_free_pages == self.num_pages for kv in self.pools)
         assert sorted(self.scheduler._free_lanes) == list(range(self.lanes))
 

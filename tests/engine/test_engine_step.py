@@ -107,7 +107,8 @@ class Rig:
     def check_empty(self) -> None:
         assert not self.scheduler.requests
         for kv in (self.scheduler.target_kv, self.scheduler.draft_kv):
-            assert kv is not None and kv.num_free_pages == 64
+            assert kv is not None
+            assert kv.num_free_pages == 64
             kv.check_integrity()
 
 
@@ -133,7 +134,8 @@ def test_draft_and_target_run_at_the_same_time(rig: Rig) -> None:
     rig.add(1, max_tokens=6)  # every round works on both sides until the last one, which only verifies
     for _ in range(2):
         assert all(delta.error is None for delta in rig.engine.step())
-    assert rig.records[-1].plan.target.work and rig.records[-1].plan.draft.work
+    assert rig.records[-1].plan.target.work
+    assert rig.records[-1].plan.draft.work
 
 
 @pytest.mark.parametrize("broken", ["target", "drafter", "verifier"])
@@ -200,7 +202,8 @@ def test_deltas_mark_drafted_tokens_and_the_first_token_time(rig: Rig) -> None:
     assert [(d.token_ids, d.drafted) for d in deltas[:2]] == [((TOKEN,), (True,)), ((TOKEN,), (False,))]
     assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
     metrics = deltas[-1].metrics
-    assert metrics.first_token_at is not None and metrics.finished_at is not None
+    assert metrics.first_token_at is not None
+    assert metrics.finished_at is not None
     assert metrics.arrival <= metrics.first_token_at <= metrics.finished_at
 
 

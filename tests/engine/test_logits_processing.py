@@ -25,7 +25,9 @@ def row() -> Tensor:
     return torch.randn(V, generator=torch.Generator().manual_seed(0)) * 3
 
 
-def processed(row: Tensor, history: Sequence[int] = HISTORY, prompt_length: int = PROMPT_LENGTH, **params: Any) -> Tensor:
+def processed(
+    row: Tensor, history: Sequence[int] = HISTORY, prompt_length: int = PROMPT_LENGTH, **params: Any
+) -> Tensor:
     result = row.clone()
     state = sequence_state(SamplingParams(**params), history, prompt_length)
     process_row(result, state, history, EOS_IDS)
@@ -35,7 +37,8 @@ def processed(row: Tensor, history: Sequence[int] = HISTORY, prompt_length: int 
 @pytest.mark.parametrize("penalty", [0.7, 1.3, 5.0])
 def test_repetition_penalty_is_that_of_transformers(row: Tensor, penalty: float) -> None:
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([HISTORY]), row[None].clone())[0]
-    assert (row[HISTORY] > 0).any() and (row[HISTORY] < 0).any()
+    assert (row[HISTORY] > 0).any()
+    assert (row[HISTORY] < 0).any()
     torch.testing.assert_close(processed(row, repetition_penalty=penalty), expected, rtol=0, atol=0)
 
 
@@ -109,6 +112,6 @@ def test_each_row_of_a_window_sees_the_tokens_before_it() -> None:
         "min_tokens": 5,
     }
     expected = torch.stack([processed(rows[i], committed + continuation[:i], **settings) for i in range(4)])
-    state = sequence_state(SamplingParams(**settings), HISTORY[:6] + [8, 5], PROMPT_LENGTH)  # 8 and 5 are pending
+    state = sequence_state(SamplingParams(**settings), [*HISTORY[:6], 8, 5], PROMPT_LENGTH)  # 8 and 5 are pending
     process_rows(rows, state, continuation, EOS_IDS, len(committed))
     assert torch.equal(rows, expected)

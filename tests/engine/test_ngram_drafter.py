@@ -20,7 +20,8 @@ def propose(history: Sequence[int], count: int, longest: int = 4, shortest: int 
     proposal = NGramDrafter(longest, shortest).propose(plan)
     window = proposal.windows[state.request_id]
     assert all((d.logprob, d.row) == (0.0, -1) for d in window)  # a point mass: q(token) = 1
-    assert proposal.logits is None and proposal.steps == 0
+    assert proposal.logits is None
+    assert proposal.steps == 0
     return [d.token for d in window]
 
 
@@ -59,9 +60,7 @@ def test_window_is_always_a_copy_of_what_followed_the_same_tail(history: list[in
     assert len(window) <= count
     if window:
         matches = [
-            at
-            for at in range(1, len(history))
-            if history[at - 1] == history[-1] and history[at : at + count] == window
+            at for at in range(1, len(history)) if history[at - 1] == history[-1] and history[at : at + count] == window
         ]
         assert matches
     else:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pearl.engine.output_processor import OutputProcessor
+from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
 
 END, OTHER_END = 9, 8
@@ -99,7 +100,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back_and_then_given_out() -> 
 
 
 def test_overlapping_prefix_is_not_lost() -> None:
-    """"aab" in "aaab": after "aaa" the last two characters may still begin the stop string."""
+    """Find "aab" in "aaab": after "aaa" the last two characters may still begin the stop string."""
     assert run(processor(("a", "b"), stop="aab"), (0, 0, 0, 1)) == ([0, 0, 0, 1], "a", "stop")
     assert run(processor(("ab", "ac", "x"), stop="abac"), (0, 0, 1, 2)) == ([0, 0, 1], "ab", "stop")
 
@@ -146,7 +147,9 @@ def cut(text: str, stops: Sequence[str], tokens: Sequence[str]) -> str:
     data=st.data(),
     stops=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3),
 )
-def test_streamed_text_is_the_full_text_cut_at_the_stop(pieces: list[str], data: st.DataObject, stops: list[str]) -> None:
+def test_streamed_text_is_the_full_text_cut_at_the_stop(
+    pieces: list[str], data: st.DataObject, stops: list[str]
+) -> None:
     tokens = data.draw(st.lists(st.integers(0, len(pieces) - 1), min_size=1, max_size=20))
     sizes = data.draw(st.lists(st.integers(1, 5), max_size=20))
     output = processor(pieces, max_tokens=len(tokens), stop=stops)
@@ -181,3 +184,33 @@ def test_streamed_bytes_give_whole_characters(text: str, sizes: list[int], stop:
     tokens = text.encode()
     output = OutputProcessor(Utf8Detokenizer(), SamplingParams(stop=stop or None), len(tokens), ())
     assert run(output, tokens, sizes)[1] == (text.partition(stop)[0] if stop else text)
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Tokenizer:
+    return Tokenizer.from_pretrained(str(bundled_path("target")))
+
+
+@given(
+    text=st.text("a b\né€😀def(", max_size=12),
+    ids=st.lists(st.integers(0, 600), max_size=12),
+    sizes=st.lists(st.integers(1, 6), max_size=30),
+    stop=st.text("a b(é", max_size=2),
+)
+def test_streaming_with_the_real_tokenizer_gives_the_whole_text(
+    bundled: Tokenizer, text: str, ids: list[int], sizes: list[int], stop: str
+) -> None:
+    """Also for ids that no encoder would put side by side: the pieces joined are the decoded text, cut at the stop."""
+    prompt = bundled.encode("x = 1")
+    tokens = [token for token in (*bundled.encode(text), *ids) if token not in bundled.eos_ids]
+    output = OutputProcessor(
+        bundled.detokenizer(prompt), SamplingParams(stop=stop or None), len(tokens), bundled.eos_ids
+    )
+    kept, streamed, _ = run(output, tokens, sizes)
+    whole = bundled.decode([*prompt, *kept])[len(bundled.decode(prompt)) :]
+    if stop and stop in whole:
+        assert streamed == whole.partition(stop)[0]
+        assert stop not in bundled.decode([*prompt, *kept[:-1]])[len(bundled.decode(prompt)) :].rstrip("\ufffd")
+    else:
+        assert streamed == whole
+        assert kept == tokens

@@ -27,9 +27,7 @@ def target_chunks(plan: SchedulerOutput) -> dict[int, tuple[int, int, int]]:
 
 def draft_chunks(plan: SchedulerOutput) -> dict[int, tuple[int, int, int]]:
     """(start, tokens, drafted) of each request's share of the draft's forward."""
-    return {
-        w.forward.state.request_id: (w.forward.start, len(w.forward.tokens), w.num_draft) for w in plan.draft.work
-    }
+    return {w.forward.state.request_id: (w.forward.start, len(w.forward.tokens), w.num_draft) for w in plan.draft.work}
 
 
 # Who works: the plan table, end to end ---------------------------------------------------------------------------
@@ -199,7 +197,8 @@ def test_no_more_than_max_num_seqs_run_each_on_its_own_lane() -> None:
     while simulation.engine.has_work:
         plan = simulation.step()
         lanes = {w.state.request_id: w.state.lane for w in plan.target.work}
-        assert len(lanes) <= 2 and len(set(lanes.values())) == len(lanes)
+        assert len(lanes) <= 2
+        assert len(set(lanes.values())) == len(lanes)
         seen |= set(lanes.values())
     assert seen == {0, 1}
     simulation.check_empty()
@@ -228,7 +227,9 @@ def test_waiting_limit() -> None:
 
 def test_a_request_that_can_never_fit_is_refused() -> None:
     simulation = simulate("pearl", num_pages=4, page_size=4)
-    with pytest.raises(InvalidRequestError, match="needs KV for 17 tokens, the cache holds 16; lower max_tokens or raise"):
+    with pytest.raises(
+        InvalidRequestError, match="needs KV for 17 tokens, the cache holds 16; lower max_tokens or raise"
+    ):
         simulation.engine.add(request_of(1, prompt(9), 8))
     assert not simulation.engine.has_work
     simulation.add(request_of(2, prompt(8), 8))
@@ -279,7 +280,8 @@ def test_a_preempted_request_loses_pages_lane_and_pending_and_waits_in_front() -
         assert (victim.status, victim.lane, victim.pending) == (Status.WAITING, -1, ())
         assert (victim.target_computed, victim.draft_computed) == (0, 0)
     waiting = [r.id for r in simulation.scheduler.waiting]
-    assert waiting == sorted(waiting) and waiting[-1] == 4
+    assert waiting == sorted(waiting)
+    assert waiting[-1] == 4
 
 
 def test_a_request_may_preempt_itself_and_come_back() -> None:
@@ -328,7 +330,8 @@ def test_abort_in_every_state_frees_everything_and_leaves_the_others_alone(state
     delta = simulation.engine.abort(2)
     simulation.check()
     assert (delta.request_id, delta.finish_reason, delta.error, delta.token_ids) == (2, "abort", None, ())
-    assert victim.status is Status.FINISHED and victim.metrics.finished_at is not None
+    assert victim.status is Status.FINISHED
+    assert victim.metrics.finished_at is not None
     with pytest.raises(KeyError):
         simulation.engine.abort(2)
     assert simulation.run()[1] == wanted
@@ -352,4 +355,5 @@ def test_pending_is_carried_to_the_verifier_with_its_position() -> None:
     pending, length = request.pending, request.length
     plan = simulation.step()
     assert (plan.verify[0].pending, plan.verify[0].position) == (pending, length)
-    assert pending == drafted(*(d.token for d in pending)) and len(pending) == 2
+    assert pending == drafted(*(d.token for d in pending))
+    assert len(pending) == 2

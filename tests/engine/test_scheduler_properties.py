@@ -1,6 +1,6 @@
 """Whatever arrives, in whatever engine: every output is the target's own sequence, and nothing is left behind.
 
-CheckedScheduler checks every plan, PagedMemory every read of either model, Simulation.step both pools after every round.
+CheckedScheduler checks every plan, PagedMemory every read of either model, Simulation.step both pools each round.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from pearl.engine.window import (
 )
 
 
-def round_of(batch: int = 1, draft_step: float = 1.0, target: float = 5.0, steps: int = 4, accepted: int = 3) -> MeasuredRound:
+def round_of(
+    batch: int = 1, draft_step: float = 1.0, target: float = 5.0, steps: int = 4, accepted: int = 3
+) -> MeasuredRound:
     return MeasuredRound(batch, steps, steps * draft_step, target, tested=4, accepted=accepted)
 
 

@@ -85,6 +85,7 @@ def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None
     waiting.add_done_callback(lambda future: release.set())  # cancelled by close, which then waits for the other
     worker.close()
     assert running.result(0) == "done"
-    assert waiting.cancelled() and not dropped.is_set()
+    assert waiting.cancelled()
+    assert not dropped.is_set()
     worker.close()
     assert set(threading.enumerate()) <= before

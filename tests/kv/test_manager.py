@@ -1,8 +1,9 @@
-"""What the scheduler relies on: prefix reuse, all-or-nothing growth, copy on write, and rollback that leaves no trace."""
+"""What the scheduler relies on: prefix reuse, all-or-nothing growth, copy on write, rollback that leaves no trace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -86,11 +87,11 @@ class TestPrefixCache:
 
     def test_commit_reads_new_pages_only(self) -> None:
         class Recorder(list[int]):
-            read: list[object] = []
+            read: list[slice] = []
 
-            def __getitem__(self, item: object) -> object:  # type: ignore[override]
+            def __getitem__(self, item: Any) -> Any:
                 self.read.append(item)
-                return super().__getitem__(item)  # type: ignore[index]
+                return super().__getitem__(item)
 
         kv = KVCacheManager(8, 2)
         tokens = Recorder(range(9))
