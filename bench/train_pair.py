@@ -214,7 +214,8 @@ class Trainer:
         columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"),
                    TimeElapsedColumn(), TimeRemainingColumn()]  # fmt: skip
         self.model.train()
-        self.loss_fn(self.corpus.batch(self.rng, self.options.micro_batch, self.options.sequence).to(self.options.device))
+        warm_up = self.corpus.batch(self.rng, self.options.micro_batch, self.options.sequence)
+        self.loss_fn(warm_up.to(self.options.device))
         last, last_saved = time.monotonic(), self.elapsed
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(self.name, total=minutes * 60, completed=self.elapsed, status="compiling")
@@ -224,8 +225,10 @@ class Trainer:
                 self.elapsed, last = self.elapsed + now - last, now
                 bar.update(task, completed=self.elapsed, status=f"{self.tokens / 1e6:.2f}M tokens  loss {loss:.3f}")
                 if self.step % 200 == 0:
-                    console.print(f"{self.name} step {self.step}: {self.tokens / 1e6:.2f}M tokens, "
-                                  f"{self.elapsed / 60:.1f} min, loss {loss:.3f}, held-out {self.heldout_loss():.3f}")  # fmt: skip
+                    console.print(
+                        f"{self.name} step {self.step}: {self.tokens / 1e6:.2f}M tokens, {self.elapsed / 60:.1f} min, "
+                        f"loss {loss:.3f}, held-out {self.heldout_loss():.3f}"
+                    )
                 if self.elapsed - last_saved > 120:
                     self.save()
                     last_saved = self.elapsed
@@ -275,7 +278,7 @@ def main(
     target_minutes: Annotated[float, typer.Option(help="Training time of the target")] = 60,
     draft_minutes: Annotated[float, typer.Option(help="Distillation time of the draft")] = 30,
     vocab: Annotated[int, typer.Option(help="Vocabulary of a new tokenizer")] = 4096,
-    init: Annotated[Path | None, typer.Option(help="Existing pair: its tokenizer, and its weights to start from")] = None,
+    init: Annotated[Path | None, typer.Option(help="Existing pair: tokenizer, and weights to start from")] = None,
     init_draft: Annotated[bool, typer.Option(help="Start the draft from --init too")] = False,
     target_lr: float = 2e-3,
     draft_lr: float = 4e-3,
@@ -311,7 +314,8 @@ def main(
     big.restore()
     big.fit(target_minutes)
     export(big.model, tokenizer, out / "target")
-    small = Trainer("draft", load_init(init if init_draft else None, "draft", draft_shape, len(tokenizer)), corpus, out, options, draft_lr, teacher=big.model.requires_grad_(False))  # fmt: skip
+    student = load_init(init if init_draft else None, "draft", draft_shape, len(tokenizer))
+    small = Trainer("draft", student, corpus, out, options, draft_lr, teacher=big.model.requires_grad_(False))
     small.restore()
     small.fit(draft_minutes)
     export(small.model, tokenizer, out / "draft")

@@ -106,7 +106,7 @@ class EngineConfig:
         return torch.device(name)
 
     def resolve_threads(self) -> tuple[int, int]:
-        """(draft, target) intra-op threads. The draft gets a quarter of the cores, at least one, the target the rest."""
+        """(draft, target) intra-op threads. The draft gets a quarter of the cores (at least one)."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         draft = self.draft_threads or (max(1, cores // 4) if self.uses_draft_model else 1)
         target = self.target_threads or max(1, cores - (draft if self.uses_draft_model else 0))

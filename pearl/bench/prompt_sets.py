@@ -67,7 +67,7 @@ def _from_hub(name: str) -> Any:
         from datasets import load_dataset
     except ImportError as error:
         raise ConfigurationError(
-            f"put {name}.jsonl into a folder and set PEARL_DATA to it, or `pip install datasets` to read it from the hub"
+            f"put {name}.jsonl into a folder and set PEARL_DATA to it, or `pip install datasets` to read the hub"
         ) from error
     repository, configuration, split = HUB_SETS[name]
     return load_dataset(repository, configuration, split=split)

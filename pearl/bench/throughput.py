@@ -22,7 +22,7 @@ ALL_METHODS = ",".join(reversed(get_args(MethodName)))
 
 
 def throughput(
-    dataset: Annotated[str, typer.Option(help="builtin | humaneval | gsm8k | mt_bench | mgsm | a JSONL file")] = BUILT_IN,
+    dataset: Annotated[str, typer.Option(help="builtin, humaneval, gsm8k, mt_bench, mgsm or a JSONL file")] = BUILT_IN,
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline")] = ALL_METHODS,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest output")] = 96,

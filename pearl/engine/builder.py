@@ -127,9 +127,8 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
 
 def _num_pages(config: EngineConfig, pair: _Pair) -> int:
     """The same number of pages for both models, so that neither runs out before the other."""
-    bytes_per_token = sum(
-        KVCache.bytes_per_token(model, config.torch_dtype or model.dtype) for model in (pair.target, pair.draft) if model
-    )
+    models = [model for model in (pair.target, pair.draft) if model]
+    bytes_per_token = sum(KVCache.bytes_per_token(model, config.torch_dtype or model.dtype) for model in models)
     pages_per_sequence = -(-pair.max_model_len // config.page_size)
     budget = config.kv_cache_memory or _DEFAULT_KV_BYTES
     affordable = budget // (bytes_per_token * config.page_size)

@@ -98,7 +98,8 @@ class Engine:
     def _submit_draft(self, plan: DraftPlan) -> Future[DraftProposal] | None:
         if not plan.work:
             return None
-        assert self._drafter is not None and self._draft_worker is not None
+        assert self._drafter is not None
+        assert self._draft_worker is not None
         return self._draft_worker.submit(self._drafter.propose, plan)
 
     def run_target(self, plan: TargetPlan) -> TargetOutput:

@@ -161,9 +161,7 @@ class Scheduler:
                 plan.preempted.append(victim.id)
         return ()
 
-    def _emit(
-        self, plan: _Round, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int
-    ) -> None:
+    def _emit(self, plan: _Round, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int) -> None:
         state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)
         if target_end > request.target_computed:
             tokens = request.token_range(request.target_computed, target_end)
@@ -205,7 +203,9 @@ class Scheduler:
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             kv.free(request.id)
 
-    def update(self, plan: SchedulerOutput, proposal: DraftProposal, result: VerifyResult) -> dict[int, tuple[int, ...]]:
+    def update(
+        self, plan: SchedulerOutput, proposal: DraftProposal, result: VerifyResult
+    ) -> dict[int, tuple[int, ...]]:
         """Commit and roll back. Returns the newly committed tokens of each request that was verified."""
         target = {work.state.request_id: work for work in plan.target.work}
         draft = {work.forward.state.request_id: work for work in plan.draft.work}

@@ -100,10 +100,11 @@ class ModelConfig:
 
 
 def _windows(config: PretrainedConfig) -> tuple[int, ...]:
-    window = getattr(config, "sliding_window", None) or 0
+    window: int = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
     if kinds is None:  # Mistral: all layers; Llama has no window
-        return (window,) * config.num_hidden_layers
+        layers: int = config.num_hidden_layers
+        return (window,) * layers
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 

@@ -48,7 +48,8 @@ def _llama3(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # rotations in the original context
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / factor
+    blended: Tensor = keep * frequencies + (1 - keep) * frequencies / factor
+    return blended
 
 
 def _yarn(

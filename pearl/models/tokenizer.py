@@ -67,7 +67,7 @@ class Tokenizer:
         token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), key=str)
         raise ConfigurationError(
             f"the draft's tokenizer differs from the target's: {len(theirs)} and {len(mine)} tokens; {token!r} is "
-            f"{theirs.get(token, 'missing')} there and {mine.get(token, 'missing')} here. Choose a draft of the same family"
+            f"{theirs.get(token, 'missing')} there and {mine.get(token, 'missing')} here; choose a draft of its family"
         )
 
 

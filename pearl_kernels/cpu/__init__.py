@@ -44,7 +44,7 @@ OPERATORS, _LOAD_ERROR = _load()
 
 
 def refuses(op: str, situation: Situation) -> str | None:
-    """None if ``op`` can run in ``situation``, else the reason. RuntimeError if PEARL_CPU_ISA asks for the impossible."""
+    """None if ``op`` can run in ``situation``, else why not. RuntimeError if PEARL_CPU_ISA asks for the impossible."""
     if _LOAD_ERROR is not None:
         return _LOAD_ERROR
     from pearl_kernels.cpu import _core

@@ -60,7 +60,8 @@ def to_uniform(bits: Tensor) -> Tensor:
 
 def uniform(seed: Tensor, position: Tensor, stream: Stream) -> Tensor:
     """fp32 uniforms in (0, 1), one for each ``(seed, position)``: word 0 of block 0 of ``stream``."""
-    return to_uniform(philox_4x32(seed, position, torch.full_like(position, stream), torch.zeros_like(position))[..., 0])
+    block = torch.zeros_like(position)
+    return to_uniform(philox_4x32(seed, position, torch.full_like(position, stream), block)[..., 0])
 
 
 def gumbel(seed: Tensor, position: Tensor, stream: Stream, vocab_size: int) -> Tensor:

@@ -7,6 +7,7 @@ the point mass on the (first) largest logit. Columns at or past ``vocab_size`` a
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -120,7 +121,7 @@ def verify(
     starts = row_start.tolist()
     accepted = torch.zeros(len(starts) - 1, dtype=torch.int32, device=logits.device)
     next_token = torch.full((len(starts) - 1,), -1, dtype=torch.int64, device=logits.device)
-    for r, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for r, (begin, end) in enumerate(itertools.pairwise(starts)):
         request = params[torch.tensor([r], device=logits.device)]
         for row in range(begin, end):
             here = slice(row, row + 1)
@@ -131,7 +132,8 @@ def verify(
                     next_token[r] = drawn
                     break
             else:
-                assert draft_logprobs is not None and draft_rows is not None
+                assert draft_logprobs is not None
+                assert draft_rows is not None
                 log_p = log_probabilities(logits[here], request, vocab_size)[0]
                 u = uniform(request.seed, positions[here], Stream.ACCEPT)[0]
                 if not u < torch.exp(log_p[drafted] - draft_logprobs[row]):
@@ -139,7 +141,8 @@ def verify(
                     if draft_rows[row] < 0:
                         q[drafted] = 1.0
                     else:
-                        assert draft_logits is not None and draft_temperature is not None
+                        assert draft_logits is not None
+                        assert draft_temperature is not None
                         drafter = SamplingTensors(
                             draft_temperature[r : r + 1], request.top_k, request.top_p, request.min_p, request.seed
                         )

@@ -202,7 +202,8 @@ def acceptance(outputs: Sequence[RequestOutput]) -> float:
 def assert_at_rest(llm: LLM) -> None:
     """No request, no page and no lane is held, and the page tables are sound."""
     scheduler = llm.engine.scheduler
-    assert not scheduler.has_work and not scheduler.requests
+    assert not scheduler.has_work
+    assert not scheduler.requests
     for kv in filter(None, (scheduler.target_kv, scheduler.draft_kv)):
         kv.check_integrity()
         assert kv.num_free_pages == kv.num_pages

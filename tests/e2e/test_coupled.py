@@ -131,4 +131,6 @@ def test_penalties_and_minimum_length(pairs: dict[str, Pair], open_llm: OpenLLM,
     outputs = open_llm(pair, **DRAFTING_SETTINGS[setting], verification="coupled").generate(batch, params)
     assert token_ids(outputs) == plain
     assert 0.2 < acceptance(outputs) < 0.98
-    assert len(plain[0]) == TOKENS and not set(plain[0][:-1]) & set(range(1, 100)) and 7 not in plain[2]
+    assert len(plain[0]) == TOKENS
+    assert not set(plain[0][:-1]) & set(range(1, 100))
+    assert 7 not in plain[2]

@@ -78,8 +78,10 @@ def test_stop_token_at_every_offset(llama: Pair, open_llm: OpenLLM, setting: str
     )
     for output, (prompt, token, at) in zip(outputs, asked, strict=True):
         completion = output.outputs[0]
-        assert completion.token_ids == llama.greedy(prompt, 22)[: at + 1] and completion.token_ids[-1] == token
-        assert completion.finish_reason == "stop" and output.metrics.output_tokens == at + 1
+        assert completion.token_ids == llama.greedy(prompt, 22)[: at + 1]
+        assert completion.token_ids[-1] == token
+        assert completion.finish_reason == "stop"
+        assert output.metrics.output_tokens == at + 1
         assert completion.text == llama.tokenizer.decode(completion.token_ids[:-1])
     if setting.startswith(("pearl", "speculative")) and not setting.endswith("-1"):
         phases = ending_phases(rounds, {first_id + i: token for i, (_, token, _) in enumerate(asked)})
@@ -149,7 +151,8 @@ def test_min_tokens_holds_the_end_back(llama: Pair, open_llm: OpenLLM, setting: 
     llm = open_llm(llama, **ALL_SETTINGS[setting])
     params = SamplingParams(max_tokens=30, min_tokens=12, ignore_eos=True, stop_token_ids=[stop])
     assert llm.generate(prompt, params)[0].outputs[0].token_ids == expected
-    assert stop not in expected[:11] and expected[:3] != llama.greedy(prompt, 3)
+    assert stop not in expected[:11]
+    assert expected[:3] != llama.greedy(prompt, 3)
 
 
 def min_tokens_reference(pair: Pair, prompt: list[int], stop: int, min_tokens: int) -> list[int]:

@@ -114,7 +114,8 @@ def test_texts_are_encoded_and_decoded_as_transformers_does(llama: Pair, open_ll
     outputs = llm.generate(texts, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
     encoded = [llama.tokenizer.encode(text) for text in texts]
     expected = [llama.greedy(ids, TOKENS) for ids in encoded]
-    assert [o.prompt_token_ids for o in outputs] == encoded and token_ids(outputs) == expected
+    assert [o.prompt_token_ids for o in outputs] == encoded
+    assert token_ids(outputs) == expected
     assert [o.prompt for o in outputs] == texts
     assert [o.outputs[0].text for o in outputs] == [llama.tokenizer.decode(tokens) for tokens in expected]
 
@@ -159,7 +160,8 @@ def test_greedy_requests_are_not_touched_by_others_in_the_batch(
     penalised = greedy_reference(llama.judge, batch[4], TOKENS, repetition_penalty=1.4)
     assert outputs[4].outputs[0].token_ids == penalised.tokens
     assert outputs[5].outputs[0].token_ids[0] not in bias
-    assert all(len(tokens) == TOKENS for tokens in token_ids(outputs)) and len(outputs[3].outputs) == 3
+    assert all(len(tokens) == TOKENS for tokens in token_ids(outputs))
+    assert len(outputs[3].outputs) == 3
     assert_at_rest(llm)
 
 
@@ -174,4 +176,5 @@ def test_drafts_of_other_shapes_change_nothing(
         stranger = open_llm(llama, draft=unrelated_draft, window=window).generate(batch, params)
         twin = open_llm(llama, draft=save(llama.judge, llama.tokenizer, tmp_path / "twin"), window=window)
         assert token_ids(stranger) == token_ids(twin.generate(batch, params)) == expected
-        assert acceptance(stranger) < 0.2 and acceptance(twin.generate(batch, params)) == 1.0
+        assert acceptance(stranger) < 0.2
+        assert acceptance(twin.generate(batch, params)) == 1.0

@@ -144,7 +144,7 @@ def test_an_unknown_family_is_named(llama: Pair, tmp_path: Path) -> None:
     config = tmp_path / "model" / "config.json"
     changed = {**json.loads(config.read_text()), "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     config.write_text(json.dumps(changed))
-    with pytest.raises(UnsupportedModelError, match="(?i)gpt2"):
+    with pytest.raises(UnsupportedModelError, match=r"(?i)gpt2"):
         llama.llm(target=str(tmp_path / "model"))
 
 
@@ -154,7 +154,9 @@ def test_different_tokenizers_are_an_error(llama: Pair, tmp_path: Path) -> None:
     state = json.loads(other.backend_tokenizer.to_str())
     words = state["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
-    other = type(other)(tokenizer_object=type(other.backend_tokenizer).from_str(json.dumps(state)), eos_token="<|endoftext|>")
+    other = type(other)(
+        tokenizer_object=type(other.backend_tokenizer).from_str(json.dumps(state)), eos_token="<|endoftext|>"
+    )
     same_size = save(random_model(FAMILIES["llama"], 5), other, tmp_path / "same-size")
     smaller = save(random_model(FAMILIES["llama"], 5), byte_tokenizer(280), tmp_path / "smaller")
     for draft in (same_size, smaller):

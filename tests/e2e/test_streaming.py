@@ -52,9 +52,11 @@ def test_streamed_tokens_are_never_taken_back(llama: Pair, open_llm: OpenLLM) ->
     for chunk in llm.stream(prompt, SamplingParams(max_tokens=TOKENS, ignore_eos=True)):
         chunks.append(chunk)
         streamed, tokens = joined(chunks)
-        assert tokens == expected[: len(tokens)] and text.startswith(streamed)
+        assert tokens == expected[: len(tokens)]
+        assert text.startswith(streamed)
     last = chunks[-1].metrics
-    assert last.tested > last.accepted > 0 and last.output_tokens == TOKENS
+    assert last.tested > last.accepted > 0
+    assert last.output_tokens == TOKENS
     assert sum(sum(chunk.drafted) for chunk in chunks) >= last.accepted - 4  # all but an end that was cut off
 
 
@@ -156,7 +158,8 @@ def test_stop_strings_cut_text_and_tokens(llama: Pair, open_llm: OpenLLM, settin
         completion = output.outputs[0]
         needed = next(n for n in range(1, TOKENS + 1) if stop in llama.tokenizer.decode(tokens[:n]))
         assert completion.text == text[: text.index(stop)]
-        assert completion.token_ids == tokens[:needed] and completion.finish_reason == "stop"
+        assert completion.token_ids == tokens[:needed]
+        assert completion.finish_reason == "stop"
     streamed, _ = joined(list(llm.stream(prompt, every[1])))
     assert streamed == text[: text.index(stops[1])]
 
@@ -176,7 +179,8 @@ def test_logprobs_are_the_log_softmax_of_raw_logits(pairs: dict[str, Pair], open
         with torch.inference_mode():
             logits = pair.judge(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1, :VOCAB]
         expected = logits.log_softmax(-1)
-        assert completion.logprobs is not None and len(completion.logprobs) == TOKENS
+        assert completion.logprobs is not None
+        assert len(completion.logprobs) == TOKENS
         for row, token, reported in zip(expected, completion.token_ids, completion.logprobs, strict=True):
             assert reported.logprob == pytest.approx(row[token].item(), abs=1e-3)
             values, ids = row.topk(params.logprobs)

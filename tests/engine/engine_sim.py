@@ -113,7 +113,8 @@ class PagedMemory:
 
     def copy(self, copies: Sequence[PageCopy]) -> None:
         sources, destinations = {c.source for c in copies}, [c.destination for c in copies]
-        assert len(set(destinations)) == len(destinations) and not sources & set(destinations), copies
+        assert len(set(destinations)) == len(destinations), copies
+        assert not sources & set(destinations), copies
         for pair in copies:
             for slot in range(self._page_size):
                 self._slots.pop(pair.destination * self._page_size + slot, None)
@@ -151,7 +152,8 @@ Truth = Callable[[int], list[int]]  # committed + pending tokens of a request
 def compute(memory: PagedMemory, work: Sequence[ForwardWork], truth: Truth) -> list[list[int]]:
     """One ragged forward: everything is written, then everything is read. Returns each item's whole prefix."""
     for item in work:
-        assert item.num_logits <= len(item.tokens) and item.tokens, item
+        assert item.tokens, item
+        assert item.num_logits <= len(item.tokens), item
         memory.write(item.block_table, item.start, item.tokens)
     prefixes = [memory.read(item.block_table, item.end) for item in work]
     for item, prefix in zip(work, prefixes, strict=True):
@@ -249,7 +251,8 @@ class CheckedScheduler(Scheduler):
         plan = super().schedule()
         target = {item.state.request_id: item for item in plan.target.work}
         draft = {item.forward.state.request_id: item for item in plan.draft.work}
-        assert len(target) == len(plan.target.work) and len(draft) == len(plan.draft.work), "planned twice"
+        assert len(target) == len(plan.target.work), "planned twice"
+        assert len(draft) == len(plan.draft.work), "planned twice"
         assert not set(plan.preempted) & (target.keys() | draft.keys()), "preempted after it was planned"
         assert len({r.lane for r in self.running}) == len(self.running)
         for work in plan.verify:

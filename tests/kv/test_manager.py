@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -87,7 +87,9 @@ class TestPrefixCache:
 
     def test_commit_reads_new_pages_only(self) -> None:
         class Recorder(list[int]):
-            read: list[slice] = []
+            def __init__(self, values: Iterable[int]) -> None:
+                super().__init__(values)
+                self.read: list[slice] = []
 
             def __getitem__(self, item: Any) -> Any:
                 self.read.append(item)
@@ -196,7 +198,8 @@ class TestReserve:
             kv.reserve(0, num_tokens, 0)
             assert kv.capacity_tokens(0) == 4 * pages
             assert len(kv.block_table(0)) == pages
-        assert kv.num_free_pages == 5 and kv.usage == 3 / 8
+        assert kv.num_free_pages == 5
+        assert kv.usage == 3 / 8
 
     def test_growth_keeps_the_pages_before(self) -> None:
         kv = manager_with(PROMPT)
@@ -209,10 +212,12 @@ class TestReserve:
         kv = manager_with(PROMPT, num_pages=5)
         kv.fork(0, 1)
         table = kv.block_table(1)
-        assert kv.can_reserve(1, 20) and not kv.can_reserve(1, 20, write_from=9)
+        assert kv.can_reserve(1, 20)
+        assert not kv.can_reserve(1, 20, write_from=9)
         with pytest.raises(OutOfPages, match="sequence 1 needs 3 more pages for 20 tokens, 2 of 5 are free"):
             kv.reserve(1, 20, 9)
-        assert kv.block_table(0) == kv.block_table(1) == table and kv.num_free_pages == 2
+        assert kv.block_table(0) == kv.block_table(1) == table
+        assert kv.num_free_pages == 2
         assert cached_tokens(kv, PROMPT) == 8
         kv.check_integrity()
         assert kv.can_reserve(1, 16, write_from=9)
@@ -223,9 +228,11 @@ class TestReserve:
         kv = manager_with(PROMPT, num_pages=3)
         kv.free(0)
         kv.begin(1, [0])
-        assert kv.can_reserve(1, 12) and not kv.can_reserve(1, 13)
+        assert kv.can_reserve(1, 12)
+        assert not kv.can_reserve(1, 13)
         kv.reserve(1, 12, 0)
-        assert kv.stats.evictions == 2 and kv.usage == 1
+        assert kv.stats.evictions == 2
+        assert kv.usage == 1
 
     def test_without_a_position_to_write_nothing_is_copied_or_uncached(self) -> None:
         kv = manager_with([1, 2, 3, 4, 5, 6])
@@ -248,7 +255,8 @@ class TestCopyOnWrite:
         shared = kv.block_table(0)
         copies = kv.reserve(1, 8, 6)
         assert copies == (PageCopy(shared[1], kv.block_table(1)[1]),)
-        assert kv.block_table(0) == shared and kv.block_table(1)[0] == shared[0]
+        assert kv.block_table(0) == shared
+        assert kv.block_table(1)[0] == shared[0]
         assert kv.block_table(1)[1] not in shared
         assert kv.reserve(0, 8, 6) == (), "the parent owns its page alone now"
         assert kv.stats.page_copies == 1
@@ -278,7 +286,8 @@ class TestCopyOnWrite:
         kv = manager_with(PROMPT)
         free = kv.num_free_pages
         kv.fork(0, 1)
-        assert kv.num_free_pages == free and kv.block_table(1) == kv.block_table(0)
+        assert kv.num_free_pages == free
+        assert kv.block_table(1) == kv.block_table(0)
         kv.free(0)
         assert kv.num_free_pages == free
         kv.free(1)

@@ -96,7 +96,8 @@ class Rounds(RuleBasedStateMachine):
 
     def start(self, seq_id: int, tokens: list[int]) -> None:
         cached = self.kv.begin(seq_id, tokens)
-        assert cached % self.kv.page_size == 0 and cached < len(tokens)
+        assert cached % self.kv.page_size == 0
+        assert cached < len(tokens)
         assert self.kv.capacity_tokens(seq_id) == cached
         assert cached == 0 or tuple(tokens[:cached]) in self.verified, "found, but was never verified"
         self.live[seq_id] = Live(list(tokens), cached)
@@ -127,7 +128,8 @@ class Rounds(RuleBasedStateMachine):
         parent = self.draw_id(data)
         free = self.kv.num_free_pages
         self.kv.fork(parent, child)
-        assert self.kv.block_table(child) == self.kv.block_table(parent) and self.kv.num_free_pages == free
+        assert self.kv.block_table(child) == self.kv.block_table(parent)
+        assert self.kv.num_free_pages == free
         state = self.live[parent]
         self.live[child] = Live(list(state.committed), state.computed, list(state.pending))
         self.rounds(data)

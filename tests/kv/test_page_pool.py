@@ -47,7 +47,8 @@ def test_a_page_is_free_only_after_its_last_holder() -> None:
     pool.retain(page)
     assert pool.is_shared(page)
     pool.release(page)
-    assert not pool.is_shared(page) and pool.num_free_pages == 0
+    assert not pool.is_shared(page)
+    assert pool.num_free_pages == 0
     pool.release(page)
     assert pool.num_free_pages == 1
     pool.check_integrity({})
@@ -95,14 +96,16 @@ def test_a_held_cached_page_is_never_evicted() -> None:
     with pytest.raises(OutOfPages):
         pool.allocate()
     found = pool.lookup(key_of((7,)))
-    assert found is not None and found.page == page
+    assert found is not None
+    assert found.page == page
 
 
 def test_a_prefix_is_found_by_all_its_tokens() -> None:
     pool = PagePool(4, 2)
     page = cached_page(pool, (1, 2), (3, 4))
     found = pool.lookup(key_of((1, 2), (3, 4)))
-    assert found is not None and found.page == page
+    assert found is not None
+    assert found.page == page
     for other in (((3, 4),), ((1, 2),), ((1, 2), (3, 5)), ((1, 9), (3, 4)), ((3, 4), (1, 2)), ((1, 2), (3, 4), (3, 4))):
         assert pool.lookup(key_of(*other)) is None, other
 
@@ -110,7 +113,8 @@ def test_a_prefix_is_found_by_all_its_tokens() -> None:
 def test_colliding_hashes_never_return_a_wrong_page() -> None:
     """In CPython hash(-1) == hash(-2), so these prefixes differ and all their chained hashes agree."""
     ours, theirs = key_of((-1,), (5,)), key_of((-2,), (5,))
-    assert hash(ours) == hash(theirs) and ours != theirs
+    assert hash(ours) == hash(theirs)
+    assert ours != theirs
     pool = PagePool(2, 1)
     page = cached_page(pool, (-1,), (5,))
     assert pool.lookup(theirs) is None
@@ -134,7 +138,8 @@ def test_the_first_page_of_a_prefix_stays_the_cached_one() -> None:
     first, second = pool.allocate(), pool.allocate()
     canonical = pool.cache(first, key_of((7,)))
     assert pool.cache(second, key_of((7,))) is canonical
-    assert pool.key_of(first) is canonical and pool.key_of(second) is None
+    assert pool.key_of(first) is canonical
+    assert pool.key_of(second) is None
     pool.release(second)
     assert pool.allocate() == second, "a duplicate is free, not evictable"
     assert pool.evictions == 0
@@ -156,7 +161,8 @@ def test_a_cached_page_cannot_be_cached_as_another_prefix() -> None:
         pool.cache(page, key_of((8,)))
     pool.uncache(page)
     pool.cache(page, key_of((8,)))
-    assert pool.lookup(key_of((7,))) is None and pool.lookup(key_of((8,))) is not None
+    assert pool.lookup(key_of((7,))) is None
+    assert pool.lookup(key_of((8,))) is not None
 
 
 def _two_keys(pool: PagePool) -> None:

@@ -79,7 +79,7 @@ def test_missing_path_and_missing_config(tmp_path: Path) -> None:
 
 def test_unknown_family_is_named_with_the_known_ones(checkpoint: Path) -> None:
     edit_config(checkpoint, architectures=["GemmaForCausalLM"])
-    with pytest.raises(UnsupportedModelError, match="GemmaForCausalLM is not supported.*LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match=r"GemmaForCausalLM is not supported.*LlamaForCausalLM"):
         load(checkpoint)
 
 

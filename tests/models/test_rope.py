@@ -20,15 +20,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "dynamic": rope("dynamic", factor=2.0),
     "llama3": LLAMA3,
     "yarn": YARN,
-    "yarn-attention-factor": rope(
-        "yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=0.7
-    ),
-    "yarn-mscale": rope(
-        "yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.2, mscale_all_dim=0.8
-    ),
-    "yarn-betas": rope(
-        "yarn", factor=8.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0
-    ),
+    "yarn-attention-factor": rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=0.7),
+    "yarn-mscale": rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.2, mscale_all_dim=0.8),
+    "yarn-betas": rope("yarn", factor=8.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0),
 }
 
 

@@ -29,7 +29,11 @@ def test_rms_norm_matches_reference(rms_norm: Implementation, n: int, width: int
 @pytest.mark.parametrize(("n", "width"), SHAPES)
 @both_dtypes
 def test_add_rms_norm_matches_reference(add_rms_norm: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
-    x, residual, weight = (torch.randn(n, width).to(dtype), torch.randn(n, width).to(dtype), torch.ones(width, dtype=dtype))
+    x, residual, weight = (
+        torch.randn(n, width).to(dtype),
+        torch.randn(n, width).to(dtype),
+        torch.ones(width, dtype=dtype),
+    )
     summed = residual.clone()
     reference.add_rms_norm(x, summed, weight, 1e-6)
     exact = reference.rms_norm(summed.float(), weight.float(), 1e-6)
