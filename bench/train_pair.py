@@ -222,7 +222,8 @@ class Trainer:
             while self.elapsed < minutes * 60:
                 loss = self._optimizer_step(self.elapsed / (minutes * 60))
                 now = time.monotonic()
-                self.elapsed, last = self.elapsed + now - last, now
+                # A longer step means that the process was suspended: that is not training time.
+                self.elapsed, last = self.elapsed + min(now - last, 30.0), now
                 bar.update(task, completed=self.elapsed, status=f"{self.tokens / 1e6:.2f}M tokens  loss {loss:.3f}")
                 if self.step % 200 == 0:
                     console.print(

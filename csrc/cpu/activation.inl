@@ -10,7 +10,8 @@ void silu_and_mul_rows(const SiluAndMulParams& p) {
     const T* ups = gates + p.width;
     T* out = static_cast<T*>(p.out) + row * p.width;
     for_each_vector(p.width, [&](int64_t i, int64_t count) {
-      const Vec gate = load_some(gates + i, count);
+      // Below -88.37 exp no longer grows; a bounded numerator keeps the result at zero there.
+      const Vec gate = max(broadcast(-88.37f), load_some(gates + i, count));
       store_some(out + i, gate / (one + exp(zero - gate)) * load_some(ups + i, count), count);
     });
   }

@@ -18,17 +18,6 @@ from pearl.errors import PearlError
 
 REFUSED = 2
 
-app = typer.Typer(
-    name="pearl",
-    help="Parallel speculative decoding: a draft model makes a large one faster, and never different.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (generate, chat, info):
-    app.command()(command)
-app.command("bench")(throughput)
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -36,7 +25,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
@@ -45,13 +33,29 @@ def options(
     """Options of ``pearl`` itself."""
 
 
+def application() -> typer.Typer:
+    """The command line, built anew for each use: it is no module state."""
+    app = typer.Typer(
+        name="pearl",
+        help="Parallel speculative decoding: a draft model makes a large one faster, and never different.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(options)
+    for command in (generate, chat, info):
+        app.command()(command)
+    app.command("bench")(throughput)
+    return app
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 2 for what we refuse, 130 after Ctrl-C.
 
     What a user can act on is one line; a traceback means a bug.
     """
     try:
-        code = app(arguments, standalone_mode=False)
+        code = application()(arguments, standalone_mode=False)
     except (PearlError, typer.TyperException) as error:
         Terminal.open().error(error.format_message() if isinstance(error, typer.TyperException) else str(error))
         return REFUSED

@@ -95,11 +95,11 @@ class IncrementalDetokenizer:
     def _advance(self, at_end: bool) -> str:
         given = self._tokenizer.decode(self._ids[self._context : self._done])
         text = self._tokenizer.decode(self._ids[self._context :])
-        # A prompt may end inside a character; what completes it belongs to the output.
-        known = given.rstrip(_REPLACEMENT)
+        # A prompt may end inside a character: what completes it belongs to the output, what does not was given before.
+        known = given if text.startswith(given) else given.rstrip(_REPLACEMENT)
         if not at_end and (len(text) <= len(known) or text.endswith(_REPLACEMENT)):
             return ""
-        if known == given:
+        if not given.endswith(_REPLACEMENT):
             self._context = self._done  # between characters: decoding may start there
         self._done = len(self._ids)
         return text[len(known) :]

@@ -10,7 +10,7 @@ from cli_pty import PtyProcess
 from cli_support import SETTLED
 from typer.testing import CliRunner
 
-from pearl.cli.app import app, run
+from pearl.cli.app import application, run
 
 CLOSING = "per target forward"
 
@@ -47,7 +47,7 @@ def test_a_piped_conversation_forgets_the_oldest_turns(chat_model: Path) -> None
     typed = "/help\nx = 1\ny = 2\nz = 3\n/sing\n" + "w = 4 " * 100 + "\n/stats\n/exit\nnever asked\n"
     options = ["--dtype", "float32", "--window", "3", "--max-model-len", "48", "--max-tokens", "16", "--ignore-eos"]
     command = ["chat", "--target", str(chat_model), *options]
-    result = CliRunner().invoke(app, command, input=typed, catch_exceptions=False)
+    result = CliRunner().invoke(application(), command, input=typed, catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stderr.count(CLOSING) == 4  # three answers and /stats
     for said in (
