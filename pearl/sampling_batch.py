@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pearl.host_tensors import from_numbers
 from pearl.messages import SequenceState
 from pearl.sampling_params import SamplingParams
 from pearl_kernels import SamplingTensors
@@ -15,17 +16,34 @@ def draft_temperature(params: SamplingParams) -> float:
     return params.temperature if params.draft_temperature is None else params.draft_temperature
 
 
-def sampling_tensors(states: Sequence[SequenceState], device: torch.device, for_draft: bool = False) -> SamplingTensors:
-    """One entry for each sequence. ``for_draft`` takes the draft's temperature; the cutoffs are the request's."""
-    params = [state.params for state in states]
-    temperatures = [draft_temperature(p) if for_draft else p.temperature for p in params]
-    return SamplingTensors(
-        temperature=torch.tensor(temperatures, dtype=torch.float32, device=device),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        seed=torch.tensor([_signed(state.seed) for state in states], dtype=torch.int64, device=device),
-    )
+class SamplingBatches:
+    """Makes the tensors of a batch, and remembers them: in most rounds the batch is the one before.
+
+    ``for_draft`` takes the draft's temperature; the cutoffs are the request's. Belongs to one thread.
+    """
+
+    def __init__(self, device: torch.device, for_draft: bool = False) -> None:
+        self._device, self._for_draft = device, for_draft
+        self._key: tuple[tuple[SamplingParams, int], ...] | None = None
+        self._tensors: SamplingTensors | None = None
+
+    def tensors(self, states: Sequence[SequenceState]) -> SamplingTensors:
+        """One entry for each sequence. Must not be written to."""
+        key = tuple((state.params, state.seed) for state in states)
+        if self._tensors is None or key != self._key:
+            self._key, self._tensors = key, self._make(states)
+        return self._tensors
+
+    def _make(self, states: Sequence[SequenceState]) -> SamplingTensors:
+        params, device = [state.params for state in states], self._device
+        temperatures = [draft_temperature(p) if self._for_draft else p.temperature for p in params]
+        return SamplingTensors(
+            temperature=from_numbers(temperatures, torch.float32, device),
+            top_k=from_numbers([p.top_k for p in params], torch.int32, device),
+            top_p=from_numbers([p.top_p for p in params], torch.float32, device),
+            min_p=from_numbers([p.min_p for p in params], torch.float32, device),
+            seed=from_numbers([_signed(state.seed) for state in states], torch.int64, device),
+        )
 
 
 def _signed(seed: int) -> int:

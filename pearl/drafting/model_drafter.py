@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pearl.engine.logits_processing import process_row
+from pearl.host_tensors import from_numbers
 from pearl.messages import Busy, Drafted, DraftPlan, DraftProposal, DraftWork
-from pearl.sampling_batch import draft_temperature, sampling_tensors
+from pearl.sampling_batch import SamplingBatches, draft_temperature
 from pearl.workers.model_runner import ModelRunner
 from pearl_kernels import Rule, SamplingTensors, Stream
 
@@ -49,6 +50,7 @@ class ModelDrafter:
     ) -> None:
         self._runner, self._rule, self._vocab_size, self._eos_ids = runner, rule, vocab_size, eos_ids
         self._ring, self._device = ring, device
+        self._batches = SamplingBatches(device, for_draft=True)
         # Under the coupled rule both models use one noise; under rejection the draft's must be its own.
         self._stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
 
@@ -72,7 +74,7 @@ class ModelDrafter:
         return DraftProposal(proposed, self._ring.logits, steps, Busy.since(begin))
 
     def _draft(self, active: list[DraftWork], logits: Tensor, windows: dict[int, list[Drafted]]) -> int:
-        params = sampling_tensors([item.forward.state for item in active], self._device, for_draft=True)
+        params = self._batches.tensors([item.forward.state for item in active])
         longest = active[0].num_draft
         for step in range(longest):
             positions = [item.forward.end + step for item in active]
@@ -101,7 +103,7 @@ class ModelDrafter:
                 assert state.history is not None
                 drafted = (d.token for d in windows[state.request_id])
                 process_row(logits[row], state, (*state.history, *drafted), self._eos_ids)
-        where = torch.tensor(positions, device=self._device)
+        where = from_numbers(positions, torch.int64, self._device)
         sampled = self._runner.kernels.sample(logits, params, where, self._vocab_size, self._stream)
         tokens: list[int] = sampled.tokens.tolist()
         logprobs: list[float] = sampled.logprobs.tolist()

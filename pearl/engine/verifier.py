@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pearl.engine.logits_processing import process_rows
+from pearl.host_tensors import from_numbers
 from pearl.messages import (
     Decision,
     Drafted,
@@ -20,7 +21,7 @@ from pearl.messages import (
     VerifyResult,
     VerifyWork,
 )
-from pearl.sampling_batch import draft_temperature, sampling_tensors
+from pearl.sampling_batch import SamplingBatches, draft_temperature
 from pearl_kernels import KernelSet, Rule
 
 _BONUS = Drafted(-1, 0.0, -1)
@@ -52,6 +53,7 @@ class Verifier:
     ) -> None:
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
         self._eos_ids, self._device = eos_ids, device
+        self._batches = SamplingBatches(device)
 
     @torch.inference_mode()
     def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
@@ -109,7 +111,7 @@ class Verifier:
             self._tensor([d.token for d in tokens], torch.int64),
             self._tensor([*(rows.begin for rows in requests), requests[-1].end], torch.int32),
             self._tensor(positions, torch.int64),
-            sampling_tensors(states, self._device),
+            self._batches.tensors(states),
             self._vocab_size,
             self._rule,
             **optional,
@@ -117,7 +119,7 @@ class Verifier:
         return verdict.accepted.tolist(), verdict.next_token.tolist()
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        return from_numbers(values, dtype, self._device)
 
     def _top_logprobs(self, logits: Tensor, rows: _Rows) -> tuple[Tensor, int] | None:
         """Log-softmax of the request's raw rows, before any processing changes them in place."""

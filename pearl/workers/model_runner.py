@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pearl.host_tensors import from_numbers
 from pearl.kv import PageCopy
 from pearl.messages import Busy, ForwardWork, TargetOutput, TargetPlan
 from pearl.models import Decoder, ForwardBatch, KVCache
@@ -45,7 +46,7 @@ class ModelRunner:
         return self.model.forward(batch, self.cache)
 
     def _ints(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        return from_numbers(values, dtype, self._device)
 
 
 def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.device) -> ForwardBatch:
@@ -64,13 +65,13 @@ def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.devic
         logits_rows.extend(range(len(tokens) - item.num_logits, len(tokens)))
         starts.append(len(tokens))
     return ForwardBatch(
-        input_ids=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
-        slot_mapping=torch.tensor(slots, device=device),
+        input_ids=from_numbers(tokens, torch.int64, device),
+        positions=from_numbers(positions, torch.int64, device),
+        slot_mapping=from_numbers(slots, torch.int64, device),
         block_tables=_block_tables([item.block_table for item in work], device),
-        query_start=torch.tensor(starts, dtype=torch.int32, device=device),
-        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
-        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        query_start=from_numbers(starts, torch.int32, device),
+        context_lens=from_numbers(contexts, torch.int32, device),
+        logits_rows=from_numbers(logits_rows, torch.int64, device),
     )
 
 
@@ -78,7 +79,7 @@ def _block_tables(tables: Sequence[tuple[int, ...]], device: torch.device) -> Te
     """int32 ``[R, B]``; short tables are padded with -1, which no kernel reads."""
     longest = max(map(len, tables))
     padded = [table + (-1,) * (longest - len(table)) for table in tables]
-    return torch.tensor(padded, dtype=torch.int32, device=device)
+    return from_numbers(padded, torch.int32, device)
 
 
 class TargetRunner:

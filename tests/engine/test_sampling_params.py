@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pearl.errors import InvalidRequestError, PearlError
-from pearl.sampling_batch import draft_temperature, sampling_tensors
+from pearl.sampling_batch import SamplingBatches, draft_temperature
 from pearl.sampling_params import SamplingParams
 
 
@@ -110,12 +110,12 @@ def test_tensors_hold_one_entry_for_each_sequence_in_order() -> None:
         sequence_state(SamplingParams(temperature=0.5, top_k=7, draft_temperature=0.25)),
         sequence_state(SamplingParams(top_p=0.9, min_p=0.1)),
     ]
-    tensors = sampling_tensors(states, torch.device("cpu"))
+    tensors = SamplingBatches(torch.device("cpu")).tensors(states)
     assert tensors.temperature.tolist() == [0.5, 0.0]
     assert tensors.top_k.tolist() == [7, 0]
     assert tensors.top_p.tolist() == pytest.approx([1.0, 0.9])
     assert tensors.min_p.tolist() == pytest.approx([0.0, 0.1])
-    assert sampling_tensors(states, torch.device("cpu"), for_draft=True).temperature.tolist() == [0.25, 0.0]
+    assert SamplingBatches(torch.device("cpu"), for_draft=True).tensors(states).temperature.tolist() == [0.25, 0.0]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -1, -(2**63)])
@@ -126,5 +126,22 @@ def test_every_seed_keeps_its_64_bits(seed: int) -> None:
     from engine_sim import sequence_state
 
     state = dataclasses.replace(sequence_state(SamplingParams()), seed=seed)
-    (held,) = sampling_tensors([state], torch.device("cpu")).seed.tolist()
+    (held,) = SamplingBatches(torch.device("cpu")).tensors([state]).seed.tolist()
     assert held % 2**64 == seed % 2**64
+
+
+def test_tensors_are_made_again_only_for_another_batch() -> None:
+    import dataclasses
+
+    import torch
+    from engine_sim import sequence_state
+
+    batches = SamplingBatches(torch.device("cpu"))
+    first = sequence_state(SamplingParams(temperature=0.5))
+    made = batches.tensors([first])
+    assert batches.tensors([dataclasses.replace(first, lane=3)]) is made  # nothing that the tensors hold
+    for other in ([dataclasses.replace(first, seed=9)], [first, first], [sequence_state(SamplingParams(top_k=2))]):
+        fresh = batches.tensors(other)
+        assert fresh is not made
+        assert fresh.seed.tolist() == [state.seed for state in other]
+        assert fresh.top_k.tolist() == [state.params.top_k for state in other]
