@@ -14,19 +14,25 @@ from pearl.engine.engine import RoundRecord
 def main(
     output: Annotated[Path, typer.Argument(help="PNG or SVG")],
     milliseconds: Annotated[float, typer.Option(help="Length of the time axis")] = 80,
-    prompt: Annotated[int, typer.Option(help="Number of the built-in prompt")] = 0,
-    skip: Annotated[int, typer.Option(help="Rounds of the beginning to leave out")] = 8,
+    prompt: Annotated[int, typer.Option(min=0, help="Number of the built-in prompt")] = 0,
+    skip: Annotated[int, typer.Option(min=0, help="Rounds of the beginning to leave out")] = 8,
 ) -> None:
     """Run the bundled pair on one built-in prompt with every method."""
-    text = load_prompts(BUILT_IN)[prompt]
+    prompts = load_prompts(BUILT_IN)
+    if prompt >= len(prompts):
+        raise typer.BadParameter(f"--prompt {prompt}: the built-in set has prompts 0 to {len(prompts) - 1}")
+    if not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the folder {output.parent} does not exist")
     runs: dict[str, list[RoundRecord]] = {}
     with LLM(draft_threads=1, target_threads=1, prefix_caching=False) as first:
         for method in ("autoregressive", "speculative", "pearl"):
             rounds: list[RoundRecord] = []
             with first.variant(method=method) as llm:
-                llm.generate(text, SamplingParams(max_tokens=64))
+                llm.generate(prompts[prompt], SamplingParams(max_tokens=64))
                 llm.engine.observer = rounds.append
-                llm.generate(text, SamplingParams(max_tokens=128))
+                llm.generate(prompts[prompt], SamplingParams(max_tokens=128))
+            if len(rounds) <= skip:
+                raise typer.BadParameter(f"--skip {skip} leaves nothing of the {len(rounds)} rounds of {method}")
             runs[method] = rounds[skip:]
     draw_timeline(runs, output, milliseconds)
 

@@ -183,7 +183,12 @@ class Trainer:
         if not self.checkpoint_path.exists():
             return False
         state: dict[str, Any] = torch.load(self.checkpoint_path, map_location=self.options.device)
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise typer.BadParameter(
+                f"{self.checkpoint_path} is of a model of another shape; give the shapes it was begun with, or another OUT"
+            ) from error
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.rng.bit_generator.state = state["rng"]
@@ -296,6 +301,8 @@ def main(
     target_shape, draft_shape = Shape.parse(target), Shape.parse(draft)
     if init is not None and not (init / "target" / "tokenizer.json").exists():
         raise typer.BadParameter(f"{init} holds no pair: target/tokenizer.json is missing")
+    if init_draft and init is None:
+        raise typer.BadParameter("--init-draft needs --init, the pair whose draft to start from")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 

@@ -1,6 +1,17 @@
 """Operators of the engine: one specification each (``reference``), several providers, one ``registry``."""
 
-from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream, Verdict
+from pearl_kernels.reference import LinearWeight, Rule, Sampled, SamplingTensors, Stream, Verdict
 from pearl_kernels.registry import KernelSet, Situation, explain, select
 
-__all__ = ["KernelSet", "Rule", "Sampled", "SamplingTensors", "Situation", "Stream", "Verdict", "explain", "select"]
+__all__ = [
+    "KernelSet",
+    "LinearWeight",
+    "Rule",
+    "Sampled",
+    "SamplingTensors",
+    "Situation",
+    "Stream",
+    "Verdict",
+    "explain",
+    "select",
+]

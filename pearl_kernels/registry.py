@@ -21,6 +21,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
         reference.rms_norm,
         reference.add_rms_norm,
         reference.silu_and_mul,
+        reference.pack_linear,
         reference.linear,
         reference.rope_and_cache,
         reference.verify_attention,
@@ -31,6 +32,10 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 }
 
 
+# One reads what the other makes: a preference for one of the two holds for both.
+_PARTNERS: Mapping[str, str] = {"pack_linear": "linear", "linear": "pack_linear"}
+
+
 @dataclass(frozen=True)
 class Situation:
     """What a provider may make its support depend on."""
@@ -38,6 +43,7 @@ class Situation:
     device: str = "cpu"  # torch device type
     dtype: torch.dtype = torch.float32
     head_dim: int = 64
+    threads: int = 1  # intra-op threads of the worker
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class KernelSet:
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
+    pack_linear: Callable[..., Any]
     linear: Callable[..., Any]
     rope_and_cache: Callable[..., Any]
     verify_attention: Callable[..., Any]
@@ -89,7 +96,8 @@ def explain(op: str, situation: Situation | None = None, prefer: Mapping[str, st
     if op not in OPERATORS:
         raise ValueError(f"unknown operator {op!r}; the operators are {', '.join(OPERATORS)}")
     situation = situation or Situation()
-    wanted = (prefer or {}).get(op)
+    prefer = prefer or {}
+    wanted = prefer.get(op, prefer.get(_PARTNERS.get(op, op)))
     lines: list[Status] = []
     chosen: str | None = None
     for provider in PROVIDERS:

@@ -13,14 +13,19 @@ struct Candidate {
   const KernelTable& (*table)();
 };
 
+#ifdef PEARL_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 const KernelTable& choose() {
   // Widest first.
   const Candidate candidates[] = {
 #ifdef PEARL_X86
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq"),
-       avx512::table},
+      {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512bf16::table},
+      {"avx512", has_avx512(), avx512::table},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::table},
 #endif
       {"scalar", true, scalar::table},

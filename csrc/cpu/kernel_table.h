@@ -9,6 +9,7 @@ struct KernelTable {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
   void (*silu_and_mul)(const SiluAndMulParams&);
+  void (*linear)(const LinearParams&);
   void (*rope_and_cache)(const RopeAndCacheParams&);
   void (*verify_attention)(const AttentionParams&);
   void (*sample)(const SampleParams&);
@@ -24,6 +25,9 @@ namespace avx2 {
 const KernelTable& table();
 }
 namespace avx512 {
+const KernelTable& table();
+}
+namespace avx512bf16 {
 const KernelTable& table();
 }
 

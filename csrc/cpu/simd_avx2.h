@@ -10,6 +10,7 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
+inline constexpr int kTileRows = 4, kTileVectors = 1;
 
 struct Vec {
   __m256 a, b;  // lanes 0 to 7, 8 to 15
@@ -142,6 +143,11 @@ inline void multiply_wide(Bits x, uint32_t factor, Bits& high, Bits& low) {
   const __m256i f = _mm256_set1_epi32(static_cast<int>(factor));
   multiply_wide(x.a, f, high.a, low.a);
   multiply_wide(x.b, f, high.b, low.b);
+}
+inline Vec dot_pairs(Bits x, Bits y, Vec sum) {
+  const Bits upper = broadcast_bits(0xFFFF0000);
+  sum = mul_add(float_of(shift_left(x, 16)), float_of(shift_left(y, 16)), sum);
+  return mul_add(float_of(x & upper), float_of(y & upper), sum);
 }
 
 inline float reduce_add(Vec x) {

@@ -10,6 +10,7 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
+inline constexpr int kTileRows = 8, kTileVectors = 3;
 
 struct Vec {
   __m512 v;
@@ -80,6 +81,15 @@ inline void multiply_wide(Bits a, uint32_t factor, Bits& high, Bits& low) {
   const __m512i even = _mm512_mul_epu32(a.v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), f);
   high.v = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
   low.v = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+inline Vec dot_pairs(Bits a, Bits b, Vec sum) {
+#ifdef __AVX512BF16__
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+#else
+  const Bits upper = broadcast_bits(0xFFFF0000);
+  sum = mul_add(float_of(shift_left(a, 16)), float_of(shift_left(b, 16)), sum);
+  return mul_add(float_of(a & upper), float_of(b & upper), sum);
+#endif
 }
 
 inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x.v); }

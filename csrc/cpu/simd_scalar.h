@@ -10,6 +10,8 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
+/// The tile of sums (rows, vectors of columns) that a matrix product can keep in registers.
+inline constexpr int kTileRows = 2, kTileVectors = 1;
 
 struct Vec {
   float lane[kLanes];
@@ -178,6 +180,12 @@ inline void multiply_wide(Bits a, uint32_t factor, Bits& high, Bits& low) {
     high.lane[i] = static_cast<uint32_t>(product >> 32);
     low.lane[i] = static_cast<uint32_t>(product);
   }
+}
+/// Adds the products of two pairs of bf16 in each lane. Subnormal numbers may count as zero.
+inline Vec dot_pairs(Bits a, Bits b, Vec sum) {
+  const Bits upper = broadcast_bits(0xFFFF0000);
+  sum = mul_add(float_of(shift_left(a, 16)), float_of(shift_left(b, 16)), sum);
+  return mul_add(float_of(a & upper), float_of(b & upper), sum);
 }
 
 // Across lanes.

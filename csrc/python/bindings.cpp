@@ -8,6 +8,7 @@
 #include "cpu/copy_blocks.h"
 #include "cpu/kernel_table.h"
 #include "pearl/params.h"
+#include "python/decoder_bindings.h"
 
 namespace py = pybind11;
 
@@ -43,6 +44,12 @@ void rms_norm(int code, int64_t rows, int64_t width, Address x, int64_t x_stride
 
 void silu_and_mul(int code, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out) {
   pearl::kernels().silu_and_mul({dtype(code), rows, width, pointer<const void>(x), x_stride, pointer<void>(out)});
+}
+
+void linear(int code, int64_t rows, int64_t in_features, int64_t out_features, Address x, int64_t x_stride,
+            Address weight, Address bias, Address out) {
+  pearl::kernels().linear({dtype(code), rows, in_features, out_features, pointer<const void>(x), x_stride,
+                           pointer<const void>(weight), pointer<const void>(bias), pointer<void>(out)});
 }
 
 void rope_and_cache(int code, int64_t tokens, int64_t query_heads, int64_t kv_heads, int64_t head_dim, Address q,
@@ -163,9 +170,11 @@ PYBIND11_MODULE(_core, m) {
   py::class_<SamplingArgument>(m, "Sampling").def(py::init<Address, Address, Address, Address, Address>());
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
-  m.def("isa", [] { return pearl::kernels().isa; }, "The instruction set in use: avx512, avx2 or scalar.");
+  m.def("isa", [] { return pearl::kernels().isa; }, "The instruction set in use: avx512bf16, avx512, avx2 or scalar.");
+  m.attr("PANEL_COLUMNS") = pearl::kPanelColumns;
   m.def("rms_norm", &rms_norm, NoGil());
   m.def("silu_and_mul", &silu_and_mul, NoGil());
+  m.def("linear", &linear, NoGil());
   m.def("rope_and_cache", &rope_and_cache, NoGil());
   m.def("verify_attention", &verify_attention, NoGil());
   m.def("sample", &sample, NoGil());
@@ -173,4 +182,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("copy_blocks", &copy_blocks, NoGil());
   m.def("uniform_noise", &uniform_noise, NoGil());
   m.def("gumbel_noise", &gumbel_noise, NoGil());
+  bind_decoder(m);
 }

@@ -33,7 +33,11 @@ def load_prompts(name: str, limit: int | None = None) -> list[str]:
     folder = os.environ.get("PEARL_DATA")
     path = Path(folder) / f"{name}.jsonl" if folder and name in HUB_SETS else Path(name)
     if path.is_file():
-        return _parse(path.read_text("utf-8"), str(path))[:limit]
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"{path} is not UTF-8 text: {error}") from error
+        return _parse(text, str(path))[:limit]
     if name in HUB_SETS:
         return [_text(row, name) for row in _from_hub(name)][:limit]
     raise ConfigurationError(f"{name!r} is no file and no known data set; known are {BUILT_IN}, {', '.join(HUB_SETS)}")
@@ -41,7 +45,7 @@ def load_prompts(name: str, limit: int | None = None) -> list[str]:
 
 def _parse(text: str, source: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -63,11 +67,13 @@ def _text(row: Any, source: str) -> str:
 
 
 def _from_hub(name: str) -> Any:
+    advice = f"put {name}.jsonl into a folder and set PEARL_DATA to it"
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ConfigurationError(
-            f"put {name}.jsonl into a folder and set PEARL_DATA to it, or `pip install datasets` to read the hub"
-        ) from error
+        raise ConfigurationError(f"{advice}, or `pip install datasets` to read the hub") from error
     repository, configuration, split = HUB_SETS[name]
-    return load_dataset(repository, configuration, split=split)
+    try:
+        return load_dataset(repository, configuration, split=split)
+    except Exception as error:  # the hub client raises many kinds, offline ones among them
+        raise ConfigurationError(f"the hub could not provide {repository}: {error}; {advice}") from error

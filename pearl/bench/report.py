@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from pearl.bench.measure import MethodResult
@@ -40,9 +41,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that the package lies in; None for an installed copy."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """Of the checkout that the package lies in; None for an installed copy, even inside someone else's checkout."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -50,7 +54,8 @@ def commit() -> str | None:
 
 def table(results: Sequence[MethodResult], title: str) -> Table:
     columns = ("method", "tok/s", "speedup", "accepted", "rate", "fwd/token", "window", "efficiency")
-    rows = Table(title=title)
+    # Without edges it fits 80 columns.
+    rows = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         rows.add_column(column, justify="right" if index else "left")
     for r in results:

@@ -49,10 +49,14 @@ def throughput(
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    if window != "auto" and not window.isdigit():
-        raise typer.BadParameter(f'--window must be "auto" or an integer, not {window!r}')
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(f"--methods must name each method once, separated by commas, not {methods!r}")
+    if window != "auto" and not window.isdecimal():
+        raise ConfigurationError(f'--window must be "auto" or an integer >= 1, not {window!r}')
     if json_out is not None and not json_out.absolute().parent.is_dir():
         raise ConfigurationError(f"--json: the folder {json_out.parent} does not exist")
+    if json_out is not None and json_out.is_dir():
+        raise ConfigurationError(f"--json: {json_out} is a folder; name a file")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
     options: dict[str, Any] = {
         "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,

@@ -32,7 +32,12 @@ def info(
 ) -> None:
     """Show versions, devices, threads, and which provider runs each operator and why the others do not."""
     config = EngineConfig(device=device, dtype=dtype)
-    situation = Situation(config.resolve_device("target").type, config.torch_dtype or torch.bfloat16, head_dim)
+    situation = Situation(
+        config.resolve_device("target").type,
+        config.torch_dtype or torch.bfloat16,
+        head_dim,
+        threads=config.resolve_threads()[1],
+    )
     terminal = Terminal.open()
     terminal.out.print(_machine_table(config))
     terminal.out.print(_operator_table(situation))

@@ -60,10 +60,11 @@ def load_models(config: EngineConfig) -> LoadedModels:
     pair = _check_pair(config, target_path, draft_path)
     num_pages = _num_pages(config, pair)
     target_device, draft_device = config.resolve_device("target"), config.resolve_device("draft")
-    target = _runner(config, target_path, pair, pair.target, target_device, num_pages)
+    draft_threads, target_threads = config.resolve_threads()
+    target = _runner(config, target_path, pair, pair.target, target_device, target_threads, num_pages)
     draft = None
     if pair.draft is not None and draft_path is not None:
-        draft = _runner(config, draft_path, pair, pair.draft, draft_device, num_pages)
+        draft = _runner(config, draft_path, pair, pair.draft, draft_device, draft_threads, num_pages)
     return LoadedModels(
         target, draft, pair.tokenizer, pair.vocab_size, pair.max_model_len, num_pages, target_device, draft_device
     )
@@ -142,10 +143,16 @@ def _num_pages(config: EngineConfig, pair: _Pair) -> int:
 
 
 def _runner(
-    config: EngineConfig, path: str, pair: _Pair, model_config: ModelConfig, device: torch.device, num_pages: int
+    config: EngineConfig,
+    path: str,
+    pair: _Pair,
+    model_config: ModelConfig,
+    device: torch.device,
+    threads: int,
+    num_pages: int,
 ) -> ModelRunner:
     dtype = config.torch_dtype or model_config.dtype
-    kernels = select(Situation(device.type, dtype, model_config.head_dim))
+    kernels = select(Situation(device.type, dtype, model_config.head_dim, threads))
     with torch.inference_mode():
         model: Decoder = load_model(
             path, device=device, dtype=dtype, max_model_len=pair.max_model_len, kernels=kernels

@@ -3,6 +3,7 @@
 from pearl.models.bundled import bundled_path
 from pearl.models.decoder import Decoder
 from pearl.models.forward_batch import ForwardBatch
+from pearl.models.fused_decoder import FusedDecoder, can_fuse
 from pearl.models.kv_cache import KVCache
 from pearl.models.loader import load_model
 from pearl.models.model_config import ModelConfig
@@ -11,10 +12,12 @@ from pearl.models.tokenizer import IncrementalDetokenizer, Tokenizer
 __all__ = [
     "Decoder",
     "ForwardBatch",
+    "FusedDecoder",
     "IncrementalDetokenizer",
     "KVCache",
     "ModelConfig",
     "Tokenizer",
     "bundled_path",
+    "can_fuse",
     "load_model",
 ]

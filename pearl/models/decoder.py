@@ -9,7 +9,7 @@ from torch import Tensor
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.kv_cache import KVCache
 from pearl.models.model_config import ModelConfig
-from pearl_kernels import KernelSet
+from pearl_kernels import KernelSet, LinearWeight
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class LayerWeights:
     """``qkv`` stacks the q, k and v projections, ``gate_up`` gate and up: one matrix product each."""
 
     input_norm: Tensor  # [D]
-    qkv: Tensor  # [(Hq + 2 Hk) * head_dim, D]
+    qkv: LinearWeight  # [(Hq + 2 Hk) * head_dim, D]
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None
-    output: Tensor  # [D, Hq * head_dim]
+    output: LinearWeight  # [D, Hq * head_dim]
     output_bias: Tensor | None
     post_norm: Tensor  # [D]
-    gate_up: Tensor  # [2F, D]
+    gate_up: LinearWeight  # [2F, D]
     gate_up_bias: Tensor | None
-    down: Tensor  # [D, F]
+    down: LinearWeight  # [D, F]
     down_bias: Tensor | None
 
 
@@ -35,7 +35,7 @@ class DecoderWeights:
     embedding: Tensor  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
-    head: Tensor  # [V, D]; the embedding itself where they are tied
+    head: LinearWeight  # [V, D]; made from the embedding where they are tied
 
 
 class Decoder:
@@ -43,7 +43,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, cos_sin: Tensor, kernels: KernelSet) -> None:
         self.config, self.weights, self.kernels = config, weights, kernels
-        self._cos_sin = cos_sin  # [max_model_len, head_dim]
+        self.cos_sin = cos_sin  # [max_model_len, head_dim]
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Compute all N tokens, write their keys and values, and return logits ``[M, V]`` of batch.logits_rows."""
@@ -76,7 +76,7 @@ class Decoder:
         qkv = kernels.linear(x, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, config.head_dim)
         q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
         kernels.rope_and_cache(
-            q, k, v, batch.positions, self._cos_sin, keys, values, batch.slot_mapping,
+            q, k, v, batch.positions, self.cos_sin, keys, values, batch.slot_mapping,
             layer.q_norm, layer.k_norm, config.eps,
         )  # fmt: skip
         attended = kernels.verify_attention(

@@ -15,7 +15,7 @@ from pearl.errors import ModelLoadError
 from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights
 from pearl.models.model_config import ModelConfig
 from pearl.models.rope import cos_sin_table
-from pearl_kernels import KernelSet
+from pearl_kernels import KernelSet, LinearWeight
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -25,13 +25,14 @@ def load_model(
 ) -> Decoder:
     """Load a model from a local folder or a hub id.
 
-    One tensor is in memory beside the model at any time. Raises ModelLoadError (missing files, missing tensors, shapes
-    that contradict the configuration) or UnsupportedModelError.
+    One matrix, as stored and as packed, is in memory beside the model at any time. A tied head that a provider packs
+    is a second copy of the embedding. Raises ModelLoadError (missing files, missing tensors, shapes that contradict
+    the configuration) or UnsupportedModelError.
     """
     config = ModelConfig.from_pretrained(str(path))
     with ExitStack() as stack:
         checkpoint = _Checkpoint(_resolve(str(path)), stack)
-        weights = _Assembler(config, checkpoint, dtype, device).decoder()
+        weights = _Assembler(config, checkpoint, dtype, device, kernels).decoder()
     cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
     return Decoder(config, weights, cos_sin.to(device), kernels)
 
@@ -80,8 +81,16 @@ class _Checkpoint:
 
 
 class _Assembler:
-    def __init__(self, config: ModelConfig, checkpoint: _Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: _Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: KernelSet,
+    ) -> None:
         self._config, self._checkpoint, self._dtype, self._device = config, checkpoint, dtype, device
+        self._kernels = kernels
 
     def decoder(self) -> DecoderWeights:
         config = self._config
@@ -89,7 +98,7 @@ class _Assembler:
         layers = tuple(self._layer(f"model.layers.{index}.") for index in range(config.layers))
         norm = self._read("model.norm.weight", config.hidden)
         head = embedding if config.tied else self._read("lm_head.weight", config.vocab_size, config.hidden)
-        return DecoderWeights(embedding, layers, norm, head)
+        return DecoderWeights(embedding, layers, norm, self._kernels.pack_linear(head))
 
     def _layer(self, prefix: str) -> LayerWeights:
         config = self._config
@@ -100,21 +109,25 @@ class _Assembler:
         gates = [(mlp + "gate_proj", f), (mlp + "up_proj", f)]
         return LayerWeights(
             input_norm=self._read(prefix + "input_layernorm.weight", d),
-            qkv=self._stack(projections, ".weight", d),
+            qkv=self._matrix(projections, d),
             qkv_bias=self._stack(projections, ".bias") if config.qkv_bias else None,
             q_norm=self._read(attention + "q_norm.weight", head_dim) if config.qk_norm else None,
             k_norm=self._read(attention + "k_norm.weight", head_dim) if config.qk_norm else None,
-            output=self._read(attention + "o_proj.weight", d, q),
+            output=self._matrix([(attention + "o_proj", d)], q),
             output_bias=self._read(attention + "o_proj.bias", d) if config.output_bias else None,
             post_norm=self._read(prefix + "post_attention_layernorm.weight", d),
-            gate_up=self._stack(gates, ".weight", d),
+            gate_up=self._matrix(gates, d),
             gate_up_bias=self._stack(gates, ".bias") if config.mlp_bias else None,
-            down=self._read(mlp + "down_proj.weight", d, f),
+            down=self._matrix([(mlp + "down_proj", d)], f),
             down_bias=self._read(mlp + "down_proj.bias", d) if config.mlp_bias else None,
         )
 
     def _read(self, name: str, *shape: int) -> Tensor:
         return self._checkpoint.read(name, shape).to(self._device, self._dtype)
+
+    def _matrix(self, parts: list[tuple[str, int]], columns: int) -> LinearWeight:
+        packed: LinearWeight = self._kernels.pack_linear(self._stack(parts, ".weight", columns))
+        return packed
 
     def _stack(self, parts: list[tuple[str, int]], suffix: str, *columns: int) -> Tensor:
         """Several projections of one input as one matrix (or their biases as one vector)."""

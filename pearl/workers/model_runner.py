@@ -11,7 +11,7 @@ from torch import Tensor
 from pearl.host_tensors import from_numbers
 from pearl.kv import PageCopy
 from pearl.messages import Busy, ForwardWork, TargetOutput, TargetPlan
-from pearl.models import Decoder, ForwardBatch, KVCache
+from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
 
 
 class ModelRunner:
@@ -21,6 +21,7 @@ class ModelRunner:
         self.model, self.cache = model, cache
         self.kernels = model.kernels
         self._page_size, self._device = page_size, device
+        self._fused = FusedDecoder(model, cache) if can_fuse(model.kernels) else None
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         if copies:
@@ -29,7 +30,7 @@ class ModelRunner:
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
-        return self.model.forward(build_batch(work, self._page_size, self._device), self.cache)
+        return self._compute(build_batch(work, self._page_size, self._device))
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:
         """One token for each sequence; returns logits ``[R, V]``."""
@@ -43,7 +44,10 @@ class ModelRunner:
             context_lens=self._ints([p + 1 for p in positions], torch.int32),
             logits_rows=self._ints(rows),
         )
-        return self.model.forward(batch, self.cache)
+        return self._compute(batch)
+
+    def _compute(self, batch: ForwardBatch) -> Tensor:
+        return self.model.forward(batch, self.cache) if self._fused is None else self._fused.forward(batch)
 
     def _ints(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return from_numbers(values, dtype, self._device)

@@ -1,6 +1,7 @@
 """The C++ provider: fp32 and bf16 on CPU, for the instruction set found at run time (csrc/).
 
-The environment variable PEARL_CPU_ISA=avx512|avx2|scalar overrides that choice; one the CPU lacks is an error.
+The environment variable PEARL_CPU_ISA=avx512bf16|avx512|avx2|scalar overrides that choice; one that the CPU lacks is
+an error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _NAMES = (
     "rms_norm",
     "add_rms_norm",
     "silu_and_mul",
+    "pack_linear",
+    "linear",
     "rope_and_cache",
     "verify_attention",
     "sample",
@@ -24,6 +27,8 @@ _NAMES = (
     "copy_blocks",
 )
 _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
+_LINEAR = ("pack_linear", "linear")
+_LINEAR_THREADS = 2  # up to here one thread of our product beats torch's where decoding needs it
 
 
 def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
@@ -56,4 +61,6 @@ def refuses(op: str, situation: Situation) -> str | None:
         return f"computes float32 and bfloat16, not {situation.dtype}"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
+    if op in _LINEAR and situation.threads > _LINEAR_THREADS:
+        return f"computes on one thread; torch is faster on {situation.threads}"
     return None

@@ -1,5 +1,7 @@
 """The compiled module (csrc/python/bindings.cpp). Addresses are integers, 0 for none."""
 
+PANEL_COLUMNS: int  # of a packed weight, csrc/include/pearl/params.h
+
 class Logits:
     def __init__(self, address: int, dtype: int, rows: int, stride: int, /) -> None: ...
 
@@ -21,6 +23,18 @@ def rms_norm(
     /,
 ) -> None: ...
 def silu_and_mul(dtype: int, rows: int, width: int, x: int, x_stride: int, out: int, /) -> None: ...
+def linear(
+    dtype: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    bias: int,
+    out: int,
+    /,
+) -> None: ...
 def rope_and_cache(
     dtype: int,
     tokens: int,
@@ -100,3 +114,62 @@ def verify(
 def copy_blocks(cache: int, pages: int, page_bytes: int, pairs: int, count: int, /) -> None: ...
 def uniform_noise(seed: int, position: int, stream: int, rows: int, vocab_size: int, out: int, /) -> None: ...
 def gumbel_noise(seed: int, position: int, stream: int, rows: int, vocab_size: int, out: int, /) -> None: ...
+
+class Matrix:
+    def __init__(self, in_features: int, out_features: int, weight: int, bias: int, /) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        input_norm: int,
+        qkv: Matrix,
+        q_norm: int,
+        k_norm: int,
+        output: Matrix,
+        post_norm: int,
+        gate_up: Matrix,
+        down: Matrix,
+        k_cache: int,
+        v_cache: int,
+        window: int,
+        /,
+    ) -> None: ...
+
+class Shape:
+    def __init__(
+        self,
+        dtype: int,
+        hidden: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        ffn: int,
+        vocab_size: int,
+        max_position: int,
+        pages: int,
+        page_size: int,
+        eps: float,
+        scale: float,
+        /,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self, shape: Shape, layers: list[Layer], embedding: int, norm: int, head: Matrix, cos_sin: int, /
+    ) -> None: ...
+    def forward(
+        self,
+        tokens: int,
+        sequences: int,
+        table_width: int,
+        num_logits: int,
+        input_ids: int,
+        positions: int,
+        slot_mapping: int,
+        block_tables: int,
+        query_start: int,
+        context_lens: int,
+        logits_rows: int,
+        logits: int,
+        /,
+    ) -> None: ...

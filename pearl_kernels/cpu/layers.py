@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pearl_kernels.cpu import _core
-from pearl_kernels.cpu.checks import contiguous, floating, rows
+from pearl_kernels.cpu.checks import DTYPE_CODES, contiguous, floating, rows
+from pearl_kernels.reference import LinearWeight
 
 _MAX_HEAD_DIM = 256
 
@@ -44,6 +45,33 @@ def silu_and_mul(x: Tensor) -> Tensor:
     address, stride = rows("silu_and_mul", "x", x, x.dtype, (n, width))
     out = x.new_empty((n, width // 2))
     _core.silu_and_mul(code, n, width // 2, address, stride, out.data_ptr())
+    return out
+
+
+def pack_linear(weight: Tensor) -> LinearWeight:
+    """Panels of ``_core.PANEL_COLUMNS`` rows of weight, padded with zeros: ``LinearParams`` in params.h."""
+    floating("pack_linear", "weight", weight)
+    if weight.dim() != 2 or not weight.is_cpu:
+        raise ValueError(f"pack_linear: weight must be a matrix on cpu, not {list(weight.shape)} on {weight.device}")
+    out_features, in_features = weight.shape
+    step = 4 // weight.element_size()
+    panels, steps = -(-out_features // _core.PANEL_COLUMNS), -(-in_features // step)
+    padding = (0, steps * step - in_features, 0, panels * _core.PANEL_COLUMNS - out_features)
+    columns = torch.nn.functional.pad(weight, padding).view(panels, _core.PANEL_COLUMNS, steps, step)
+    return LinearWeight(columns.transpose(1, 2).contiguous(), out_features, in_features)
+
+
+def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
+    """As the reference, on the calling thread. A row of the result does not depend, to the bit, on the other rows."""
+    data, width, out_width = weight.data, weight.in_features, weight.out_features
+    if data.dim() != 4:
+        raise ValueError("linear: weight must come from this provider's pack_linear")
+    n, _ = _matrix("linear", x)
+    address, stride = rows("linear", "x", x, data.dtype, (n, width))
+    add = 0 if bias is None else contiguous("linear", "bias", bias, data.dtype, (out_width,))
+    out = x.new_empty((n, out_width))
+    code = DTYPE_CODES[data.dtype]
+    _core.linear(code, n, width, out_width, address, stride, data.data_ptr(), add, out.data_ptr())
     return out
 
 

@@ -1,9 +1,11 @@
 """The operators' specification in plain torch. Providers are tested against these functions, and only these."""
 
 from pearl_kernels.reference.layers import (
+    LinearWeight,
     add_rms_norm,
     copy_blocks,
     linear,
+    pack_linear,
     rms_norm,
     rope_and_cache,
     silu_and_mul,
@@ -13,6 +15,7 @@ from pearl_kernels.reference.philox import Stream
 from pearl_kernels.reference.sampling import Rule, Sampled, SamplingTensors, Verdict, sample, verify
 
 __all__ = [
+    "LinearWeight",
     "Rule",
     "Sampled",
     "SamplingTensors",
@@ -21,6 +24,7 @@ __all__ = [
     "add_rms_norm",
     "copy_blocks",
     "linear",
+    "pack_linear",
     "rms_norm",
     "rope_and_cache",
     "sample",

@@ -6,6 +6,8 @@ N tokens, D model width, F feed-forward width, H heads, P pages of S slots.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,9 +37,28 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x ``[N, K]``, weight ``[M, K]``, bias ``[M]`` or None; returns ``[N, M]``."""
-    return F.linear(x, weight, bias)
+@dataclass(frozen=True)
+class LinearWeight:
+    """A matrix ``[M, K]`` as ``linear`` takes it. Only the provider that packed it knows the layout of ``data``."""
+
+    data: Tensor
+    out_features: int  # M
+    in_features: int  # K
+
+
+def pack_linear(weight: Tensor) -> LinearWeight:
+    """Prepare weight ``[M, K]`` for ``linear``, once, at load. The reference keeps the matrix itself."""
+    out_features, in_features = weight.shape
+    return LinearWeight(weight, out_features, in_features)
+
+
+def linear(x: Tensor, weight: LinearWeight | Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, all of one dtype.
+
+    Args: x ``[N, K]``, weight ``[M, K]`` from the same provider's ``pack_linear`` (the reference also takes the plain
+        matrix), bias ``[M]`` or None. Returns ``[N, M]``.
+    """
+    return F.linear(x, weight.data if isinstance(weight, LinearWeight) else weight, bias)
 
 
 def rope_and_cache(

@@ -35,6 +35,21 @@ struct SiluAndMulParams {
   void* out;  // [rows, width]
 };
 
+/// Output columns of a panel of LinearParams::weight: three vectors, so that eight rows fill AVX-512's registers.
+inline constexpr int64_t kPanelColumns = 48;
+
+struct LinearParams {
+  DType dtype;  // of every tensor here
+  int64_t rows, in_features, out_features;
+  const void* x;  // [rows, in_features]
+  int64_t x_stride;
+  // [panels, steps, kPanelColumns, e]: e inputs (bf16: 2, fp32: 1) of a column lie together and are one step. Columns
+  // at or past out_features and inputs at or past in_features are zero.
+  const void* weight;
+  const void* bias;  // [out_features] or null
+  void* out;         // [rows, out_features]
+};
+
 struct RopeAndCacheParams {
   DType dtype;  // of q, k, v, the caches and the norm weights
   int64_t tokens, query_heads, kv_heads, head_dim;

@@ -1,0 +1,168 @@
+#include "cpu/decoder.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cpu/checks.h"
+#include "cpu/kernel_table.h"
+
+namespace pearl {
+namespace {
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+void check_rows(const char* name, const int64_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0 || values[i] >= limit) {
+      throw std::invalid_argument(std::string("decoder: ") + name + " holds " + std::to_string(values[i]) +
+                                  ", must be in [0, " + std::to_string(limit) + ")");
+    }
+  }
+}
+
+}  // namespace
+
+Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
+                 PackedMatrix head, const float* cos_sin)
+    : shape_(shape), layers_(std::move(layers)), embedding_(embedding), norm_(norm), head_(head), cos_sin_(cos_sin) {
+  if (layers_.empty()) throw std::invalid_argument("decoder: a model needs at least one layer");
+}
+
+void Decoder::forward(const DecoderBatch& batch) {
+  reserve(batch.tokens);
+  check_rows("input_ids", batch.input_ids, batch.tokens, shape_.vocab_size);
+  check_rows("logits_rows", batch.logits_rows, batch.num_logits, batch.tokens);
+  check(rope_params(layers_[0], batch));
+  check(attention_params(layers_[0], batch));
+  embed(batch);
+  for (const DecoderLayer& layer : layers_) {
+    norm(layer.input_norm, &layer != layers_.data(), batch.tokens);
+    attend(layer, batch);
+    norm(layer.post_norm, true, batch.tokens);
+    feed_forward(layer, batch.tokens);
+  }
+  if (batch.num_logits > 0) write_logits(batch);
+}
+
+void Decoder::reserve(int64_t tokens) {
+  if (tokens <= capacity_) return;
+  const DecoderShape& s = shape_;
+  const int64_t bytes = tokens * bytes_of(s.dtype);
+  const int64_t query_width = s.query_heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
+  residual_.resize(bytes * s.hidden);
+  normed_.resize(bytes * s.hidden);
+  sublayer_.resize(bytes * s.hidden);
+  qkv_.resize(bytes * (query_width + 2 * kv_width));
+  attended_.resize(bytes * query_width);
+  gate_up_.resize(bytes * 2 * s.ffn);
+  activated_.resize(bytes * s.ffn);
+  capacity_ = tokens;
+}
+
+void* Decoder::at(void* rows, int64_t row, int64_t width) const {
+  return static_cast<uint8_t*>(rows) + row * width * bytes_of(shape_.dtype);
+}
+
+/// The first residual: the tokens' embeddings.
+void Decoder::embed(const DecoderBatch& batch) {
+  const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
+  const auto* table = static_cast<const uint8_t*>(embedding_);
+  for (int64_t i = 0; i < batch.tokens; ++i) {
+    std::memcpy(residual_.data() + i * bytes, table + batch.input_ids[i] * bytes, bytes);
+  }
+}
+
+/// normed = norm(residual); with `add` the last sublayer's output joins the residual first.
+void Decoder::norm(const void* weight, bool add, int64_t tokens) {
+  void* residual = residual_.data();
+  const void* x = add ? sublayer_.data() : residual;
+  kernels().rms_norm({shape_.dtype, tokens, shape_.hidden, x, shape_.hidden, add ? residual : nullptr, shape_.hidden,
+                      weight, normed_.data(), shape_.eps});
+}
+
+void Decoder::project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens) {
+  kernels().linear({shape_.dtype, tokens, matrix.in_features, matrix.out_features, x, matrix.in_features, matrix.weight,
+                    matrix.bias, out});
+}
+
+void Decoder::attend(const DecoderLayer& layer, const DecoderBatch& batch) {
+  project(layer.qkv, normed_.data(), qkv_.data(), batch.tokens);
+  kernels().rope_and_cache(rope_params(layer, batch));
+  kernels().verify_attention(attention_params(layer, batch));
+  project(layer.output, attended_.data(), sublayer_.data(), batch.tokens);
+}
+
+void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens) {
+  project(layer.gate_up, normed_.data(), gate_up_.data(), tokens);
+  kernels().silu_and_mul({shape_.dtype, tokens, shape_.ffn, gate_up_.data(), 2 * shape_.ffn, activated_.data()});
+  project(layer.down, activated_.data(), sublayer_.data(), tokens);
+}
+
+/// Rows without logits are dropped first: the wanted ones move to the front.
+void Decoder::write_logits(const DecoderBatch& batch) {
+  const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
+  for (int64_t i = 0; i < batch.num_logits; ++i) {
+    const int64_t row = batch.logits_rows[i];
+    if (row < i) throw std::invalid_argument("decoder: logits_rows must rise");
+    std::memmove(residual_.data() + i * bytes, residual_.data() + row * bytes, bytes);
+    std::memmove(sublayer_.data() + i * bytes, sublayer_.data() + row * bytes, bytes);
+  }
+  norm(norm_, true, batch.num_logits);
+  project(head_, normed_.data(), batch.logits, batch.num_logits);
+}
+
+RopeAndCacheParams Decoder::rope_params(const DecoderLayer& layer, const DecoderBatch& batch) {
+  const DecoderShape& s = shape_;
+  const int64_t query_width = s.query_heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
+  const int64_t stride = query_width + 2 * kv_width;
+  RopeAndCacheParams p = {};
+  p.dtype = s.dtype;
+  p.tokens = batch.tokens;
+  p.query_heads = s.query_heads;
+  p.kv_heads = s.kv_heads;
+  p.head_dim = s.head_dim;
+  p.q = qkv_.data();
+  p.k = at(qkv_.data(), 1, query_width);
+  p.v = at(qkv_.data(), 1, query_width + kv_width);
+  p.q_stride = p.k_stride = p.v_stride = stride;
+  p.positions = batch.positions;
+  p.cos_sin = cos_sin_;
+  p.max_position = s.max_position;
+  p.k_cache = layer.k_cache;
+  p.v_cache = layer.v_cache;
+  p.slots = s.pages * s.page_size;
+  p.slot_mapping = batch.slot_mapping;
+  p.q_norm = layer.q_norm;
+  p.k_norm = layer.k_norm;
+  p.eps = s.eps;
+  return p;
+}
+
+AttentionParams Decoder::attention_params(const DecoderLayer& layer, const DecoderBatch& batch) {
+  const DecoderShape& s = shape_;
+  AttentionParams p = {};
+  p.q_dtype = p.cache_dtype = s.dtype;
+  p.sequences = batch.sequences;
+  p.tokens = batch.tokens;
+  p.query_heads = s.query_heads;
+  p.kv_heads = s.kv_heads;
+  p.head_dim = s.head_dim;
+  p.pages = s.pages;
+  p.page_size = s.page_size;
+  p.q = qkv_.data();
+  p.q_stride = (s.query_heads + 2 * s.kv_heads) * s.head_dim;
+  p.k_cache = layer.k_cache;
+  p.v_cache = layer.v_cache;
+  p.block_tables = batch.block_tables;
+  p.table_width = p.table_stride = batch.table_width;
+  p.query_start = batch.query_start;
+  p.context_lens = batch.context_lens;
+  p.out = attended_.data();
+  p.scale = s.scale;
+  p.window = layer.window;
+  return p;
+}
+
+}  // namespace pearl

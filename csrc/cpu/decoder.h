@@ -1,0 +1,87 @@
+// A whole decoder forward in one call: the kernels in the order of pearl/models/decoder.py, without Python between
+// them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pearl/params.h"
+
+namespace pearl {
+
+/// What is the same in every layer. All tensors, weights and KV are of one dtype.
+struct DecoderShape {
+  DType dtype;
+  int64_t hidden, query_heads, kv_heads, head_dim, ffn, vocab_size, max_position, pages, page_size;
+  float eps, scale;
+};
+
+/// A linear layer: see LinearParams.
+struct PackedMatrix {
+  int64_t in_features, out_features;
+  const void* weight;
+  const void* bias;
+};
+
+struct DecoderLayer {
+  const void* input_norm;  // [hidden]
+  PackedMatrix qkv;        // [(query_heads + 2 * kv_heads) * head_dim, hidden]
+  const void* q_norm;      // [head_dim] or null
+  const void* k_norm;
+  PackedMatrix output;    // [hidden, query_heads * head_dim]
+  const void* post_norm;  // [hidden]
+  PackedMatrix gate_up;   // [2 * ffn, hidden]
+  PackedMatrix down;      // [hidden, ffn]
+  void* k_cache;          // [pages, page_size, kv_heads, head_dim]
+  void* v_cache;
+  int64_t window;  // 0: all keys
+};
+
+/// One forward's input, as in pearl/models/forward_batch.py.
+struct DecoderBatch {
+  int64_t tokens, sequences, table_width, num_logits;
+  const int64_t* input_ids;     // [N], below vocab_size
+  const int64_t* positions;     // [N], below max_position
+  const int64_t* slot_mapping;  // [N]
+  const int32_t* block_tables;  // [R, table_width]
+  const int32_t* query_start;   // [R + 1]
+  const int32_t* context_lens;  // [R]
+  const int64_t* logits_rows;   // [num_logits], below N
+  void* logits;                 // [num_logits, vocab_size]
+};
+
+/// Belongs to one thread. The tensors behind the pointers must outlive it.
+class Decoder {
+ public:
+  Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
+          PackedMatrix head, const float* cos_sin);
+
+  /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
+  void forward(const DecoderBatch& batch);
+
+ private:
+  void reserve(int64_t tokens);
+  void embed(const DecoderBatch& batch);
+  void attend(const DecoderLayer& layer, const DecoderBatch& batch);
+  void feed_forward(const DecoderLayer& layer, int64_t tokens);
+  void norm(const void* weight, bool add, int64_t tokens);
+  void project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens);
+  void write_logits(const DecoderBatch& batch);
+
+  void* at(void* rows, int64_t row, int64_t width) const;
+  RopeAndCacheParams rope_params(const DecoderLayer& layer, const DecoderBatch& batch);
+  AttentionParams attention_params(const DecoderLayer& layer, const DecoderBatch& batch);
+
+  DecoderShape shape_;
+  std::vector<DecoderLayer> layers_;
+  const void* embedding_;  // [vocab_size, hidden]
+  const void* norm_;       // [hidden]
+  PackedMatrix head_;      // [vocab_size, hidden]
+  const float* cos_sin_;   // [max_position, head_dim]
+
+  // Activations, as many rows as the largest batch so far.
+  int64_t capacity_ = 0;
+  std::vector<uint8_t> residual_, normed_, sublayer_, qkv_, attended_, gate_up_, activated_;
+};
+
+}  // namespace pearl

@@ -1,0 +1,103 @@
+"""A whole forward in one C++ call: the CPU's kernels in the order of ``Decoder.forward``, without Python between them.
+
+What Python costs between two operators (5 us and more, and the GIL, for which draft and target compete) is as much as
+a small model's arithmetic. The kernels and their order are the same, so the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pearl.models.decoder import Decoder, LayerWeights
+from pearl.models.forward_batch import ForwardBatch
+from pearl.models.kv_cache import KVCache
+from pearl_kernels import KernelSet, LinearWeight
+
+if TYPE_CHECKING:
+    from pearl_kernels.cpu import _core
+
+_OPERATORS = ("rms_norm", "add_rms_norm", "silu_and_mul", "linear", "rope_and_cache", "verify_attention")
+
+
+def can_fuse(kernels: KernelSet) -> bool:
+    """Whether the C++ provider runs every operator of a forward."""
+    return all(kernels.providers[op] == "cpu" for op in _OPERATORS)
+
+
+class FusedDecoder:
+    """A decoder bound to its KV tensors. Belongs to one worker; ``can_fuse`` must hold for the model's kernels."""
+
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
+        from pearl_kernels.cpu import _core
+        from pearl_kernels.cpu.checks import DTYPE_CODES
+
+        self._model, self._cache = model, cache  # the C++ side holds addresses only
+        config, weights = model.config, model.weights
+        pages, page_size, _, _ = cache.layers[0][0].shape
+        shape = _core.Shape(
+            DTYPE_CODES[weights.embedding.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
+            config.ffn, config.vocab_size, model.cos_sin.shape[0], pages, page_size, config.eps, config.head_dim**-0.5,
+        )  # fmt: skip
+        layers = [
+            _layer(layer, keys_values, window)
+            for layer, keys_values, window in zip(weights.layers, cache.layers, config.windows, strict=True)
+        ]
+        self._decoder = _core.Decoder(
+            shape, layers, _address(weights.embedding), _address(weights.norm), _matrix(weights.head, None),
+            _address(model.cos_sin),
+        )  # fmt: skip
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """As ``Decoder.forward``. Raises ValueError, with nothing written, if an index of the batch is out of range."""
+        num_logits = batch.logits_rows.shape[0]
+        sequences, table_width = batch.block_tables.shape
+        logits = self._model.weights.embedding.new_empty(num_logits, self._model.config.vocab_size)
+        self._decoder.forward(
+            batch.input_ids.shape[0],
+            sequences,
+            table_width,
+            num_logits,
+            _address(batch.input_ids),
+            _address(batch.positions),
+            _address(batch.slot_mapping),
+            _address(batch.block_tables),
+            _address(batch.query_start),
+            _address(batch.context_lens),
+            _address(batch.logits_rows),
+            logits.data_ptr(),
+        )
+        return logits
+
+
+def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int) -> _core.Layer:
+    from pearl_kernels.cpu import _core
+
+    keys, values = keys_values
+    return _core.Layer(
+        _address(layer.input_norm),
+        _matrix(layer.qkv, layer.qkv_bias),
+        _address(layer.q_norm),
+        _address(layer.k_norm),
+        _matrix(layer.output, layer.output_bias),
+        _address(layer.post_norm),
+        _matrix(layer.gate_up, layer.gate_up_bias),
+        _matrix(layer.down, layer.down_bias),
+        _address(keys),
+        _address(values),
+        window,
+    )
+
+
+def _matrix(weight: LinearWeight, bias: Tensor | None) -> _core.Matrix:
+    from pearl_kernels.cpu import _core
+
+    return _core.Matrix(weight.in_features, weight.out_features, _address(weight.data), _address(bias))
+
+
+def _address(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

@@ -1,0 +1,122 @@
+"""The report: a table that can be read, JSON that comes back, and the machine it speaks of."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bench_support import ROOT
+from rich.console import Console
+
+from pearl.bench import report
+from pearl.bench.measure import MethodResult
+from pearl.bench.report import commit, machine, table, versions, write_json
+
+PEARL = MethodResult("pearl", 200, 0.5, 400.25, 2.5, 6.25, 0.875, 4.0, 60, 210, 0.934)
+AUTOREGRESSIVE = MethodResult("autoregressive", 200, 1.25, 160.1, 1.0, 0.0, 0.0, 0.0, 200, 0, 0.99)
+
+
+def cells(*results: MethodResult, width: int = 200) -> list[list[str]]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(results, "title"))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    names = ("method", *(result.method for result in results))
+    return [line.replace("│", " ").replace("┃", " ").split() for line in lines if any(name in line for name in names)]
+
+
+def test_the_table_shows_every_measure() -> None:
+    heads, row = cells(PEARL)
+    assert heads == ["method", "tok/s", "speedup", "accepted", "rate", "fwd/token", "window", "efficiency"]
+    assert row == ["pearl", "400.2", "2.50x", "6.25", "0.875", "0.300", "4", "0.934"]
+
+
+def test_what_does_not_draft_has_no_draft_columns() -> None:
+    row = cells(AUTOREGRESSIVE, PEARL)[1]
+    assert row == ["autoregressive", "160.1", "1.00x", "-", "-", "1.000", "-", "0.990"]
+
+
+def test_a_result_without_tokens_is_shown_too() -> None:
+    assert cells(replace(AUTOREGRESSIVE, tokens=0, tok_s=0.0))[1][5] == "-"
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    """Nothing is cut: what it prints is copied into documents and logs."""
+    fast = replace(PEARL, tok_s=12345.6, speedup=12.5, mean_accepted_tokens=123.25, window=12.5)
+    assert cells(AUTOREGRESSIVE, fast, width=80) == cells(AUTOREGRESSIVE, fast)
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    settings = {"dataset": "b\u00e4ume", "window": "auto", "temperature": 0.0, "ignore_eos": False}
+    write_json(path, [AUTOREGRESSIVE, PEARL], settings)
+    read = json.loads(path.read_text())
+    assert [MethodResult(**row) for row in read["results"]] == [AUTOREGRESSIVE, PEARL]
+    assert read["settings"] == settings
+    assert read["machine"] == machine()
+    assert read["versions"] == versions()
+    assert read["commit"] == commit()
+    assert len(read) == 5
+
+
+def test_the_machine_is_described() -> None:
+    found = machine()
+    assert found["cpu"].strip()
+    assert 1 <= found["cores"] <= (os.cpu_count() or 1)
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert platform.system() in found["system"]
+    json.dumps(found)
+
+
+def test_versions_are_those_of_the_packages() -> None:
+    found = versions()
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert {"pearl-engine", "transformers"} <= set(found)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Someone else's checkout, with one commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    return tmp_path
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or not Path(report.__file__).is_relative_to(ROOT / "pearl"), reason="not a checkout"
+)
+def test_the_commit_is_the_checkout_s() -> None:
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert (found := commit()) is not None
+    assert head.stdout.startswith(found.removesuffix("-dirty").rpartition("-g")[2])
+
+
+def test_an_installed_copy_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert commit() is None
+
+
+def test_a_copy_installed_inside_another_checkout_has_no_commit(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual environment often lies in the user's own repository, whose commit says nothing of PEARL."""
+    folder = repository / ".venv" / "site-packages" / "pearl" / "bench"
+    folder.mkdir(parents=True)
+    (folder / "report.py").touch()
+    monkeypatch.setattr(report, "__file__", str(folder / "report.py"))
+    assert commit() is None
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None

@@ -1,0 +1,204 @@
+"""``bench/throughput.py`` and ``pearl bench``: the report that they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_support import ROOT, Finished, run_script
+from typer.testing import CliRunner
+
+from pearl.bench import throughput
+from pearl.bench.prompt_sets import load_prompts
+from pearl.cli.app import application, run
+
+RESULT_KEYS = (
+    "method",
+    "tokens",
+    "seconds",
+    "tok_s",
+    "speedup",
+    "mean_accepted_tokens",
+    "acceptance_rate",
+    "window",
+    "target_forwards",
+    "draft_forwards",
+    "efficiency",
+)
+Script = Callable[..., Finished]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    def run(*arguments: str) -> Finished:
+        return run_script("throughput.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+    return run
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model is work; a prompt set may be read."""
+    monkeypatch.setattr(throughput, "LLM", lambda **_: pytest.fail("models were loaded"))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "bench/throughput.py", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_main_job_writes_the_promised_report(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    finished = command("--prompts", "2", "--max-tokens", "8", "--repeats", "1", "--json", str(out))
+    assert finished.returncode == 0, finished.stderr
+    assert str(out) in finished.stdout.replace("\n", "")
+    report: dict[str, Any] = json.loads(out.read_text())
+    assert sorted(report) == ["commit", "machine", "results", "settings", "versions"]
+    assert [row["method"] for row in report["results"]] == ["autoregressive", "speculative", "pearl"]
+    for row in report["results"]:
+        assert tuple(row) == RESULT_KEYS
+        assert 1 <= row["tokens"] <= 2 * 8
+        assert row["tok_s"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["target_forwards"] >= 2
+        assert row["efficiency"] > 0
+    assert report["results"][0]["speedup"] == 1
+    settings = report["settings"]
+    assert (settings["prompts"], settings["max_tokens"], settings["repeats"]) == (2, 8, 1)
+    assert (settings["dataset"], settings["target"], settings["draft"]) == ("builtin", "bundled", "bundled")
+
+
+def test_a_refusal_of_the_real_command_is_one_line() -> None:
+    finished = command("--methods", "pearl,magic")
+    assert finished.returncode != 0
+    assert finished.stdout == ""
+    assert re.fullmatch(r"error: .*'magic'.*\n", finished.stderr)
+
+
+BAD = [
+    (("--methods", "pearl,magic"), "magic"),
+    (("--methods", ","), "method"),
+    (("--methods", "pearl,pearl"), "pearl"),
+    (("--window", "0"), "window"),
+    (("--window", "-1"), "window"),
+    (("--window", "x"), "window"),
+    (("--window", "3²"), "window"),
+    (("--json", "/no/such/folder/report.json"), "/no/such/folder"),
+    (("--json", "/tmp"), "/tmp"),
+    (("--dataset", "nothing-of-the-sort"), "nothing-of-the-sort"),
+    (("--verification", "trust"), "trust"),
+    (("--device", "abacus"), "abacus"),
+    (("--dtype", "int3"), "int3"),
+]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_refused_in_one_line_before_any_work(
+    script: Script, arguments: tuple[str, ...], message: str
+) -> None:
+    finished = script(*arguments)
+    assert finished.code != 0
+    assert finished.out == ""
+    assert re.fullmatch(r"error: .+\n", finished.err), finished.err
+    assert message in finished.err
+
+
+@pytest.mark.parametrize("option", ["--target", "--draft"])
+def test_a_missing_model_is_refused_in_one_line_before_any_run(
+    script: Script, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(throughput, "compare", lambda *_: pytest.fail("something ran"))
+    finished = script(option, "/no/such/model")
+    assert finished.code != 0
+    assert re.fullmatch(r"error: .*'/no/such/model'.+\n", finished.err), finished.err
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, "0") for option in ("--prompts", "--max-tokens", "--repeats", "--batch-size", "--draft-threads")),
+        ("--target-threads", "many"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_name(script: Script, option: str, value: str) -> None:
+    finished = script(option, value)
+    assert finished.code == 2
+    assert finished.out == ""
+    assert option in finished.err
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_pearl_bench_refuses_the_same(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert run(["bench", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_pearl_bench_lists_the_same_options(script: Script) -> None:
+    alone = script("--help")
+    inside = CliRunner().invoke(application(), ["bench", "--help"], env={"COLUMNS": "200"})
+    assert (alone.code, inside.exit_code) == (0, 0)
+    options = set(re.findall(r"--[a-z][a-z-]+", alone.out))
+    assert set(re.findall(r"--[a-z][a-z-]+", inside.output)) - {"--help"} == options - {
+        "--help",
+        "--install-completion",
+        "--show-completion",
+    }
+    assert options >= {"--dataset", "--methods", "--window", "--ignore-eos", "--target", "--draft", "--json"}
+
+
+def test_options_reach_the_library(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[dict[str, Any]] = []
+    asked: list[tuple[Any, ...]] = []
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            built.append(options)
+
+        def variant(self, **changes: Any) -> Recorder:
+            return Recorder(**{**built[0], **changes})
+
+        def __enter__(self) -> Recorder:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    def compare(contenders: dict[str, Any], prompts: list[str], params: Any, repeats: int, advance: Any) -> list[Any]:
+        asked.append((list(contenders), prompts, params, repeats))
+        return []
+
+    monkeypatch.setattr(throughput, "LLM", Recorder)
+    monkeypatch.setattr(throughput, "compare", compare)
+    out = tmp_path / "report.json"
+    finished = script(
+        *("--methods", "pearl, autoregressive", "--window", "7", "--prompts", "3", "--batch-size", "2"),
+        *("--temperature", "0.5", "--max-tokens", "9", "--ignore-eos", "--repeats", "4", "--draft", "ngram"),
+        *("--draft-threads", "2", "--target-threads", "3", "--verification", "coupled", "--json", str(out)),
+    )
+    assert finished.code == 0, finished.err
+    ((names, prompts, params, repeats),) = asked
+    assert (names, prompts, repeats) == (["pearl", "autoregressive"], load_prompts("builtin", 3), 4)
+    assert (params.temperature, params.max_tokens, params.ignore_eos) == (0.5, 9, True)
+    assert [options["method"] for options in built[1:]] == ["pearl", "autoregressive"]
+    wanted = {"window": 7, "max_num_seqs": 2, "draft": "ngram", "verification": "coupled", "draft_threads": 2}
+    assert {key: built[0][key] for key in wanted} == wanted
+    assert built[0]["target_threads"] == 3
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["window"], settings["batch_size"], settings["ignore_eos"]) == ("7", 2, True)

@@ -1,0 +1,109 @@
+"""The forward in one C++ call gives the same bits as operator by operator, in logits and in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build, load
+
+from pearl.messages import ForwardWork, SequenceState
+from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
+from pearl.sampling_params import SamplingParams
+from pearl.workers.model_runner import build_batch
+from pearl_kernels import Situation, select
+
+PAGE, PAGES = 4, 16
+CPU = torch.device("cpu")
+TABLES = ((5, 2, 9, 0), (1, 14), (7, 3, 12))
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+
+
+def poisoned_cache(decoder: Decoder, dtype: torch.dtype) -> KVCache:
+    cache = KVCache.allocate(decoder.config, PAGES, PAGE, dtype, CPU)
+    for tensor in (t for layer in cache.layers for t in layer):
+        tensor.fill_(torch.nan)
+    return cache
+
+
+def batch_of(*items: tuple[int, int, int, int]) -> ForwardBatch:
+    """items: (sequence, start, tokens, wanted logits)."""
+    work = []
+    for sequence, start, count, wanted in items:
+        state = SequenceState(sequence, sequence, SamplingParams(), 0, 0, None)
+        tokens = tuple((31 * sequence + 7 * p) % 131 for p in range(start, start + count))
+        work.append(ForwardWork(state, tokens, start, wanted, TABLES[sequence]))
+    return build_batch(work, PAGE, CPU)
+
+
+BATCHES = [
+    batch_of((0, 0, 5, 0)),  # a chunk
+    batch_of((0, 5, 1, 1), (1, 0, 7, 2), (2, 0, 1, 1)),  # decoding beside a prompt of which the last rows count
+    batch_of((2, 1, 9, 9), (0, 6, 4, 1)),  # a window
+    batch_of((0, 8, 6, 6)),  # again over positions that were rolled back
+]
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp(request.param)
+    build(request.param).save_pretrained(path)
+    return path
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@both_dtypes
+def test_same_bits_as_operator_by_operator(folder: Path, dtype: torch.dtype) -> None:
+    decoder = load(folder, dtype)
+    assert can_fuse(decoder.kernels)
+    plain, bound = poisoned_cache(decoder, dtype), poisoned_cache(decoder, dtype)
+    fused = FusedDecoder(decoder, bound)
+    for batch in BATCHES:
+        with torch.inference_mode():
+            expected, found = decoder.forward(batch, plain), fused.forward(batch)
+        assert expected.isfinite().all()
+        assert torch.equal(bits(found), bits(expected))
+    for layer, mine in zip(plain.layers, bound.layers, strict=True):
+        for expected, found in zip(layer, mine, strict=True):
+            assert torch.equal(bits(found), bits(expected))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    path = tmp_path_factory.mktemp("llama")
+    build("llama").save_pretrained(path)
+    return load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("input_ids", 131, "input_ids holds 131"),
+        ("input_ids", -1, "input_ids holds -1"),
+        ("positions", 128, "a position is 128"),
+        ("slot_mapping", PAGE * PAGES, "a slot is 64"),
+        ("block_tables", PAGES, "a page is 16"),
+        ("logits_rows", 3, "logits_rows holds 3"),
+    ],
+)
+def test_an_index_out_of_range_is_refused_before_anything_is_written(
+    llama: Decoder, field: str, value: int, message: str
+) -> None:
+    cache = poisoned_cache(llama, torch.float32)
+    batch = batch_of((1, 0, 3, 1))
+    wrong = getattr(batch, field).clone()
+    wrong.view(-1)[0] = value
+    with pytest.raises(ValueError, match=message):
+        FusedDecoder(llama, cache).forward(replace(batch, **{field: wrong}))
+    assert all(t.isnan().all() for layer in cache.layers for t in layer)
+
+
+def test_what_the_cpu_provider_does_not_run_is_not_fused() -> None:
+    assert can_fuse(select(Situation("cpu", torch.bfloat16)))
+    assert not can_fuse(select(Situation("cpu", torch.float16)))
+    assert not can_fuse(select(prefer={"linear": "reference"}))

@@ -1,0 +1,183 @@
+"""pack_linear and linear."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_support import assert_rounds_to, both_dtypes, strided_rows
+from torch import Tensor
+
+from pearl_kernels import LinearWeight, Situation, explain, reference, select
+from pearl_kernels.registry import PROVIDERS
+
+Linear = tuple[Callable[[Tensor], LinearWeight], Callable[..., Tensor]]
+HERE = Path(__file__).parent
+ROWS = [*range(18), 33, 64, 65, 131]
+# Odd, below and above a panel, a single column, more than one chunk of inputs.
+MATRICES = [(1, 1), (7, 5), (48, 64), (49, 33), (95, 1031), (384, 384), (130, 2050)]  # (out_features, in_features)
+
+
+def providers(with_reference: bool = False) -> list[object]:
+    return [
+        pytest.param((p.operators["pack_linear"], p.operators["linear"]), id=f"{p.name}-cpu")
+        for p in PROVIDERS
+        if "linear" in p.operators
+        and p.refuses("linear", Situation()) is None
+        and (with_reference or p.name != "reference")
+    ]
+
+
+every_provider = pytest.mark.parametrize("op", providers())
+
+
+def inputs(n: int, m: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype), torch.randn(m).to(dtype)
+
+
+@every_provider
+@pytest.mark.parametrize("n", ROWS)
+@both_dtypes
+def test_linear_is_the_product_and_its_rows_are_independent(op: Linear, n: int, dtype: torch.dtype) -> None:
+    pack, linear = op
+    for m, k in MATRICES:
+        x, matrix, bias = inputs(n, m, k, dtype)
+        weight = pack(matrix)
+        assert (weight.out_features, weight.in_features) == (m, k)
+        for b in (None, bias):
+            exact = F.linear(x.double(), matrix.double(), None if b is None else b.double())
+            out = linear(x, weight, b)
+            assert out.dtype == dtype
+            assert out.is_contiguous()
+            # Products of large terms may cancel: the tolerance is that of a sum of k of them.
+            assert_rounds_to(out, exact.float(), tolerance=3e-6 * max(8, k**0.5))
+            assert torch.equal(linear(strided_rows(x), weight, b), out)
+            for row in range(0, n, 5):
+                assert torch.equal(linear(x[row : row + 1], weight, b)[0], out[row])
+
+
+@every_provider
+@pytest.mark.parametrize(("m", "k"), [(640, 384), (384, 1152), (64, 1031), (50, 4097)])
+@both_dtypes
+def test_error_is_no_more_than_twice_that_of_torch(op: Linear, m: int, k: int, dtype: torch.dtype) -> None:
+    pack, linear = op
+    for n in (1, 4, 17):
+        x, matrix, bias = inputs(n, m, k, dtype)
+        exact = F.linear(x.double(), matrix.double(), bias.double())
+        ours = (linear(x, pack(matrix), bias).double() - exact).square().mean().sqrt()
+        theirs = (F.linear(x, matrix, bias).double() - exact).square().mean().sqrt()
+        assert ours <= 2 * theirs
+
+
+@every_provider
+@both_dtypes
+def test_nan_stays_in_its_row(op: Linear, dtype: torch.dtype) -> None:
+    pack, linear = op
+    for k in (64, 65):
+        x, matrix, _ = inputs(11, 70, k, dtype)
+        x[3, k - 1] = torch.nan
+        x[8, 0] = torch.inf
+        out = linear(x, pack(matrix))
+        assert out[3].isnan().all()
+        assert not out[8].isfinite().any()
+        others = [row for row in range(11) if row not in (3, 8)]
+        assert out[others].isfinite().all()
+
+
+@every_provider
+@both_dtypes
+def test_a_strided_matrix_can_be_packed(op: Linear, dtype: torch.dtype) -> None:
+    pack, linear = op
+    x, matrix, _ = inputs(3, 50, 40, dtype)
+    assert torch.equal(linear(x, pack(matrix.t().contiguous().t())), linear(x, pack(matrix)))
+
+
+@pytest.mark.parametrize("op", [p for p in providers() if p.id == "cpu-cpu"])
+@both_dtypes
+def test_padded_columns_are_never_seen(op: Linear, dtype: torch.dtype) -> None:
+    pack, linear = op
+    x, matrix, _ = inputs(9, 50, 31, dtype)
+    weight = pack(matrix)
+    wanted = linear(x, weight)
+    weight.data[-1, :, 2:] = torch.nan  # 50 columns are two of the second panel
+    assert torch.equal(linear(x, weight), wanted)
+
+
+@both_dtypes
+def test_the_core_writes_only_the_output(dtype: torch.dtype) -> None:
+    core = pytest.importorskip("pearl_kernels.cpu._core")
+    from pearl_kernels.cpu.layers import pack_linear
+
+    for n, m, k in ((1, 50, 31), (9, 95, 17), (65, 1, 2)):
+        x, matrix, _ = inputs(n, m, k, dtype)
+        weight = pack_linear(matrix).data
+        guarded = torch.full((n + 2, m), 7.0, dtype=dtype)
+        code = int(dtype == torch.bfloat16)
+        core.linear(code, n, k, m, x.data_ptr(), k, weight.data_ptr(), 0, guarded[1].data_ptr())
+        assert (guarded[[0, -1]] == 7).all()
+        assert_rounds_to(guarded[1:-1], (x.double() @ matrix.double().T).float())
+
+
+@pytest.mark.parametrize("op", [p for p in providers() if p.id == "cpu-cpu"])
+def test_wrong_arguments_are_errors(op: Linear) -> None:
+    pack, linear = op
+    x, matrix, bias = inputs(2, 5, 8, torch.float32)
+    weight = pack(matrix)
+    cases = [
+        ((x[0], weight), "must be a matrix"),
+        ((x[:, :7], weight), r"x must be torch.float32 \[2, 8\]"),
+        ((x.bfloat16(), weight), r"x must be torch.float32"),
+        ((x.t().contiguous().t(), weight), "each row of x must be contiguous"),
+        ((x, weight, bias[:4]), r"bias must be contiguous torch.float32 \[5\]"),
+        ((x, weight, bias.bfloat16()), "bias must be contiguous torch.float32"),
+        ((x, reference.pack_linear(matrix)), "pack_linear"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            linear(*arguments)
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        pack(matrix.half())
+    with pytest.raises(ValueError, match="must be a matrix"):
+        pack(bias)
+
+
+def test_the_reference_keeps_the_matrix_and_takes_it_plain() -> None:
+    x, matrix, bias = inputs(3, 5, 8, torch.float32)
+    weight = reference.pack_linear(matrix)
+    assert weight.data is matrix
+    assert torch.equal(reference.linear(x, weight, bias), reference.linear(x, matrix, bias))
+
+
+def test_a_weight_is_packed_by_the_provider_that_reads_it() -> None:
+    for op in ("linear", "pack_linear"):
+        pinned = select(prefer={op: "reference"})
+        assert (pinned.pack_linear, pinned.linear) == (reference.pack_linear, reference.linear)
+    many = Situation(threads=64)
+    assert explain("linear", many)[-1].chosen
+    assert select(many).pack_linear is reference.pack_linear
+
+
+def _flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if platform.machine().lower() not in ("x86_64", "amd64") or not info.exists():
+        return set()
+    return set(next(line for line in info.read_text().splitlines() if line.startswith("flags")).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_other_instruction_sets(isa: str) -> None:
+    needs = {"scalar": "", "avx2": "avx2 fma", "avx512": "avx512f avx512dq", "avx512bf16": "avx512_bf16"}[isa]
+    if not set(needs.split()) <= _flags():
+        pytest.skip(f"this CPU lacks {needs}")
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu or core", __file__]
+    done = subprocess.run(tests, env=os.environ | {"PEARL_CPU_ISA": isa}, cwd=HERE.parents[1], capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,298 @@
+"""verify: every provider's verdicts are the reference's, and what is committed has the target's distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ops_support import (
+    Implementation,
+    both_dtypes,
+    decided,
+    implementations,
+    mixed_sampling,
+    padded_logits,
+    sampling,
+    strided_rows,
+)
+from scipy.stats import chisquare
+from torch import Tensor
+
+from pearl_kernels import SamplingTensors, reference
+from pearl_kernels.cpu import OPERATORS as CPU
+from pearl_kernels.reference import Rule, Stream, Verdict
+from pearl_kernels.reference.philox import gumbel, uniform
+from pearl_kernels.reference.sampling import log_probabilities
+
+providers = pytest.mark.parametrize("verify", implementations("verify"))
+everyone = pytest.mark.parametrize("verify", implementations("verify", with_reference=True))
+both_rules = pytest.mark.parametrize("rule", ["rejection", "coupled"])
+
+F32, BF16 = torch.float32, torch.bfloat16
+Case = dict[str, Any]  # verify's arguments by name
+
+
+@pytest.fixture(autouse=True)
+def same_inputs_always() -> None:
+    torch.manual_seed(5)
+
+
+def requests_of(case: Case) -> Tensor:
+    """The request of each row."""
+    starts = case["row_start"].long()
+    return torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
+
+
+def drafter_of(case: Case) -> SamplingTensors:
+    p = case["params"]
+    return SamplingTensors(case["draft_temperature"], p.top_k, p.top_p, p.min_p, p.seed)
+
+
+def ragged(rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype) -> Case:
+    """Requests of 0 to 9 rows, half of them with a bonus row, drafted by a model that resembles the target."""
+    sizes = torch.cat((torch.tensor([0, 1, 9, 0]), torch.randint(0, 10, (40,))))
+    starts = torch.cat((torch.zeros(1), sizes.cumsum(0))).int()
+    n = int(starts[-1])
+    logits = padded_logits(n, vocab_size, vocab_size + 5, dtype, torch.nan)
+    draft_rows = torch.randperm(n + 7)[:n].int()
+    draft_logits = padded_logits(n + 7, vocab_size, vocab_size + 70, q_dtype, torch.inf)
+    noisy = logits[:, :vocab_size].float() + 0.5 * torch.randn(n, vocab_size)
+    draft_logits[draft_rows, :vocab_size] = noisy.to(draft_logits.dtype)
+    params = mixed_sampling(len(sizes))
+    temperature = torch.where(torch.rand(len(sizes)) < 0.2, 0.0, params.temperature * 0.8 + 0.1)
+    case: Case = {"params": params, "row_start": starts, "draft_temperature": temperature}
+    request = requests_of(case)
+    positions = torch.randint(0, 2**31, (len(sizes),))[request] + torch.arange(n)
+    stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
+    drafted = reference.sample(draft_logits[draft_rows], drafter_of(case)[request], positions, vocab_size, stream)
+    point = torch.rand(n) < 0.25  # as from n-grams: any token, with certainty
+    tokens = torch.where(point, noisy.argmax(-1), drafted.tokens)
+    bonus = (starts[1:] - 1)[(sizes > 0) & (torch.arange(len(sizes)) % 2 == 0)].long()
+    tokens[bonus] = -1
+    case |= {"logits": strided_rows(logits), "draft_logits": strided_rows(draft_logits), "draft_tokens": tokens}
+    case |= {"draft_logprobs": torch.where(point, 0.0, drafted.logprobs), "positions": positions, "rule": rule}
+    return case | {"draft_rows": torch.where(point, -1, draft_rows), "vocab_size": vocab_size}
+
+
+def acceptance_rows(case: Case) -> Tensor:
+    """Rows whose token the acceptance test of the rejection rule decides, if they are reached."""
+    sampled = case["params"].temperature[requests_of(case)] > 0
+    return (case["draft_tokens"] >= 0) & sampled & (case["rule"] == "rejection")
+
+
+def decided_requests(case: Case, accepted: Tensor) -> Tensor:
+    """Requests none of whose reached rows hangs on rounding, for the reference's counts of accepted tokens."""
+    request, vocab_size, positions = requests_of(case), case["vocab_size"], case["positions"]
+    params, drafted = case["params"][request], case["draft_tokens"].clamp(min=0)[:, None]
+    p = log_probabilities(case["logits"], params, vocab_size).exp()
+    draft_logits = case["draft_logits"][case["draft_rows"].clamp(min=0)]
+    q = log_probabilities(draft_logits, drafter_of(case)[request], vocab_size).exp()
+    q = torch.where(case["draft_rows"][:, None] < 0, torch.zeros_like(q).scatter(1, drafted, 1.0), q)
+    u = uniform(params.seed, positions, Stream.ACCEPT)
+    ratio = p.gather(1, drafted)[:, 0] / case["draft_logprobs"].exp()
+    residual = (p - q).clamp(min=0)
+    noise, error = gumbel(params.seed, positions, Stream.RESIDUAL, vocab_size), 1e-5 * (p + q)
+    winner = (residual.log() + noise).argmax(-1, keepdim=True)
+    lowest = (residual - error).clamp(min=0).log() + noise
+    others = ((residual + error).log() + noise).scatter(1, winner, -torch.inf).amax(-1)
+    replaced = lowest.gather(1, winner)[:, 0] > others
+    drawn = decided(case["logits"], params, positions, vocab_size)
+    clear = torch.where(acceptance_rows(case), ((u - ratio).abs() > 1e-4) & ((u < ratio) | replaced), drawn)
+    reached = torch.arange(len(request)) <= (case["row_start"][:-1] + accepted)[request]
+    unclear = torch.zeros(len(accepted)).index_add(0, request, (reached & ~clear).float())
+    assert (unclear == 0).float().mean() >= 0.95
+    return unclear == 0
+
+
+def check(verify: Implementation, case: Case) -> None:
+    expected = reference.verify(**case)
+    accepted, next_token = verify(**case)
+    assert (accepted.dtype, next_token.dtype) == (torch.int32, torch.int64)
+    clear = decided_requests(case, expected.accepted)
+    assert torch.equal(accepted[clear], expected.accepted[clear])
+    assert torch.equal(next_token[clear], expected.next_token[clear])
+    sizes = case["row_start"].diff()  # the inputs reach every outcome
+    assert ((expected.accepted == sizes) & (expected.next_token < 0))[sizes > 1].any()
+    assert (expected.accepted == 0)[sizes > 1].any()
+    assert ((expected.accepted > 0) & (expected.accepted < sizes - 1)).any()
+    assert (case["draft_tokens"] < 0)[case["row_start"][1:][expected.accepted == sizes - 1].long() - 1].any()
+
+
+@providers
+@both_rules
+@pytest.mark.parametrize("vocab_size", [3, 1031])
+@pytest.mark.parametrize("q_dtype", [F32, BF16], ids=("fp32", "bf16"))
+@both_dtypes
+def test_ragged_batches_match_reference(
+    verify: Implementation, rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype
+) -> None:
+    """The draft's dtype need not be the target's."""
+    check(verify, ragged(rule, vocab_size, dtype, q_dtype))
+
+
+@everyone
+def test_a_q_row_is_read_only_where_a_residual_is_needed(verify: Implementation) -> None:
+    case = ragged("rejection", 40, F32, F32)
+    before = verify(**case)
+    request, row = requests_of(case), torch.arange(len(case["draft_tokens"]))
+    rejected = acceptance_rows(case) & (row == (case["row_start"][:-1] + before.accepted)[request])
+    needed = case["draft_rows"][rejected & (case["draft_rows"] >= 0)].long()
+    poisoned = torch.full_like(case["draft_logits"], torch.nan)
+    poisoned[needed] = case["draft_logits"][needed]
+    assert 5 < len(needed) < len(row) / 2
+    assert_same(verify(**(case | {"draft_logits": poisoned})), before)
+
+
+def assert_same(ours: Verdict, expected: Verdict) -> None:
+    assert torch.equal(ours.accepted, expected.accepted)
+    assert torch.equal(ours.next_token, expected.next_token)
+
+
+@everyone
+@both_rules
+def test_a_request_does_not_depend_on_its_batch(verify: Implementation, rule: Rule) -> None:
+    case = ragged(rule, 60, BF16, F32)
+    together = verify(**case)
+    for r in range(1, 12):
+        begin, end = case["row_start"][r : r + 2].tolist()
+        mine, one = slice(begin, end), torch.tensor([r])
+        rows = {k: case[k][mine] for k in ("logits", "draft_tokens", "positions", "draft_logprobs", "draft_rows")}
+        request = {"params": case["params"][one], "draft_temperature": case["draft_temperature"][one]}
+        alone = verify(**(case | rows | request | {"row_start": torch.tensor([0, end - begin], dtype=torch.int32)}))
+        assert_same(alone, Verdict(together.accepted[one], together.next_token[one]))
+
+
+@everyone
+@both_rules
+def test_nothing_to_do(verify: Implementation, rule: Rule) -> None:
+    none, starts = torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    accepted, next_token = verify(torch.zeros(0, 9), none, starts, none, sampling(3), 9, rule)
+    assert accepted.tolist() == [0, 0, 0]
+    assert next_token.tolist() == [-1, -1, -1]
+    accepted, next_token = verify(torch.zeros(0, 9), none, starts[:1], none, sampling(0), 9, rule)
+    assert (accepted.shape, next_token.shape) == ((0,), (0,))
+
+
+def one_row_each(logits: Tensor, params: SamplingTensors, tokens: Tensor, **draft: Any) -> Case:
+    """Each request tests one token, at position 10; unless given, the draft was certain of it."""
+    n = len(tokens)
+    defaults = {"draft_logprobs": torch.zeros(n), "draft_rows": torch.full((n,), -1, dtype=torch.int32)}
+    starts, positions = torch.arange(n + 1, dtype=torch.int32), torch.full((n,), 10)
+    case: Case = {"logits": logits, "draft_tokens": tokens, "row_start": starts, "positions": positions}
+    return case | {"params": params, "vocab_size": logits.shape[1]} | defaults | draft
+
+
+@everyone
+@both_rules
+@both_dtypes
+def test_greedy_accepts_exactly_the_first_largest_logit(verify: Implementation, rule: Rule, dtype: torch.dtype) -> None:
+    n, vocab_size = 40, 90
+    logits = padded_logits(n, vocab_size, vocab_size, dtype, 0.0).clamp(max=5.0)
+    logits[:, [30, 80]] = 5.0
+    best = logits.float().argmax(-1)
+    tokens = torch.where(torch.arange(n) % 2 == 0, best, 80)  # as large, but later
+    case = one_row_each(logits, sampling(n, 0.0), tokens, draft_logprobs=torch.full((n,), -50.0)) | {"rule": rule}
+    accepted, next_token = verify(**case)
+    assert (best <= 30).all()
+    assert torch.equal(accepted, (tokens == best).int())
+    assert torch.equal(next_token, torch.where(tokens == best, -1, best))
+
+
+@everyone
+@pytest.mark.parametrize("how", ["cut", "infinite"])
+@pytest.mark.parametrize("draft_logprob", [0.0, -80.0, -torch.inf])
+def test_a_token_without_probability_is_never_accepted(verify: Implementation, how: str, draft_logprob: float) -> None:
+    """ANCHORS bug 10. Nor is it drawn as a replacement."""
+    n = 100
+    row = torch.tensor([1.0, 0.5, 0.2, -1.0 if how == "cut" else -torch.inf])
+    params = sampling(n, top_k=3 if how == "cut" else 0)
+    q = {"draft_logits": torch.zeros(1, 4), "draft_rows": torch.arange(n).int() % 2 - 1}
+    q |= {"draft_logprobs": torch.full((n,), draft_logprob), "draft_temperature": torch.ones(n)}
+    accepted, next_token = verify(**one_row_each(row.repeat(n, 1), params, torch.full((n,), 3), **q))
+    assert accepted.sum() == 0
+    assert ((next_token >= 0) & (next_token < 3)).all()
+
+
+@everyone
+@pytest.mark.parametrize("point_mass", [False, True])
+@both_dtypes
+def test_a_zero_residual_falls_back_to_p(verify: Implementation, point_mass: bool, dtype: torch.dtype) -> None:
+    """A draft that understates its own probabilities can be rejected although p = q."""
+    n, vocab_size = 60, 50
+    logits = padded_logits(n, vocab_size, vocab_size, dtype, 0.0)
+    params = sampling(n, top_k=1) if point_mass else sampling(n, temperature=0.8, top_p=0.9)
+    rows = torch.full((n,), -1, dtype=torch.int32) if point_mass else torch.arange(n, dtype=torch.int32)
+    q = {"draft_logits": logits.clone(), "draft_rows": rows, "draft_temperature": params.temperature}
+    case = one_row_each(logits, params, logits.float().argmax(-1), draft_logprobs=torch.full((n,), 60.0), **q)
+    accepted, next_token = verify(**case)
+    assert accepted.sum() == 0
+    clear = decided(logits, params, case["positions"], vocab_size, Stream.RESIDUAL)
+    drawn = reference.sample(logits, params, case["positions"], vocab_size, Stream.RESIDUAL).tokens
+    assert torch.equal(next_token[clear], drawn[clear])
+
+
+@pytest.mark.parametrize("provider", ["cpu", "reference"])
+@both_dtypes
+def test_coupled_returns_what_sample_draws(provider: str, dtype: torch.dtype) -> None:
+    """And needs nothing of the draft but its tokens."""
+    operators = CPU if provider == "cpu" else {"sample": reference.sample, "verify": reference.verify}
+    n, vocab_size = 80, 70
+    logits, params = padded_logits(n, vocab_size, 75, dtype, torch.inf), mixed_sampling(n)
+    positions, starts = torch.arange(n) + 2**31, torch.arange(n + 1, dtype=torch.int32)
+    drawn = operators["sample"](logits, params, positions, vocab_size, Stream.SAMPLE).tokens
+    for tokens, accept in ((drawn, True), ((drawn + 1) % vocab_size, False), (torch.full((n,), -1), False)):
+        accepted, next_token = operators["verify"](logits, tokens, starts, positions, params, vocab_size, "coupled")
+        assert torch.equal(accepted, torch.full((n,), int(accept), dtype=torch.int32))
+        assert torch.equal(next_token, torch.full((n,), -1) if accept else drawn)
+
+
+@everyone
+@both_rules
+@pytest.mark.parametrize("draft", ["other temperature", "greedy", "point mass"])
+def test_the_committed_token_has_the_targets_distribution(verify: Implementation, rule: Rule, draft: str) -> None:
+    """Two rows for each of many seeds: a tested token, then a bonus token."""
+    n, vocab_size = 500 if verify.function is reference.verify else 20000, 7
+    p_row = torch.tensor([1.0, -0.2, 0.3, 1.2, -5.0, 0.1, -0.7])
+    q_row = torch.tensor([0.2, 0.9, 0.3, 1.1, 0.4, -0.6, -0.1])
+    params = sampling(n, temperature=0.9, top_k=6, min_p=0.02)
+    certain = draft == "point mass"
+    temperature = torch.full((n,), 0.0 if draft == "greedy" else 1.3)
+    drafter = SamplingTensors(temperature, params.top_k, params.top_p, params.min_p, params.seed)
+    positions = torch.tensor([4, 5]).repeat(n)
+    stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
+    tokens, logprobs = reference.sample(q_row.repeat(n, 1), drafter, positions[::2], vocab_size, stream)
+    if certain:
+        tokens, logprobs = torch.arange(n) % vocab_size, torch.zeros(n)
+    rows = torch.stack((tokens, torch.full((n,), -1)), 1).flatten()
+    starts = torch.arange(n + 1, dtype=torch.int32) * 2
+    q = (logprobs.repeat_interleave(2), q_row[None], torch.full((2 * n,), -int(certain), dtype=torch.int32))
+    logits = p_row.repeat(2 * n, 1)
+    accepted, drawn = verify(logits, rows, starts, positions, params, vocab_size, rule, *q, temperature)
+    hit = accepted == 1
+    assert 0.05 < hit.float().mean() < 0.95
+    kept = p_row > -5  # top-k's doing; min-p excludes nothing
+    exact = (p_row.double() / 0.9)[kept].softmax(-1)
+    for committed in (torch.where(hit, tokens, drawn), drawn[hit]):
+        counts = torch.bincount(committed, minlength=vocab_size)
+        assert counts[~kept].sum() == 0
+        assert chisquare(counts[kept], exact * len(committed)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "hope"}, "rule must be"),
+        ({"draft_tokens": torch.tensor([9, 0])}, "a drafted token is 9"),
+        ({"draft_logprobs": None}, "needs draft_logprobs"),
+        ({"draft_rows": torch.tensor([0, 1], dtype=torch.int32)}, "a draft row is 1, must be below 1"),
+        ({"row_start": torch.tensor([0, 2, 1], dtype=torch.int32)}, "row_start falls at entry 2"),
+        ({"row_start": torch.tensor([0, 1, 3], dtype=torch.int32)}, "last entry of row_start is 3"),
+    ],
+)
+def test_the_cpu_provider_refuses_what_it_cannot_take(change: dict[str, Any], message: str) -> None:
+    draft = {"draft_logits": torch.zeros(1, 9), "draft_temperature": torch.ones(2)}
+    case = one_row_each(torch.zeros(2, 9), sampling(2), torch.tensor([3, 0]), **draft)
+    CPU["verify"](**case)
+    with pytest.raises(ValueError, match=message):
+        CPU["verify"](**(case | change))
