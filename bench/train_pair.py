@@ -187,7 +187,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise typer.BadParameter(
-                f"{self.checkpoint_path} is of a model of another shape; give the shapes it was begun with, or another OUT"
+                f"{self.checkpoint_path} is of another shape; give the shapes it was begun with, or another OUT"
             ) from error
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
