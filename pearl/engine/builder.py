@@ -17,8 +17,8 @@ from pearl.engine.window import (
     FixedWindow,
     MeasuredWindow,
     WindowPolicy,
-    balanced_window,
-    best_sequential_window,
+    pearl_tokens_per_second,
+    sequential_tokens_per_second,
 )
 from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
@@ -164,5 +164,6 @@ def _runner(
 def _window_policy(config: EngineConfig) -> WindowPolicy:
     if config.window != "auto":
         return FixedWindow(config.window)
-    choose = best_sequential_window if config.method == "speculative" else balanced_window
-    return MeasuredWindow(choose, config.max_window)
+    takes_turns = config.method == "speculative"
+    speed = sequential_tokens_per_second if takes_turns else pearl_tokens_per_second
+    return MeasuredWindow(speed, config.max_window)

@@ -77,9 +77,10 @@ class Engine:
             return self._fail(plan, error)
         committed = self.scheduler.update(plan, proposal, result)
         outputs = [self._output(self.scheduler.requests[i], tokens, result) for i, tokens in committed.items()]
-        self._learn(plan, proposal, target, result)
+        record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
+        self._learn(record)
         if self.observer is not None:
-            self.observer(RoundRecord(plan, proposal, target.busy, result, Busy.since(begin)))
+            self.observer(record)
         return outputs
 
     def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
@@ -129,21 +130,23 @@ class Engine:
         logprobs = None if decision.logprobs is None else decision.logprobs[: len(tokens)]
         return OutputDelta(request.id, tokens, drafted, accepted.text, logprobs, accepted.finish_reason, metrics)
 
-    def _learn(
-        self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput, result: VerifyResult
-    ) -> None:
+    def _learn(self, record: RoundRecord) -> None:
+        plan, proposal = record.plan, record.proposal
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
         if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return
-        decisions = result.decisions.values()
+        decisions = record.result.decisions.values()
+        rows = sum(len(w.tokens) for w in plan.target.work)
         self._window.observe(
             MeasuredRound(
                 batch=max(len(plan.target.work), len(plan.draft.work)),
                 draft_steps=proposal.steps,
                 draft_seconds=proposal.busy.seconds,
-                target_seconds=target.busy.seconds,
+                target_rows=rows / max(1, len(plan.target.work)),
+                target_seconds=record.target.seconds,
                 tested=sum(min(d.accepted + 1, len(d.tested)) for d in decisions),
                 accepted=sum(d.accepted for d in decisions),
+                overhead_seconds=record.whole.seconds - max(record.target.seconds, proposal.busy.seconds),
             )
         )
 

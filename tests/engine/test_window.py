@@ -1,6 +1,8 @@
-"""The draft length: the paper's rule, from measured speeds, for the batch at hand."""
+"""The draft length: the fastest one by measured speeds and acceptance, for the batch at hand."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 
@@ -8,33 +10,61 @@ from pearl.engine.window import (
     FixedWindow,
     MeasuredRound,
     MeasuredWindow,
-    balanced_window,
-    best_sequential_window,
+    Speeds,
+    pearl_tokens_per_second,
+    sequential_tokens_per_second,
 )
 
 
 def round_of(
-    batch: int = 1, draft_step: float = 1.0, target: float = 5.0, steps: int = 4, accepted: int = 3
+    batch: int = 1,
+    draft_step: float = 1.0,
+    target: float = 5.0,
+    steps: int = 4,
+    accepted: int = 3,
+    rows: float = 4,
+    overhead: float = 0.0,
 ) -> MeasuredRound:
-    return MeasuredRound(batch, steps, steps * draft_step, target, tested=4, accepted=accepted)
+    return MeasuredRound(batch, steps, steps * draft_step, rows, target, 4, accepted, overhead)
 
 
-@pytest.mark.parametrize(("ratio", "window"), [(4.0, 4), (4.01, 5), (1.0, 1), (0.3, 1), (7.99, 8)])
-def test_balanced_window_is_the_smallest_whose_drafting_covers_the_target(ratio: float, window: int) -> None:
-    assert balanced_window(ratio, 0.8) == window
-    assert window >= ratio
-    assert window == 1 or window - 1 < ratio
+def best(speeds: Speeds, acceptance: float) -> int:
+    return max(range(1, 33), key=lambda g: pearl_tokens_per_second(speeds, acceptance, g))
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.8, 0.99, 1.0])
-@pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0, 10.0])
-def test_sequential_window_maximises_the_expected_speed(ratio: float, acceptance: float) -> None:
-    def speed(g: int) -> float:
-        tokens = sum(acceptance**i for i in range(g + 1))  # accepted drafts, then one of the target's own
-        return tokens / (g / ratio + 1)
+@pytest.mark.parametrize("acceptance", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("ratio", [1.0, 3.0, 4.5, 8.0])
+def test_where_rows_are_free_the_best_window_is_the_papers_balance(ratio: float, acceptance: float) -> None:
+    window = best(Speeds(1.0, ratio), acceptance)
+    assert ratio - 1 < window < ratio + 1
 
-    best = max(speed(g) for g in range(1, 65))
-    assert speed(best_sequential_window(ratio, acceptance)) == pytest.approx(best, rel=0.02)
+
+def test_where_rows_cost_something_a_window_is_no_longer_than_it_pays() -> None:
+    assert best(Speeds(1.0, 8.0, target_row=0.5), 0.6) < 8
+    assert best(Speeds(1.0, 8.0, target_row=0.5), 0.95) > best(Speeds(1.0, 8.0, target_row=0.5), 0.6)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("acceptance", [0.3, 0.7, 0.9])
+def test_pearls_expected_speed_is_what_a_simulation_gives(window: int, acceptance: float) -> None:
+    speeds = Speeds(draft_step=0.4, target_base=1.0, target_row=0.1, overhead=0.2)
+    rng = random.Random(0)
+    tokens, seconds, pending = 0, 0.0, 0
+    for _ in range(60_000):
+        seconds += max(window * speeds.draft_step, speeds.target(pending + 1)) + speeds.overhead
+        held = next((i for i in range(pending + 1) if rng.random() >= acceptance), pending + 1)
+        tokens += min(held + 1, pending + 1)
+        pending = window - 1 if held == pending + 1 else 0
+    assert pearl_tokens_per_second(speeds, acceptance, window) == pytest.approx(tokens / seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("acceptance", [0.3, 0.7, 0.9])
+def test_the_expected_speed_of_taking_turns(window: int, acceptance: float) -> None:
+    speeds = Speeds(draft_step=0.5, target_base=3.0, target_row=0.1, overhead=0.2)
+    tokens = sum(acceptance**i for i in range(window + 1))  # accepted drafts, then one of the target's own
+    seconds = 0.5 * window + 3.0 + 0.1 * (window + 1) + 0.4
+    assert sequential_tokens_per_second(speeds, acceptance, window) == pytest.approx(tokens / seconds)
 
 
 def test_fixed_window_never_changes() -> None:
@@ -44,50 +74,68 @@ def test_fixed_window_never_changes() -> None:
 
 
 def test_first_guess_before_anything_is_measured_respects_the_bound() -> None:
-    assert MeasuredWindow(balanced_window, 16).window(1) == 4
-    assert MeasuredWindow(balanced_window, 2).window(1) == 2
-    assert MeasuredWindow(balanced_window, 1).window(1) == 1
+    assert [MeasuredWindow(pearl_tokens_per_second, largest).window(1) for largest in (16, 2, 1)] == [4, 2, 1]
 
 
-def test_measured_window_is_the_ratio_of_median_times() -> None:
-    window = MeasuredWindow(balanced_window, 16)
-    for target in (6.5, 6.5, 6.5, 6.5, 400.0):  # one hiccup does not count
+def test_one_hiccup_does_not_count() -> None:
+    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    for target in (7.0, 7.0, 7.0, 7.0, 400.0):
         window.observe(round_of(target=target))
     assert window.window(1) == 7
 
 
 def test_draft_time_counts_per_step() -> None:
-    window = MeasuredWindow(balanced_window, 16)
+    window = MeasuredWindow(pearl_tokens_per_second, 16)
     for steps in (2, 8, 5):
-        window.observe(round_of(steps=steps, draft_step=2.0, target=9.0))
+        window.observe(round_of(steps=steps, draft_step=2.0, target=10.0))
     assert window.window(1) == 5
+
+
+def test_what_a_row_costs_is_learnt_from_rounds_of_different_length() -> None:
+    def learned(row: float) -> int:
+        window = MeasuredWindow(pearl_tokens_per_second, 16)
+        for rows in (1, 4, 8, 1, 6, 3):
+            window.observe(round_of(rows=rows, target=8.0 + row * rows, accepted=2))
+        return window.window(1)
+
+    assert learned(0.0) == 8
+    assert learned(1.0) < 8
+
+
+def test_a_rounds_overhead_makes_longer_windows_worthwhile() -> None:
+    def learned(overhead: float) -> int:
+        window = MeasuredWindow(pearl_tokens_per_second, 16)
+        window.observe(round_of(target=2.0, overhead=overhead))
+        return window.window(1)
+
+    assert learned(20.0) > learned(0.0)
 
 
 @pytest.mark.parametrize(("target", "expected"), [(0.001, 1), (1000.0, 6)])
 def test_window_stays_within_its_bounds(target: float, expected: int) -> None:
-    window = MeasuredWindow(balanced_window, 6)
-    window.observe(round_of(target=target))
+    window = MeasuredWindow(pearl_tokens_per_second, 6)
+    window.observe(round_of(target=target, accepted=4))
     assert window.window(1) == expected
 
 
 def test_rounds_where_one_model_rested_are_joined() -> None:
     """Speculative decoding drafts in one round and verifies in the next."""
-    window = MeasuredWindow(balanced_window, 16)
-    window.observe(MeasuredRound(1, draft_steps=4, draft_seconds=4.0, target_seconds=0.0, tested=0, accepted=0))
-    assert window.window(1) == 4
-    window.observe(MeasuredRound(1, draft_steps=0, draft_seconds=0.0, target_seconds=6.0, tested=4, accepted=4))
+    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window.observe(MeasuredRound(1, 4, 4.0, target_rows=0, target_seconds=0.0, tested=0, accepted=0))
+    assert window.window(1) == 4  # the first guess: half is not enough
+    window.observe(MeasuredRound(1, 0, 0.0, target_rows=5, target_seconds=6.0, tested=4, accepted=4))
     assert window.window(1) == 6
 
 
 def test_old_speeds_are_forgotten() -> None:
-    window = MeasuredWindow(balanced_window, 16)
-    for target in [3.0] * 30 + [9.0] * 15:
+    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    for target in [3.0] * 60 + [9.0] * 36:
         window.observe(round_of(target=target))
     assert window.window(1) == 9
 
 
 def test_batches_of_similar_size_share_their_measurements() -> None:
-    window = MeasuredWindow(balanced_window, 16)
+    window = MeasuredWindow(pearl_tokens_per_second, 16)
     window.observe(round_of(batch=1, target=3.0))
     window.observe(round_of(batch=8, target=9.0))
     assert [window.window(batch) for batch in (1, 8, 15)] == [3, 9, 9]
@@ -95,12 +143,13 @@ def test_batches_of_similar_size_share_their_measurements() -> None:
     assert window.window(2) == 3
 
 
-def test_acceptance_is_measured_too() -> None:
+@pytest.mark.parametrize("rate", [pearl_tokens_per_second, sequential_tokens_per_second])
+def test_acceptance_is_measured_too(rate: object) -> None:
     def learned(accepted: int) -> int:
-        window = MeasuredWindow(best_sequential_window, 16)
-        for _ in range(50):
-            window.observe(round_of(target=10.0, accepted=accepted))
+        window = MeasuredWindow(rate, 16)  # type: ignore[arg-type]
+        for rows in (1, 5) * 25:
+            window.observe(round_of(target=10.0 + rows, rows=rows, accepted=accepted))
         return window.window(1)
 
-    assert learned(0) == 1
+    assert learned(0) <= 2
     assert learned(0) < learned(2) < learned(4)
