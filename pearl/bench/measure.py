@@ -31,22 +31,35 @@ class MethodResult:
     efficiency: float
 
 
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    outputs: list[RequestOutput]
+    rounds: list[RoundRecord]
+    efficiency: float
+
+
 @dataclass
 class _Contender:
     name: str
     llm: LLM
     rounds: list[RoundRecord] = field(default_factory=list)  # of the run in progress
-    runs: list[tuple[float, list[RequestOutput], list[RoundRecord]]] = field(default_factory=list)
+    runs: list[_Run] = field(default_factory=list)
 
     def run(self, prompts: Sequence[str], params: SamplingParams, advance: Callable[[], None]) -> None:
         self.rounds.clear()
         begin = time.perf_counter()
         outputs = self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
-        self.runs.append((time.perf_counter() - begin, outputs, list(self.rounds)))
+        seconds = time.perf_counter() - begin
+        rounds = list(self.rounds)
+        # At once, so that the machine is in the same mood.
+        ideal = replay_alone(self.llm, rounds)
+        self.runs.append(_Run(seconds, outputs, rounds, ideal / sum(record.whole.seconds for record in rounds)))
+        advance()
 
     @property
-    def median_run(self) -> tuple[float, list[RequestOutput], list[RoundRecord]]:
-        return sorted(self.runs, key=lambda run: run[0])[(len(self.runs) - 1) // 2]
+    def median_run(self) -> _Run:
+        return sorted(self.runs, key=lambda run: run.seconds)[(len(self.runs) - 1) // 2]
 
 
 def replay_alone(llm: LLM, rounds: Sequence[RoundRecord]) -> float:
@@ -73,7 +86,7 @@ def compare(
 ) -> list[MethodResult]:
     """Run every contender ``repeats`` times, in turns; the first one is the baseline of ``speedup``.
 
-    ``advance(name)`` is called after each finished output and after each replay.
+    ``advance(name)`` is called after each finished output and after each run's replay.
     """
     field_ = [_Contender(name, llm) for name, llm in contenders.items()]
     for contender in field_:
@@ -84,18 +97,16 @@ def compare(
             contender.run(prompts, params, partial(advance, contender.name))
     results: list[MethodResult] = []
     for contender in field_:
-        ideal = replay_alone(contender.llm, contender.median_run[2])
-        advance(contender.name)
-        results.append(_summarise(contender, ideal, results[0].tok_s if results else None))
+        results.append(_summarise(contender, results[0].tok_s if results else None))
     return results
 
 
-def _summarise(contender: _Contender, ideal: float, baseline: float | None) -> MethodResult:
-    _, outputs, rounds = contender.median_run
+def _summarise(contender: _Contender, baseline: float | None) -> MethodResult:
+    outputs, rounds = contender.median_run.outputs, contender.median_run.rounds
     metrics = [completion.metrics for output in outputs for completion in output.outputs]
     tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    seconds = statistics.median(run[0] for run in contender.runs)
-    speed = statistics.median(_tokens(run[1]) / run[0] for run in contender.runs)
+    seconds = statistics.median(run.seconds for run in contender.runs)
+    speed = statistics.median(_tokens(run.outputs) / run.seconds for run in contender.runs)
     tested, runs = sum(m.tested for m in metrics), sum(m.runs for m in metrics)
     accepted = sum(m.accepted for m in metrics)
     windows = [len(window) for record in rounds for window in record.proposal.windows.values()]
@@ -110,7 +121,7 @@ def _summarise(contender: _Contender, ideal: float, baseline: float | None) -> M
         window=statistics.median(windows) if windows else 0.0,
         target_forwards=sum(m.target_forwards for m in metrics),
         draft_forwards=sum(m.draft_forwards for m in metrics),
-        efficiency=ideal / sum(record.whole.seconds for record in rounds),
+        efficiency=statistics.median(run.efficiency for run in contender.runs),
     )
 
 

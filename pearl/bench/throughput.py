@@ -79,7 +79,7 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, refresh_per_second=2) as progress:  # drawing costs the engine time
-        task = progress.add_task("loading", total=len(names) * (repeats * len(texts) + 1))
+        task = progress.add_task("loading", total=len(names) * repeats * (len(texts) + 1))
         # The pair is loaded once; "pearl" loads a draft whatever the methods are.
         with LLM(**{**options, "method": "pearl"}) as first:
             contenders = {name: first.variant(method=name) for name in names}

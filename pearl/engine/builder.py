@@ -24,7 +24,7 @@ from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
 from pearl.methods import build_method
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
-from pearl.workers import ModelRunner, TargetRunner, Worker
+from pearl.workers import InlineWorker, ModelRunner, TargetRunner, ThreadWorker
 from pearl_kernels import Situation, select
 
 _DEFAULT_KV_BYTES = 1 << 30
@@ -101,8 +101,8 @@ def connect(
     kernels = models.target.kernels
     verifier = Verifier(kernels, config.verification, models.vocab_size, eos_ids, models.target_device)
     draft_threads, target_threads = config.resolve_threads()
-    target_worker = Worker("target", target_threads)
-    draft_worker = Worker("draft", draft_threads) if config.uses_draft else None
+    target_worker = InlineWorker() if models.target.is_fused else ThreadWorker("target", target_threads)
+    draft_worker = ThreadWorker("draft", draft_threads) if config.uses_draft else None
     target = TargetRunner(models.target)
     return Engine(scheduler, target, target_worker, drafter, draft_worker, verifier, window, observer)
 

@@ -84,12 +84,12 @@ class Engine:
         return outputs
 
     def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
-        target = self._submit_target(plan.target)
-        draft = self._submit_draft(plan.draft)
+        draft = self._submit_draft(plan.draft)  # first: the target's worker may be this very thread
         try:
-            proposal = draft.result() if draft else DraftProposal(logits=self._draft_logits)
-        finally:  # both must be at rest before anyone touches their KV again
+            target = self._submit_target(plan.target)
             output = target.result() if target else TargetOutput(None)
+        finally:  # both must be at rest before anyone touches their KV again
+            proposal = draft.result() if draft else DraftProposal(logits=self._draft_logits)
         self._draft_logits = proposal.logits
         return proposal, output
 

@@ -36,7 +36,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # The Rust tokenizer itself, where there is one: each round decodes a few tokens several times.
+        if (backend := getattr(self._tokenizer, "backend_tokenizer", None)) is not None:
+            text: str = backend.decode(list(ids), skip_special_tokens=True)
+            return text
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> IncrementalDetokenizer:

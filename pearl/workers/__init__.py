@@ -1,6 +1,6 @@
-"""Workers: threads that own a model, its KV tensors and its intra-op threads."""
+"""Workers: each owns a model with its KV tensors, and runs its forwards."""
 
 from pearl.workers.model_runner import ModelRunner, TargetRunner
-from pearl.workers.worker import Worker
+from pearl.workers.worker import InlineWorker, ThreadWorker, Worker
 
-__all__ = ["ModelRunner", "TargetRunner", "Worker"]
+__all__ = ["InlineWorker", "ModelRunner", "TargetRunner", "ThreadWorker", "Worker"]

@@ -23,6 +23,11 @@ class ModelRunner:
         self._page_size, self._device = page_size, device
         self._fused = FusedDecoder(model, cache) if can_fuse(model.kernels) else None
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether a forward is one call on one thread."""
+        return self._fused is not None
+
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         if copies:
             pairs = torch.tensor([(c.source, c.destination) for c in copies], device=self._device)

@@ -68,7 +68,7 @@ def test_results_come_in_the_order_of_the_contenders(comparison: tuple[list[Meth
 def test_progress_advances_once_an_output_and_once_a_replay(
     comparison: tuple[list[MethodResult], Counter[str]],
 ) -> None:
-    assert comparison[1] == dict.fromkeys(METHODS, REPEATS * len(PROMPTS) + 1)
+    assert comparison[1] == dict.fromkeys(METHODS, REPEATS * (len(PROMPTS) + 1))
 
 
 def test_speedups_are_ratios_to_the_first_method(results: dict[str, MethodResult]) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -35,6 +34,7 @@ from pearl.messages import (
 from pearl.methods import Autoregressive, DecodingMethod, Pearl, Speculative
 from pearl.outputs import OutputDelta, RequestMetrics
 from pearl.sampling_params import SamplingParams
+from pearl.workers import InlineWorker
 
 VOCAB = 29
 EOS = 0
@@ -229,21 +229,6 @@ class SimulatedVerifier:
         return VerifyResult(decisions)
 
 
-class InlineWorker:
-    """``Worker``'s interface without a thread."""
-
-    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(call(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def close(self) -> None:
-        pass
-
-
 class CheckedScheduler(Scheduler):
     """Checks every plan before anyone works on it."""
 
@@ -369,9 +354,9 @@ def simulate(
     engine = Engine(
         scheduler,
         SimulatedTarget(PagedMemory(page_size), truth),  # type: ignore[arg-type]
-        InlineWorker(),  # type: ignore[arg-type]
+        InlineWorker(),
         drafter,
-        InlineWorker(),  # type: ignore[arg-type]
+        InlineWorker(),
         SimulatedVerifier(),  # type: ignore[arg-type]
         FixedWindow(window),
         records.append,

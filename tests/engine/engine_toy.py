@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from engine_sim import METHODS, CheckedScheduler, InlineWorker, PagedMemory, request_of
+from engine_sim import METHODS, CheckedScheduler, PagedMemory, request_of
 from torch import Tensor
 
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
@@ -19,7 +19,7 @@ from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import ForwardWork
 from pearl.methods import Autoregressive
 from pearl.sampling_params import SamplingParams
-from pearl.workers import TargetRunner
+from pearl.workers import InlineWorker, TargetRunner
 from pearl_kernels import KernelSet, Rule, select
 from pearl_kernels.registry import OPERATORS
 

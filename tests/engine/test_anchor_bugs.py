@@ -22,7 +22,7 @@ import pearl
 import pearl_kernels
 from pearl.drafting.model_drafter import LogitsRing
 from pearl.engine.window import MeasuredRound, MeasuredWindow, pearl_tokens_per_second
-from pearl.workers import Worker
+from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
 from pearl_kernels.reference import sampling as reference_sampling
 from pearl_kernels.reference.philox import Stream, to_uniform
@@ -194,8 +194,8 @@ def test_11_mixed_temperatures_and_prompts_shorter_than_the_window(method: str) 
 
 
 def test_12_two_engines_of_one_process_do_not_touch_each_other() -> None:
-    def worker() -> Worker:
-        return Worker("toy", 1)
+    def worker() -> ThreadWorker:
+        return ThreadWorker("toy", 1)
 
     engines = [Toy("pearl", window=3, worker=worker), Toy("speculative", window=2, worker=worker)]  # type: ignore[arg-type]
     settings = pearl.SamplingParams(temperature=1.0)

@@ -18,7 +18,7 @@ from pearl.errors import EngineClosedError
 from pearl.kv import KVCacheManager
 from pearl.messages import DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
 from pearl.outputs import OutputDelta
-from pearl.workers import Worker
+from pearl.workers import ThreadWorker
 
 TOKEN = 5  # what both fakes always say
 
@@ -72,7 +72,7 @@ class Rig:
         self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
         self.window = RecordingWindow()
         self.records: list[RoundRecord] = []
-        self.workers = [Worker("target", 1), Worker("draft", 1)]
+        self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
         self.scheduler = Scheduler(
             METHODS[method],
             KVCacheManager(64, 4),

@@ -1,4 +1,4 @@
-"""Workers: one thread each, with its own number of intra-op threads."""
+"""Workers: a thread each, with its own number of intra-op threads, or the calling thread."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pearl.workers import Worker
+from pearl.workers import InlineWorker, ThreadWorker
 
 
 @pytest.fixture
-def workers() -> Iterator[list[Worker]]:
-    made: list[Worker] = []
+def workers() -> Iterator[list[ThreadWorker]]:
+    made: list[ThreadWorker] = []
     yield made
     for worker in made:
         worker.close()
 
 
-def test_each_worker_has_its_own_number_of_threads(workers: list[Worker]) -> None:
-    workers += [Worker("a", 3), Worker("b", 1)]
+def test_each_worker_has_its_own_number_of_threads(workers: list[ThreadWorker]) -> None:
+    workers += [ThreadWorker("a", 3), ThreadWorker("b", 1)]
     assert [worker.submit(torch.get_num_threads).result() for worker in workers] == [3, 1]
     assert [worker.submit(torch.get_num_threads).result() for worker in workers] == [3, 1]
 
 
-def test_the_process_keeps_its_default(workers: list[Worker]) -> None:
+def test_the_process_keeps_its_default(workers: list[ThreadWorker]) -> None:
     """The host program's threads, old and new, are not the worker's business."""
     before = torch.get_num_threads()
-    workers.append(Worker("a", before + 2))
+    workers.append(ThreadWorker("a", before + 2))
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -36,8 +36,8 @@ def test_the_process_keeps_its_default(workers: list[Worker]) -> None:
     assert [torch.get_num_threads(), *seen] == [before, before]
 
 
-def test_calls_run_one_after_another_on_one_named_thread(workers: list[Worker]) -> None:
-    workers.append(Worker("draft", 1))
+def test_calls_run_one_after_another_on_one_named_thread(workers: list[ThreadWorker]) -> None:
+    workers.append(ThreadWorker("draft", 1))
     order: list[int] = []
     futures = [workers[0].submit(order.append, i) for i in range(20)]
     for future in futures:
@@ -48,14 +48,14 @@ def test_calls_run_one_after_another_on_one_named_thread(workers: list[Worker]) 
     assert names.pop().startswith("pearl-draft")
 
 
-def test_calls_run_in_inference_mode_and_the_caller_does_not(workers: list[Worker]) -> None:
-    workers.append(Worker("a", 1))
+def test_calls_run_in_inference_mode_and_the_caller_does_not(workers: list[ThreadWorker]) -> None:
+    workers.append(ThreadWorker("a", 1))
     assert workers[0].submit(torch.is_inference_mode_enabled).result(10)
     assert not torch.is_inference_mode_enabled()
 
 
-def test_arguments_results_and_exceptions_pass_through(workers: list[Worker]) -> None:
-    workers.append(Worker("a", 1))
+def test_arguments_results_and_exceptions_pass_through(workers: list[ThreadWorker]) -> None:
+    workers.append(ThreadWorker("a", 1))
     assert workers[0].submit(divmod, 7, 3).result(10) == (2, 1)
     assert workers[0].submit(int, "ff", base=16).result(10) == 255
     with pytest.raises(ZeroDivisionError):
@@ -63,8 +63,8 @@ def test_arguments_results_and_exceptions_pass_through(workers: list[Worker]) ->
     assert workers[0].submit(divmod, 9, 4).result(10) == (2, 1)  # the worker survives
 
 
-def test_two_workers_run_at_the_same_time(workers: list[Worker]) -> None:
-    workers += [Worker("a", 1), Worker("b", 1)]
+def test_two_workers_run_at_the_same_time(workers: list[ThreadWorker]) -> None:
+    workers += [ThreadWorker("a", 1), ThreadWorker("b", 1)]
     barrier = threading.Barrier(2, timeout=20)
     for future in [worker.submit(barrier.wait) for worker in workers]:
         future.result(20)
@@ -72,7 +72,7 @@ def test_two_workers_run_at_the_same_time(workers: list[Worker]) -> None:
 
 def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None:
     before = set(threading.enumerate())
-    worker = Worker("a", 1)
+    worker = ThreadWorker("a", 1)
     started, release, dropped = threading.Event(), threading.Event(), threading.Event()
 
     def busy() -> str:
@@ -89,3 +89,23 @@ def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None
     assert not dropped.is_set()
     worker.close()
     assert set(threading.enumerate()) <= before
+
+
+def test_the_calling_thread_as_a_worker() -> None:
+    """Done when submit returns; an exception waits in the future, an interruption does not."""
+    worker = InlineWorker()
+    here = worker.submit(threading.current_thread)
+    assert here.done()
+    assert here.result() is threading.current_thread()
+    assert worker.submit(torch.is_inference_mode_enabled).result()
+    assert not torch.is_inference_mode_enabled()
+    assert worker.submit(int, "ff", base=16).result() == 255
+    with pytest.raises(ZeroDivisionError):
+        worker.submit(divmod, 1, 0).result()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.submit(interrupt)
+    worker.close()
