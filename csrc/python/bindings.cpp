@@ -8,18 +8,12 @@
 #include "cpu/copy_blocks.h"
 #include "cpu/kernel_table.h"
 #include "pearl/params.h"
+#include "python/arguments.h"
 #include "python/decoder_bindings.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 pearl::DType dtype(int code) { return static_cast<pearl::DType>(code); }
 

@@ -7,17 +7,11 @@
 #include <vector>
 
 #include "cpu/decoder.h"
+#include "python/arguments.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 /// As Python hands it over: (in_features, out_features, address of the packed weight, address of the bias or 0).
 struct MatrixArgument : pearl::PackedMatrix {
