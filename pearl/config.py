@@ -12,6 +12,7 @@ from pearl.errors import ConfigurationError
 
 MethodName = Literal["pearl", "speculative", "autoregressive"]
 Verification = Literal["rejection", "coupled"]
+WindowRule = Literal["balanced", "fastest"]
 NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +25,8 @@ class EngineConfig:
     target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
     method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
     window: drafted tokens a round, or "auto" (measured). max_window bounds "auto".
+    window_rule: of PEARL's "auto": "balanced", the smallest window that takes as long to draft as to verify;
+        "fastest", the largest expected tokens per second, which is shorter where each row costs the target time.
     pre_verify, post_verify: PEARL's two halves; switching one off is an ablation, the output stays exact.
     device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16".
@@ -39,6 +42,7 @@ class EngineConfig:
     method: MethodName = "pearl"
     verification: Verification = "rejection"
     window: int | Literal["auto"] = "auto"
+    window_rule: WindowRule = "balanced"
     max_window: int = 16
     pre_verify: bool = True
     post_verify: bool = True
@@ -60,6 +64,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         self._one_of("method", get_args(MethodName))
         self._one_of("verification", get_args(Verification))
+        self._one_of("window_rule", get_args(WindowRule))
         self._one_of("dtype", ("auto", *_DTYPES))
         if self.window != "auto" and (not isinstance(self.window, int) or self.window < 1):
             raise ConfigurationError(f'window must be "auto" or an integer >= 1, not {self.window!r}')

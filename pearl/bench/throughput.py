@@ -29,6 +29,7 @@ def throughput(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each method, interleaved")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that run at once")] = 1,
     window: Annotated[str, typer.Option(help="Drafted tokens a round, or auto")] = "auto",
+    window_rule: Annotated[str, typer.Option(help="Of auto: balanced | fastest")] = "balanced",
     verification: Annotated[str, typer.Option(help="rejection | coupled")] = "rejection",
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end of text")] = False,
@@ -44,7 +45,8 @@ def throughput(
     console = Console()
     settings: dict[str, Any] = {
         "dataset": dataset, "prompts": prompts, "max_tokens": max_tokens, "repeats": repeats, "batch_size": batch_size,
-        "window": window, "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
+        "window": window, "window_rule": window_rule,
+        "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
         "target": target or "bundled", "draft": draft or "bundled", "device": device, "dtype": dtype,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
@@ -60,7 +62,7 @@ def throughput(
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
     options: dict[str, Any] = {
         "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
-        "window": window if window == "auto" else int(window), "max_num_seqs": batch_size,
+        "window": window if window == "auto" else int(window), "window_rule": window_rule, "max_num_seqs": batch_size,
         "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
     }  # fmt: skip
     for name in names:

@@ -17,6 +17,8 @@ from pearl.engine.window import (
     FixedWindow,
     MeasuredWindow,
     WindowPolicy,
+    balanced_window,
+    fastest,
     pearl_tokens_per_second,
     sequential_tokens_per_second,
 )
@@ -164,6 +166,7 @@ def _runner(
 def _window_policy(config: EngineConfig) -> WindowPolicy:
     if config.window != "auto":
         return FixedWindow(config.window)
-    takes_turns = config.method == "speculative"
-    speed = sequential_tokens_per_second if takes_turns else pearl_tokens_per_second
-    return MeasuredWindow(speed, config.max_window)
+    if config.method == "speculative":  # where the models take turns there is nothing to balance
+        return MeasuredWindow(fastest(sequential_tokens_per_second), config.max_window)
+    choose = balanced_window if config.window_rule == "balanced" else fastest(pearl_tokens_per_second)
+    return MeasuredWindow(choose, config.max_window)

@@ -79,11 +79,14 @@ class _Samples:
         return Speeds(statistics.median(self.draft_step), base, row, statistics.median(self.overhead))
 
 
-class MeasuredWindow:
-    """The window with the largest ``tokens_per_second(speeds, acceptance_rate, window)``, of 1 to ``largest``."""
+Choice = Callable[[Speeds, float, int], int]  # speeds, acceptance rate, largest window -> window
 
-    def __init__(self, tokens_per_second: Callable[[Speeds, float, int], float], largest: int) -> None:
-        self._tokens_per_second, self._largest = tokens_per_second, largest
+
+class MeasuredWindow:
+    """The window that ``choose`` takes, of 1 to ``largest``, given what was measured."""
+
+    def __init__(self, choose: Choice, largest: int) -> None:
+        self._choice, self._largest = choose, largest
         self._samples: defaultdict[int, _Samples] = defaultdict(_Samples)
         self._tested, self._accepted = 0.0, 0.0
         self._rounds = 0
@@ -115,7 +118,21 @@ class MeasuredWindow:
         speeds = self._samples[min(known, key=lambda key: abs(key - size))].speeds()
         acceptance = self._accepted / self._tested if self._tested else 0.8
         acceptance = min(max(acceptance, 0.02), 0.99)
-        return max(range(1, self._largest + 1), key=lambda g: self._tokens_per_second(speeds, acceptance, g))
+        return self._choice(speeds, acceptance, self._largest)
+
+
+def balanced_window(speeds: Speeds, acceptance: float, largest: int) -> int:
+    """PEARL's rule: the smallest g with T_draft(g) >= T_target(k + 1), k = g - 1 pending tokens (section 3.3)."""
+    return next((g for g in range(1, largest) if g * speeds.draft_step >= speeds.target(g)), largest)
+
+
+def fastest(tokens_per_second: Callable[[Speeds, float, int], float]) -> Choice:
+    """The window with the largest expected speed."""
+
+    def choose(speeds: Speeds, acceptance: float, largest: int) -> int:
+        return max(range(1, largest + 1), key=lambda g: tokens_per_second(speeds, acceptance, g))
+
+    return choose
 
 
 def pearl_tokens_per_second(speeds: Speeds, acceptance: float, window: int) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 import pearl
 import pearl_kernels
 from pearl.drafting.model_drafter import LogitsRing
-from pearl.engine.window import MeasuredRound, MeasuredWindow, pearl_tokens_per_second
+from pearl.engine.window import MeasuredRound, MeasuredWindow, fastest, pearl_tokens_per_second
 from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
 from pearl_kernels.reference import sampling as reference_sampling
@@ -131,13 +131,13 @@ def test_7_window_of_one(method: str, accuracy: float) -> None:
 
 
 def test_7_window_is_never_zero_however_fast_the_target() -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     window.observe(MeasuredRound(1, 4, 4.0, target_rows=4, target_seconds=1e-9, tested=4, accepted=4))
     assert window.window(1) == 1
 
 
 def test_7_window_follows_the_batch_size() -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     for batch, target in ((1, 3.0), (16, 9.0)):
         window.observe(MeasuredRound(batch, 1, 1.0, 3, target, tested=1, accepted=1))
     assert [window.window(batch) for batch in (1, 16, 1)] == [3, 9, 3]

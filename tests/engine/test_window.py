@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
+from pearl.config import EngineConfig
+from pearl.engine.builder import _window_policy
 from pearl.engine.window import (
     FixedWindow,
     MeasuredRound,
     MeasuredWindow,
     Speeds,
+    balanced_window,
+    fastest,
     pearl_tokens_per_second,
     sequential_tokens_per_second,
 )
@@ -67,6 +72,29 @@ def test_the_expected_speed_of_taking_turns(window: int, acceptance: float) -> N
     assert sequential_tokens_per_second(speeds, acceptance, window) == pytest.approx(tokens / seconds)
 
 
+@pytest.mark.parametrize(("ratio", "window"), [(4.0, 4), (4.01, 5), (1.0, 1), (0.3, 1), (7.99, 8), (40.0, 16)])
+def test_balanced_window_is_the_smallest_whose_drafting_covers_the_target(ratio: float, window: int) -> None:
+    assert balanced_window(Speeds(1.0, ratio), 0.8, 16) == window
+
+
+@pytest.mark.parametrize("row", [0.1, 0.5, 0.9, 2.0])
+def test_balanced_window_counts_what_its_own_rows_cost_the_target(row: float) -> None:
+    speeds = Speeds(1.0, 3.0, target_row=row)
+    window = balanced_window(speeds, 0.8, 16)
+    assert window == 16 or window * speeds.draft_step >= speeds.target(window)
+    assert all(g * speeds.draft_step < speeds.target(g) for g in range(1, window))
+
+
+@pytest.mark.parametrize(
+    ("options", "window"), [({}, 6), ({"window_rule": "fastest"}, 3), ({"method": "speculative"}, 1)]
+)
+def test_auto_is_the_balance_unless_the_fastest_is_asked_for(options: dict[str, Any], window: int) -> None:
+    policy = _window_policy(EngineConfig(device="cpu", **options))
+    for rows in (1, 6) * 10:
+        policy.observe(round_of(rows=rows, target=3.0 + 0.5 * rows, accepted=2))
+    assert policy.window(1) == window
+
+
 def test_fixed_window_never_changes() -> None:
     window = FixedWindow(3)
     window.observe(round_of(target=100.0))
@@ -74,18 +102,18 @@ def test_fixed_window_never_changes() -> None:
 
 
 def test_first_guess_before_anything_is_measured_respects_the_bound() -> None:
-    assert [MeasuredWindow(pearl_tokens_per_second, largest).window(1) for largest in (16, 2, 1)] == [4, 2, 1]
+    assert [MeasuredWindow(fastest(pearl_tokens_per_second), largest).window(1) for largest in (16, 2, 1)] == [4, 2, 1]
 
 
 def test_one_hiccup_does_not_count() -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     for target in (7.0, 7.0, 7.0, 7.0, 400.0):
         window.observe(round_of(target=target))
     assert window.window(1) == 7
 
 
 def test_draft_time_counts_per_step() -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     for steps in (2, 8, 5):
         window.observe(round_of(steps=steps, draft_step=2.0, target=10.0))
     assert window.window(1) == 5
@@ -93,7 +121,7 @@ def test_draft_time_counts_per_step() -> None:
 
 def test_what_a_row_costs_is_learnt_from_rounds_of_different_length() -> None:
     def learned(row: float) -> int:
-        window = MeasuredWindow(pearl_tokens_per_second, 16)
+        window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
         for rows in (1, 4, 8, 1, 6, 3):
             window.observe(round_of(rows=rows, target=8.0 + row * rows, accepted=2))
         return window.window(1)
@@ -104,7 +132,7 @@ def test_what_a_row_costs_is_learnt_from_rounds_of_different_length() -> None:
 
 def test_a_rounds_overhead_makes_longer_windows_worthwhile() -> None:
     def learned(overhead: float) -> int:
-        window = MeasuredWindow(pearl_tokens_per_second, 16)
+        window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
         window.observe(round_of(target=2.0, overhead=overhead))
         return window.window(1)
 
@@ -113,14 +141,14 @@ def test_a_rounds_overhead_makes_longer_windows_worthwhile() -> None:
 
 @pytest.mark.parametrize(("target", "expected"), [(0.001, 1), (1000.0, 6)])
 def test_window_stays_within_its_bounds(target: float, expected: int) -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 6)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 6)
     window.observe(round_of(target=target, accepted=4))
     assert window.window(1) == expected
 
 
 def test_rounds_where_one_model_rested_are_joined() -> None:
     """Speculative decoding drafts in one round and verifies in the next."""
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     window.observe(MeasuredRound(1, 4, 4.0, target_rows=0, target_seconds=0.0, tested=0, accepted=0))
     assert window.window(1) == 4  # the first guess: half is not enough
     window.observe(MeasuredRound(1, 0, 0.0, target_rows=5, target_seconds=6.0, tested=4, accepted=4))
@@ -128,14 +156,14 @@ def test_rounds_where_one_model_rested_are_joined() -> None:
 
 
 def test_old_speeds_are_forgotten() -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     for target in [3.0] * 60 + [9.0] * 36:
         window.observe(round_of(target=target))
     assert window.window(1) == 9
 
 
 def test_batches_of_similar_size_share_their_measurements() -> None:
-    window = MeasuredWindow(pearl_tokens_per_second, 16)
+    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
     window.observe(round_of(batch=1, target=3.0))
     window.observe(round_of(batch=8, target=9.0))
     assert [window.window(batch) for batch in (1, 8, 15)] == [3, 9, 9]
@@ -146,7 +174,7 @@ def test_batches_of_similar_size_share_their_measurements() -> None:
 @pytest.mark.parametrize("rate", [pearl_tokens_per_second, sequential_tokens_per_second])
 def test_acceptance_is_measured_too(rate: object) -> None:
     def learned(accepted: int) -> int:
-        window = MeasuredWindow(rate, 16)  # type: ignore[arg-type]
+        window = MeasuredWindow(fastest(rate), 16)  # type: ignore[arg-type]
         for rows in (1, 5) * 25:
             window.observe(round_of(target=10.0 + rows, rows=rows, accepted=accepted))
         return window.window(1)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MODULES = ("test_layers", "test_rope_and_cache", "test_attention", "test_sample", "test_verify", "test_philox")
+MODULES = (
+    *("test_layers", "test_linear", "test_rope_and_cache", "test_attention"),
+    *("test_sample", "test_verify", "test_philox"),
+)
 # Parametrised with the cpu provider on CPU tensors, or of the core alone: no reference, no other provider, no GPU.
 # Left out are the two dtypes of draft and target, which each instruction set loads with the same two functions.
 OF_THE_CORE = "(cpu-cpu or core) and not fp32-bf16 and not bf16-fp32"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,22 +158,3 @@ def test_a_weight_is_packed_by_the_provider_that_reads_it() -> None:
     many = Situation(threads=64)
     assert explain("linear", many)[-1].chosen
     assert select(many).pack_linear is reference.pack_linear
-
-
-def _flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    if platform.machine().lower() not in ("x86_64", "amd64") or not info.exists():
-        return set()
-    return set(next(line for line in info.read_text().splitlines() if line.startswith("flags")).split())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
-def test_other_instruction_sets(isa: str) -> None:
-    needs = {"scalar": "", "avx2": "avx2 fma", "avx512": "avx512f avx512dq", "avx512bf16": "avx512_bf16"}[isa]
-    if not set(needs.split()) <= _flags():
-        pytest.skip(f"this CPU lacks {needs}")
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu or core", __file__]
-    done = subprocess.run(tests, env=os.environ | {"PEARL_CPU_ISA": isa}, cwd=HERE.parents[1], capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
