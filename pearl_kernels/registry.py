@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pearl_kernels import cpu, reference
+from pearl_kernels import cpu, reference, triton
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
@@ -83,6 +83,7 @@ class KernelSet:
 # In order of preference. Importing a provider is cheap and never fails: what is missing is a reason, not an error.
 PROVIDERS: tuple[Provider, ...] = (
     Provider("cpu", cpu.OPERATORS, cpu.refuses),
+    Provider("triton", triton.OPERATORS, triton.refuses),
     Provider("reference", OPERATORS, lambda op, situation: None),
 )
 

@@ -30,8 +30,8 @@ class FusedDecoder:
     """A decoder bound to its KV tensors. Belongs to one worker; ``can_fuse`` must hold for the model's kernels."""
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
+        from pearl_kernels.checks import DTYPE_CODES
         from pearl_kernels.cpu import _core
-        from pearl_kernels.cpu.checks import DTYPE_CODES
 
         self._model, self._cache = model, cache  # the C++ side holds addresses only
         config, weights = model.config, model.weights

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pearl_kernels.checks import Checks
 from pearl_kernels.cpu import _core
-from pearl_kernels.cpu.checks import contiguous, floating, rows
 from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream, Verdict
 
+_checks = Checks("cpu", (torch.float32, torch.bfloat16))
 _NO_LOGITS = _core.Logits(0, 0, 0, 0)
 
 
@@ -25,7 +26,7 @@ def sample(
     _core.sample(
         view,
         _sampling("sample", params, n),
-        contiguous("sample", "positions", positions, torch.int64, (n,)),
+        _checks.contiguous("sample", "positions", positions, torch.int64, (n,)),
         vocab_size,
         stream,
         tokens.data_ptr(),
@@ -57,9 +58,9 @@ def verify(
     _core.verify(
         _logits(op, "logits", logits, vocab_size),
         _sampling(op, params, requests),
-        contiguous(op, "draft_tokens", draft_tokens, torch.int64, (n,)),
-        contiguous(op, "row_start", row_start, torch.int32, (requests + 1,)),
-        contiguous(op, "positions", positions, torch.int64, (n,)),
+        _checks.contiguous(op, "draft_tokens", draft_tokens, torch.int64, (n,)),
+        _checks.contiguous(op, "row_start", row_start, torch.int32, (requests + 1,)),
+        _checks.contiguous(op, "positions", positions, torch.int64, (n,)),
         requests,
         vocab_size,
         rule == "coupled",
@@ -77,20 +78,20 @@ def _logits(op: str, name: str, logits: Tensor, vocab_size: int) -> _core.Logits
     if logits.dim() != 2 or not 0 < vocab_size <= logits.shape[1]:
         raise ValueError(f"{op}: {name} must be [rows, at least {vocab_size}], not {list(logits.shape)}")
     n, width = logits.shape
-    code = floating(op, name, logits)
-    address, stride = rows(op, name, logits, logits.dtype, (n, width))
+    code = _checks.floating(op, name, logits)
+    address, stride = _checks.rows(op, name, logits, logits.dtype, (n, width))
     return _core.Logits(address, code, n, stride)
 
 
 def _sampling(op: str, params: SamplingTensors, n: int) -> _core.Sampling:
     return _core.Sampling(
-        contiguous(op, "temperature", params.temperature, torch.float32, (n,)),
-        contiguous(op, "top_k", params.top_k, torch.int32, (n,)),
-        contiguous(op, "top_p", params.top_p, torch.float32, (n,)),
-        contiguous(op, "min_p", params.min_p, torch.float32, (n,)),
-        contiguous(op, "seed", params.seed, torch.int64, (n,)),
+        _checks.contiguous(op, "temperature", params.temperature, torch.float32, (n,)),
+        _checks.contiguous(op, "top_k", params.top_k, torch.int32, (n,)),
+        _checks.contiguous(op, "top_p", params.top_p, torch.float32, (n,)),
+        _checks.contiguous(op, "min_p", params.min_p, torch.float32, (n,)),
+        _checks.contiguous(op, "seed", params.seed, torch.int64, (n,)),
     )
 
 
 def _optional(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, n: int) -> int:
-    return 0 if tensor is None else contiguous(op, name, tensor, dtype, (n,))
+    return 0 if tensor is None else _checks.contiguous(op, name, tensor, dtype, (n,))

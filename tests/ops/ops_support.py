@@ -43,11 +43,11 @@ class Implementation:
 
 
 def implementations(op: str, with_reference: bool = False) -> list[Any]:
-    """pytest parameters: the providers that can run ``op`` here, on every device there is."""
+    """pytest parameters: the providers that run ``op`` natively here, on every device there is."""
     params = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for provider in PROVIDERS:
-            if provider.name == "reference" or op not in provider.operators:
+            if provider.name in ("reference", *_emulated_on(device)) or op not in provider.operators:
                 continue
             if provider.refuses(op, Situation(device=device)) is None:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
@@ -56,6 +56,23 @@ def implementations(op: str, with_reference: bool = False) -> list[Any]:
     if with_reference:
         params.append(pytest.param(Implementation(OPERATORS[op], "cpu"), id="reference"))
     return params
+
+
+def _emulated_on(device: str) -> tuple[str, ...]:
+    return ("triton",) if device == "cpu" else ()
+
+
+def emulated(op: str) -> list[Any]:
+    """pytest parameters: the GPU providers of ``op`` on CPU tensors, Triton in its interpreter and CUDA under the shim.
+
+    They take milliseconds for what a GPU does in nanoseconds: tests/emulated has sizes that fit.
+    """
+    able = (p for p in PROVIDERS if p.name in _emulated_on("cpu") and op in p.operators)
+    return [
+        pytest.param(Implementation(p.operators[op], "cpu"), id=p.name)
+        for p in able
+        if p.refuses(op, Situation()) is None
+    ]
 
 
 def assert_rounds_to(actual: Tensor, exact: Tensor, ulps: float = 0.5, tolerance: float = 1e-5) -> None:

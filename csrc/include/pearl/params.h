@@ -8,11 +8,18 @@
 
 namespace pearl {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+/// The CPU kernels take the first two, the GPU's all.
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 /// The upper half of an fp32.
 struct BFloat16 {
   uint16_t bits;
+};
+
+/// Scratch memory of a GPU kernel, uninitialised; the CPU's need none.
+struct Workspace {
+  void* data;
+  int64_t bytes;
 };
 
 struct RmsNormParams {
@@ -87,6 +94,7 @@ struct AttentionParams {
   float scale;
   int64_t window;  // keys a row sees, its own included; 0: all
   float softcap;   // 0: none
+  Workspace workspace;
 };
 
 /// Rows of logits. Columns at or past the vocabulary's size are padding and never read.
@@ -131,6 +139,7 @@ struct VerifyParams {
   const float* draft_temperature;  // [R]; null where draft_logits is
   int32_t* accepted;               // [R]
   int64_t* next_token;             // [R], -1: none
+  Workspace workspace;
 };
 
 struct CopyBlocksParams {
