@@ -20,9 +20,11 @@ _CUDA_CHOICES = ("auto", "1", "0")
 
 
 class CMakeBuild(build_ext):
-    """One CMake project makes every native library; they land beside the extension module."""
+    """One CMake project makes every native module; each lands in its folder of the package."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.optional:  # made along with the first, where there is a compiler for it
+            return
         import pybind11
 
         cuda = os.environ.get("PEARL_CUDA", "auto")
@@ -31,7 +33,7 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake")
         if cmake is None:
             raise CompileError("cmake is not installed: pip install 'cmake>=3.25,<5' ninja")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parents[1]  # of pearl_kernels/cpu/_core
         work = Path(self.build_temp).resolve() / "cmake"
         work.mkdir(parents=True, exist_ok=True)
         # An isolated build's Ninja and Python are gone in the next one; a stale cache would still name them.
@@ -60,4 +62,10 @@ class CMakeBuild(build_ext):
             )
 
 
-setup(ext_modules=[Extension("pearl_kernels.cpu._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[
+        Extension("pearl_kernels.cpu._core", sources=[]),
+        Extension("pearl_kernels.cuda._cuda", sources=[], optional=True),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

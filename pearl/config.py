@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from pearl.errors import ConfigurationError
+from pearl_kernels import WeightFormat
 
 MethodName = Literal["pearl", "speculative", "autoregressive"]
 Verification = Literal["rejection", "coupled"]
@@ -29,7 +30,12 @@ class EngineConfig:
         "fastest", the largest expected tokens per second, which is shorter where each row costs the target time.
     pre_verify, post_verify: PEARL's two halves; switching one off is an ablation, the output stays exact.
     device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
+    target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
+        from the target's device on. The draft may share a device with a rank.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16".
+    target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
+        integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
+        int8 draft leaves the target's output as it is.
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use; None = the model's own.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
     kv_cache_memory: bytes for both models' KV; None = room for max_num_seqs full sequences, at most 1 GiB.
@@ -49,7 +55,10 @@ class EngineConfig:
     device: str = "auto"
     draft_device: str | None = None
     target_device: str | None = None
+    target_parallel: int = 1
     dtype: str = "auto"
+    target_weights: WeightFormat = "full"
+    draft_weights: WeightFormat = "full"
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
@@ -68,7 +77,8 @@ class EngineConfig:
         self._one_of("dtype", ("auto", *_DTYPES))
         if self.window != "auto" and (not isinstance(self.window, int) or self.window < 1):
             raise ConfigurationError(f'window must be "auto" or an integer >= 1, not {self.window!r}')
-        for name in ("max_window", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting"):
+        counts = ("max_window", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting", "target_parallel")
+        for name in counts:
             self._positive(name)
         for name in ("max_model_len", "kv_cache_memory", "draft_threads", "target_threads"):
             if getattr(self, name) is not None:
@@ -77,6 +87,18 @@ class EngineConfig:
             raise ConfigurationError("pre_verify and post_verify are PEARL's; method='speculative' has neither")
         for device in (self.device, self.draft_device, self.target_device):
             _check_device(device)
+        self.resolve_target_devices()
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        both: dict[Literal["draft", "target"], WeightFormat]
+        both = {"target": self.target_weights, "draft": self.draft_weights}
+        for role, weights in both.items():
+            self._one_of(f"{role}_weights", get_args(WeightFormat))
+            if weights != "full" and self.resolve_device(role).type != "cpu":
+                raise ConfigurationError(f"{role}_weights={weights!r} runs on cpu only; use {role}_device='cpu'")
+        if self.target_weights != "full" and self.target_parallel > 1:
+            raise ConfigurationError(f"target_weights={self.target_weights!r} and target_parallel exclude each other")
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -110,12 +132,30 @@ class EngineConfig:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(name)
 
+    def resolve_target_devices(self) -> tuple[torch.device, ...]:
+        """One for each rank of the target. ConfigurationError if there are fewer GPUs."""
+        first = self.resolve_device("target")
+        if self.target_parallel == 1 or first.type == "cpu":
+            return (first,) * self.target_parallel
+        begin, there = first.index or 0, torch.cuda.device_count()
+        if begin + self.target_parallel > there:
+            raise ConfigurationError(
+                f"target_parallel={self.target_parallel} needs as many GPUs from {first} on; there are {there}"
+            )
+        return tuple(torch.device("cuda", begin + rank) for rank in range(self.target_parallel))
+
     def resolve_threads(self) -> tuple[int, int]:
-        """(draft, target) intra-op threads. The draft gets a quarter of the cores (at least one)."""
+        """(draft, target) intra-op threads.
+
+        Where both models work at the same time the draft gets a quarter of the cores (at least one). Where they take
+        turns each gets all: the other's threads sleep.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        draft = self.draft_threads or (max(1, cores // 4) if self.uses_draft_model else 1)
-        target = self.target_threads or max(1, cores - (draft if self.uses_draft_model else 0))
-        return draft, target
+        if not self.uses_draft_model:
+            return self.draft_threads or 1, self.target_threads or cores
+        take_turns = self.method == "speculative"
+        draft = self.draft_threads or (cores if take_turns else max(1, cores // 4))
+        return draft, self.target_threads or (cores if take_turns else max(1, cores - draft))
 
 
 def _check_device(name: str | None) -> None:

@@ -27,3 +27,7 @@ class QueueFullError(PearlError):
 
 class EngineClosedError(PearlError):
     """The engine was closed; build a new one."""
+
+
+class RankError(PearlError):
+    """A rank of a tensor-parallel model ended. The engine can only be closed."""

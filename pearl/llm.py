@@ -43,7 +43,9 @@ class LLM:
         if unknown := sorted(set(options) - set(known)):
             raise ConfigurationError(f"unknown options {unknown}; known are {sorted(known)}")
         config = EngineConfig(target=target, draft=draft, **options)
-        self._connect(config, load_models(config), observer)
+        models = load_models(config)
+        self._owned: LoadedModels | None = models
+        self._connect(config, models, observer)
 
     def _connect(
         self, config: EngineConfig, models: LoadedModels, observer: Callable[[RoundRecord], None] | None
@@ -64,6 +66,7 @@ class LLM:
         if self.config.prefix_caching or config.prefix_caching:
             raise ConfigurationError("variants share KV memory; build the first LLM with prefix_caching=False")
         other = LLM.__new__(LLM)
+        other._owned = None
         other._connect(config, self.models, observer)
         return other
 
@@ -195,6 +198,8 @@ class LLM:
 
     def close(self) -> None:
         self.engine.close()
+        if self._owned is not None:
+            self._owned.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -1,6 +1,6 @@
 """Operators of the engine: one specification each (``reference``), several providers, one ``registry``."""
 
-from pearl_kernels.reference import LinearWeight, Rule, Sampled, SamplingTensors, Stream, Verdict
+from pearl_kernels.reference import LinearWeight, Rule, Sampled, SamplingTensors, Stream, Verdict, WeightFormat
 from pearl_kernels.registry import KernelSet, Situation, explain, select
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Situation",
     "Stream",
     "Verdict",
+    "WeightFormat",
     "explain",
     "select",
 ]

@@ -7,13 +7,14 @@ some of the operators for some situations. ``select`` resolves all operators onc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pearl_kernels import cpu, reference, triton
+from pearl_kernels import cpu, cuda, flash_attn, flashinfer, reference, triton
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
@@ -44,15 +45,24 @@ class Situation:
     dtype: torch.dtype = torch.float32
     head_dim: int = 64
     threads: int = 1  # intra-op threads of the worker
+    page_size: int = 16  # tokens of a KV page
+    weights: reference.WeightFormat = "full"  # what pack_linear makes of a matrix
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``operators`` by name; ``refuses(op, situation)`` is None, or the reason why the provider cannot run there."""
+    """``operators`` by name; ``refuses(op, situation)`` is None, or the reason why the provider cannot run there.
+
+    ``bind(op, situation)`` is the operator for one worker where the situation decides more than whether it runs.
+    """
 
     name: str
     operators: Mapping[str, Callable[..., Any]]
     refuses: Callable[[str, Situation], str | None]
+    bind: Callable[[str, Situation], Callable[..., Any]] | None = None
+
+    def for_worker(self, op: str, situation: Situation) -> Callable[..., Any]:
+        return self.bind(op, situation) if self.bind else self.operators[op]
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,38 @@ class KernelSet:
     providers: Mapping[str, str]
 
 
-# In order of preference. Importing a provider is cheap and never fails: what is missing is a reason, not an error.
+def _bind_reference(op: str, situation: Situation) -> Callable[..., Any]:
+    if op == "pack_linear" and situation.weights != "full":
+        return functools.partial(reference.pack_linear, weights=situation.weights)
+    return OPERATORS[op]
+
+
+# In order of preference, except where _AFTER says otherwise. Importing a provider is cheap and never fails: what is
+# missing is a reason, not an error.
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("cpu", cpu.OPERATORS, cpu.refuses),
+    Provider("cpu", cpu.OPERATORS, cpu.refuses, cpu.bind),
+    Provider("cuda", cuda.OPERATORS, cuda.refuses),
     Provider("triton", triton.OPERATORS, triton.refuses),
-    Provider("reference", OPERATORS, lambda op, situation: None),
+    Provider("flash_attn", flash_attn.OPERATORS, flash_attn.refuses),
+    Provider("flashinfer", flashinfer.OPERATORS, flashinfer.refuses),
+    Provider("reference", OPERATORS, lambda op, situation: None, _bind_reference),
 )
+
+# For one operator a provider may come right after another that it else comes before.
+_AFTER: Mapping[str, Mapping[str, str]] = {
+    "verify_attention": {"cuda": "triton"},  # made for few queries a sequence; Triton's kernel also for whole prompts
+}
+
+
+def preferred(op: str) -> list[Provider]:
+    """All providers, in order of preference for ``op``."""
+    names = [provider.name for provider in PROVIDERS]
+
+    def rank(provider: Provider) -> tuple[int, bool]:
+        earlier = _AFTER.get(op, {}).get(provider.name)
+        return names.index(earlier if earlier in names else provider.name), earlier in names
+
+    return sorted(PROVIDERS, key=rank)
 
 
 def explain(op: str, situation: Situation | None = None, prefer: Mapping[str, str] | None = None) -> list[Status]:
@@ -101,7 +137,7 @@ def explain(op: str, situation: Situation | None = None, prefer: Mapping[str, st
     wanted = prefer.get(op, prefer.get(_PARTNERS.get(op, op)))
     lines: list[Status] = []
     chosen: str | None = None
-    for provider in PROVIDERS:
+    for provider in preferred(op):
         implemented = op in provider.operators
         reason = (provider.refuses(op, situation) or "") if implemented else "does not implement it"
         runs = not reason and chosen is None and wanted in (None, provider.name)
@@ -124,4 +160,5 @@ def select(situation: Situation | None = None, prefer: Mapping[str, str] | None 
         raise ValueError(f"unknown operators {sorted(unknown)}; the operators are {', '.join(OPERATORS)}")
     names = {op: next(s.provider for s in explain(op, situation, prefer) if s.chosen) for op in OPERATORS}
     by_name = {provider.name: provider for provider in PROVIDERS}
-    return KernelSet(providers=names, **{op: by_name[name].operators[op] for op, name in names.items()})
+    situation = situation or Situation()
+    return KernelSet(providers=names, **{op: by_name[name].for_worker(op, situation) for op, name in names.items()})

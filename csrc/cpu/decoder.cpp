@@ -1,15 +1,20 @@
 #include "cpu/decoder.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "cpu/checks.h"
-#include "cpu/kernel_table.h"
 
 namespace pearl {
 namespace {
+
+/// Bytes of weights for which waking the helpers pays, where few rows pass over them: they take one core several times
+/// the tens of microseconds until a helper has woken.
+constexpr int64_t kWorthHelpers = 8 << 20;
+constexpr int64_t kFewRows = 4;  // cost about what one row costs; more cost time in proportion
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -25,9 +30,25 @@ void check_rows(const char* name, const int64_t* values, int64_t count, int64_t 
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
-                 PackedMatrix head, const float* cos_sin)
-    : shape_(shape), layers_(std::move(layers)), embedding_(embedding), norm_(norm), head_(head), cos_sin_(cos_sin) {
+                 PackedMatrix head, const float* cos_sin, int64_t threads)
+    : shape_(shape),
+      layers_(std::move(layers)),
+      embedding_(embedding),
+      norm_(norm),
+      head_(head),
+      cos_sin_(cos_sin),
+      pool_(threads),
+      scratch_(pool_) {
   if (layers_.empty()) throw std::invalid_argument("decoder: a model needs at least one layer");
+  for (const DecoderLayer& layer : layers_) {
+    for (const PackedMatrix* matrix : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) count_weights(*matrix);
+  }
+  count_weights(head_);
+}
+
+void Decoder::count_weights(const PackedMatrix& matrix) {
+  const int64_t bytes = matrix.format == WeightFormat::kInt8 ? 1 : bytes_of(shape_.dtype);
+  weight_bytes_ += matrix.in_features * matrix.out_features * bytes;
 }
 
 void Decoder::forward(const DecoderBatch& batch) {
@@ -36,6 +57,8 @@ void Decoder::forward(const DecoderBatch& batch) {
   check_rows("logits_rows", batch.logits_rows, batch.num_logits, batch.tokens);
   check(rope_params(layers_[0], batch));
   check(attention_params(layers_[0], batch));
+  const bool long_enough = weight_bytes_ * std::max<int64_t>(1, batch.tokens / kFewRows) >= kWorthHelpers;
+  threads_ = long_enough ? &pool_ : &alone_;
   embed(batch);
   for (const DecoderLayer& layer : layers_) {
     norm(layer.input_norm, &layer != layers_.data(), batch.tokens);
@@ -78,25 +101,28 @@ void Decoder::embed(const DecoderBatch& batch) {
 void Decoder::norm(const void* weight, bool add, int64_t tokens) {
   void* residual = residual_.data();
   const void* x = add ? sublayer_.data() : residual;
-  kernels().rms_norm({shape_.dtype, tokens, shape_.hidden, x, shape_.hidden, add ? residual : nullptr, shape_.hidden,
-                      weight, normed_.data(), shape_.eps});
+  parallel::rms_norm(*threads_, {shape_.dtype, tokens, shape_.hidden, x, shape_.hidden, add ? residual : nullptr,
+                                 shape_.hidden, weight, normed_.data(), shape_.eps});
 }
 
 void Decoder::project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens) {
-  kernels().linear({shape_.dtype, tokens, matrix.in_features, matrix.out_features, x, matrix.in_features, matrix.weight,
-                    matrix.bias, out});
+  parallel::linear(*threads_,
+                   {shape_.dtype, matrix.format, tokens, matrix.in_features, matrix.out_features, x, matrix.in_features,
+                    matrix.weight, matrix.scale, matrix.bias, out, nullptr},
+                   scratch_);
 }
 
 void Decoder::attend(const DecoderLayer& layer, const DecoderBatch& batch) {
   project(layer.qkv, normed_.data(), qkv_.data(), batch.tokens);
-  kernels().rope_and_cache(rope_params(layer, batch));
-  kernels().verify_attention(attention_params(layer, batch));
+  parallel::rope_and_cache(*threads_, rope_params(layer, batch));
+  parallel::verify_attention(*threads_, attention_params(layer, batch));
   project(layer.output, attended_.data(), sublayer_.data(), batch.tokens);
 }
 
 void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens) {
   project(layer.gate_up, normed_.data(), gate_up_.data(), tokens);
-  kernels().silu_and_mul({shape_.dtype, tokens, shape_.ffn, gate_up_.data(), 2 * shape_.ffn, activated_.data()});
+  parallel::silu_and_mul(*threads_,
+                         {shape_.dtype, tokens, shape_.ffn, gate_up_.data(), 2 * shape_.ffn, activated_.data()});
   project(layer.down, activated_.data(), sublayer_.data(), tokens);
 }
 

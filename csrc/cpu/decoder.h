@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/parallel.h"
+#include "cpu/thread_pool.h"
 #include "pearl/params.h"
 
 namespace pearl {
@@ -18,8 +20,10 @@ struct DecoderShape {
 
 /// A linear layer: see LinearParams.
 struct PackedMatrix {
+  WeightFormat format;
   int64_t in_features, out_features;
   const void* weight;
+  const float* scale;
   const void* bias;
 };
 
@@ -50,16 +54,17 @@ struct DecoderBatch {
   void* logits;                 // [num_logits, vocab_size]
 };
 
-/// Belongs to one thread. The tensors behind the pointers must outlive it.
+/// Belongs to one thread, which its pool's helpers help. The tensors behind the pointers must outlive it.
 class Decoder {
  public:
   Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
-          PackedMatrix head, const float* cos_sin);
+          PackedMatrix head, const float* cos_sin, int64_t threads);
 
   /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
   void forward(const DecoderBatch& batch);
 
  private:
+  void count_weights(const PackedMatrix& matrix);
   void reserve(int64_t tokens);
   void embed(const DecoderBatch& batch);
   void attend(const DecoderLayer& layer, const DecoderBatch& batch);
@@ -82,6 +87,11 @@ class Decoder {
   // Activations, as many rows as the largest batch so far.
   int64_t capacity_ = 0;
   std::vector<uint8_t> residual_, normed_, sublayer_, qkv_, attended_, gate_up_, activated_;
+
+  ThreadPool pool_, alone_{1};
+  ThreadPool* threads_ = &pool_;  // of this forward
+  parallel::LinearScratch scratch_;
+  int64_t weight_bytes_ = 0;
 };
 
 }  // namespace pearl

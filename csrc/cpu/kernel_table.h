@@ -1,6 +1,7 @@
 // The kernels that exist once for each instruction set.
 #pragma once
 
+#include "cpu/tasks.h"
 #include "pearl/params.h"
 
 namespace pearl {
@@ -9,9 +10,10 @@ struct KernelTable {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
   void (*silu_and_mul)(const SiluAndMulParams&);
-  void (*linear)(const LinearParams&);
+  void (*linear_rows)(const LinearParams&);  // before linear: fills the scratch memory
+  void (*linear)(const LinearParams&, Range panels);
   void (*rope_and_cache)(const RopeAndCacheParams&);
-  void (*verify_attention)(const AttentionParams&);
+  void (*verify_attention)(const AttentionParams&, Range tasks);  // of attention_tasks
   void (*sample)(const SampleParams&);
   void (*verify)(const VerifyParams&);
   void (*uniform_noise)(const NoiseParams&);

@@ -9,6 +9,7 @@
 #include "cpu/math.inl"
 #include "cpu/norm.inl"
 #include "cpu/activation.inl"
+#include "cpu/linear_weights.inl"
 #include "cpu/linear.inl"
 #include "cpu/rope.inl"
 #include "cpu/attention.inl"
@@ -26,7 +27,7 @@ namespace pearl::PEARL_ISA {
 
 const KernelTable& table() {
   static constexpr KernelTable kTable = {
-      PEARL_NAME_OF(PEARL_ISA), rms_norm, silu_and_mul, linear,        rope_and_cache,
+      PEARL_NAME_OF(PEARL_ISA), rms_norm, silu_and_mul, linear_rows,   linear,      rope_and_cache,
       verify_attention,         sample,   verify,       uniform_noise, gumbel_noise};
   return kTable;
 }

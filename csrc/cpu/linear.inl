@@ -1,99 +1,121 @@
 // linear: a few rows times a packed weight (LinearParams::weight), which is read once for all of them.
 //
-// A step is one 32-bit word of a row of x, an fp32 number or a pair of bf16, and meets one word of every column. Sums
-// are fp32. The order of additions depends on nothing but in_features: a row's result is the same to the bit whatever
-// rows stand beside it, in a decoding step as in a verification.
+// A row of x is a list of 32-bit words: fp32 numbers, or pairs of bf16 where the hardware multiplies pairs. Sums are
+// fp32. The order of additions depends on nothing but in_features: a row's result is the same to the bit whatever rows
+// stand beside it, in a decoding step as in a verification, and whatever thread computes it.
 
 namespace pearl::PEARL_ISA {
 
-/// Steps of a panel that are summed up by themselves, because a sum of sums rounds less than one long sum. They stay in
-/// the caches from one tile of rows to the next: 24 KB of fp32; 48 KB of bf16, whose result is rounded far coarser.
-template <class T>
-inline constexpr int64_t kChunkSteps = sizeof(T) == 4 ? 128 : 256;
 inline constexpr int64_t kLinearRows = 64;  // summed up beside each other; more rows pass over the weight again
+inline constexpr int kPanelParts = kPanelColumns / kPartLanes, kLineBytes = 64;
+
+/// Inputs that are summed up by themselves, because a sum of sums rounds less than one long sum. Their weights stay in
+/// the caches from one tile of rows to the next. A bf16 result is rounded far coarser.
+template <class T>
+inline constexpr int64_t kChunkInputs = sizeof(T) == 4 ? 128 : 512;
 
 /// Sums of one panel, [rows, kPanelColumns].
 struct alignas(64) PanelSums {
   float sum[kLinearRows * kPanelColumns];
 };
 
-/// Rows of x in bytes, so that a step is four of them whatever the type. They need not be aligned.
-struct Rows {
+/// Rows of x as words. They need not be aligned.
+struct Words {
   const char* data;
-  int64_t count, stride;
+  int64_t count, stride;  // rows; bytes from one to the next
 };
 
-inline Rows rows_from(Rows x, int64_t row, int64_t count, int64_t step) {
-  return {x.data + row * x.stride + step * 4, count, x.stride};
+inline Words words_from(Words x, int64_t row, int64_t count, int64_t word) {
+  return {x.data + row * x.stride + word * 4, count, x.stride};
 }
 
-inline Bits broadcast_step(const char* x) {
-  uint32_t step;
-  __builtin_memcpy(&step, x, sizeof step);
-  return broadcast_bits(step);
+inline PartBits broadcast_word(const char* x) {
+  uint32_t word;
+  __builtin_memcpy(&word, x, sizeof word);
+  return broadcast_part(word);
 }
 
-inline Vec multiply_step(Bits w, Bits x, Vec sum, float) { return mul_add(float_of(w), float_of(x), sum); }
-inline Vec multiply_step(Bits w, Bits x, Vec sum, BFloat16) { return dot_pairs(w, x, sum); }
-
-/// sums += x @ weight for kTileVectors vectors of columns. Where arithmetic takes longer than memory, the hardware's
-/// prefetcher stops too early: `ahead` > 0 asks for the words that many further on.
-template <class T, int kRows>
-inline void multiply_tile(Rows x, const uint32_t* weight, int64_t steps, int64_t ahead, float* sums) {
-  Vec sum[kRows][kTileVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) sum[r][v] = broadcast(0.0f);
-  }
-  for (int64_t step = 0; step < steps; ++step, weight += kPanelColumns) {
-    Bits w[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) {
-      w[v] = load_bits(weight + v * kLanes);
-      if (kRows >= 4 && ahead > 0) __builtin_prefetch(weight + v * kLanes + ahead, 0, 2);
+/// sum[r][i] += weight * x for one word of each row and kParts parts of columns. The operands that are fewer stay in
+/// registers while the others pass by.
+template <class W, int kRows, int kParts>
+inline void multiply_word(const char* words, int64_t stride, const char* weight, int first, int word,
+                          Part (&sum)[kRows][kParts]) {
+  if constexpr (kRows < kParts) {
+    PartBits value[kRows];
+    for (int r = 0; r < kRows; ++r) value[r] = broadcast_word(words + r * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) {
+      const auto w = W::operand(weight, first + i, word);
+      for (int r = 0; r < kRows; ++r) sum[r][i] = W::multiply(w, value[r], sum[r][i]);
     }
+  } else {
+    typename W::Operand w[kParts];
+    for (int i = 0; i < kParts; ++i) w[i] = W::operand(weight, first + i, word);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Bits value = broadcast_step(x.data + r * x.stride + step * 4);
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = multiply_step(w[v], value, sum[r][v], T{});
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      float* total = sums + r * kPanelColumns + v * kLanes;
-      store(total, load(total) + sum[r][v]);
+      const PartBits value = broadcast_word(words + r * stride);
+      for (int i = 0; i < kParts; ++i) sum[r][i] = W::multiply(w[i], value, sum[r][i]);
     }
   }
 }
 
-/// multiply_tile of x.count rows, at most kRows.
-template <class T, int kRows>
-inline void multiply_rows(Rows x, const uint32_t* weight, int64_t steps, int64_t ahead, float* sums) {
+/// One chunk of a panel for kRows rows and kParts parts of columns: sums += x @ weight. The hardware's prefetcher stops
+/// at each page: every step asks for its share of the next chunk, `share` bytes from `ahead` on.
+template <class W, int kRows, int kParts>
+inline void multiply_tile(Words x, const char* weight, int first, int64_t steps, const char* ahead, int64_t share,
+                          float* sums) {
+  constexpr int kLines = (W::kStepBytes * kParts / kPanelParts + kLineBytes - 1) / kLineBytes;
+  Part sum[kRows][kParts];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kParts; ++i) sum[r][i] = zero_part();
+  }
+  const char* words = x.data;
+  for (int64_t step = 0; step < steps; ++step, weight += W::kStepBytes, words += 4 * W::kWords, ahead += share) {
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 2);
+    multiply_word<W>(words, x.stride, weight, first, 0, sum);
+    if constexpr (W::kWords == 2) {
+      asm volatile("" ::: "memory");  // the weight is loaded again: no register is free to keep it
+      multiply_word<W>(words + 4, x.stride, weight, first, 1, sum);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kParts; ++i) {
+      float* total = sums + r * kPanelColumns + (first + i) * kPartLanes;
+      store(total, load_part(total) + sum[r][i]);
+    }
+  }
+}
+
+/// multiply_tile of all columns of the panel for x.count rows, at most kRows: one of `tiles` that share the
+/// prefetching.
+template <class W, int kRows>
+inline void multiply_rows(Words x, const char* weight, int64_t steps, int64_t tile, int64_t tiles, float* sums) {
   if constexpr (kRows > 0) {
-    if (x.count < kRows) return multiply_rows<T, kRows - 1>(x, weight, steps, ahead, sums);
-    for (int v = 0; v < kPanelColumns; v += kTileVectors * kLanes) {
-      multiply_tile<T, kRows>(x, weight + v, steps, ahead, sums + v);
+    if (x.count < kRows) return multiply_rows<W, kRows - 1>(x, weight, steps, tile, tiles, sums);
+    constexpr int kParts = tile_parts(kRows), kPasses = kPanelParts / kParts;
+    static_assert(kPanelParts % kParts == 0, "a panel is a whole number of tiles");
+    const int64_t share = W::kStepBytes / (kPasses * tiles);
+    const char* ahead = weight + steps * W::kStepBytes + tile * kPasses * steps * share;
+    for (int pass = 0; pass < kPasses; ++pass, ahead += steps * share) {
+      multiply_tile<W, kRows, kParts>(x, weight, pass * kParts, steps, ahead, share, sums);
     }
   }
 }
 
 /// A chunk of a panel for all rows, in tiles of nearly equal height.
-template <class T>
-inline void multiply_chunk(Rows x, const uint32_t* weight, int64_t steps, float* sums) {
-  for (int64_t row = 0, tiles = (x.count + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
-    const int64_t count = (x.count - row + tiles - 1) / tiles;
-    // The last tile fetches the next chunk, which the first one then finds in the cache.
-    const int64_t ahead = tiles == 1 ? steps * kPanelColumns : 0;
-    multiply_rows<T, kTileRows>(rows_from(x, row, count, 0), weight, steps, ahead, sums + row * kPanelColumns);
-    row += count;
+template <class W>
+inline void multiply_chunk(Words x, const char* weight, int64_t steps, float* sums) {
+  const int64_t tiles = (x.count + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = tile * x.count / tiles, count = (tile + 1) * x.count / tiles - row;
+    float* tile_sums = sums + row * kPanelColumns;
+    multiply_rows<W, kTileRows>(words_from(x, row, count, 0), weight, steps, tile, tiles, tile_sums);
   }
 }
 
-/// The step of an odd in_features: the last number of each row beside a zero.
-template <class T>
-inline void multiply_rest(Rows x, const uint32_t* weight, float* sums) {
-  uint32_t last[kLinearRows] = {};
-  for (int64_t row = 0; row < x.count; ++row) __builtin_memcpy(last + row, x.data + row * x.stride, sizeof(T));
-  multiply_chunk<T>({reinterpret_cast<const char*>(last), x.count, sizeof(uint32_t)}, weight, 1, sums);
-}
-
+/// The sums, scaled and with the bias, as rows of the result.
 template <class T>
 inline void store_panel(const LinearParams& p, const float* sums, int64_t first_row, int64_t rows, int64_t column) {
   const int64_t columns = p.out_features - column < kPanelColumns ? p.out_features - column : kPanelColumns;
@@ -101,35 +123,78 @@ inline void store_panel(const LinearParams& p, const float* sums, int64_t first_
   for (int64_t row = 0; row < rows; ++row) {
     T* out = static_cast<T*>(p.out) + (first_row + row) * p.out_features + column;
     for_each_vector(columns, [&](int64_t i, int64_t count) {
-      const Vec sum = load(sums + row * kPanelColumns + i);
-      store_some(out + i, bias == nullptr ? sum : sum + load_some(bias + column + i, count), count);
+      Vec y = load(sums + row * kPanelColumns + i);
+      if (p.scale != nullptr) y = y * load_some(p.scale + column + i, count);
+      if (bias != nullptr) y = y + load_some(bias + column + i, count);
+      store_some(out + i, y, count);
     });
   }
 }
 
-template <class T>
-void linear_panels(const LinearParams& p) {
-  constexpr int64_t kElements = sizeof(uint32_t) / sizeof(T);
-  const int64_t whole = p.in_features / kElements, steps = (p.in_features + kElements - 1) / kElements;
-  const Rows all = {static_cast<const char*>(p.x), p.rows, p.x_stride * static_cast<int64_t>(sizeof(T))};
+template <class W, class T>
+void multiply_panels(const LinearParams& p, Words all, Range panels) {
+  const int64_t steps = (p.in_features + W::kInputs - 1) / W::kInputs;
   PanelSums sums;
   for (int64_t row = 0; row < p.rows; row += kLinearRows) {
-    const Rows x = rows_from(all, row, p.rows - row < kLinearRows ? p.rows - row : kLinearRows, 0);
-    const auto* weight = static_cast<const uint32_t*>(p.weight);
-    for (int64_t column = 0; column < p.out_features; column += kPanelColumns, weight += steps * kPanelColumns) {
+    const Words x = words_from(all, row, p.rows - row < kLinearRows ? p.rows - row : kLinearRows, 0);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const char* weight = static_cast<const char*>(p.weight) + panel * steps * W::kStepBytes;
       for (int64_t i = 0; i < x.count * kPanelColumns; i += kLanes) store(sums.sum + i, broadcast(0.0f));
-      for (int64_t step = 0; step < whole; step += kChunkSteps<T>) {
-        const int64_t count = whole - step < kChunkSteps<T> ? whole - step : kChunkSteps<T>;
-        multiply_chunk<T>(rows_from(x, 0, x.count, step), weight + step * kPanelColumns, count, sums.sum);
+      constexpr int64_t kSteps = kChunkInputs<T> / W::kInputs;
+      for (int64_t step = 0; step < steps; step += kSteps) {
+        const int64_t count = steps - step < kSteps ? steps - step : kSteps;
+        multiply_chunk<W>(words_from(x, 0, x.count, step * W::kWords), weight + step * W::kStepBytes, count, sums.sum);
       }
-      if (whole < steps) multiply_rest<T>(rows_from(x, 0, x.count, whole), weight + whole * kPanelColumns, sums.sum);
-      store_panel<T>(p, sums.sum, row, x.count, column);
+      store_panel<T>(p, sums.sum, row, x.count, panel * kPanelColumns);
     }
   }
 }
 
-void linear(const LinearParams& p) {
-  p.dtype == DType::kFloat32 ? linear_panels<float>(p) : linear_panels<BFloat16>(p);
+/// Whether x itself is the words of a product with W: no number needs to be widened, and no step lacks an input.
+template <class W, class T>
+inline bool reads_x(const LinearParams& p) {
+  return W::kInputs * sizeof(T) == W::kWords * 4 && p.in_features % W::kInputs == 0;
+}
+
+/// Rows of scratch are widened rows of x where the words are fp32, else copies; zeros follow.
+template <class W, class T>
+void fill_scratch(const LinearParams& p) {
+  if (reads_x<W, T>(p)) return;
+  const int64_t stride = linear_scratch_width(p.in_features);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    auto* words = reinterpret_cast<typename W::Number*>(p.scratch + row * stride);
+    for_each_vector(p.in_features, [&](int64_t i, int64_t n) { store_some(words + i, load_some(x + i, n), n); });
+    if (p.in_features % 2 != 0) words[p.in_features] = {};
+  }
+}
+
+template <class W, class T>
+void linear_as(const LinearParams& p, Range panels) {
+  const bool direct = reads_x<W, T>(p);
+  const void* data = direct ? p.x : p.scratch;
+  const int64_t stride =
+      direct ? p.x_stride * static_cast<int64_t>(sizeof(T)) : linear_scratch_width(p.in_features) * 4;
+  multiply_panels<W, T>(p, {static_cast<const char*>(data), p.rows, stride}, panels);
+}
+
+/// Calls use(W{}, T{}) with how the weight is read and the numbers' type.
+template <class Use>
+inline void for_weight(const LinearParams& p, Use use) {
+  const bool full = p.format == WeightFormat::kFull;
+  if (p.dtype == DType::kFloat32) {
+    full ? use(Float32Weight{}, float{}) : use(Int8Weight{}, float{});
+  } else {
+    full ? use(BFloat16Weight{}, BFloat16{}) : use(Int8BFloat16Weight{}, BFloat16{});
+  }
+}
+
+void linear_rows(const LinearParams& p) {
+  for_weight(p, [&](auto w, auto t) { fill_scratch<decltype(w), decltype(t)>(p); });
+}
+
+void linear(const LinearParams& p, Range panels) {
+  for_weight(p, [&](auto w, auto t) { linear_as<decltype(w), decltype(t)>(p, panels); });
 }
 
 }  // namespace pearl::PEARL_ISA

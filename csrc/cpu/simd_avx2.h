@@ -10,7 +10,8 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 4, kTileVectors = 1;
+inline constexpr int kPartLanes = 8, kTileRows = 6, kDotRows = 3;
+inline constexpr int tile_parts(int rows) { return rows <= 2 ? 6 : rows == 3 ? 3 : 2; }
 
 struct Vec {
   __m256 a, b;  // lanes 0 to 7, 8 to 15
@@ -20,6 +21,12 @@ struct Bits {
 };
 struct Mask {
   __m256i a, b;
+};
+struct Part {
+  __m256 v;
+};
+struct PartBits {
+  __m256i v;
 };
 
 inline __m256 widen(__m128i halves) {
@@ -126,14 +133,8 @@ inline Bits operator-(Bits x, Bits y) { return {_mm256_sub_epi32(x.a, y.a), _mm2
 inline Bits operator^(Bits x, Bits y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 inline Bits operator&(Bits x, Bits y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 inline Bits operator|(Bits x, Bits y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-inline Bits shift_left(Bits x, int n) {
-  const __m128i count = _mm_cvtsi32_si128(n);
-  return {_mm256_sll_epi32(x.a, count), _mm256_sll_epi32(x.b, count)};
-}
-inline Bits shift_right(Bits x, int n) {
-  const __m128i count = _mm_cvtsi32_si128(n);
-  return {_mm256_srl_epi32(x.a, count), _mm256_srl_epi32(x.b, count)};
-}
+inline Bits shift_left(Bits x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+inline Bits shift_right(Bits x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
 inline void multiply_wide(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
   const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
   high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
@@ -144,11 +145,21 @@ inline void multiply_wide(Bits x, uint32_t factor, Bits& high, Bits& low) {
   multiply_wide(x.a, f, high.a, low.a);
   multiply_wide(x.b, f, high.b, low.b);
 }
-inline Vec dot_pairs(Bits x, Bits y, Vec sum) {
-  const Bits upper = broadcast_bits(0xFFFF0000);
-  sum = mul_add(float_of(shift_left(x, 16)), float_of(shift_left(y, 16)), sum);
-  return mul_add(float_of(x & upper), float_of(y & upper), sum);
+
+inline Part zero_part() { return {_mm256_setzero_ps()}; }
+inline Part load_part(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Part load_part(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
+inline void store(float* p, Part x) { _mm256_storeu_ps(p, x.v); }
+inline Part operator+(Part x, Part y) { return {_mm256_add_ps(x.v, y.v)}; }
+inline Part mul_add(Part x, Part y, Part z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
+inline Part broadcast_number(float x) { return {_mm256_set1_ps(x)}; }
+inline PartBits broadcast_part(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+inline PartBits load_part(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Part float_of(PartBits x) { return {_mm256_castsi256_ps(x.v)}; }
+inline PartBits shift_left(PartBits x, int n) { return {_mm256_slli_epi32(x.v, n)}; }
+inline PartBits shift_right(PartBits x, int n) { return {_mm256_srli_epi32(x.v, n)}; }
 
 inline float reduce_add(Vec x) {
   const __m256 eight = _mm256_add_ps(x.a, x.b);
@@ -163,22 +174,17 @@ inline float reduce_max(Vec x) {
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
-/// a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit part, of vectors whose halves are added first.
-inline __m256 add_pairs(Vec x, Vec y) {
-  const __m256 a = _mm256_add_ps(x.a, x.b), b = _mm256_add_ps(y.a, y.b);
+/// a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit half.
+inline __m256 add_pairs(__m256 a, __m256 b) {
   return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
 }
-/// In each 128-bit part the four sums of that part of four vectors.
-inline __m256 add_quads(const Vec* x) {
-  const __m256d ab = _mm256_castps_pd(add_pairs(x[0], x[1])), cd = _mm256_castps_pd(add_pairs(x[2], x[3]));
-  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+inline Part add_fours(const Part (&x)[4]) {
+  const __m256d ab = _mm256_castps_pd(add_pairs(x[0].v, x[1].v)), cd = _mm256_castps_pd(add_pairs(x[2].v, x[3].v));
+  return {_mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)))};
 }
-/// The sums of eight vectors.
-inline __m256 add_octets(const Vec* x) {
-  const __m256 a = add_quads(x), b = add_quads(x + 4);
-  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+inline Part join_fours(const Part (&x)[2]) {
+  return {_mm256_add_ps(_mm256_permute2f128_ps(x[0].v, x[1].v, 0x20), _mm256_permute2f128_ps(x[0].v, x[1].v, 0x31))};
 }
-inline Vec sum_each(const Vec (&x)[kLanes]) { return {add_octets(x), add_octets(x + 8)}; }
 
 inline void transpose_4x4(__m256i& a, __m256i& b, __m256i& c, __m256i& d) {
   const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);

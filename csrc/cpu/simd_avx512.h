@@ -10,7 +10,8 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 8, kTileVectors = 3;
+inline constexpr int kPartLanes = 16, kTileRows = 8, kDotRows = 6;
+inline constexpr int tile_parts(int) { return 3; }
 
 struct Vec {
   __m512 v;
@@ -21,6 +22,8 @@ struct Bits {
 struct Mask {
   __mmask16 v;
 };
+using Part = Vec;
+using PartBits = Bits;
 
 inline Mask lane_range(int64_t begin, int64_t end) {
   const uint32_t below_begin = begin <= 0 ? 0 : begin >= kLanes ? 0xFFFF : (1u << begin) - 1;
@@ -74,42 +77,48 @@ inline Bits operator-(Bits a, Bits b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Bits operator^(Bits a, Bits b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Bits operator&(Bits a, Bits b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Bits operator|(Bits a, Bits b) { return {_mm512_or_si512(a.v, b.v)}; }
-inline Bits shift_left(Bits x, int n) { return {_mm512_sll_epi32(x.v, _mm_cvtsi32_si128(n))}; }
-inline Bits shift_right(Bits x, int n) { return {_mm512_srl_epi32(x.v, _mm_cvtsi32_si128(n))}; }
+inline Bits shift_left(Bits x, int n) { return {_mm512_slli_epi32(x.v, n)}; }
+inline Bits shift_right(Bits x, int n) { return {_mm512_srli_epi32(x.v, n)}; }
 inline void multiply_wide(Bits a, uint32_t factor, Bits& high, Bits& low) {
   const __m512i f = _mm512_set1_epi32(static_cast<int>(factor));
   const __m512i even = _mm512_mul_epu32(a.v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), f);
   high.v = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
   low.v = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
 }
-inline Vec dot_pairs(Bits a, Bits b, Vec sum) {
-#ifdef __AVX512BF16__
-  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
-#else
-  const Bits upper = broadcast_bits(0xFFFF0000);
-  sum = mul_add(float_of(shift_left(a, 16)), float_of(shift_left(b, 16)), sum);
-  return mul_add(float_of(a & upper), float_of(b & upper), sum);
-#endif
+inline Part zero_part() { return {_mm512_setzero_ps()}; }
+inline Part load_part(const float* p) { return load(p); }
+inline Part load_part(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+inline PartBits load_part(const uint32_t* p) { return load_bits(p); }
+inline Part broadcast_number(float x) { return broadcast(x); }
+inline PartBits broadcast_part(uint32_t x) { return broadcast_bits(x); }
+
+#ifdef __AVX512BF16__
+#define PEARL_PAIR_DOTS
+/// Adds the products of two pairs of bf16 in each lane. Subnormal numbers count as zero.
+inline Part dot_pairs(PartBits a, PartBits b, Part sum) {
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#endif
 
 inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x.v); }
 inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x.v); }
 
-/// a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit part.
+/// a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit quarter.
 inline __m512 add_pairs(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
-/// In each 128-bit part the four sums of that part of four vectors.
-inline __m512 add_quads(const Vec* x) {
+inline Part add_fours(const Part (&x)[4]) {
   const __m512d ab = _mm512_castps_pd(add_pairs(x[0].v, x[1].v)), cd = _mm512_castps_pd(add_pairs(x[2].v, x[3].v));
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))};
 }
-/// Halves the number of 128-bit parts: the sums of neighbours, a's first.
-inline __m512 add_parts(__m512 a, __m512 b) {
+/// Halves the number of 128-bit quarters: the sums of neighbours, a's first.
+inline __m512 add_quarters(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
-inline Vec sum_each(const Vec (&x)[kLanes]) {
-  return {add_parts(add_parts(add_quads(x), add_quads(x + 4)), add_parts(add_quads(x + 8), add_quads(x + 12)))};
+inline Part join_fours(const Part (&x)[4]) {
+  return {add_quarters(add_quarters(x[0].v, x[1].v), add_quarters(x[2].v, x[3].v))};
 }
 inline void transpose_4x4(Bits (&x)[4]) {
   const __m512i ab_low = _mm512_unpacklo_epi32(x[0].v, x[1].v), ab_high = _mm512_unpackhi_epi32(x[0].v, x[1].v);

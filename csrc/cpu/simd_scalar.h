@@ -10,8 +10,12 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
-/// The tile of sums (rows, vectors of columns) that a matrix product can keep in registers.
-inline constexpr int kTileRows = 2, kTileVectors = 1;
+inline constexpr int kPartLanes = 16;
+/// The tile of sums that a matrix product can keep in registers: rows at most, and Parts of columns for so many rows.
+inline constexpr int kTileRows = 2;
+inline constexpr int tile_parts(int) { return 1; }
+/// Rows whose products with four vectors attention can keep in registers.
+inline constexpr int kDotRows = 1;
 
 struct Vec {
   float lane[kLanes];
@@ -181,11 +185,34 @@ inline void multiply_wide(Bits a, uint32_t factor, Bits& high, Bits& low) {
     low.lane[i] = static_cast<uint32_t>(product);
   }
 }
-/// Adds the products of two pairs of bf16 in each lane. Subnormal numbers may count as zero.
-inline Vec dot_pairs(Bits a, Bits b, Vec sum) {
-  const Bits upper = broadcast_bits(0xFFFF0000);
-  sum = mul_add(float_of(shift_left(a, 16)), float_of(shift_left(b, 16)), sum);
-  return mul_add(float_of(a & upper), float_of(b & upper), sum);
+
+// A Part is one register, kPartLanes floats, for a matrix product's tile, where registers are counted. Part has + and
+// mul_add, PartBits has shifts. An instruction set that multiplies pairs of bf16 defines PEARL_PAIR_DOTS and has
+// dot_pairs (simd_avx512.h).
+
+using Part = Vec;
+using PartBits = Bits;
+
+inline Part zero_part() { return broadcast(0.0f); }
+inline Part load_part(const float* p) { return load(p); }
+inline Part load_part(const int8_t* p) {
+  return generate<Vec>([=](int i) { return static_cast<float>(p[i]); });
+}
+inline PartBits load_part(const uint32_t* p) { return load_bits(p); }
+inline Part broadcast_number(float x) { return broadcast(x); }
+inline PartBits broadcast_part(uint32_t x) { return broadcast_bits(x); }
+/// Lane i of join_fours of four (AVX2: two) of these is the sum of vector i, of the sixteen (eight) that went in.
+inline Part add_fours(const Part (&x)[4]) {
+  return generate<Part>([&](int i) {
+    const float* four = x[i % 4].lane + i / 4 * 4;
+    return (four[0] + four[2]) + (four[1] + four[3]);
+  });
+}
+inline Part join_fours(const Part (&x)[4]) {
+  return generate<Part>([&](int i) {
+    const float* part = x[i / 4].lane + i % 4;
+    return (part[0] + part[4]) + (part[8] + part[12]);
+  });
 }
 
 // Across lanes.
@@ -199,10 +226,6 @@ inline float reduce_max(Vec x) {
   float result = x.lane[0];
   for (int i = 1; i < kLanes; ++i) result = x.lane[i] > result ? x.lane[i] : result;
   return result;
-}
-/// Lane i is the sum of the lanes of x[i].
-inline Vec sum_each(const Vec (&x)[kLanes]) {
-  return generate<Vec>([&](int i) { return reduce_add(x[i]); });
 }
 /// Transposes the 4 x 4 matrices that the four vectors hold in their lanes 4 j to 4 j + 3.
 inline void transpose_4x4(Bits (&x)[4]) {

@@ -13,10 +13,16 @@ namespace py = pybind11;
 
 namespace {
 
-/// As Python hands it over: (in_features, out_features, address of the packed weight, address of the bias or 0).
+/// As Python hands it over: (in_features, out_features, address of the packed weight, of the scales of an int8 weight
+/// or 0, of the bias or 0).
 struct MatrixArgument : pearl::PackedMatrix {
-  MatrixArgument(int64_t in_features, int64_t out_features, Address weight, Address bias)
-      : PackedMatrix{in_features, out_features, pointer<const void>(weight), pointer<const void>(bias)} {}
+  MatrixArgument(int64_t in_features, int64_t out_features, Address weight, Address scale, Address bias)
+      : PackedMatrix{scale == 0 ? pearl::WeightFormat::kFull : pearl::WeightFormat::kInt8,
+                     in_features,
+                     out_features,
+                     pointer<const void>(weight),
+                     pointer<const float>(scale),
+                     pointer<const void>(bias)} {}
 };
 
 struct LayerArgument : pearl::DecoderLayer {
@@ -54,9 +60,9 @@ struct ShapeArgument : pearl::DecoderShape {
 };
 
 pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<LayerArgument>& layers, Address embedding,
-                             Address norm, const MatrixArgument& head, Address cos_sin) {
+                             Address norm, const MatrixArgument& head, Address cos_sin, int64_t threads) {
   return new pearl::Decoder(shape, {layers.begin(), layers.end()}, pointer<const void>(embedding),
-                            pointer<const void>(norm), head, pointer<const float>(cos_sin));
+                            pointer<const void>(norm), head, pointer<const float>(cos_sin), threads);
 }
 
 void forward(pearl::Decoder& decoder, int64_t tokens, int64_t sequences, int64_t table_width, int64_t num_logits,
@@ -71,7 +77,7 @@ void forward(pearl::Decoder& decoder, int64_t tokens, int64_t sequences, int64_t
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<MatrixArgument>(m, "Matrix").def(py::init<int64_t, int64_t, Address, Address>());
+  py::class_<MatrixArgument>(m, "Matrix").def(py::init<int64_t, int64_t, Address, Address, Address>());
   py::class_<LayerArgument>(m, "Layer")
       .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address,
                     const MatrixArgument&, const MatrixArgument&, Address, Address, int64_t>());

@@ -26,8 +26,9 @@ from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
 from pearl.methods import build_method
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
+from pearl.parallel import ParallelRunner, RankSpec, start_parallel
 from pearl.workers import InlineWorker, ModelRunner, TargetRunner, ThreadWorker
-from pearl_kernels import Situation, select
+from pearl_kernels import Situation, WeightFormat, select
 
 _DEFAULT_KV_BYTES = 1 << 30
 
@@ -44,6 +45,11 @@ class LoadedModels:
     num_pages: int  # of each model
     target_device: torch.device
     draft_device: torch.device
+
+    def close(self) -> None:
+        """End the processes that hold parts of the target, if there are any. Idempotent."""
+        if isinstance(self.target, ParallelRunner):
+            self.target.close()
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,18 @@ def load_models(config: EngineConfig) -> LoadedModels:
     num_pages = _num_pages(config, pair)
     target_device, draft_device = config.resolve_device("target"), config.resolve_device("draft")
     draft_threads, target_threads = config.resolve_threads()
-    target = _runner(config, target_path, pair, pair.target, target_device, target_threads, num_pages)
     draft = None
     if pair.draft is not None and draft_path is not None:
-        draft = _runner(config, draft_path, pair, pair.draft, draft_device, draft_threads, num_pages)
+        draft = _runner(
+            config, draft_path, pair, pair.draft, draft_device, draft_threads, num_pages, config.draft_weights
+        )
+    # Last: nothing that fails after it would leave its processes behind.
+    if config.target_parallel > 1:
+        target: ModelRunner = _parallel_runner(config, target_path, pair, target_threads, num_pages)
+    else:
+        target = _runner(
+            config, target_path, pair, pair.target, target_device, target_threads, num_pages, config.target_weights
+        )
     return LoadedModels(
         target, draft, pair.tokenizer, pair.vocab_size, pair.max_model_len, num_pages, target_device, draft_device
     )
@@ -152,15 +166,33 @@ def _runner(
     device: torch.device,
     threads: int,
     num_pages: int,
+    weights: WeightFormat,
 ) -> ModelRunner:
     dtype = config.torch_dtype or model_config.dtype
-    kernels = select(Situation(device.type, dtype, model_config.head_dim, threads))
+    kernels = select(Situation(device.type, dtype, model_config.head_dim, threads, config.page_size, weights))
     with torch.inference_mode():
         model: Decoder = load_model(
             path, device=device, dtype=dtype, max_model_len=pair.max_model_len, kernels=kernels
         )  # fmt: skip
         cache = KVCache.allocate(model_config, num_pages, config.page_size, dtype, device)
-    return ModelRunner(model, cache, config.page_size, device)
+    return ModelRunner(model, cache, config.page_size, device, threads)
+
+
+def _parallel_runner(config: EngineConfig, path: str, pair: _Pair, threads: int, num_pages: int) -> ParallelRunner:
+    devices = config.resolve_target_devices()
+    spec = RankSpec(
+        rank=0,
+        ranks=len(devices),
+        store_port=0,
+        path=path,
+        device=str(devices[0]),
+        dtype=config.torch_dtype or pair.target.dtype,
+        max_model_len=pair.max_model_len,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        threads=max(1, threads // len(devices)),
+    )
+    return start_parallel(spec, [str(device) for device in devices])
 
 
 def _window_policy(config: EngineConfig) -> WindowPolicy:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pearl.models.collective import Collective
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.kv_cache import KVCache
 from pearl.models.model_config import ModelConfig
@@ -41,8 +42,16 @@ class DecoderWeights:
 class Decoder:
     """Weights and operators; stateless between forwards. Call it in torch.inference_mode."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, cos_sin: Tensor, kernels: KernelSet) -> None:
-        self.config, self.weights, self.kernels = config, weights, kernels
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        cos_sin: Tensor,
+        kernels: KernelSet,
+        collective: Collective | None = None,
+    ) -> None:
+        """``collective``: of a tensor-parallel rank, whose weights and ``config`` are a part of the model's."""
+        self.config, self.weights, self.kernels, self.collective = config, weights, kernels, collective
         self.cos_sin = cos_sin  # [max_model_len, head_dim]
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
@@ -58,15 +67,18 @@ class Decoder:
             x = self._attention(layer, x, batch, cache.layers[index], self.config.windows[index])
             x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
             x = kernels.silu_and_mul(kernels.linear(x, layer.gate_up, layer.gate_up_bias))
-            x = kernels.linear(x, layer.down, layer.down_bias)
+            x = self._add_up(kernels.linear(x, layer.down, layer.down_bias))
         assert residual is not None  # ModelConfig has at least one layer
         rows = batch.logits_rows
         if rows.shape[0] == 0:
-            return x.new_empty(0, self.config.vocab_size)
+            return x.new_empty(0, self.weights.embedding.shape[0])
         if rows.shape[0] < x.shape[0]:
             x, residual = x[rows], residual[rows]
         logits: Tensor = kernels.linear(kernels.add_rms_norm(x, residual, self.weights.norm, eps), self.weights.head)
-        return logits
+        return logits if self.collective is None else self.collective.gather_logits(logits)
+
+    def _add_up(self, part: Tensor) -> Tensor:
+        return part if self.collective is None else self.collective.add_up(part)
 
     def _attention(
         self, layer: LayerWeights, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, Tensor], window: int
@@ -82,5 +94,4 @@ class Decoder:
         attended = kernels.verify_attention(
             q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, config.head_dim**-0.5, window
         )
-        output: Tensor = kernels.linear(attended.view(x.shape[0], -1), layer.output, layer.output_bias)
-        return output
+        return self._add_up(kernels.linear(attended.view(x.shape[0], -1), layer.output, layer.output_bias))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pearl.models.decoder import Decoder, LayerWeights
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.kv_cache import KVCache
-from pearl_kernels import KernelSet, LinearWeight
+from pearl_kernels import LinearWeight
 
 if TYPE_CHECKING:
     from pearl_kernels.cpu import _core
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 _OPERATORS = ("rms_norm", "add_rms_norm", "silu_and_mul", "linear", "rope_and_cache", "verify_attention")
 
 
-def can_fuse(kernels: KernelSet) -> bool:
-    """Whether the C++ provider runs every operator of a forward."""
-    return all(kernels.providers[op] == "cpu" for op in _OPERATORS)
+def can_fuse(model: Decoder) -> bool:
+    """Whether the C++ provider runs every operator of a forward, and no other rank has a part in it."""
+    return model.collective is None and all(model.kernels.providers[op] == "cpu" for op in _OPERATORS)
 
 
 class FusedDecoder:
-    """A decoder bound to its KV tensors. Belongs to one worker; ``can_fuse`` must hold for the model's kernels."""
+    """A decoder bound to its KV tensors. Belongs to one worker; ``can_fuse`` must hold for the model.
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    The calling thread computes, helped by ``threads - 1`` of the decoder's own, which sleep between forwards.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, threads: int = 1) -> None:
         from pearl_kernels.checks import DTYPE_CODES
         from pearl_kernels.cpu import _core
 
@@ -46,7 +49,7 @@ class FusedDecoder:
         ]
         self._decoder = _core.Decoder(
             shape, layers, _address(weights.embedding), _address(weights.norm), _matrix(weights.head, None),
-            _address(model.cos_sin),
+            _address(model.cos_sin), threads,
         )  # fmt: skip
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -93,7 +96,9 @@ def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int)
 def _matrix(weight: LinearWeight, bias: Tensor | None) -> _core.Matrix:
     from pearl_kernels.cpu import _core
 
-    return _core.Matrix(weight.in_features, weight.out_features, _address(weight.data), _address(bias))
+    return _core.Matrix(
+        weight.in_features, weight.out_features, _address(weight.data), _address(weight.scale), _address(bias)
+    )
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -17,25 +17,29 @@ from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
 class ModelRunner:
     """Belongs to one worker; nothing else touches the model's weights or KV tensors while it runs."""
 
-    def __init__(self, model: Decoder, cache: KVCache, page_size: int, device: torch.device) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, page_size: int, device: torch.device, threads: int = 1) -> None:
+        """``threads``: of a fused forward, the calling one included."""
         self.model, self.cache = model, cache
         self.kernels = model.kernels
         self._page_size, self._device = page_size, device
-        self._fused = FusedDecoder(model, cache) if can_fuse(model.kernels) else None
+        self._fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
 
     @property
     def is_fused(self) -> bool:
-        """Whether a forward is one call on one thread."""
+        """Whether a forward is one call, with threads of its own."""
         return self._fused is not None
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         if copies:
-            pairs = torch.tensor([(c.source, c.destination) for c in copies], device=self._device)
-            self.cache.copy_pages(pairs, self.kernels)
+            self.copy_pairs(torch.tensor([(c.source, c.destination) for c in copies], device=self._device))
+
+    def copy_pairs(self, pairs: Tensor) -> None:
+        """int64 ``[M, 2]``: source and destination page."""
+        self.cache.copy_pages(pairs, self.kernels)
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
-        return self._compute(build_batch(work, self._page_size, self._device))
+        return self.compute(build_batch(work, self._page_size, self._device))
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:
         """One token for each sequence; returns logits ``[R, V]``."""
@@ -49,9 +53,10 @@ class ModelRunner:
             context_lens=self._ints([p + 1 for p in positions], torch.int32),
             logits_rows=self._ints(rows),
         )
-        return self._compute(batch)
+        return self.compute(batch)
 
-    def _compute(self, batch: ForwardBatch) -> Tensor:
+    def compute(self, batch: ForwardBatch) -> Tensor:
+        """Logits ``[M, V]`` of batch.logits_rows."""
         return self.model.forward(batch, self.cache) if self._fused is None else self._fused.forward(batch)
 
     def _ints(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:

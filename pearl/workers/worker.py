@@ -47,8 +47,8 @@ class ThreadWorker:
 class InlineWorker:
     """The calling thread: ``submit`` returns when the call has ended.
 
-    For the target, where its forward uses no intra-op threads: the engine would only wait for it, and waking two
-    threads costs a tenth of a small model's forward.
+    For the target, where its forward is one call that brings its own helpers: the engine would only wait for it, and
+    waking two threads costs a tenth of a small model's forward.
     """
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:

@@ -6,6 +6,7 @@ an error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,14 +28,12 @@ _NAMES = (
     "copy_blocks",
 )
 _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
-_LINEAR = ("pack_linear", "linear")
-_LINEAR_THREADS = 2  # up to here one thread of our product beats torch's where decoding needs it
 
 
 def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
     """The operators, and why they cannot run: without the compiled core they exist, so that the reason is told."""
     try:
-        from pearl_kernels.cpu import layers, sampling
+        from pearl_kernels.cpu import layers, linear, sampling
     except ImportError as error:
         reason = f"the C++ core is not built ({error}); pip install -e . builds it"
 
@@ -42,7 +41,8 @@ def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
             raise RuntimeError(reason)
 
         return dict.fromkeys(_NAMES, unavailable), reason
-    return {name: getattr(layers, name, None) or getattr(sampling, name) for name in _NAMES}, None
+    functions = vars(layers) | vars(linear) | vars(sampling)
+    return {name: functions[name] for name in _NAMES}, None
 
 
 OPERATORS, _LOAD_ERROR = _load()
@@ -61,6 +61,15 @@ def refuses(op: str, situation: Situation) -> str | None:
         return f"computes float32 and bfloat16, not {situation.dtype}"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
-    if op in _LINEAR and situation.threads > _LINEAR_THREADS:
-        return f"computes on one thread; torch is faster on {situation.threads}"
     return None
+
+
+def bind(op: str, situation: Situation) -> Callable[..., Any]:
+    """The operator for one worker: a product on its own threads, weights in its format."""
+    if _LOAD_ERROR is None and op == "linear" and situation.threads > 1:
+        from pearl_kernels.cpu.linear import ThreadedLinear
+
+        return ThreadedLinear(situation.threads)
+    if op == "pack_linear" and situation.weights != "full":
+        return functools.partial(OPERATORS[op], weights=situation.weights)
+    return OPERATORS[op]

@@ -1,6 +1,23 @@
-"""The compiled module (csrc/python/bindings.cpp). Addresses are integers, 0 for none."""
+"""The compiled module (csrc/python/bindings.cpp). Addresses are integers, 0 for none; ``where`` is the CPU."""
 
 PANEL_COLUMNS: int  # of a packed weight, csrc/include/pearl/params.h
+
+class LinearThreads:
+    def __init__(self, threads: int, /) -> None: ...
+    def linear(
+        self,
+        dtype: int,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        x: int,
+        x_stride: int,
+        weight: int,
+        scale: int,
+        bias: int,
+        out: int,
+        /,
+    ) -> None: ...
 
 class Logits:
     def __init__(self, address: int, dtype: int, rows: int, stride: int, /) -> None: ...
@@ -20,21 +37,10 @@ def rms_norm(
     weight: int,
     out: int,
     eps: float,
+    where: None,
     /,
 ) -> None: ...
-def silu_and_mul(dtype: int, rows: int, width: int, x: int, x_stride: int, out: int, /) -> None: ...
-def linear(
-    dtype: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    x: int,
-    x_stride: int,
-    weight: int,
-    bias: int,
-    out: int,
-    /,
-) -> None: ...
+def silu_and_mul(dtype: int, rows: int, width: int, x: int, x_stride: int, out: int, where: None, /) -> None: ...
 def rope_and_cache(
     dtype: int,
     tokens: int,
@@ -57,6 +63,7 @@ def rope_and_cache(
     q_norm: int,
     k_norm: int,
     eps: float,
+    where: None,
     /,
 ) -> None: ...
 def verify_attention(
@@ -82,6 +89,7 @@ def verify_attention(
     scale: float,
     window: int,
     softcap: float,
+    where: None,
     /,
 ) -> None: ...
 def sample(
@@ -109,14 +117,16 @@ def verify(
     draft_temperature: int,
     accepted: int,
     next_token: int,
+    where: None,
     /,
 ) -> None: ...
-def copy_blocks(cache: int, pages: int, page_bytes: int, pairs: int, count: int, /) -> None: ...
+def copy_blocks(cache: int, pages: int, page_bytes: int, pairs: int, count: int, where: None, /) -> None: ...
 def uniform_noise(seed: int, position: int, stream: int, rows: int, vocab_size: int, out: int, /) -> None: ...
 def gumbel_noise(seed: int, position: int, stream: int, rows: int, vocab_size: int, out: int, /) -> None: ...
+def stream_read(address: int, bytes: int, /) -> int: ...
 
 class Matrix:
-    def __init__(self, in_features: int, out_features: int, weight: int, bias: int, /) -> None: ...
+    def __init__(self, in_features: int, out_features: int, weight: int, scale: int, bias: int, /) -> None: ...
 
 class Layer:
     def __init__(
@@ -155,7 +165,15 @@ class Shape:
 
 class Decoder:
     def __init__(
-        self, shape: Shape, layers: list[Layer], embedding: int, norm: int, head: Matrix, cos_sin: int, /
+        self,
+        shape: Shape,
+        layers: list[Layer],
+        embedding: int,
+        norm: int,
+        head: Matrix,
+        cos_sin: int,
+        threads: int,
+        /,
     ) -> None: ...
     def forward(
         self,

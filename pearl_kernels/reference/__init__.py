@@ -2,6 +2,7 @@
 
 from pearl_kernels.reference.layers import (
     LinearWeight,
+    WeightFormat,
     add_rms_norm,
     copy_blocks,
     linear,
@@ -21,6 +22,7 @@ __all__ = [
     "SamplingTensors",
     "Stream",
     "Verdict",
+    "WeightFormat",
     "add_rms_norm",
     "copy_blocks",
     "linear",

@@ -7,6 +7,7 @@ N tokens, D model width, F feed-forward width, H heads, P pages of S slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +45,44 @@ class LinearWeight:
     data: Tensor
     out_features: int  # M
     in_features: int  # K
+    scale: Tensor | None = None  # fp32 [M]: data are int8 and mean data * scale; None: data are x's dtype
 
 
-def pack_linear(weight: Tensor) -> LinearWeight:
-    """Prepare weight ``[M, K]`` for ``linear``, once, at load. The reference keeps the matrix itself."""
+WeightFormat = Literal["full", "int8"]
+
+
+def pack_linear(weight: Tensor, weights: WeightFormat = "full") -> LinearWeight:
+    """Prepare weight ``[M, K]`` for ``linear``, once, at load. The reference keeps the matrix itself, or its integers.
+
+    ``weights="int8"`` replaces each row w by integers and a scale (symmetric, per output channel): in fp32,
+    ``scale = max |w| / 127`` (1 for a row of zeros) and ``q = round(w / scale)``, half to even, which lies in
+    [-127, 127]. That is another matrix, ``q * scale``: the model that it belongs to is another model.
+    Raises ValueError if a weight to be rounded is not finite.
+    """
     out_features, in_features = weight.shape
-    return LinearWeight(weight, out_features, in_features)
+    if weights == "full":
+        return LinearWeight(weight, out_features, in_features)
+    w = weight.float()
+    if not w.isfinite().all():
+        raise ValueError("pack_linear: int8 needs finite weights")
+    peak = w.abs().amax(1) if in_features else w.new_zeros(out_features)
+    scale = torch.where(peak > 0, peak / 127, 1.0)
+    integers = (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return LinearWeight(integers, out_features, in_features, scale)
 
 
 def linear(x: Tensor, weight: LinearWeight | Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, all of one dtype.
+    """``x @ weight.T + bias``, all of one dtype; of int8 weights ``(x @ q.T) * scale + bias``.
+
+    Products of int8 weights are summed up, scaled and added to the bias in fp32 and rounded once.
 
     Args: x ``[N, K]``, weight ``[M, K]`` from the same provider's ``pack_linear`` (the reference also takes the plain
         matrix), bias ``[M]`` or None. Returns ``[N, M]``.
     """
-    return F.linear(x, weight.data if isinstance(weight, LinearWeight) else weight, bias)
+    if isinstance(weight, Tensor) or weight.scale is None:
+        return F.linear(x, weight if isinstance(weight, Tensor) else weight.data, bias)
+    out = F.linear(x.float(), weight.data.float()) * weight.scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def rope_and_cache(

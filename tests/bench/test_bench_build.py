@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -69,7 +70,7 @@ def test_a_known_choice_of_cuda_reaches_cmake(build: Build, tmp_path: Path, choi
         assert argument in configure + " "
     output = re.search(r"-DPEARL_OUTPUT_DIR=(\S+)", configure)
     assert output is not None
-    assert output[1] == str(tmp_path / "lib" / "pearl_kernels" / "cpu")
+    assert output[1] == str(tmp_path / "lib" / "pearl_kernels")
     assert compile_.endswith("--parallel 3")
 
 
@@ -86,6 +87,38 @@ def test_a_failure_shows_the_tool_s_own_words(build: Build, tools: Path) -> None
     assert finished.returncode != 0
     for part in ("pearl's native code did not configure", "no such compiler: c+++", "PEARL_CUDA=0"):
         assert part in finished.stderr
+
+
+def configure(work: Path, cuda: str) -> subprocess.CompletedProcess[str]:
+    """The real CMake on the real project, where no CUDA compiler can be found."""
+    pybind11 = pytest.importorskip("pybind11")
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    if os.path.exists("/usr/bin/nvcc"):
+        pytest.skip("a CUDA compiler lies beside the C++ compiler")
+    clean = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH", "CUDA_HOME", "CUDA_BIN_PATH")}
+    line = [cmake, "-S", str(ROOT), "-B", str(work), f"-DPython_EXECUTABLE={sys.executable}", f"-DPEARL_CUDA={cuda}"]
+    line.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    environment = clean | {"PATH": "/usr/bin:/bin"}
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_without_a_cuda_compiler_cuda_kernels_that_were_asked_for_are_an_error(tmp_path: Path) -> None:
+    finished = configure(tmp_path, "1")
+    assert finished.returncode != 0
+    words = " ".join(finished.stderr.split())
+    assert "PEARL_CUDA=1 asks for the CUDA kernels, but no CUDA compiler was found." in words
+    assert "PEARL_CUDA=0" in words
+
+
+def test_without_a_cuda_compiler_the_rest_is_built(tmp_path: Path) -> None:
+    finished = configure(tmp_path, "auto")
+    assert finished.returncode == 0, finished.stderr
+    assert "No CUDA compiler: the CUDA kernels are left out." in finished.stdout
+    targets = re.findall(r"^(_\w+):", (tmp_path / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert "_core" in targets
+    assert "_cuda" not in targets
 
 
 def test_native_code_includes_no_torch_header() -> None:
@@ -142,7 +175,10 @@ def test_a_wheel_works_without_a_network(wheel: set[str], name: str) -> None:
     assert name in wheel
 
 
-@pytest.mark.parametrize("name", ["pearl/py.typed", "pearl_kernels/py.typed", "pearl_kernels/cpu/_core.pyi"])
+@pytest.mark.parametrize(
+    "name",
+    ["pearl/py.typed", "pearl_kernels/py.typed", "pearl_kernels/cpu/_core.pyi", "pearl_kernels/cuda/_cuda.pyi"],
+)
 def test_a_wheel_carries_its_types(wheel: set[str], name: str) -> None:
     """Without py.typed (PEP 561), type checkers take every name of the package for Any."""
     assert name in wheel

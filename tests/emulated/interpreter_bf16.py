@@ -68,4 +68,16 @@ def install() -> None:
     builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp
     if not hasattr(builder, "get_bf16"):
         builder.get_bf16 = lambda self, value: TensorHandle(_round(np.array([value], np.float32)), tl.bfloat16)
+    _let_loops_have_computed_bounds()
     builder.pearl_bf16 = True
+
+
+def _let_loops_have_computed_bounds() -> None:
+    """They are arrays of one element, which Triton 3.6 cannot convert since numpy 2.4."""
+    plain_patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        plain_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor

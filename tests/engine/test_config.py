@@ -19,6 +19,9 @@ from pearl.llm import LLM
         ({"method": "medusa"}, ["method must be one of pearl, speculative, autoregressive", "'medusa'"]),
         ({"verification": "exact"}, ["verification must be one of rejection, coupled", "'exact'"]),
         ({"dtype": "int8"}, ["dtype must be one of auto, float32, bfloat16, float16", "'int8'"]),
+        ({"target_weights": "int4"}, ["target_weights must be one of full, int8", "'int4'"]),
+        ({"draft_weights": "bfloat16"}, ["draft_weights must be one of full, int8", "'bfloat16'"]),
+        ({"device": "cpu", "target_weights": "int8", "target_parallel": 2}, ["target_weights='int8'", "exclude"]),
         ({"window": 0}, ['window must be "auto" or an integer >= 1', "0"]),
         ({"window": -1}, ['window must be "auto" or an integer >= 1', "-1"]),
         ({"window": 2.5}, ['window must be "auto" or an integer >= 1', "2.5"]),
@@ -111,6 +114,9 @@ def test_each_model_may_have_its_own_device(monkeypatch: pytest.MonkeyPatch) -> 
         (8, {"draft": "ngram"}, (1, 8)),
         (8, {"draft_threads": 3}, (3, 5)),
         (8, {"target_threads": 2}, (2, 2)),
+        (8, {"method": "speculative"}, (8, 8)),
+        (8, {"method": "speculative", "draft_threads": 3}, (3, 8)),
+        (8, {"method": "speculative", "draft": "ngram"}, (1, 8)),
     ],
 )
 def test_cores_are_split_between_the_models(
@@ -118,3 +124,12 @@ def test_cores_are_split_between_the_models(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert EngineConfig(**options).resolve_threads() == threads
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_int8_weights_need_the_cpu(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    EngineConfig(**{f"{role}_device": "cpu", f"{role}_weights": "int8"})
+    with pytest.raises(ConfigurationError, match=rf"{role}_weights='int8' runs on cpu only; use {role}_device='cpu'"):
+        EngineConfig(**{f"{role}_weights": "int8"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from families import FAMILIES, build, load
 
 from pearl.messages import ForwardWork, SequenceState
-from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
+from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, bundled_path, can_fuse, load_model
+from pearl.models.collective import Collective
+from pearl.parallel import RankSpec
+from pearl.parallel.rank_loader import host_store, join
 from pearl.sampling_params import SamplingParams
 from pearl.workers.model_runner import build_batch
-from pearl_kernels import Situation, select
+from pearl_kernels import KernelSet, Situation, select
 
 PAGE, PAGES = 4, 16
 CPU = torch.device("cpu")
@@ -60,7 +64,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @both_dtypes
 def test_same_bits_as_operator_by_operator(folder: Path, dtype: torch.dtype) -> None:
     decoder = load(folder, dtype)
-    assert can_fuse(decoder.kernels)
+    assert can_fuse(decoder)
     plain, bound = poisoned_cache(decoder, dtype), poisoned_cache(decoder, dtype)
     fused = FusedDecoder(decoder, bound)
     for batch in BATCHES:
@@ -103,7 +107,43 @@ def test_an_index_out_of_range_is_refused_before_anything_is_written(
     assert all(t.isnan().all() for layer in cache.layers for t in layer)
 
 
-def test_what_the_cpu_provider_does_not_run_is_not_fused() -> None:
-    assert can_fuse(select(Situation("cpu", torch.bfloat16)))
-    assert not can_fuse(select(Situation("cpu", torch.float16)))
-    assert not can_fuse(select(prefer={"linear": "reference"}))
+def test_what_the_cpu_provider_does_not_run_alone_is_not_fused(llama: Decoder) -> None:
+    def decoder(kernels: KernelSet, collective: Collective | None = None) -> Decoder:
+        return Decoder(llama.config, llama.weights, llama.cos_sin, kernels, collective)
+
+    able = select(Situation("cpu", torch.bfloat16))
+    assert can_fuse(decoder(able))
+    assert not can_fuse(decoder(select(Situation("cpu", torch.float16))))
+    assert not can_fuse(decoder(select(prefer={"linear": "reference"})))
+    alone = join(RankSpec(0, 1, 0, "", "cpu", torch.float32, 1, 1, 1, 1), host_store())
+    assert not can_fuse(decoder(able, Collective(alone, 131)))
+
+
+def test_threads_change_no_bit() -> None:
+    """At real sizes, where helpers are woken: decoding, a window, and a prompt beside them."""
+    kernels = select(Situation("cpu", torch.bfloat16))
+    decoder = load_model(bundled_path("target"), device=CPU, dtype=torch.bfloat16, max_model_len=128, kernels=kernels)
+    caches = [poisoned_cache(decoder, torch.bfloat16) for _ in range(3)]
+    forwards = [FusedDecoder(decoder, cache, threads) for cache, threads in zip(caches, (1, 2, 5), strict=True)]
+    for batch in (batch_of((0, 0, 5, 1), (1, 0, 7, 0), (2, 0, 12, 1)), *BATCHES[1:]):
+        with torch.inference_mode():
+            expected, *others = [fused.forward(batch) for fused in forwards]
+        assert expected.isfinite().all()
+        for found in others:
+            assert torch.equal(bits(found), bits(expected))
+    for tensors in zip(*(chain.from_iterable(cache.layers) for cache in caches), strict=True):
+        assert all(torch.equal(bits(tensor), bits(tensors[0])) for tensor in tensors)
+
+
+@both_dtypes
+def test_int8_weights_give_the_same_bits_as_operator_by_operator(folder: Path, dtype: torch.dtype) -> None:
+    kernels = select(Situation("cpu", dtype, weights="int8"))
+    decoder = load_model(folder, device=CPU, dtype=dtype, max_model_len=128, kernels=kernels)
+    assert decoder.weights.layers[0].down.data.dtype == decoder.weights.head.data.dtype == torch.int8
+    plain, bound = poisoned_cache(decoder, dtype), poisoned_cache(decoder, dtype)
+    fused = FusedDecoder(decoder, bound)
+    for batch in BATCHES:
+        with torch.inference_mode():
+            expected, found = decoder.forward(batch, plain), fused.forward(batch)
+        assert expected.isfinite().all()
+        assert torch.equal(bits(found), bits(expected))

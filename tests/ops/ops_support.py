@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pearl_kernels import SamplingTensors, Situation, reference
+from pearl_kernels import SamplingTensors, Situation, cuda, reference
 from pearl_kernels.reference.philox import Stream, gumbel
 from pearl_kernels.reference.sampling import log_probabilities
 from pearl_kernels.registry import OPERATORS, PROVIDERS
@@ -67,12 +67,18 @@ def emulated(op: str) -> list[Any]:
 
     They take milliseconds for what a GPU does in nanoseconds: tests/emulated has sizes that fit.
     """
+    from cuda_emu import build  # tests/cuda_emu
+
     able = (p for p in PROVIDERS if p.name in _emulated_on("cpu") and op in p.operators)
-    return [
+    params = [
         pytest.param(Implementation(p.operators[op], "cpu"), id=p.name)
         for p in able
         if p.refuses(op, Situation()) is None
     ]
+    if op in cuda.OPERATORS:
+        marks = [pytest.mark.skip(reason=reason)] if (reason := build.missing()) else []
+        params.append(pytest.param(Implementation(build.operator(op), "cpu"), id="cuda", marks=marks))
+    return params
 
 
 def assert_rounds_to(actual: Tensor, exact: Tensor, ulps: float = 0.5, tolerance: float = 1e-5) -> None:

@@ -106,6 +106,26 @@ def test_rows_do_not_depend_on_the_batch(attention: Implementation) -> None:
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize("attention", [p for p in implementations("verify_attention") if p.id == "cpu-cpu"])
+@pytest.mark.parametrize("window", [0, 5, 33, 40])
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_a_row_sees_nothing_of_later_keys(attention: Implementation, window: int, group: int) -> None:
+    """Its bits are what it gets alone, sliding windows included, and NaN in a later row's key or value stays there."""
+    rows, length = 40, 130
+    cache = paged([rows], [length], 2, 64, 16, torch.float32)
+    q = torch.randn(rows, 2 * group, 64)
+    last = cache.block_tables[0, (length - 1) // 16], (length - 1) % 16
+    cache.k_cache[last], cache.v_cache[last] = torch.nan, torch.nan
+    rest = (cache.k_cache, cache.v_cache, cache.block_tables)
+    together = attention(q, *rest, cache.query_start, cache.context_lens, 0.125, window)
+    assert together[-1].isnan().all()
+    assert together[:-1].isfinite().all()
+    for i in range(0, rows - 1, 3):
+        start = torch.tensor([0, 1], dtype=torch.int32)
+        context = torch.tensor([length - rows + i + 1], dtype=torch.int32)
+        assert torch.equal(attention(q[i : i + 1], *rest, start, context, 0.125, window)[0], together[i])
+
+
 @pytest.mark.parametrize("window", [0, 7])
 def test_reference_is_masked_attention(window: int) -> None:
     sequences = [(1, 30), (6, 6), (4, 19)]

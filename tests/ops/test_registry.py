@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pearl_kernels import KernelSet, Situation, cpu, reference, registry
-from pearl_kernels.registry import OPERATORS, PROVIDERS, Provider, Status, explain, select
+from pearl_kernels.registry import OPERATORS, PROVIDERS, Provider, Status, explain, preferred, select
 
 every_operator = pytest.mark.parametrize("op", OPERATORS)
 HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
@@ -32,14 +32,42 @@ def chosen(statuses: list[Status]) -> Status:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_explain_gives_one_reason_a_provider_and_chooses_one(op: str, device: str, dtype: torch.dtype) -> None:
     statuses = explain(op, Situation(device, dtype))
-    assert [status.provider for status in statuses] == [provider.name for provider in PROVIDERS]
+    assert [status.provider for status in statuses] == [provider.name for provider in preferred(op)]
     assert all(status.op == op and status.reason for status in statuses)
     assert chosen(statuses).reason == "first that can run"
 
 
 @every_operator
+def test_the_order_of_preference_is_the_table_s_but_for_attention(op: str) -> None:
+    """Whole prompts are Triton's: the CUDA kernel of ``verify_attention`` is made for few queries a sequence."""
+    names, table = [provider.name for provider in preferred(op)], [provider.name for provider in PROVIDERS]
+    if op != "verify_attention":
+        assert names == table
+        assert names.index("cuda") < names.index("triton")
+        return
+    assert names.index("cuda") == names.index("triton") + 1
+    assert [name for name in names if name != "cuda"] == [name for name in table if name != "cuda"]
+
+
+def test_the_order_holds_where_a_provider_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("cuda", "triton"):
+        rest = tuple(provider for provider in PROVIDERS if provider.name != missing)
+        monkeypatch.setattr(registry, "PROVIDERS", rest)
+        assert preferred("verify_attention") == list(rest)
+
+
+def test_the_first_in_the_order_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = tuple(Provider(name, OPERATORS, lambda op, situation: None) for name in ("cuda", "triton"))
+    monkeypatch.setattr(registry, "PROVIDERS", both)
+    assert chosen(explain("rms_norm")).provider == "cuda"
+    assert chosen(explain("verify_attention")).provider == "triton"
+    assert chosen(explain("verify_attention", prefer={"verify_attention": "cuda"})).provider == "cuda"
+    assert set(select().providers.values()) == {"cuda", "triton"}
+
+
+@every_operator
 def test_the_reference_comes_last_and_runs_everything(op: str) -> None:
-    assert PROVIDERS[-1].name == "reference"
+    assert PROVIDERS[-1].name == preferred(op)[-1].name == "reference"
     assert PROVIDERS[-1].operators[op] is getattr(reference, op)
     assert chosen(explain(op, Situation("cuda", torch.float16, 12), {op: "reference"})).provider == "reference"
 

@@ -17,10 +17,11 @@ from ops_support import (
     sampling,
     strided_rows,
 )
+from sample_support import check
 from scipy.stats import chisquare
 from torch import Tensor
 
-from pearl_kernels import SamplingTensors, reference
+from pearl_kernels import reference
 from pearl_kernels.cpu import OPERATORS as CPU
 from pearl_kernels.reference import Stream
 from pearl_kernels.reference.sampling import log_probabilities
@@ -44,16 +45,6 @@ def same_inputs_always() -> None:
 
 def repeated(row: Tensor, n: int) -> Tensor:
     return row.repeat(n, 1)
-
-
-def check(sample: Implementation, logits: Tensor, params: SamplingTensors, vocab_size: int, **kwargs: Any) -> None:
-    positions = torch.randint(0, 2**31, (len(logits),))
-    tokens, logprobs = sample(logits, params, positions, vocab_size, **kwargs)
-    expected = reference.sample(logits, params, positions, vocab_size, **kwargs)
-    assert (tokens.dtype, logprobs.dtype) == (torch.int64, torch.float32)
-    same = decided(logits, params, positions, vocab_size, **kwargs) if vocab_size > 1 else torch.tensor(True)
-    assert torch.equal(tokens[same], expected.tokens[same])
-    torch.testing.assert_close(logprobs[same], expected.logprobs[same], rtol=1e-5, atol=1e-5)
 
 
 @providers

@@ -42,19 +42,31 @@ struct SiluAndMulParams {
   void* out;  // [rows, width]
 };
 
+/// Items [begin, end) of something that can be divided among threads.
+struct Range {
+  int64_t begin, end;
+};
+
 /// Output columns of a panel of LinearParams::weight: three vectors, so that eight rows fill AVX-512's registers.
 inline constexpr int64_t kPanelColumns = 48;
 
+/// What LinearParams::weight holds. Columns at or past out_features and inputs at or past in_features are zero.
+enum class WeightFormat : int32_t {
+  kFull = 0,  // [panels, steps, kPanelColumns, e] of dtype: e inputs (bf16: 2, fp32: 1) of a column are one step
+  kInt8 = 1,  // [panels, steps, 2, kPanelColumns]: two inputs are one step, with `scale`
+};
+
 struct LinearParams {
-  DType dtype;  // of every tensor here
+  DType dtype;  // of x, bias and out
+  WeightFormat format;
   int64_t rows, in_features, out_features;
   const void* x;  // [rows, in_features]
   int64_t x_stride;
-  // [panels, steps, kPanelColumns, e]: e inputs (bf16: 2, fp32: 1) of a column lie together and are one step. Columns
-  // at or past out_features and inputs at or past in_features are zero.
   const void* weight;
-  const void* bias;  // [out_features] or null
-  void* out;         // [rows, out_features]
+  const float* scale;  // kInt8: [out_features], else null
+  const void* bias;    // [out_features] or null
+  void* out;           // [rows, out_features]
+  float* scratch;      // CPU: [rows, in_features rounded up to even]
 };
 
 struct RopeAndCacheParams {

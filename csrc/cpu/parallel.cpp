@@ -1,0 +1,90 @@
+#include "cpu/parallel.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/kernel_table.h"
+
+namespace pearl::parallel {
+namespace {
+
+/// Elements of a cheap stage that are worth another thread: a microsecond or two of work, several times a hand-over.
+constexpr int64_t kCheapElements = 8192;
+constexpr int64_t kExpCost = 4;  // an element with an exponential, in those without
+
+/// Parts of an expensive stage for each thread. More parts even out threads that are late or slow.
+constexpr int64_t kPiecesPerThread = 4;
+
+int64_t cheap_pieces(const ThreadPool& pool, int64_t elements) {
+  return std::min(pool.threads(), elements / kCheapElements);
+}
+
+int64_t pieces(const ThreadPool& pool) { return pool.threads() * kPiecesPerThread; }
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+template <class T>
+T* offset(T* pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return pointer == nullptr ? nullptr : static_cast<T*>(static_cast<Byte*>(pointer) + bytes);
+}
+
+}  // namespace
+
+void rms_norm(ThreadPool& pool, const RmsNormParams& p) {
+  pool.run(p.rows, cheap_pieces(pool, p.rows * p.width), [&](Range rows, int64_t) {
+    const int64_t bytes = bytes_of(p.dtype);
+    RmsNormParams part = p;
+    part.rows = rows.end - rows.begin;
+    part.x = offset(p.x, rows.begin * p.x_stride * bytes);
+    part.residual = offset(p.residual, rows.begin * p.residual_stride * bytes);
+    part.out = offset(p.out, rows.begin * p.width * bytes);
+    kernels().rms_norm(part);
+  });
+}
+
+void silu_and_mul(ThreadPool& pool, const SiluAndMulParams& p) {
+  pool.run(p.rows, cheap_pieces(pool, p.rows * p.width * kExpCost), [&](Range rows, int64_t) {
+    const int64_t bytes = bytes_of(p.dtype);
+    SiluAndMulParams part = p;
+    part.rows = rows.end - rows.begin;
+    part.x = offset(p.x, rows.begin * p.x_stride * bytes);
+    part.out = offset(p.out, rows.begin * p.width * bytes);
+    kernels().silu_and_mul(part);
+  });
+}
+
+void rope_and_cache(ThreadPool& pool, const RopeAndCacheParams& p) {
+  const int64_t width = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
+  pool.run(p.tokens, cheap_pieces(pool, p.tokens * width), [&](Range tokens, int64_t) {
+    const int64_t bytes = bytes_of(p.dtype);
+    RopeAndCacheParams part = p;
+    part.tokens = tokens.end - tokens.begin;
+    part.q = offset(p.q, tokens.begin * p.q_stride * bytes);
+    part.k = offset(p.k, tokens.begin * p.k_stride * bytes);
+    part.v = offset(p.v, tokens.begin * p.v_stride * bytes);
+    part.positions = p.positions + tokens.begin;
+    part.slot_mapping = p.slot_mapping + tokens.begin;
+    kernels().rope_and_cache(part);
+  });
+}
+
+void verify_attention(ThreadPool& pool, const AttentionParams& p) {
+  pool.run(attention_tasks(p), pieces(pool), [&](Range tasks, int64_t) { kernels().verify_attention(p, tasks); });
+}
+
+void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch) {
+  const int64_t product = ++scratch.products_;
+  pool.run(linear_panels(p.out_features), pieces(pool), [&](Range panels, int64_t thread) {
+    LinearScratch::Copy& copy = scratch.copies_[static_cast<size_t>(thread)];
+    LinearParams own = p;
+    const auto needed = static_cast<size_t>(p.rows * linear_scratch_width(p.in_features));
+    if (copy.rows.size() < needed) copy.rows.resize(needed);
+    own.scratch = copy.rows.data();
+    if (copy.product != product) kernels().linear_rows(own);
+    copy.product = product;
+    kernels().linear(own, panels);
+  });
+}
+
+}  // namespace pearl::parallel

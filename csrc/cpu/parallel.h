@@ -1,0 +1,38 @@
+// The kernels of a forward on the threads of a pool. What each thread computes is the same to the bit as on one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/thread_pool.h"
+#include "pearl/params.h"
+
+namespace pearl::parallel {
+
+void rms_norm(ThreadPool& pool, const RmsNormParams& p);
+void silu_and_mul(ThreadPool& pool, const SiluAndMulParams& p);
+void rope_and_cache(ThreadPool& pool, const RopeAndCacheParams& p);
+void verify_attention(ThreadPool& pool, const AttentionParams& p);
+
+/// Memory in which each thread keeps its own copy of linear's x, because lines that two cores write and read travel
+/// between them. Grows to the largest product.
+class LinearScratch {
+ public:
+  explicit LinearScratch(const ThreadPool& pool) : copies_(static_cast<size_t>(pool.threads())) {}
+
+ private:
+  friend void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch);
+
+  struct alignas(64) Copy {
+    std::vector<float> rows;
+    int64_t product = 0;  // whose x it is
+  };
+  std::vector<Copy> copies_;
+  int64_t products_ = 0;
+};
+
+/// p.scratch is set here.
+void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch);
+
+}  // namespace pearl::parallel

@@ -1,0 +1,173 @@
+// verify_attention on tensor cores, for queries and caches of the same two-byte type.
+//
+// Four warps share a tile's 64 keys, 16 each, and every warp keeps sums over its own keys for all of the head's
+// columns; they are merged once, at the end. So scores go from one product's registers to the next's, a warp copies,
+// awaits and reads its own keys only, no barrier stands in the loop, and each key leaves shared memory once. (Splitting
+// the columns instead would save registers, but pass every probability through shared memory, behind two barriers a
+// tile.) Blocks of 64 rows have two such teams of four warps, which share the copies.
+#pragma once
+
+#include "cuda/attention_warp.cuh"
+#include "cuda/reduce.cuh"
+
+namespace pearl::cuda {
+
+/// A block's teams of four warps have different rows; the compiler knows it if there is one.
+template <int kTeams>
+__device__ __forceinline__ int team_of_thread() {
+  return kTeams == 1 ? 0 : threadIdx.x / (32 * kKeyWarps);
+}
+
+/// Where the warps of a block merge their sums: over the queries and the ring, once they are done with.
+template <int kWidth, int kRowTiles, int kTeams>
+struct MergeBuffer {
+  static constexpr int kRows = 16 * kRowTiles * kTeams;
+  static constexpr int kStride = kWidth + 8;  // rows g and g + 1 begin 8 banks apart: stores of pairs do not collide
+  float peak[kKeyWarps][kRows], mass[kKeyWarps][kRows];
+  float sum[kKeyWarps][16 * kTeams][kStride];  // one tile of rows of each team at a time
+};
+
+/// Adds up what the four warps of each team have and stores it. All threads take part.
+template <class T, int kWidth, int kRowTiles, int kTeams>
+__device__ __forceinline__ void merge_warps(const AttentionTask& task, const BlockRows& rows, int kv_head, int split,
+                                            WarpSums<T, kWidth, kRowTiles>& sums,
+                                            MergeBuffer<kWidth, kRowTiles, kTeams>& merge) {
+  const int lane = threadIdx.x % 32, key_warp = threadIdx.x / 32 % kKeyWarps, team = team_of_thread<kTeams>();
+#pragma unroll
+  for (int i = 0; i < kRowTiles * 2; ++i) {
+    const LaneRow& row = sums.rows[i / 2][i % 2];
+    const float mass = group_sum<4>(row.mass);
+    const int to = team * 16 * kRowTiles + i * 8 + lane / 4;
+    if (lane % 4 == 0) merge.peak[key_warp][to] = row.peak;
+    if (lane % 4 == 0) merge.mass[key_warp][to] = mass;
+  }
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kWidth / 8 * 2; ++j) {
+      float* to = &merge.sum[key_warp][team * 16 + j % 2 * 8 + lane / 4][j / 2 * 8 + lane % 4 * 2];
+      *reinterpret_cast<float2*>(to) = make_float2(sums.sum[i][j / 2][j % 2 * 2], sums.sum[i][j / 2][j % 2 * 2 + 1]);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < 16 * kTeams * kWidth / 4; e += 32 * kKeyWarps * kTeams) {
+      const int from = e / (kWidth / 4), column = e % (kWidth / 4) * 4;
+      const int row = (from / 16 * kRowTiles + i) * 16 + from % 16;
+      if (row >= rows.count || column >= task.p.head_dim) continue;
+      float peak = kLowest, mass = 0.0f, sum[4] = {};
+      for (int w = 0; w < kKeyWarps; ++w) peak = fmaxf(peak, merge.peak[w][row]);
+      for (int w = 0; w < kKeyWarps; ++w) {
+        const float factor = exp2_fast(merge.peak[w][row] - peak);
+        const float4 part = *reinterpret_cast<const float4*>(&merge.sum[w][from][column]);
+        mass += merge.mass[w][row] * factor;
+        sum[0] += part.x * factor;
+        sum[1] += part.y * factor;
+        sum[2] += part.z * factor;
+        sum[3] += part.w * factor;
+      }
+      store_row(task, rows, row, kv_head, split, column, sum, peak, mass);
+    }
+    __syncthreads();
+  }
+}
+
+/// The block's queries, rows beyond its own and columns beyond the head's zero.
+template <class T, int kWidth, int kRows, int kThreads>
+__device__ __forceinline__ void load_queries(const AttentionTask& task, const BlockRows& rows, int kv_head, T* to) {
+  const T* const q = static_cast<const T*>(task.p.q);
+  if (!task.aligned_q) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kWidth; i += kThreads) {
+      const int row = i / kWidth, column = i % kWidth;
+      const bool live = row < rows.count && column < task.p.head_dim;
+      to[tile_offset<T, kWidth>(row, column)] = live ? q[query_offset(task, rows, row, kv_head) + column] : T{};
+    }
+    return;
+  }
+  constexpr int kChunks = kWidth / 8, kCount = kRows * kChunks / kThreads;
+  Pack<T, 8> chunks[kCount] = {};  // all are on their way before the first is waited for
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, column = index % kChunks * 8;
+    if (row >= rows.count || column >= task.p.head_dim) continue;
+    chunks[i] = load_pack<8, true>(q + query_offset(task, rows, row, kv_head) + column);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int index = i * kThreads + threadIdx.x;
+    store_pack<true>(to + tile_offset<T, kWidth>(index / kChunks, index % kChunks * 8), chunks[i]);
+  }
+}
+
+/// Threads of a team wait for the copies of all that share their keys.
+template <int kTeams>
+__device__ __forceinline__ void sync_sharers() {
+  if constexpr (kTeams == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+/// Bytes of dynamic shared memory: of the queries, and of each stage of the ring.
+template <class T, int kWidth, int kRowTiles, int kTeams>
+constexpr int64_t kMmaQueryBytes = 16 * kRowTiles * kTeams * kWidth * sizeof(T);
+template <class T, int kWidth>
+constexpr int64_t kMmaStageBytes = 2 * kTileKeys * kWidth * sizeof(T);
+
+/// Grid: {blocks of rows * kv_heads, splits}. The heads of a page, which lie side by side, are neighbours in the grid.
+template <class T, int kWidth, int kRowTiles, int kTeams>
+__global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kTeams == 1 ? 2 : 1)
+    attend_mma(const __grid_constant__ AttentionTask task) {
+  constexpr int kThreads = 32 * kKeyWarps * kTeams, kRows = 16 * kRowTiles * kTeams, kTile = kTileKeys * kWidth;
+  PEARL_DYN_SMEM(unsigned char, shared);
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const ring = queries + kRows * kWidth;  // stages of a tile of keys and one of values
+
+  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads), split = blockIdx.y;
+  const BlockRows rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  if (rows.count <= 0) return;
+  const KeyRange keys = block_keys(task, rows, split);
+  if (keys.begin >= keys.end) return;
+
+  const int lane = threadIdx.x % 32, key_warp = threadIdx.x / 32 % kKeyWarps, team = team_of_thread<kTeams>();
+  const PageReader pages(task, rows, keys);
+  const int begin = keys.begin / kTileKeys * kTileKeys, first = key_warp * kWarpKeys, stages = task.stages;
+  int page = pages.page(begin + first + lane % kWarpKeys);  // of the lane's key in the next tile to copy
+  const auto copy_tile = [&](int tile, int stage) {
+    T* const k = ring + stage * 2 * kTile + first * kWidth;
+    if (tile < keys.end) {
+      const int64_t offset = pages.slot(page, tile + first + lane % kWarpKeys) * task.slot_bytes;
+      const KeyRange live = {keys.begin - tile - first, keys.end - tile - first};
+      copy_rows<T, kWidth, kWarpKeys, 32 * kTeams>(task, kv_head, offset, live, team * 32 + lane, k, k + kTile);
+    }
+    cp_async_commit();
+    page = pages.page(tile + kTileKeys + first + lane % kWarpKeys);  // its latency passes while a tile is computed with
+  };
+  for (int i = 0; i < stages - 1; ++i) copy_tile(begin + i * kTileKeys, i);
+
+  load_queries<T, kWidth, kRows, kThreads>(task, rows, kv_head, queries);
+  WarpSums<T, kWidth, kRowTiles> sums;
+#pragma unroll
+  for (int i = 0; i < kRowTiles * 2; ++i) {
+    const int row = team * 16 * kRowTiles + i * 8 + lane / 4;
+    sums.rows[i / 2][i % 2].position = row_position(task, rows, min(row, rows.count - 1));
+  }
+#pragma unroll
+  for (int i = 0; i < kRowTiles * kWidth / 8 * 4; ++i) sums.sum[i / (kWidth / 2)][i / 4 % (kWidth / 8)][i % 4] = 0.0f;
+  __syncthreads();
+
+  int stage = 0;
+  for (int tile = begin; tile < keys.end; tile += kTileKeys) {
+    wait_for_tile(stages);
+    sync_sharers<kTeams>();
+    copy_tile(tile + (stages - 1) * kTileKeys, stage == 0 ? stages - 1 : stage - 1);  // over the tile before this one
+    const T* k = ring + stage * 2 * kTile + first * kWidth;
+    sums.attend(task, queries + team * 16 * kRowTiles * kWidth, k, k + kTile, tile + first);
+    stage = stage + 1 == stages ? 0 : stage + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  merge_warps(task, rows, kv_head, split, sums, *reinterpret_cast<MergeBuffer<kWidth, kRowTiles, kTeams>*>(shared));
+}
+
+}  // namespace pearl::cuda

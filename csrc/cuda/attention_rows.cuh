@@ -1,0 +1,144 @@
+// Which rows and keys a block of verify_attention has, and where its results go.
+#pragma once
+
+#include "cuda/attention_plan.cuh"
+#include "cuda/convert.cuh"
+#include "cuda/ptx.cuh"
+
+namespace pearl::cuda {
+
+inline constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+inline constexpr float kLog2e = 1.44269504f;
+/// Below every score, yet finite: 2^(kLowest - kLowest) is 1 and 2^(-inf - kLowest) is 0, so that a row that has not
+/// seen a key needs no special case.
+inline constexpr float kLowest = -3.0e38f;
+
+/// The largest among each group of kGroup neighbouring lanes.
+template <int kGroup>
+__device__ __forceinline__ float group_max(float x) {
+#pragma unroll
+  for (int distance = kGroup / 2; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, distance));
+  }
+  return x;
+}
+
+/// The last sequence r with query_start[r] * group / rows + r * spare <= index. Whole warps count over all sequences at
+/// once: one load's latency, where a binary search would wait for one after the other.
+__device__ __forceinline__ int sequence_at(const AttentionTask& task, int index, int group, int rows, int spare) {
+  const int sequences = static_cast<int>(task.p.sequences);
+  if (sequences == 1) return 0;
+  int count = 0;
+  for (int r = threadIdx.x % 32; r < sequences; r += 32) {
+    count += task.p.query_start[r] * group / rows + r * spare <= index;
+  }
+  return __reduce_add_sync(kWholeWarp, count) - 1;
+}
+
+/// Packed rows [first, first + count) of a sequence.
+struct BlockRows {
+  int sequence, first, count;
+  int token;     // the sequence's first query row in q
+  int position;  // of that row among the sequence's keys; negative if there are more queries than keys
+};
+
+/// The block's rows; none if there are more blocks than the sequences need. Sequence r owns the blocks from
+/// query_start[r] * group / kRows + r up to the next one's first: always as many as its rows fill, at most one more.
+template <int kRows>
+__device__ __forceinline__ BlockRows block_rows_at(const AttentionTask& task, int index) {
+  const int r = sequence_at(task, index, task.group, kRows, 1);
+  const int begin = task.p.query_start[r], end = task.p.query_start[r + 1];
+  const int first = (index - begin * task.group / kRows - r) * kRows, packed = (end - begin) * task.group;
+  return {r, first, min(kRows, packed - first), begin, task.p.context_lens[r] - (end - begin)};
+}
+
+/// Positions [begin, end).
+struct KeyRange {
+  int begin, end;
+};
+
+__device__ __forceinline__ KeyRange visible_keys(const AttentionTask& task, int position) {
+  return {max(0, position + 1 - task.window), position + 1};
+}
+
+/// The same, for one key.
+__device__ __forceinline__ bool sees(const AttentionTask& task, int position, int key) {
+  return static_cast<unsigned>(position - key) < static_cast<unsigned>(task.window);
+}
+
+__device__ __forceinline__ int row_position(const AttentionTask& task, const BlockRows& rows, int row) {
+  return rows.position + (rows.first + row) / task.group;
+}
+
+__device__ __forceinline__ KeyRange row_keys(const AttentionTask& task, const BlockRows& rows, int row) {
+  return visible_keys(task, row_position(task, rows, row));
+}
+
+/// Keys of a split, whether or not the sequence has them.
+__device__ __forceinline__ KeyRange split_range(const AttentionTask& task, int split) {
+  const int64_t begin = static_cast<int64_t>(split) * task.split_keys, end = begin + task.split_keys;
+  return {static_cast<int>(begin), static_cast<int>(min(end, int64_t{INT32_MAX}))};
+}
+
+/// Keys of a split that some row of the block sees.
+__device__ __forceinline__ KeyRange block_keys(const AttentionTask& task, const BlockRows& rows, int split) {
+  const KeyRange range = split_range(task, split);
+  return {max(range.begin, row_keys(task, rows, 0).begin), min(range.end, row_keys(task, rows, rows.count - 1).end)};
+}
+
+/// Index of a packed row of the block among the rows [N, query_heads] of q and out.
+__device__ __forceinline__ int64_t head_row(const AttentionTask& task, const BlockRows& rows, int row, int kv_head) {
+  const int packed = rows.first + row, head = kv_head * task.group + packed % task.group;
+  return (rows.token + packed / task.group) * task.p.query_heads + head;
+}
+
+/// Element offset of a packed row of the block in q.
+__device__ __forceinline__ int64_t query_offset(const AttentionTask& task, const BlockRows& rows, int row,
+                                                int kv_head) {
+  const int packed = rows.first + row, head = kv_head * task.group + packed % task.group;
+  return (rows.token + packed / task.group) * task.p.q_stride + head * task.p.head_dim;
+}
+
+/// Rounds kCount values to T. `to` is a multiple of their size.
+template <class T, int kCount>
+__device__ __forceinline__ void store_as(T* to, const float (&x)[kCount]) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pack.values[i] = from_float<T>(x[i]);
+  store_pack<true>(to, pack);
+}
+
+/// Writes elements index to index + kCount - 1 of the output; index is a multiple of kCount.
+template <int kCount>
+__device__ __forceinline__ void store_output(const AttentionParams& p, int64_t index, const float (&x)[kCount]) {
+  switch (p.q_dtype) {
+    case DType::kBFloat16:
+      return store_as(static_cast<__nv_bfloat16*>(p.out) + index, x);
+    case DType::kFloat16:
+      return store_as(static_cast<__half*>(p.out) + index, x);
+    default:
+      return store_as(static_cast<float*>(p.out) + index, x);
+  }
+}
+
+/// Columns [column, column + kCount) of a row's sums over the block's split, and the peak that they are relative to:
+/// the result if all keys that the row sees are in this split, a partial one if only some are, nothing if none is.
+template <int kCount>
+__device__ __forceinline__ void store_row(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
+                                          int split, int column, float (&sum)[kCount], float peak, float mass) {
+  const KeyRange keys = row_keys(task, rows, row), range = split_range(task, split);
+  if (keys.begin >= range.end || keys.end <= range.begin) return;
+  const int64_t to = head_row(task, rows, row, kv_head);
+  if (keys.begin >= range.begin && keys.end <= range.end) {
+    const float inverse = 1.0f / mass;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] *= inverse;
+    store_output(task.p, to * task.p.head_dim + column, sum);
+    return;
+  }
+  const int64_t partial = to * task.splits + split;
+  store_as(task.partial_sum + partial * task.p.head_dim + column, sum);
+  if (column == 0) task.partial_row[partial] = make_float2(peak, mass);
+}
+
+}  // namespace pearl::cuda

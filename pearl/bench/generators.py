@@ -1,0 +1,217 @@
+"""Engines that generate greedily on CPU, side by side: this one, transformers, and llama.cpp where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pearl.errors import ConfigurationError
+from pearl.llm import LLM
+from pearl.sampling_params import SamplingParams
+
+Tokens = list[list[int]]  # of each prompt
+
+
+class Generate(Protocol):
+    def __call__(self, prompts: Tokens, max_tokens: int, /) -> Tokens:
+        """Greedy continuations, without an end-of-text token's followers, at most ``max_tokens`` each."""
+        ...
+
+
+@dataclass
+class Contender:
+    """One engine with one method. ``equals`` names the contender whose tokens it must return."""
+
+    engine: str
+    method: str
+    threads: int
+    generate: Generate
+    dtype: str
+    equals: str | None = None
+    runs: list[tuple[Tokens, float]] = field(default_factory=list)  # tokens and seconds
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} {self.method}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+    def run(self, prompts: Tokens, max_tokens: int) -> None:
+        begin = time.perf_counter()
+        tokens = self.generate(prompts, max_tokens)
+        self.runs.append((tokens, time.perf_counter() - begin))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    engine: str
+    reason: str
+
+
+def pearl_contenders(stack: ExitStack, llm: LLM, threads: int) -> list[Contender]:
+    """The methods around ``llm``, whose workers have ``threads`` intra-op threads each.
+
+    With one thread each PEARL keeps two cores busy, the other methods one, as their models take turns.
+    """
+    methods = {"autoregressive": threads, "speculative": threads}
+    if threads == 1:
+        methods["pearl"] = 2
+    dtype = str(llm.models.target.model.weights.embedding.dtype).removeprefix("torch.")
+    contenders: list[Contender] = []
+    for method, cores in methods.items():
+        variant = llm.variant(method=method)
+        stack.callback(variant.close)
+        equals = contenders[0].name if contenders else None
+        contenders.append(Contender("pearl", method, cores, _pearl(variant), dtype, equals))
+    return contenders
+
+
+def _pearl(llm: LLM) -> Generate:
+    def generate(prompts: Tokens, max_tokens: int) -> Tokens:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        return [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
+
+    return generate
+
+
+def transformers_contenders(llm: LLM, target: str, draft: str, thread_counts: Sequence[int]) -> list[Contender]:
+    """``generate`` and assisted generation with the same pair, weights in the dtype of ``llm``'s."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = llm.models.target.model.weights.embedding.dtype
+    with _silent_transformers():
+        model, assistant = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (target, draft))
+    eos_ids = llm.tokenizer.eos_ids
+
+    def generator(threads: int, **options: Any) -> Generate:
+        def generate(prompts: Tokens, max_tokens: int) -> Tokens:
+            with _silent_transformers(), intra_op_threads(threads), torch.inference_mode():
+                return [_transformers(model, prompt, max_tokens, eos_ids, options) for prompt in prompts]
+
+        return generate
+
+    name = str(dtype).removeprefix("torch.")
+    return [
+        Contender("transformers", method, threads, generator(threads, **options), name)
+        for threads in thread_counts
+        for method, options in (("generate", {}), ("assisted", {"assistant_model": assistant}))
+    ]
+
+
+def _transformers(
+    model: Any, prompt: list[int], max_tokens: int, eos_ids: frozenset[int], options: dict[str, Any]
+) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens,
+        eos_token_id=sorted(eos_ids) or None, pad_token_id=min(eos_ids, default=0), **options,
+    )  # fmt: skip
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+def llama_cpp_contenders(
+    stack: ExitStack, llm: LLM, target: str, thread_counts: Sequence[int]
+) -> list[Contender] | LeftOut:
+    """llama.cpp's plain greedy decoding of the target, converted to GGUF; it has no draft model here."""
+    try:
+        package = importlib.import_module("llama_cpp")
+        from pearl.bench.gguf_export import write_gguf
+    except ImportError as error:
+        return LeftOut("llama.cpp", f"not installed ({error}): pip install llama-cpp-python gguf")
+    dtype = llm.models.target.model.weights.embedding.dtype
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    try:
+        write_gguf(Path(target), folder / "target.gguf", dtype)
+    except ConfigurationError as error:
+        return LeftOut("llama.cpp", str(error))
+    contenders = []
+    for threads in thread_counts:
+        model = package.Llama(
+            str(folder / "target.gguf"), n_ctx=llm.max_model_len, n_threads=threads, n_threads_batch=threads,
+            verbose=False,
+        )  # fmt: skip
+        stack.callback(model.close)
+        name = str(dtype).removeprefix("torch.")
+        contenders.append(Contender("llama.cpp", "generate", threads, _llama_cpp(model, llm.tokenizer.eos_ids), name))
+    return contenders
+
+
+def _llama_cpp(model: Any, eos_ids: frozenset[int]) -> Generate:
+    def generate(prompts: Tokens, max_tokens: int) -> Tokens:
+        every: Tokens = []
+        for prompt in prompts:
+            model.reset()
+            tokens: list[int] = []
+            for token in model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=False):
+                tokens.append(token)
+                if len(tokens) == max_tokens or token in eos_ids:
+                    break
+            every.append(tokens)
+        return every
+
+    return generate
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Without its progress bars and its advice on options that it sets itself; what was before comes back."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def intra_op_threads(threads: int) -> Iterator[None]:
+    """torch's threads for the calling thread; what was before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compare(
+    contenders: Sequence[Contender],
+    prompts: Tokens,
+    max_tokens: int,
+    repeats: int,
+    stopped: Callable[[], bool],
+    advance: Callable[[str], None],
+) -> None:
+    """Run all in turns, after a warm-up of each, until done or ``stopped()``, which is asked before each run.
+
+    Raises ConfigurationError if a contender's tokens are not those of the one that it names in ``equals``.
+    """
+    for contender in contenders:
+        if not stopped():
+            contender.generate(prompts[:1], max_tokens)
+    for repeat in range(repeats):
+        for contender in contenders if repeat % 2 == 0 else contenders[::-1]:
+            if not stopped():
+                contender.run(prompts, max_tokens)
+                advance(contender.name)
+    by_name = {contender.name: contender for contender in contenders}
+    for contender in contenders:
+        if contender.equals is not None:
+            _require_equal(contender, by_name[contender.equals])
+
+
+def _require_equal(contender: Contender, other: Contender) -> None:
+    if other.runs and any(tokens != other.runs[0][0] for tokens, _ in contender.runs):
+        raise ConfigurationError(f"{contender.name} returned other tokens than {other.name}")

@@ -1,0 +1,137 @@
+"""The processes of ranks 1, 2, ... of a tensor-parallel model: started, told, watched and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+
+from pearl.errors import RankError
+from pearl.parallel.messages import Command, Failed, Loaded, RankSpec
+
+_ENDING_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 2.0
+
+
+class Ranks:
+    """Owns the other ranks' processes. The model's worker tells them what to do; a thread of its own watches them.
+
+    When one ends before ``close``, all are ended, and from then on every call raises RankError with the reason.
+    """
+
+    def __init__(self, specs: Sequence[RankSpec]) -> None:
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        self._closed = False
+        self._pipes: list[Connection[object, object]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._sockets: list[socket.socket] = []
+        for spec in specs:
+            ours, process = _start()
+            pipe: Connection[object, object] = Connection(os.dup(ours.fileno()))
+            self._sockets.append(ours)
+            self._pipes.append(pipe)
+            self._processes.append(process)
+            pipe.send(spec)
+        self._names = [f"rank {spec.rank} of {spec.ranks}" for spec in specs]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(process.pid for process in self._processes)
+
+    def await_loaded(self) -> None:
+        """Wait until every rank has its weights. RankError with the rank's own words if one could not load."""
+        for index, pipe in enumerate(self._pipes):
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                message = None
+            if not isinstance(message, Loaded):
+                self._fail(index, message)
+                raise self.error()
+        threading.Thread(target=self._watch, name="pearl-rank-watch", daemon=True).start()
+
+    def tell(self, command: Command) -> None:
+        if self._failure is not None:
+            raise self.error()
+        for index, pipe in enumerate(self._pipes):
+            try:
+                pipe.send(command)
+            except OSError:
+                self._fail(index, self._last_words(index))
+                raise self.error() from None
+
+    def error(self) -> RankError:
+        """Why the group cannot go on. Asked after a collective failed, it waits a little for the watcher to know."""
+        if self._failure is None:
+            for index, process in enumerate(self._processes):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LAST_WORDS_SECONDS)
+                    self._fail(index, self._last_words(index))
+                    break
+        return RankError(self._failure or "the ranks of the target lost each other")
+
+    def close(self) -> None:
+        """End all ranks and wait for them. Idempotent."""
+        with self._lock:
+            self._closed = True
+        self._end(gently=True)
+
+    def _watch(self) -> None:
+        """Pipes carry nothing to this side after loading but a rank's last words, or their end."""
+        ready = wait(self._pipes)
+        with self._lock:
+            if self._closed:
+                return
+        index = self._pipes.index(ready[0])  # type: ignore[arg-type]
+        self._fail(index, self._last_words(index))
+
+    def _last_words(self, index: int) -> object:
+        try:
+            return self._pipes[index].recv() if self._pipes[index].poll(_LAST_WORDS_SECONDS) else None
+        except (EOFError, OSError):
+            return None
+
+    def _fail(self, index: int, message: object) -> None:
+        with self._lock:
+            if self._failure is not None or self._closed:
+                return
+            if isinstance(message, Failed):
+                reason = message.trace.strip()
+                self._failure = f"{self._names[index]} failed: {reason.splitlines()[-1]}\n{reason}"
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._processes[index].wait(_LAST_WORDS_SECONDS)
+                self._failure = f"{self._names[index]} ended with status {self._processes[index].returncode}"
+        self._end(gently=False)
+
+    def _end(self, gently: bool) -> None:
+        if not gently:
+            for process in self._processes:
+                process.kill()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # a close alone would wait for the watcher to leave the pipe
+        for process in self._processes:
+            try:
+                process.wait(_ENDING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Our end of the pipe, and the process. Not multiprocessing's spawn: that imports the user's script again."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pearl.parallel.rank_process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    return ours, process

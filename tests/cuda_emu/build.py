@@ -1,0 +1,199 @@
+"""Builds CUDA sources for the CPU, under the shim beside this file, and gives the operators of the result.
+
+Objects are kept in build/emulated, named by a hash of what they were made from: a source is compiled again only when
+it, a header that it includes, or the command has changed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pearl_kernels.checks import Checks
+from pearl_kernels.native import NativeLayers, NativeSampling
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = ROOT / "tests" / "cuda_emu"
+CACHE = ROOT / "build" / "emulated"
+_INCLUDE_PATH = (ROOT / "csrc", ROOT / "csrc" / "include", SHIM)
+_FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-x", "c++", "-DPEARL_EMU", "-ffp-contract=off"),
+    *("-fvisibility=hidden", "-fno-gnu-unique"),  # two such libraries in one process share nothing
+    *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all", "-U_FORTIFY_SOURCE"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+)
+
+
+_CHECKS = Checks("cpu", (torch.float32, torch.bfloat16, torch.float16))
+
+
+def _where(_tensor: Tensor) -> tuple[int, int]:
+    return 0, 0
+
+
+def _poisoned(like: Tensor, size: int) -> Tensor:
+    return like.new_full((size,), 0xFF, dtype=torch.uint8)
+
+
+def toolkit_headers() -> list[str]:
+    """Options that find cuda_runtime.h, cuda_bf16.h and cuda_fp16.h: from a toolkit, or from PyPI; [] if nowhere."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(str(Path(nvcc).resolve().parents[1]))
+    folders = [Path(home) / "include" for home in homes if home]
+    folders += [Path(path) / "nvidia" / "cu13" / "include" for path in sys.path]
+    for folder in folders:
+        if all((folder / name).exists() for name in ("cuda_runtime.h", "cuda_bf16.h", "crt/host_defines.h")):
+            return ["-isystem", str(folder), "-isystem", str(folder / "cccl")]
+    return []
+
+
+@functools.cache
+def missing() -> str | None:
+    """What the build lacks here, or None."""
+    if shutil.which("g++") is None:
+        return "the shim needs g++"
+    if importlib.util.find_spec("pybind11") is None:
+        return "the shim needs pybind11: pip install -e '.[test]'"
+    if not toolkit_headers():
+        return "the shim needs CUDA's headers: a toolkit, or nvidia-cuda-runtime, -crt and -cccl from PyPI"
+    return None
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL:
+    """One source with functions that it exports."""
+    return ctypes.CDLL(str(_build(source.stem, [source])))
+
+
+@functools.cache
+def module(kernels: str) -> ModuleType:
+    """``pearl_kernels.cuda._cuda`` for CPU memory, with the kernels of one source: a test compiles what it needs."""
+    folder = ROOT / "csrc"
+    sources = (
+        folder / "cuda" / kernels,
+        folder / "python" / "cuda_bindings.cpp",
+        folder / "python" / "make_params.cpp",
+    )
+    path = _build(f"_cuda_{Path(kernels).stem}", sources)
+    spec = importlib.util.spec_from_file_location(f"{path.stem}._cuda", path)  # pybind11 caches modules by their name
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def layers(kernels: str) -> NativeLayers:
+    return NativeLayers(module(kernels), _CHECKS, _where, _poisoned)
+
+
+def sampling(kernels: str) -> NativeSampling:
+    return NativeSampling(module(kernels), _CHECKS, _where, _poisoned)
+
+
+_OPERATORS: Mapping[str, Callable[[], Callable[..., Any]]] = {
+    "rms_norm": lambda: layers("norm.cu").rms_norm,
+    "add_rms_norm": lambda: layers("norm.cu").add_rms_norm,
+    "silu_and_mul": lambda: layers("activation.cu").silu_and_mul,
+    "rope_and_cache": lambda: layers("rope.cu").rope_and_cache,
+    "verify_attention": lambda: layers("attention.cu").verify_attention,
+    "copy_blocks": lambda: layers("copy_blocks.cu").copy_blocks,
+    "verify": lambda: sampling("verify.cu").verify,
+}
+
+
+def operator(op: str) -> Callable[..., Any]:
+    """The CUDA provider's operator on CPU tensors, built when it is first called. Its workspace holds NaN."""
+    make = _OPERATORS[op]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return make()(*args, **kwargs)
+
+    return run
+
+
+def _build(name: str, sources: Sequence[Path]) -> Path:
+    """A shared library of these sources; at most one build at a time."""
+    command = ["g++", *_FLAGS, *(f"-I{path}" for path in _INCLUDE_PATH), *toolkit_headers()]
+    python = sysconfig.get_path("include")
+    folder = importlib.util.find_spec("pybind11")
+    assert folder is not None
+    assert folder.origin is not None
+    command += ["-isystem", python, "-isystem", str(Path(folder.origin).parent / "include")]
+    with _locked():
+        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: _compile(command, source), sources))
+        key = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+        linked = CACHE / f"{name}-{key}.so"
+        if not linked.exists():
+            _run([*command[:1], "-shared", "-fsanitize=alignment,bounds", *map(str, objects), "-o"], linked)
+        for old in CACHE.glob(f"{name}-*.so"):
+            if old != linked:
+                old.unlink()
+    return linked
+
+
+def _compile(command: Sequence[str], source: Path) -> Path:
+    headers = [SHIM / "cuda_emu.h", *([SHIM / "some_kernels.h"] if source.suffix == ".cpp" else [])]
+    shim = [part for header in headers for part in ("-include", str(header))]
+    digest = hashlib.sha256(" ".join((*command, *shim)).encode())
+    for path in sorted(set().union(*map(_included, (source, *headers)))):
+        digest.update(path.read_bytes())
+    made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not made.exists():
+        _run([*command, *shim, "-c", str(source), "-o"], made)
+        for old in CACHE.glob(f"{source.stem}-*.o"):
+            if old != made:
+                old.unlink()
+    return made
+
+
+def _included(source: Path) -> set[Path]:
+    """The file and all of ours that it includes."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text("utf-8"), re.MULTILINE):
+            waiting += [folder / name for folder in (path.parent, *_INCLUDE_PATH) if (folder / name).exists()][:1]
+    return found
+
+
+def _run(command: Sequence[str], output: Path) -> None:
+    """Runs a compiler; the output appears only when it is complete."""
+    unfinished = output.with_suffix(f".{os.getpid()}.tmp")
+    finished = subprocess.run([*command, str(unfinished)], capture_output=True, text=True, check=False)
+    if finished.returncode:
+        unfinished.unlink(missing_ok=True)
+        raise RuntimeError(f"{' '.join(command)}\n{finished.stderr}")
+    unfinished.rename(output)
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

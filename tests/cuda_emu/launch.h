@@ -1,0 +1,150 @@
+// Launching a kernel: what a GPU would refuse, shared memory, and the blocks one after another.
+#pragma once
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <mutex>
+
+#include "fibers.h"
+
+// The linker names the ends of the section of __shared__ variables.
+extern "C" {
+extern unsigned char __start_emu_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __stop_emu_shared[] __attribute__((weak, visibility("hidden")));
+}
+
+namespace emu {
+
+inline constexpr size_t kSharedBytes = 227 * 1024, kSharedBytesByDefault = 48 * 1024;  // H100, dynamic and static
+inline constexpr int kPoison = 0xFF;                                                   // NaN in all floating types
+
+/// Bytes of dynamic shared memory that cudaFuncSetAttribute allowed a kernel.
+inline std::map<const void*, size_t> allowed_shared_bytes;
+
+/// Dynamic shared memory that ends where a page without access begins.
+class DynamicShared {
+ public:
+  DynamicShared() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), size_((kSharedBytes / page_ + 2) * page_) {
+    void* memory = mmap(nullptr, size_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) fail("mmap failed");
+    begin_ = static_cast<unsigned char*>(memory) + page_;
+    mprotect(begin_, size_, PROT_READ | PROT_WRITE);
+  }
+  DynamicShared(const DynamicShared&) = delete;
+  ~DynamicShared() { munmap(begin_ - page_, size_ + 2 * page_); }
+
+  /// Its start, aligned to 16 bytes; the bytes in it and shortly before it are poison.
+  unsigned char* prepare(size_t bytes) const {
+    unsigned char* start = begin_ + size_ - (bytes + 15) / 16 * 16;
+    std::memset(start - kMargin, kPoison, bytes + kMargin);
+    return start;
+  }
+  /// Whether something was written shortly before the start.
+  bool underrun(const unsigned char* start) const {
+    return std::any_of(start - kMargin, start, [](unsigned char byte) { return byte != kPoison; });
+  }
+  bool guards(const void* address) const {
+    const auto* p = static_cast<const unsigned char*>(address);
+    return (p >= begin_ + size_ && p < begin_ + size_ + page_) || (p >= begin_ - page_ && p < begin_);
+  }
+
+ private:
+  static constexpr size_t kMargin = 1024;
+  size_t page_, size_;
+  unsigned char* begin_;
+};
+
+inline const DynamicShared& dynamic_shared() {
+  static const DynamicShared memory;
+  return memory;
+}
+
+/// While it lives, a fault in the guard page names itself; other faults go where they went before.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action = {};
+    action.sa_sigaction = handle;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, &before());
+  }
+  FaultHandler(const FaultHandler&) = delete;
+  ~FaultHandler() { sigaction(SIGSEGV, &before(), nullptr); }
+
+ private:
+  static struct sigaction& before() {
+    static struct sigaction action;
+    return action;
+  }
+  static void handle(int, siginfo_t* info, void*) {
+    if (dynamic_shared().guards(info->si_addr)) fail("an access outside dynamic shared memory");
+    sigaction(SIGSEGV, &before(), nullptr);  // the instruction faults again
+  }
+};
+
+/// The error that a GPU gives before it runs anything.
+inline cudaError_t launch_error(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > 64) return cudaErrorInvalidConfiguration;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaErrorInvalidConfiguration;
+  if (grid.x > 0x7FFFFFFFu || grid.y > 0xFFFFu || grid.z > 0xFFFFu) return cudaErrorInvalidConfiguration;
+  const auto allowed = allowed_shared_bytes.find(kernel);
+  const size_t limit = allowed == allowed_shared_bytes.end() ? kSharedBytesByDefault : allowed->second;
+  return shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+inline bool environment_is(const char* name, const char* value) {
+  const char* found = std::getenv(name);
+  return found != nullptr && std::strcmp(found, value) == 0;
+}
+
+inline void prepare_threads() {
+  if (machine.threads.empty()) machine.threads = std::vector<Thread>(kMaxThreads);
+  const dim3 b = machine.block;
+  for (unsigned i = 0; i < machine.count; ++i) {
+    Thread& t = machine.threads[i];
+    if (!t.stack) t.stack.reset(new char[kStackBytes]);
+    t.state = State::kRuns;
+    t.number = i;
+    t.index = make_uint3(i % b.x, i / b.x % b.y, i / (b.x * b.y));
+    t.async_groups.clear();
+    t.async_open.clear();
+  }
+}
+
+inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   std::function<void()> body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (const cudaError_t error = launch_error(kernel, grid, block, shared_bytes); error != cudaSuccess) {
+    machine.last_error = error;
+    return;
+  }
+  const FaultHandler handler;
+  machine.kernel = name;
+  machine.grid = grid;
+  machine.block = block;
+  machine.count = block.x * block.y * block.z;
+  machine.body = std::move(body);
+  machine.descending = environment_is("PEARL_EMU_ORDER", "descending");
+  machine.async_early = environment_is("PEARL_EMU_ASYNC", "early");
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = machine.descending ? blocks - 1 - i : i;
+    machine.block_index = make_uint3(b % grid.x, b / grid.x % grid.y, b / (uint64_t{grid.x} * grid.y));
+    machine.dynamic_shared = dynamic_shared().prepare(shared_bytes);
+    if (__start_emu_shared != nullptr) {
+      std::memset(__start_emu_shared, kPoison, __stop_emu_shared - __start_emu_shared);
+    }
+    prepare_threads();
+    run_block();
+    if (dynamic_shared().underrun(machine.dynamic_shared)) fail("a write before dynamic shared memory");
+  }
+}
+
+}  // namespace emu

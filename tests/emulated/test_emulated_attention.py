@@ -1,0 +1,385 @@
+"""verify_attention of the GPU providers, on CPU tensors; then what only the Triton provider has: splits and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from ops_support import Implementation, Paged, assert_rounds_to, emulated, paged, strided_rows
+from torch import Tensor
+
+from pearl_kernels import reference
+from pearl_kernels.triton.attention import attend
+from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Plan, Tile, plan, plan_merge, row_blocks
+
+ULPS = {torch.float32: 0.0, torch.bfloat16: 0.5, torch.float16: 0.5 / 8}  # in bf16's units
+
+# Rows of a block that no sequence has see no keys; numpy, which the interpreter computes with, warns.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+attention = pytest.mark.parametrize("attention", emulated("verify_attention"))
+every_dtype = pytest.mark.parametrize("dtype", ULPS, ids=("fp32", "bf16", "fp16"))
+
+# (queries, context) of each sequence: a whole prompt, a window, none, decoding, a chunk
+MIXED = [(2, 2), (5, 67), (0, 9), (1, 1), (12, 40)]
+
+
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """What a provider allocates and does not write, outputs and partial results, is NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def inputs(
+    sequences: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, page_size: int
+) -> tuple[Tensor, Paged]:
+    """Query rows that lie apart, and a poisoned cache."""
+    queries, contexts = zip(*sequences, strict=True)
+    cache = paged(queries, contexts, heads[1], head_dim, page_size, dtype)
+    return strided_rows((torch.randn(sum(queries), heads[0], head_dim) * 2).to(dtype)), cache
+
+
+def arguments(q: Tensor, cache: Paged) -> tuple[Tensor, ...]:
+    return q, cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start, cache.context_lens
+
+
+def exactly(q: Tensor, cache: Paged, *how: float) -> Tensor:
+    index = (cache.block_tables, cache.query_start, cache.context_lens)
+    return reference.verify_attention(q.float(), cache.k_cache.float(), cache.v_cache.float(), *index, *how)
+
+
+def check(
+    attention: Implementation,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    page_size: int = 16,
+    scale: float = 0.25,
+    window: int = 0,
+    softcap: float = 0.0,
+    q_dtype: torch.dtype | None = None,
+) -> None:
+    q, cache = inputs(sequences, heads, head_dim, dtype, page_size)
+    q = q.to(q_dtype or dtype)
+    with new_memory_is_nan():
+        out = attention(*arguments(q, cache), scale, window, softcap)
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
+    assert_rounds_to(out, exactly(q, cache, scale, window, softcap), ULPS[q.dtype], tolerance=2e-5)
+
+
+@attention
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 128])
+@every_dtype
+def test_head_dims_match_reference(attention: Implementation, head_dim: int, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (2, 1), head_dim, dtype, scale=head_dim**-0.5)
+
+
+@attention
+def test_the_widest_heads_match_reference(attention: Implementation) -> None:
+    check(attention, [(3, 40), (1, 9)], (4, 2), 256, torch.bfloat16, scale=0.0625)
+
+
+@attention
+@pytest.mark.parametrize("group", range(1, 9))
+def test_groups_match_reference(attention: Implementation, group: int) -> None:
+    dtype = torch.bfloat16 if group % 2 else torch.float32
+    check(attention, [(1, 33), (3, 20), (9, 30)], (2 * group, 2), 16, dtype)
+
+
+@attention
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48])
+@every_dtype
+def test_page_sizes_match_reference(attention: Implementation, page_size: int, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (2, 1), 32, dtype, page_size=page_size)
+
+
+@attention
+@pytest.mark.parametrize("window", [1, 5, 31, 64, 1000])
+def test_windows_match_reference(attention: Implementation, window: int) -> None:
+    check(attention, [(5, 67), (1, 97), (9, 40), (1, 1)], (2, 1), 16, torch.bfloat16, window=window)
+
+
+@attention
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+@every_dtype
+def test_softcap_matches_reference(attention: Implementation, softcap: float, dtype: torch.dtype) -> None:
+    check(attention, MIXED, (2, 1), 16, dtype, softcap=softcap)
+    check(attention, [(5, 67)], (2, 1), 16, dtype, softcap=softcap, window=20)
+
+
+@attention
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_any_scale_matches_reference(attention: Implementation, scale: float) -> None:
+    check(attention, [(5, 67)], (2, 1), 16, torch.float32, scale=scale)
+
+
+@attention
+@pytest.mark.parametrize(
+    ("q_dtype", "dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
+def test_query_and_cache_dtypes_may_differ(attention: Implementation, q_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    check(attention, [(5, 67), (1, 20), (0, 3)], (4, 2), 32, dtype, q_dtype=q_dtype)
+
+
+@attention
+def test_prefill_and_decoding_mixed(attention: Implementation) -> None:
+    """The mean of rows is large, so a block is too; most of the sequences have one."""
+    check(attention, [(1, 70), (80, 90), (2, 40)], (8, 1), 16, torch.bfloat16)
+
+
+@attention
+@pytest.mark.parametrize("sequences", [[(0, 0)], [(0, 17), (0, 0), (0, 1)]])
+def test_nothing_to_do(attention: Implementation, sequences: list[tuple[int, int]]) -> None:
+    check(attention, sequences, (4, 2), 64, torch.float32)
+
+
+@attention
+def test_no_sequences(attention: Implementation) -> None:
+    tables, starts, lengths = (torch.zeros(shape, dtype=torch.int32) for shape in ((0, 3), (1,), (0,)))
+    cache = torch.zeros(4, 16, 2, 8)
+    assert attention(torch.zeros(0, 4, 8), cache, cache, tables, starts, lengths, 1.0).shape == (0, 4, 8)
+
+
+@attention
+def test_sequences_without_queries_or_keys_among_others(attention: Implementation) -> None:
+    check(attention, [(0, 0), (0, 33), (3, 20), (0, 0), (1, 1), (0, 5)], (4, 2), 16, torch.float16)
+
+
+@attention
+@every_dtype
+def test_large_scores_do_not_overflow(attention: Implementation, dtype: torch.dtype) -> None:
+    q, cache = inputs([(2, 50), (1, 3)], (1, 1), 64, dtype, 16)
+    q = (q.float() * 500).to(dtype)
+    # A score of 1e4 is rounded to 1e-3, and so are the probabilities.
+    exact = exactly(q, cache, 1.0)
+    torch.testing.assert_close(attention(*arguments(q, cache), 1.0).float(), exact, rtol=1e-2, atol=2e-3)
+
+
+@attention
+def test_rows_do_not_depend_on_the_batch(attention: Implementation) -> None:
+    """A window's rows are bit for bit what each would be, had it been decoded alone, and so in other company."""
+    q, cache = inputs([(6, 77)], (4, 2), 16, torch.bfloat16, 16)
+    together = attention(*arguments(q, cache), 0.25)
+    for i in range(6):
+        start, length = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([72 + i], dtype=torch.int32)
+        caches = (cache.k_cache, cache.v_cache, cache.block_tables)
+        alone = attention(q[i : i + 1], *caches, start, length, 0.25)
+        assert torch.equal(alone[0], together[i])
+    other, more = inputs([(1, 5), (6, 77)], (4, 2), 16, torch.bfloat16, 16)
+    pages = more.block_tables[1, :5].long()
+    more.k_cache[pages], more.v_cache[pages] = (c[cache.block_tables[0, :5].long()] for c in arguments(q, cache)[1:3])
+    company = attention(*arguments(torch.cat((other[:1], q)), more), 0.25)
+    assert torch.equal(company[1:], together)
+
+
+@attention
+def test_tables_may_be_views(attention: Implementation) -> None:
+    q, cache = inputs([(2, 40), (1, 17)], (2, 1), 16, torch.float32, 16)
+    wide = torch.full((2, 11), -1, dtype=torch.int32)
+    wide[:, : cache.block_tables.shape[1]] = cache.block_tables
+    view = wide[:, : cache.block_tables.shape[1]]
+    out = attention(q, cache.k_cache, cache.v_cache, view, cache.query_start, cache.context_lens, 0.25)
+    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-5)
+
+
+@attention
+def test_a_table_without_a_spare_column(attention: Implementation) -> None:
+    q, cache = inputs([(2, 32)], (2, 1), 16, torch.bfloat16, 16)
+    full = cache.block_tables[:, :2].contiguous()
+    out = attention(q, cache.k_cache, cache.v_cache, full, cache.query_start, cache.context_lens, 0.25)
+    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-5)
+
+
+@attention
+def test_offsets_beyond_31_bits(attention: Implementation) -> None:
+    """Addresses in a cache of more than 2^31 elements. All but its last page is memory that is never touched."""
+    cache = torch.empty(2**21 + 1, 16, 1, 64, dtype=torch.bfloat16)
+    cache[-1] = torch.randn(16, 1, 64).bfloat16()
+    q = torch.randn(1, 2, 64).bfloat16()
+    table, start, length = (torch.tensor(x, dtype=torch.int32) for x in ([[2**21]], [0, 1], [11]))
+    out = attention(q, cache, cache, table, start, length, 0.125)
+    last = cache[-1:].clone()
+    exact = reference.verify_attention(q.float(), last.float(), last.float(), table * 0, start, length, 0.125)
+    assert_rounds_to(out, exact, tolerance=2e-5)
+
+
+def bad(name: str, value: Any) -> dict[str, Any]:
+    """Good arguments but for one."""
+    q, cache = inputs([(2, 20), (1, 5)], (4, 2), 16, torch.float32, 16)
+    names = ("q", "k_cache", "v_cache", "block_tables", "query_start", "context_lens")
+    given: dict[str, Any] = dict(zip(names, arguments(q, cache), strict=True))
+    given[name] = value(given[name])
+    return given
+
+
+@attention
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q", lambda x: x.double(), r"verify_attention: q must be float32 or bfloat16 or float16, not torch\.float64"),
+        ("k_cache", lambda x: x.int(), "k_cache must be float32 or bfloat16 or float16"),
+        ("q", lambda x: x[0], r"q must be \[tokens, heads, head_dim\], not \[4, 16\]"),
+        ("q", lambda x: x[..., :12], "head_dim must be a multiple of 8 up to 256, not 12"),
+        ("q", lambda x: torch.zeros(3, 4, 264), "head_dim must be a multiple of 8 up to 256, not 264"),
+        ("q", lambda x: x[..., ::2], "each row of q must be contiguous"),
+        ("q", lambda x: x[:, :3], "3 query heads cannot be divided among 2 KV heads"),
+        ("q", lambda x: x.to("meta"), r"q must be torch\.float32 \[3, 4, 16\] on cpu"),
+        ("k_cache", lambda x: x[0], r"k_cache must be \[pages, page_size, kv_heads, head_dim\], not \[16, 2, 16\]"),
+        ("k_cache", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "k_cache must be contiguous"),
+        ("k_cache", lambda x: x[..., :8].contiguous(), r"k_cache must be contiguous torch\.float32 \[6, 16, 2, 16\]"),
+        ("v_cache", lambda x: x[1:], r"v_cache must be contiguous torch\.float32 \[6, 16, 2, 16\]"),
+        ("v_cache", lambda x: x.bfloat16(), r"v_cache must be contiguous torch\.float32"),
+        ("block_tables", lambda x: x[0], r"block_tables must be \[sequences, pages\], not \[4\]"),
+        ("block_tables", lambda x: x.long(), r"block_tables must be torch\.int32"),
+        ("block_tables", lambda x: x[:1], r"block_tables must be torch\.int32 \[2, 4\]"),
+        ("query_start", lambda x: x[1:], r"query_start must be contiguous torch\.int32 \[3\]"),
+        ("query_start", lambda x: x.long(), r"query_start must be contiguous torch\.int32"),
+        ("context_lens", lambda x: x.long(), r"context_lens must be contiguous torch\.int32 \[2\]"),
+    ],
+)
+def test_bad_input_is_refused(attention: Implementation, name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(**bad(name, value), scale=1.0)
+
+
+# ---- Triton: splits -------------------------------------------------------------------------------------------------
+
+
+def cut(splits: int, split_keys: int, block_m: int = 16, block_n: int = 32) -> Plan:
+    return Plan(Tile(block_m, block_n, num_warps=4, num_stages=3), splits, split_keys)
+
+
+# Contexts that end before, at and after a split's boundary; a chunk whose rows see different numbers of splits.
+UNEVEN = [(1, 31), (1, 64), (1, 65), (0, 40), (9, 130), (4, 4)]
+
+
+@pytest.mark.parametrize("window", [0, 1, 30, 70])
+@pytest.mark.parametrize(("splits", "split_keys"), [(1, 160), (5, 32), (3, 64)])
+def test_splits_match_reference(splits: int, split_keys: int, window: int) -> None:
+    q, cache = inputs(UNEVEN, (2, 1), 16, torch.float32, 16)
+    with new_memory_is_nan():
+        out = attend(*arguments(q, cache), 0.25, window, 0.0, cut(splits, split_keys))
+    assert_rounds_to(out, exactly(q, cache, 0.25, window), tolerance=2e-6)
+
+
+@every_dtype
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_splits_agree_to_the_output_s_rounding(dtype: torch.dtype, softcap: float) -> None:
+    q, cache = inputs([(3, 200), (1, 17)], (4, 2), 24, dtype, 16)
+    with new_memory_is_nan():
+        out = attend(*arguments(q, cache), 0.25, 0, softcap, cut(4, 64))
+    assert out.dtype == dtype
+    assert_rounds_to(out, exactly(q, cache, 0.25, 0, softcap), ULPS[dtype], tolerance=2e-5)
+
+
+def test_more_splits_than_the_merge_takes_in_one_step() -> None:
+    splits = plan_merge(MAX_SPLITS, 16)[0] + 3
+    q, cache = inputs([(2, 16 * splits), (1, 5)], (1, 1), 16, torch.float32, 16)
+    cache.k_cache[cache.block_tables[0, splits - 1].item(), :8] = q[0] / 2  # the peak is in the last step
+    with new_memory_is_nan():
+        out = attend(*arguments(q, cache), 0.25, 0, 0.0, cut(splits + 2, 16, block_n=16))
+    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-6)
+
+
+def test_scores_that_differ_widely_between_splits() -> None:
+    """A split may have all of the mass, and its neighbours none that fp32 can hold."""
+    q, cache = inputs([(2, 128)], (1, 1), 16, torch.float32, 16)
+    for index, factor in enumerate((1e-3, 40.0, 1.0, 0.0)):
+        for page in cache.block_tables[0, 2 * index : 2 * index + 2].tolist():
+            cache.k_cache[page] *= factor
+    with new_memory_is_nan():
+        out = attend(*arguments(q, cache), 1.0, 0, 0.0, cut(4, 32))
+    torch.testing.assert_close(out, exactly(q, cache, 1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("block_m", "splits"), [(16, 1), (32, 1), (64, 1), (128, 1), (32, 2)])
+def test_blocks_of_rows_match_reference(block_m: int, splits: int) -> None:
+    q, cache = inputs([(1, 9), (7, 80), (22, 33)], (3, 1), 16, torch.bfloat16, 16)
+    with new_memory_is_nan():
+        out = attend(*arguments(q, cache), 0.25, 0, 0.0, cut(splits, 128 // splits, block_m))
+    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-5)
+
+
+def test_more_sequences_than_are_searched_at_once() -> None:
+    sequences = [(int(r % 63 == 2), 1 + r % 3) for r in range(130)]
+    q, cache = inputs(sequences, (2, 1), 8, torch.float32, 4)
+    with new_memory_is_nan():
+        out = attend(*arguments(q, cache), 0.25, 0, 0.0, cut(2, 32))
+    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_of_no_sequence_are_left_alone(splits: int) -> None:
+    """A captured graph's padding: rows past the last sequence's, and sequences without queries."""
+    q, cache = inputs([(2, 60), (1, 33), (0, 0)], (2, 1), 16, torch.float32, 16)
+    padded = torch.cat((q, torch.full((4, 2, 16), torch.nan)))
+    with new_memory_is_nan():
+        out = attend(*arguments(padded, cache), 0.25, 0, 0.0, cut(splits, 64 // splits))
+    assert_rounds_to(out[:3], exactly(q, cache, 0.25), tolerance=2e-6)
+    assert out[3:].isnan().all()
+
+
+# ---- Triton: the plan -----------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (6, 1), (32, 32), (192, 32), (256, 256), (2048, 1), (2100, 50), (17, 3)]
+every_shape = pytest.mark.parametrize(("tokens", "sequences"), SHAPES)
+
+
+def planned(tokens: int, sequences: int, capacity: int, group: int = 4, dtype: torch.dtype = torch.bfloat16) -> Plan:
+    return plan(tokens, sequences, group, 8, 128, dtype, capacity, cores=132)
+
+
+@every_shape
+@pytest.mark.parametrize("capacity", [0, 1, 128, 129, 4096, 40960, 131072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_splits_cover_the_capacity(tokens: int, sequences: int, capacity: int, dtype: torch.dtype) -> None:
+    cut = planned(tokens, sequences, capacity, dtype=dtype)
+    assert 1 <= cut.splits <= MAX_SPLITS
+    assert cut.splits * cut.split_keys >= capacity
+    assert (cut.splits - 1) * cut.split_keys <= max(capacity - 1, 0)  # none is empty
+    assert cut.split_keys % cut.tile.block_n == 0
+    workspace = tokens * 32 * cut.splits * (128 + 2) * 4
+    assert cut.splits == 1 or workspace < 200 << 20
+
+
+def test_a_batch_of_one_fills_the_gpu() -> None:
+    assert planned(1, 1, 4096).splits * 8 >= 132
+    assert planned(6, 1, 32768).splits * 8 >= 4 * 132
+    assert planned(256, 256, 4096).splits == 1
+    assert planned(2048, 1, 4096).splits == 1
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 32])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_splits_do_not_depend_on_the_window(sequences: int, group: int) -> None:
+    cuts = [planned(rows * sequences, sequences, 8192, group) for rows in range(1, WINDOW_ROWS // group + 1)]
+    assert len({(cut.splits, cut.split_keys) for cut in cuts}) == 1
+    for rows, chosen in enumerate(cuts, start=1):
+        assert chosen.tile.block_m >= rows * group  # keys are read once
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("block_m", [16, 128])
+def test_row_blocks_suffice(group: int, block_m: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(50):
+        queries = torch.randint(0, 90, (9,), generator=generator) * (torch.rand(9, generator=generator) < 0.7)
+        starts = torch.tensor([0, *queries.tolist()]).cumsum(0)
+        first = starts * group // block_m + torch.arange(10)
+        needed = -(-queries * group // block_m)
+        assert (first[:-1] + needed <= first[1:]).all()
+        assert first[-1] == row_blocks(int(starts[-1]), 9, group, block_m)
