@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from pearl_kernels.checks import Checks
+
 if TYPE_CHECKING:
     from pearl_kernels.registry import Situation
 
@@ -27,6 +29,7 @@ _NAMES = (
     "verify",
     "copy_blocks",
 )
+CHECKS = Checks("cpu", (torch.float32, torch.bfloat16))
 _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
 
 

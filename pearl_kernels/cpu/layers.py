@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from pearl_kernels.checks import Checks
-from pearl_kernels.cpu import _core
+from pearl_kernels.cpu import CHECKS, _core
 from pearl_kernels.native import NativeLayers
 
-_native = NativeLayers(_core, Checks("cpu", (torch.float32, torch.bfloat16)))
+_NATIVE = NativeLayers(_core, CHECKS)
 
-rms_norm = _native.rms_norm
-add_rms_norm = _native.add_rms_norm
-silu_and_mul = _native.silu_and_mul
-rope_and_cache = _native.rope_and_cache
-verify_attention = _native.verify_attention
-copy_blocks = _native.copy_blocks
+rms_norm = _NATIVE.rms_norm
+add_rms_norm = _NATIVE.add_rms_norm
+silu_and_mul = _NATIVE.silu_and_mul
+rope_and_cache = _NATIVE.rope_and_cache
+verify_attention = _NATIVE.verify_attention
+copy_blocks = _NATIVE.copy_blocks

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import Checks, matrix
-from pearl_kernels.cpu import _core
+from pearl_kernels.checks import matrix
+from pearl_kernels.cpu import CHECKS, _core
 from pearl_kernels.reference import LinearWeight, WeightFormat
 from pearl_kernels.reference import pack_linear as reference_pack
-
-_checks = Checks("cpu", (torch.float32, torch.bfloat16))
 
 
 def pack_linear(weight: Tensor, weights: WeightFormat = "full") -> LinearWeight:
     """Panels of ``_core.PANEL_COLUMNS`` rows of weight, padded with zeros: ``WeightFormat`` in params.h."""
-    _checks.floating("pack_linear", "weight", weight)
+    CHECKS.floating("pack_linear", "weight", weight)
     if weight.dim() != 2 or not weight.is_cpu:
         raise ValueError(f"pack_linear: weight must be a matrix on cpu, not {list(weight.shape)} on {weight.device}")
     plain = reference_pack(weight, weights)
@@ -51,11 +49,11 @@ def _linear(threads: _core.LinearThreads, x: Tensor, weight: LinearWeight, bias:
     data, scale, width, out_width = weight.data, weight.scale, weight.in_features, weight.out_features
     if data.dim() != 4:
         raise ValueError("linear: weight must come from this provider's pack_linear")
-    code = _checks.floating("linear", "x", x)
+    code = CHECKS.floating("linear", "x", x)
     dtype = data.dtype if scale is None else x.dtype
     n, _ = matrix("linear", x)
-    address, stride = _checks.rows("linear", "x", x, dtype, (n, width))
-    add = 0 if bias is None else _checks.contiguous("linear", "bias", bias, dtype, (out_width,))
+    address, stride = CHECKS.rows("linear", "x", x, dtype, (n, width))
+    add = 0 if bias is None else CHECKS.contiguous("linear", "bias", bias, dtype, (out_width,))
     out = x.new_empty((n, out_width))
     threads.linear(
         code, n, width, out_width, address, stride, data.data_ptr(), 0 if scale is None else scale.data_ptr(), add,

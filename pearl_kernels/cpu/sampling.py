@@ -5,27 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import Checks
-from pearl_kernels.cpu import _core
+from pearl_kernels.cpu import CHECKS, _core
 from pearl_kernels.native import NativeSampling
 from pearl_kernels.reference import Sampled, SamplingTensors, Stream
 
-_native = NativeSampling(_core, Checks("cpu", (torch.float32, torch.bfloat16)))
+_NATIVE = NativeSampling(_core, CHECKS)
 
-verify = _native.verify
+verify = _NATIVE.verify
 
 
 def sample(
     logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
 ) -> Sampled:
     n = logits.shape[0]
-    view = _native.logits("sample", "logits", logits, vocab_size)
+    view = _NATIVE.logits("sample", "logits", logits, vocab_size)
     tokens = logits.new_empty(n, dtype=torch.int64)
     logprobs = logits.new_empty(n, dtype=torch.float32)
     _core.sample(
         view,
-        _native.sampling("sample", params, n),
-        _native.checks.contiguous("sample", "positions", positions, torch.int64, (n,)),
+        _NATIVE.sampling("sample", params, n),
+        _NATIVE.checks.contiguous("sample", "positions", positions, torch.int64, (n,)),
         vocab_size,
         stream,
         tokens.data_ptr(),

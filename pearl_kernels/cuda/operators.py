@@ -17,14 +17,14 @@ def where(tensor: Tensor) -> tuple[int, int]:
     return tensor.get_device(), torch.cuda.current_stream(device).cuda_stream
 
 
-_checks = Checks("cuda", DTYPES)
-_layers = NativeLayers(_cuda, _checks, where, workspace)
-_sampling = NativeSampling(_cuda, _checks, where, workspace)
+_CHECKS = Checks("cuda", DTYPES)
+_LAYERS = NativeLayers(_cuda, _CHECKS, where, workspace)
+_SAMPLING = NativeSampling(_cuda, _CHECKS, where, workspace)
 
-rms_norm = _layers.rms_norm
-add_rms_norm = _layers.add_rms_norm
-silu_and_mul = _layers.silu_and_mul
-rope_and_cache = _layers.rope_and_cache
-verify_attention = _layers.verify_attention
-copy_blocks = _layers.copy_blocks
-verify = _sampling.verify
+rms_norm = _LAYERS.rms_norm
+add_rms_norm = _LAYERS.add_rms_norm
+silu_and_mul = _LAYERS.silu_and_mul
+rope_and_cache = _LAYERS.rope_and_cache
+verify_attention = _LAYERS.verify_attention
+copy_blocks = _LAYERS.copy_blocks
+verify = _SAMPLING.verify

@@ -10,8 +10,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
-import torch
-
+from pearl_kernels.checks import DTYPE_CODES, Checks
 from pearl_kernels.lazy import LazyOperators
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ MODULES = {
 }
 OPERATORS = LazyOperators(MODULES)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
 
 
@@ -37,13 +35,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+CHECKS = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
+
+
 def refuses(op: str, situation: Situation) -> str | None:
     """None if ``op`` can run in ``situation``, else why not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if situation.device != ("cpu" if interpreting() else "cuda"):
+    if situation.device != CHECKS.device:
         return f"runs on {'cpu, in the interpreter' if interpreting() else 'cuda'}, not on {situation.device}"
-    if situation.dtype not in _DTYPES:
+    if situation.dtype not in CHECKS.dtypes:
         return f"computes float32, bfloat16 and float16, not {situation.dtype}"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.checks import DTYPE_CODES, Checks, matrix
-from pearl_kernels.triton import interpreting
+from pearl_kernels.checks import matrix
+from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.variants import Variant
 
 _BLOCK, _WARPS = 1024, 4  # 8 elements a thread: a vector of bf16 from either half
-_checks = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
 
 
 @triton.jit
@@ -35,11 +34,11 @@ def silu_and_mul_kernel(x, out, x_stride, width, tiles, BLOCK: tl.constexpr):
 
 def silu_and_mul(x: Tensor) -> Tensor:
     op = "silu_and_mul"
-    _checks.floating(op, "x", x)
+    CHECKS.floating(op, "x", x)
     n, width = matrix(op, x)
     if width % 2:
         raise ValueError(f"{op}: x must have an even width, not {width}")
-    _checks.rows(op, "x", x, x.dtype, (n, width))
+    CHECKS.rows(op, "x", x, x.dtype, (n, width))
     width //= 2
     out = x.new_empty((n, width))
     if out.numel():

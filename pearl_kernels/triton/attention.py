@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import DTYPE_CODES, Checks, cache_shape, group_size
-from pearl_kernels.triton import interpreting
+from pearl_kernels.checks import cache_shape, group_size
+from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.attention_kernels import attend_kernel, merge_kernel
 from pearl_kernels.triton.attention_plan import (
     Plan,
@@ -26,7 +26,6 @@ from pearl_kernels.triton.attention_plan import (
 )
 from pearl_kernels.triton.variants import Variant
 
-_checks = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
 _LOG2E = math.log2(math.e)
 _INTERPRETED_CORES = 1
 
@@ -44,9 +43,9 @@ def verify_attention(
 ) -> Tensor:
     """The values of the index tensors are not checked: that would wait for the device."""
     op = "verify_attention"
-    _checks.floating(op, "q", q)
-    _checks.floating(op, "k_cache", k_cache)
-    n, query_heads, head_dim = _checks.heads(op, "q", q)
+    CHECKS.floating(op, "q", q)
+    CHECKS.floating(op, "k_cache", k_cache)
+    n, query_heads, head_dim = CHECKS.heads(op, "q", q)
     pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
     shape = (pages, page_size, kv_heads, head_dim)
     group = group_size(op, query_heads, kv_heads)
@@ -54,12 +53,12 @@ def verify_attention(
     if block_tables.dim() != 2:
         raise ValueError(f"{op}: block_tables must be [sequences, pages], not {list(block_tables.shape)}")
     capacity = block_tables.shape[1] * page_size
-    _checks.rows(op, "block_tables", block_tables, torch.int32, (sequences, block_tables.shape[1]))
-    _checks.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
-    _checks.contiguous(op, "k_cache", k_cache, k_cache.dtype, shape)
-    _checks.contiguous(op, "v_cache", v_cache, k_cache.dtype, shape)
-    _checks.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
-    _checks.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
+    CHECKS.rows(op, "block_tables", block_tables, torch.int32, (sequences, block_tables.shape[1]))
+    CHECKS.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
+    CHECKS.contiguous(op, "k_cache", k_cache, k_cache.dtype, shape)
+    CHECKS.contiguous(op, "v_cache", v_cache, k_cache.dtype, shape)
+    CHECKS.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
+    CHECKS.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
     if n == 0 or sequences == 0:
         return q.new_empty((n, query_heads, head_dim))
     cut = plan(n, sequences, group, kv_heads, head_dim, compute_dtype(q, k_cache), capacity, _cores(q.device))

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.checks import DTYPE_CODES, Checks, matrix
-from pearl_kernels.triton import interpreting
+from pearl_kernels.checks import matrix
+from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.variants import Variant
 
 _MAX_WIDTH = 32768  # 32 elements a thread; with more, registers would be spilled
-_checks = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
 
 
 @triton.jit
@@ -45,12 +44,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def _launch(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    _checks.floating(op, "x", x)
+    CHECKS.floating(op, "x", x)
     n, width = matrix(op, x)
-    _checks.rows(op, "x", x, x.dtype, (n, width))
+    CHECKS.rows(op, "x", x, x.dtype, (n, width))
     if residual is not None:
-        _checks.rows(op, "residual", residual, x.dtype, (n, width))
-    _checks.contiguous(op, "weight", weight, x.dtype, (width,))
+        CHECKS.rows(op, "residual", residual, x.dtype, (n, width))
+    CHECKS.contiguous(op, "weight", weight, x.dtype, (width,))
     if width > _MAX_WIDTH:
         raise ValueError(f"{op}: x must be at most {_MAX_WIDTH} wide, not {width}")
     out = x.new_empty((n, width))

@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.checks import DTYPE_CODES, Checks, cache_shape
-from pearl_kernels.triton import interpreting
+from pearl_kernels.checks import cache_shape
+from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.variants import Variant
 
 _TILE = 512  # lanes of one half of the heads of a program
-_checks = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def rope_and_cache(
     query_heads, kv_heads, head_dim = _check(q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            _checks.contiguous("rope_and_cache", name, norm, q.dtype, (head_dim,))
+            CHECKS.contiguous("rope_and_cache", name, norm, q.dtype, (head_dim,))
     heads, lanes, warps = _tile(max(query_heads, kv_heads), head_dim)
     query_tiles = triton.cdiv(query_heads, heads)
     grid = q.shape[0], query_tiles + triton.cdiv(kv_heads, heads)
@@ -135,17 +134,17 @@ def _check(
 ) -> tuple[int, int, int]:
     """Query heads, KV heads and head_dim; ValueError unless the tensors fit together."""
     op, dtype = "rope_and_cache", q.dtype
-    _checks.floating(op, "q", q)
-    n, query_heads, head_dim = _checks.heads(op, "q", q)
+    CHECKS.floating(op, "q", q)
+    n, query_heads, head_dim = CHECKS.heads(op, "q", q)
     pages, page_size, kv_heads, _ = shape = cache_shape(op, k_cache)
-    _checks.rows(op, "q", q, dtype, (n, query_heads, head_dim))
-    _checks.rows(op, "k", k, dtype, (n, kv_heads, head_dim))
-    _checks.rows(op, "v", v, dtype, (n, kv_heads, head_dim))
-    _checks.contiguous(op, "positions", positions, torch.int64, (n,))
-    _checks.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
-    _checks.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim))
-    _checks.contiguous(op, "v_cache", v_cache, dtype, shape)
-    _checks.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,))
+    CHECKS.rows(op, "q", q, dtype, (n, query_heads, head_dim))
+    CHECKS.rows(op, "k", k, dtype, (n, kv_heads, head_dim))
+    CHECKS.rows(op, "v", v, dtype, (n, kv_heads, head_dim))
+    CHECKS.contiguous(op, "positions", positions, torch.int64, (n,))
+    CHECKS.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
+    CHECKS.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim))
+    CHECKS.contiguous(op, "v_cache", v_cache, dtype, shape)
+    CHECKS.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,))
     return query_heads, kv_heads, head_dim
 
 

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.checks import DTYPE_CODES, Checks
 from pearl_kernels.reference import Sampled, SamplingTensors, Stream
-from pearl_kernels.triton import interpreting
+from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.distribution import collect_kernel, settle_kernel
 from pearl_kernels.triton.launch import WARPS, Distributions, Plan, distributions, make_plan, variant
 from pearl_kernels.triton.philox import exponentials
@@ -40,8 +39,6 @@ from pearl_kernels.triton.statistics import (
     scan_kernel,
 )
 from pearl_kernels.triton.variants import Variant
-
-checks = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
 
 
 @triton.jit(do_not_specialize=["tiles_per_program", "stream"])
@@ -107,7 +104,7 @@ def sample(
     op, n = "sample", logits.shape[0]
     check_logits(op, "logits", logits, vocab_size)
     check_sampling(op, params, n)
-    checks.contiguous(op, "positions", positions, torch.int64, (n,))
+    CHECKS.contiguous(op, "positions", positions, torch.int64, (n,))
     if n == 0:
         return Sampled(logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32))
     drawn = draw(make_plan(n, vocab_size), logits, params, positions, stream=stream)
@@ -133,16 +130,16 @@ def draw(
 def check_logits(op: str, name: str, logits: Tensor, vocab_size: int) -> None:
     if logits.dim() != 2 or not 0 < vocab_size <= logits.shape[1]:
         raise ValueError(f"{op}: {name} must be [rows, at least {vocab_size}], not {list(logits.shape)}")
-    checks.floating(op, name, logits)
-    checks.rows(op, name, logits, logits.dtype, tuple(logits.shape))
+    CHECKS.floating(op, name, logits)
+    CHECKS.rows(op, name, logits, logits.dtype, tuple(logits.shape))
 
 
 def check_sampling(op: str, params: SamplingTensors, n: int) -> None:
-    checks.contiguous(op, "temperature", params.temperature, torch.float32, (n,))
-    checks.contiguous(op, "top_k", params.top_k, torch.int32, (n,))
-    checks.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
-    checks.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
-    checks.contiguous(op, "seed", params.seed, torch.int64, (n,))
+    CHECKS.contiguous(op, "temperature", params.temperature, torch.float32, (n,))
+    CHECKS.contiguous(op, "top_k", params.top_k, torch.int32, (n,))
+    CHECKS.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
+    CHECKS.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
+    CHECKS.contiguous(op, "seed", params.seed, torch.int64, (n,))
 
 
 def _variants(dtype: str) -> tuple[Variant, ...]:

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pearl_kernels.reference import Rule, SamplingTensors, Stream, Verdict
+from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.launch import WARPS, Distributions, Plan, distributions, make_plan, variant
 from pearl_kernels.triton.philox import exponentials, uniform
-from pearl_kernels.triton.sampling import check_logits, check_sampling, checks, draw, winner_of
+from pearl_kernels.triton.sampling import check_logits, check_sampling, draw, winner_of
 from pearl_kernels.triton.statistics import (
     CUTOFF,
     GREEDY,
@@ -201,16 +202,16 @@ def verify(
         raise ValueError("verify: row_start needs at least one entry")
     check_logits("verify", "logits", logits, vocab_size)
     check_sampling("verify", params, requests)
-    checks.contiguous("verify", "draft_tokens", draft_tokens, torch.int64, (n,))
-    checks.contiguous("verify", "row_start", row_start, torch.int32, (requests + 1,))
-    checks.contiguous("verify", "positions", positions, torch.int64, (n,))
+    CHECKS.contiguous("verify", "draft_tokens", draft_tokens, torch.int64, (n,))
+    CHECKS.contiguous("verify", "row_start", row_start, torch.int32, (requests + 1,))
+    CHECKS.contiguous("verify", "positions", positions, torch.int64, (n,))
     for name, tensor, dtype, size in (
         ("draft_logprobs", draft_logprobs, torch.float32, n),
         ("draft_rows", draft_rows, torch.int32, n),
         ("draft_temperature", draft_temperature, torch.float32, requests),
     ):
         if tensor is not None:
-            checks.contiguous("verify", name, tensor, dtype, (size,))
+            CHECKS.contiguous("verify", name, tensor, dtype, (size,))
     if draft_logits is not None:
         check_logits("verify", "draft_logits", draft_logits, vocab_size)
         if draft_temperature is None:
