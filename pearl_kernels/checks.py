@@ -42,6 +42,10 @@ class Checks:
             )
         return tensor.data_ptr()
 
+    def optional(self, op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        """As ``contiguous``; 0 if there is no tensor."""
+        return 0 if tensor is None else self.contiguous(op, name, tensor, dtype, shape)
+
     def rows(self, op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int]:
         """Address and row stride of a tensor whose rows are contiguous, but may lie apart; else ValueError."""
         if tensor.dtype is not dtype or tensor.shape != shape or tensor.device.type != self.device:

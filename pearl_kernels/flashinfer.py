@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pearl_kernels import packaged_attention
+from pearl_kernels.operands import AttentionSizes
 
 if TYPE_CHECKING:
     from pearl_kernels.registry import Situation
@@ -73,7 +74,7 @@ class FlashInferAttention:
 
     def _plan(
         self,
-        sizes: packaged_attention.Sizes,
+        sizes: AttentionSizes,
         index: Tensor,
         dtype: torch.dtype,
         scale: float,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import Checks, cache_shape, group_size
+from pearl_kernels.checks import Checks
+from pearl_kernels.operands import AttentionSizes, check_attention
 
 if TYPE_CHECKING:
     from pearl_kernels.registry import Situation
@@ -16,37 +17,15 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-class Sizes(NamedTuple):
-    rows: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    sequences: int
-
-
 def checked_sizes(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_start: Tensor, context_lens: Tensor
-) -> Sizes:
+) -> AttentionSizes:
     """The sizes of a call whose tensors are what the operator asks for, q and the caches of one dtype; else ValueError.
 
     All must be on q's device, whichever it is: the packages refuse a device that they do not know themselves.
     """
-    op, checks = "verify_attention", Checks(q.device.type, DTYPES)
-    checks.floating(op, "q", q)
-    n, query_heads, head_dim = checks.heads(op, "q", q)
-    pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
-    group_size(op, query_heads, kv_heads)
-    if block_tables.dim() != 2:
-        raise ValueError(f"{op}: block_tables must be [sequences, pages], not {list(block_tables.shape)}")
-    sequences, width = context_lens.shape[0], block_tables.shape[1]
-    checks.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.contiguous(op, name, cache, q.dtype, (pages, page_size, kv_heads, head_dim))
-    checks.rows(op, "block_tables", block_tables, torch.int32, (sequences, width))
-    checks.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
-    checks.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
-    return Sizes(n, query_heads, kv_heads, head_dim, page_size, sequences)
+    checks = Checks(q.device.type, DTYPES)
+    return check_attention(checks, q, k_cache, v_cache, block_tables, query_start, context_lens, cache_dtype=q.dtype)
 
 
 def refuses(package: str, situation: Situation) -> str | None:

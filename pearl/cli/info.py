@@ -12,7 +12,8 @@ from rich.table import Table
 
 from pearl.cli.terminal import Terminal
 from pearl.config import EngineConfig
-from pearl_kernels.registry import OPERATORS, Situation, explain
+from pearl_kernels import Situation
+from pearl_kernels.report.providers import provider_table, resolve
 
 DISTRIBUTION = "pearl-engine"
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
@@ -40,7 +41,7 @@ def info(
     )
     terminal = Terminal.open()
     terminal.out.print(_machine_table(config))
-    terminal.out.print(_operator_table(situation))
+    terminal.out.print(provider_table(situation, resolve(situation)))
 
 
 def _machine_table(config: EngineConfig) -> Table:
@@ -61,17 +62,3 @@ def _cuda() -> str:
         return f"not available (torch is built {f'for {torch.version.cuda}' if torch.version.cuda else 'without it'})"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}: {', '.join(names)}"
-
-
-def _operator_table(situation: Situation) -> Table:
-    dtype = str(situation.dtype).removeprefix("torch.")
-    title = f"operators on {situation.device}, {dtype}, head size {situation.head_dim}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("operator", no_wrap=True)
-    table.add_column("provider", style="green", no_wrap=True)
-    table.add_column("the others")
-    for op in OPERATORS:
-        statuses = explain(op, situation)
-        chosen = next(status.provider for status in statuses if status.chosen)
-        table.add_row(op, chosen, "\n".join(f"{s.provider}: {s.reason}" for s in statuses if not s.chosen))
-    return table

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import cache_shape, group_size, matrix
+from pearl_kernels.checks import DTYPE_CODES, matrix
 from pearl_kernels.native.module import NativeModule
+from pearl_kernels.operands import check_attention, check_rope
 
 
 class NativeLayers(NativeModule):
@@ -73,29 +74,27 @@ class NativeLayers(NativeModule):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> None:
-        checks, op, dtype = self.checks, "rope_and_cache", q.dtype
-        code = checks.floating(op, "q", q)
-        n, query_heads, head_dim = checks.heads(op, "q", q)
-        pages, page_size, kv_heads, _ = shape = cache_shape(op, k_cache)
-        kv_shape = (n, kv_heads, head_dim)
+        n, query_heads, kv_heads, head_dim, max_position, slots = check_rope(
+            self.checks, q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, q_norm, k_norm
+        )
         self.module.rope_and_cache(
-            code,
+            DTYPE_CODES[q.dtype],
             n,
             query_heads,
             kv_heads,
             head_dim,
-            *checks.rows(op, "q", q, dtype, (n, query_heads, head_dim)),
-            *checks.rows(op, "k", k, dtype, kv_shape),
-            *checks.rows(op, "v", v, dtype, kv_shape),
-            checks.contiguous(op, "positions", positions, torch.int64, (n,)),
-            checks.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim)),
-            cos_sin.shape[0],
-            checks.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim)),
-            checks.contiguous(op, "v_cache", v_cache, dtype, shape),
-            pages * page_size,
-            checks.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,)),
-            0 if q_norm is None else checks.contiguous(op, "q_norm", q_norm, dtype, (head_dim,)),
-            0 if k_norm is None else checks.contiguous(op, "k_norm", k_norm, dtype, (head_dim,)),
+            *(q.data_ptr(), q.stride(0)),
+            *(k.data_ptr(), k.stride(0)),
+            *(v.data_ptr(), v.stride(0)),
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            max_position,
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots,
+            slot_mapping.data_ptr(),
+            0 if q_norm is None else q_norm.data_ptr(),
+            0 if k_norm is None else k_norm.data_ptr(),
             eps,
             self.where and self.where(q),
         )
@@ -112,42 +111,32 @@ class NativeLayers(NativeModule):
         window: int = 0,
         softcap: float = 0.0,
     ) -> Tensor:
-        checks, op, cache_dtype = self.checks, "verify_attention", k_cache.dtype
-        q_code, cache_code = checks.floating(op, "q", q), checks.floating(op, "k_cache", k_cache)
-        n, query_heads, head_dim = checks.heads(op, "q", q)
-        pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
-        shape = (pages, page_size, kv_heads, head_dim)
-        group_size(op, query_heads, kv_heads)
-        sequences = context_lens.shape[0]
-        if block_tables.dim() != 2:
-            raise ValueError(f"{op}: block_tables must be [sequences, pages], not {list(block_tables.shape)}")
-        width = block_tables.shape[1]
-        table, table_stride = checks.rows(op, "block_tables", block_tables, torch.int32, (sequences, width))
-        out = q.new_empty((n, query_heads, head_dim))
+        sizes = check_attention(self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens)
+        out = q.new_empty((sizes.rows, sizes.query_heads, sizes.head_dim))
         arguments = (
-            q_code,
-            cache_code,
-            sequences,
-            n,
-            query_heads,
-            kv_heads,
-            head_dim,
-            pages,
-            page_size,
-            *checks.rows(op, "q", q, q.dtype, (n, query_heads, head_dim)),
-            checks.contiguous(op, "k_cache", k_cache, cache_dtype, shape),
-            checks.contiguous(op, "v_cache", v_cache, cache_dtype, shape),
-            table,
-            width,
-            table_stride,
-            checks.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,)),
-            checks.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,)),
+            DTYPE_CODES[q.dtype],
+            DTYPE_CODES[k_cache.dtype],
+            sizes.sequences,
+            sizes.rows,
+            sizes.query_heads,
+            sizes.kv_heads,
+            sizes.head_dim,
+            sizes.pages,
+            sizes.page_size,
+            *(q.data_ptr(), q.stride(0)),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_tables.data_ptr(),
+            sizes.table_width,
+            block_tables.stride(0),
+            query_start.data_ptr(),
+            context_lens.data_ptr(),
             out.data_ptr(),
             scale,
             window,
             softcap,
         )
-        self.run(op, q, arguments)
+        self.run("verify_attention", q, arguments)
         return out
 
     def copy_blocks(self, cache: Tensor, pairs: Tensor) -> None:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import cache_shape, group_size
+from pearl_kernels.operands import check_attention
 from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.attention_kernels import attend_kernel, merge_kernel
 from pearl_kernels.triton.attention_plan import (
@@ -42,26 +42,13 @@ def verify_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """The values of the index tensors are not checked: that would wait for the device."""
-    op = "verify_attention"
-    CHECKS.floating(op, "q", q)
-    CHECKS.floating(op, "k_cache", k_cache)
-    n, query_heads, head_dim = CHECKS.heads(op, "q", q)
-    pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
-    shape = (pages, page_size, kv_heads, head_dim)
-    group = group_size(op, query_heads, kv_heads)
-    sequences = context_lens.shape[0]
-    if block_tables.dim() != 2:
-        raise ValueError(f"{op}: block_tables must be [sequences, pages], not {list(block_tables.shape)}")
-    capacity = block_tables.shape[1] * page_size
-    CHECKS.rows(op, "block_tables", block_tables, torch.int32, (sequences, block_tables.shape[1]))
-    CHECKS.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
-    CHECKS.contiguous(op, "k_cache", k_cache, k_cache.dtype, shape)
-    CHECKS.contiguous(op, "v_cache", v_cache, k_cache.dtype, shape)
-    CHECKS.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
-    CHECKS.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
-    if n == 0 or sequences == 0:
+    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens)
+    n, query_heads, kv_heads, head_dim = sizes[:4]
+    if n == 0 or sizes.sequences == 0:
         return q.new_empty((n, query_heads, head_dim))
-    cut = plan(n, sequences, group, kv_heads, head_dim, compute_dtype(q, k_cache), capacity, _cores(q.device))
+    dtype, capacity = compute_dtype(q, k_cache), sizes.table_width * sizes.page_size
+    group, cores = query_heads // kv_heads, _cores(q.device)
+    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, cores)
     return attend(q, k_cache, v_cache, block_tables, query_start, context_lens, scale, window, softcap, cut)
 
 

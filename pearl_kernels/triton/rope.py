@@ -7,12 +7,11 @@ bandwidth is the limit, launch latency for the few tokens of a decoding step.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.checks import cache_shape
+from pearl_kernels.operands import check_rope
 from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.variants import Variant
 
@@ -106,46 +105,17 @@ def rope_and_cache(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> None:
-    query_heads, kv_heads, head_dim = _check(q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping)
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            CHECKS.contiguous("rope_and_cache", name, norm, q.dtype, (head_dim,))
+    tensors = q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, q_norm, k_norm
+    n, query_heads, kv_heads, head_dim = check_rope(CHECKS, *tensors)[:4]
     heads, lanes, warps = _tile(max(query_heads, kv_heads), head_dim)
     query_tiles = triton.cdiv(query_heads, heads)
-    grid = q.shape[0], query_tiles + triton.cdiv(kv_heads, heads)
+    grid = n, query_tiles + triton.cdiv(kv_heads, heads)
     strides = q.stride(0), k.stride(0), v.stride(0)
-    tensors = q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, q_norm, k_norm
     shape = {"HEAD_DIM": head_dim, "HEADS": heads, "LANES": lanes}
-    if q.shape[0]:
+    if n:
         rope_and_cache_kernel[grid](
             *tensors, *strides, query_heads, kv_heads, query_tiles, eps, **shape, num_warps=warps
         )
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-) -> tuple[int, int, int]:
-    """Query heads, KV heads and head_dim; ValueError unless the tensors fit together."""
-    op, dtype = "rope_and_cache", q.dtype
-    CHECKS.floating(op, "q", q)
-    n, query_heads, head_dim = CHECKS.heads(op, "q", q)
-    pages, page_size, kv_heads, _ = shape = cache_shape(op, k_cache)
-    CHECKS.rows(op, "q", q, dtype, (n, query_heads, head_dim))
-    CHECKS.rows(op, "k", k, dtype, (n, kv_heads, head_dim))
-    CHECKS.rows(op, "v", v, dtype, (n, kv_heads, head_dim))
-    CHECKS.contiguous(op, "positions", positions, torch.int64, (n,))
-    CHECKS.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
-    CHECKS.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim))
-    CHECKS.contiguous(op, "v_cache", v_cache, dtype, shape)
-    CHECKS.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,))
-    return query_heads, kv_heads, head_dim
 
 
 def _tile(heads: int, head_dim: int) -> tuple[int, int, int]:

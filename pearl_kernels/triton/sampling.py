@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pearl_kernels.operands import check_logits, check_sampling
 from pearl_kernels.reference import Sampled, SamplingTensors, Stream
 from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.distribution import collect_kernel, settle_kernel
@@ -102,8 +103,8 @@ def sample(
     logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
 ) -> Sampled:
     op, n = "sample", logits.shape[0]
-    check_logits(op, "logits", logits, vocab_size)
-    check_sampling(op, params, n)
+    check_logits(CHECKS, op, "logits", logits, vocab_size)
+    check_sampling(CHECKS, op, params, n)
     CHECKS.contiguous(op, "positions", positions, torch.int64, (n,))
     if n == 0:
         return Sampled(logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32))
@@ -125,21 +126,6 @@ def draw(
     size = logits.stride(0), plan.vocab_size, plan.tiles_per_program, int(stream)
     draw_kernel[plan.grid](*tensors, *size, **plan.constants, num_warps=WARPS)
     return made
-
-
-def check_logits(op: str, name: str, logits: Tensor, vocab_size: int) -> None:
-    if logits.dim() != 2 or not 0 < vocab_size <= logits.shape[1]:
-        raise ValueError(f"{op}: {name} must be [rows, at least {vocab_size}], not {list(logits.shape)}")
-    CHECKS.floating(op, name, logits)
-    CHECKS.rows(op, name, logits, logits.dtype, tuple(logits.shape))
-
-
-def check_sampling(op: str, params: SamplingTensors, n: int) -> None:
-    CHECKS.contiguous(op, "temperature", params.temperature, torch.float32, (n,))
-    CHECKS.contiguous(op, "top_k", params.top_k, torch.int32, (n,))
-    CHECKS.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
-    CHECKS.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
-    CHECKS.contiguous(op, "seed", params.seed, torch.int64, (n,))
 
 
 def _variants(dtype: str) -> tuple[Variant, ...]:

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pearl_kernels.operands import check_verify
 from pearl_kernels.reference import Rule, SamplingTensors, Stream, Verdict
 from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.launch import WARPS, Distributions, Plan, distributions, make_plan, variant
 from pearl_kernels.triton.philox import exponentials, uniform
-from pearl_kernels.triton.sampling import check_logits, check_sampling, draw, winner_of
+from pearl_kernels.triton.sampling import draw, winner_of
 from pearl_kernels.triton.statistics import (
     CUTOFF,
     GREEDY,
@@ -195,27 +196,10 @@ def verify(
 
     What is not given of the draft makes it certain of its tokens: log q is 0, and q the point mass.
     """
-    n, requests = logits.shape[0], row_start.shape[0] - 1
-    if rule not in ("rejection", "coupled"):
-        raise ValueError(f"verify: rule must be 'rejection' or 'coupled', not {rule!r}")
-    if requests < 0:
-        raise ValueError("verify: row_start needs at least one entry")
-    check_logits("verify", "logits", logits, vocab_size)
-    check_sampling("verify", params, requests)
-    CHECKS.contiguous("verify", "draft_tokens", draft_tokens, torch.int64, (n,))
-    CHECKS.contiguous("verify", "row_start", row_start, torch.int32, (requests + 1,))
-    CHECKS.contiguous("verify", "positions", positions, torch.int64, (n,))
-    for name, tensor, dtype, size in (
-        ("draft_logprobs", draft_logprobs, torch.float32, n),
-        ("draft_rows", draft_rows, torch.int32, n),
-        ("draft_temperature", draft_temperature, torch.float32, requests),
-    ):
-        if tensor is not None:
-            CHECKS.contiguous("verify", name, tensor, dtype, (size,))
-    if draft_logits is not None:
-        check_logits("verify", "draft_logits", draft_logits, vocab_size)
-        if draft_temperature is None:
-            raise ValueError("verify: draft_logits needs draft_temperature")
+    n, drafted = logits.shape[0], (draft_logprobs, draft_logits, draft_rows, draft_temperature)
+    requests = check_verify(CHECKS, logits, draft_tokens, row_start, positions, params, vocab_size, rule, *drafted)
+    if draft_logits is not None and draft_temperature is None:
+        raise ValueError("verify: draft_logits needs draft_temperature")
     if n == 0 or requests == 0:
         none = logits.new_full((requests,), -1, dtype=torch.int64)
         return Verdict(logits.new_zeros(requests, dtype=torch.int32), none)

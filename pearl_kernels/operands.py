@@ -1,0 +1,143 @@
+"""How the arguments of an operator must fit together, the same for every provider that hands addresses to a kernel.
+
+Each function raises ValueError, in the operator's name, for what does not fit. Values of index tensors are not looked
+at: on a GPU that would wait for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pearl_kernels.checks import Checks, cache_shape, group_size
+from pearl_kernels.reference import SamplingTensors
+
+
+class RopeSizes(NamedTuple):
+    rows: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    max_position: int
+    slots: int
+
+
+class AttentionSizes(NamedTuple):
+    rows: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    pages: int
+    page_size: int
+    sequences: int
+    table_width: int  # pages
+
+
+def check_rope(
+    checks: Checks,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> RopeSizes:
+    op, dtype = "rope_and_cache", q.dtype
+    checks.floating(op, "q", q)
+    n, query_heads, head_dim = checks.heads(op, "q", q)
+    pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
+    checks.rows(op, "q", q, dtype, (n, query_heads, head_dim))
+    checks.rows(op, "k", k, dtype, (n, kv_heads, head_dim))
+    checks.rows(op, "v", v, dtype, (n, kv_heads, head_dim))
+    checks.contiguous(op, "positions", positions, torch.int64, (n,))
+    checks.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
+    checks.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim))
+    checks.contiguous(op, "v_cache", v_cache, dtype, (pages, page_size, kv_heads, head_dim))
+    checks.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,))
+    checks.optional(op, "q_norm", q_norm, dtype, (head_dim,))
+    checks.optional(op, "k_norm", k_norm, dtype, (head_dim,))
+    return RopeSizes(n, query_heads, kv_heads, head_dim, cos_sin.shape[0], pages * page_size)
+
+
+def check_attention(
+    checks: Checks,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    cache_dtype: torch.dtype | None = None,
+) -> AttentionSizes:
+    """``cache_dtype``: what the caches must be of; None: any that the provider computes."""
+    op = "verify_attention"
+    checks.floating(op, "q", q)
+    checks.floating(op, "k_cache", k_cache)
+    n, query_heads, head_dim = checks.heads(op, "q", q)
+    pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
+    group_size(op, query_heads, kv_heads)
+    if block_tables.dim() != 2:
+        raise ValueError(f"{op}: block_tables must be [sequences, pages], not {list(block_tables.shape)}")
+    sequences, table_width = context_lens.shape[0], block_tables.shape[1]
+    dtype, shape = cache_dtype or k_cache.dtype, (pages, page_size, kv_heads, head_dim)
+    checks.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
+    checks.contiguous(op, "k_cache", k_cache, dtype, shape)
+    checks.contiguous(op, "v_cache", v_cache, dtype, shape)
+    checks.rows(op, "block_tables", block_tables, torch.int32, (sequences, table_width))
+    checks.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
+    checks.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
+    return AttentionSizes(n, query_heads, kv_heads, head_dim, pages, page_size, sequences, table_width)
+
+
+def check_logits(checks: Checks, op: str, name: str, logits: Tensor, vocab_size: int) -> None:
+    if logits.dim() != 2 or not 0 < vocab_size <= logits.shape[1]:
+        raise ValueError(f"{op}: {name} must be [rows, at least {vocab_size}], not {list(logits.shape)}")
+    checks.floating(op, name, logits)
+    checks.rows(op, name, logits, logits.dtype, (logits.shape[0], logits.shape[1]))
+
+
+def check_sampling(checks: Checks, op: str, params: SamplingTensors, n: int) -> None:
+    checks.contiguous(op, "temperature", params.temperature, torch.float32, (n,))
+    checks.contiguous(op, "top_k", params.top_k, torch.int32, (n,))
+    checks.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
+    checks.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
+    checks.contiguous(op, "seed", params.seed, torch.int64, (n,))
+
+
+def check_verify(
+    checks: Checks,
+    logits: Tensor,
+    draft_tokens: Tensor,
+    row_start: Tensor,
+    positions: Tensor,
+    params: SamplingTensors,
+    vocab_size: int,
+    rule: str,
+    draft_logprobs: Tensor | None,
+    draft_logits: Tensor | None,
+    draft_rows: Tensor | None,
+    draft_temperature: Tensor | None,
+) -> int:
+    """The number of requests."""
+    op, n, requests = "verify", logits.shape[0], row_start.shape[0] - 1
+    if rule not in ("rejection", "coupled"):
+        raise ValueError(f"{op}: rule must be 'rejection' or 'coupled', not {rule!r}")
+    if requests < 0:
+        raise ValueError(f"{op}: row_start needs at least one entry")
+    check_logits(checks, op, "logits", logits, vocab_size)
+    check_sampling(checks, op, params, requests)
+    checks.contiguous(op, "draft_tokens", draft_tokens, torch.int64, (n,))
+    checks.contiguous(op, "row_start", row_start, torch.int32, (requests + 1,))
+    checks.contiguous(op, "positions", positions, torch.int64, (n,))
+    checks.optional(op, "draft_logprobs", draft_logprobs, torch.float32, (n,))
+    checks.optional(op, "draft_rows", draft_rows, torch.int32, (n,))
+    checks.optional(op, "draft_temperature", draft_temperature, torch.float32, (requests,))
+    if draft_logits is not None:
+        check_logits(checks, op, "draft_logits", draft_logits, vocab_size)
+    return requests
