@@ -2,13 +2,15 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads collapse on shared cores
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run on CPU tensors. A process has one or the other, from triton's first import on.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

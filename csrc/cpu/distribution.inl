@@ -44,7 +44,9 @@ inline int64_t argmax(const LogitsRow& row) {
   const Vec top = broadcast(largest(row));
   for (int64_t i = 0; i < row.size; i += kLanes) {
     const uint32_t found = bitmask(row.load_padded(i) == top);
-    if (found != 0) return i + __builtin_ctz(found);
+    if (found == 0) continue;
+    const int64_t token = i + __builtin_ctz(found);
+    return token < row.size ? token : 0;  // what follows the end is -inf, as the largest of a row of NaNs
   }
   return 0;
 }

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,6 +43,7 @@ _FLAGS = (
 )
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the shim's fibers and guarded pages are Linux's")
 _CHECKS = Checks("cpu", (torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -67,7 +69,7 @@ def toolkit_headers() -> list[str]:
 
 
 @functools.cache
-def missing() -> str | None:
+def _missing() -> str | None:
     """What the build lacks here, or None."""
     if shutil.which("g++") is None:
         return "the shim needs g++"
@@ -133,6 +135,8 @@ def operator(op: str) -> Callable[..., Any]:
 
 def _build(name: str, sources: Sequence[Path]) -> Path:
     """A shared library of these sources; at most one build at a time."""
+    if reason := _missing():
+        raise RuntimeError(reason)
     command = ["g++", *_FLAGS, *(f"-I{path}" for path in _INCLUDE_PATH), *toolkit_headers()]
     python = sysconfig.get_path("include")
     folder = importlib.util.find_spec("pybind11")

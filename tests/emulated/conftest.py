@@ -5,7 +5,4 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import interpreter_bf16
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # ops_support
-interpreter_bf16.install()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pearl_kernels import reference
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = build.on_linux
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pearl_kernels import reference
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = build.on_linux
 
 attention = build.operator("verify_attention")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

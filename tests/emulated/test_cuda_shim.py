@@ -12,7 +12,7 @@ import torch
 from cuda_emu import build
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = build.on_linux
 
 SOURCE = build.SHIM / "primitives.cu"
 INVALID_VALUE, INVALID_CONFIGURATION = 1, 9  # cudaError_t

@@ -16,7 +16,7 @@ from pearl_kernels.reference import Rule, Stream, Verdict
 from pearl_kernels.reference.philox import uniform
 from pearl_kernels.reference.sampling import log_probabilities
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = build.on_linux
 
 verify = build.operator("verify")
 both_rules = pytest.mark.parametrize("rule", ["rejection", "coupled"])

@@ -16,7 +16,7 @@ from pearl_kernels import SamplingTensors
 from pearl_kernels.cpu import OPERATORS as CPU
 from pearl_kernels.reference import Rule, Verdict
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = build.on_linux
 
 verify = build.operator("verify")
 both_rules = pytest.mark.parametrize("rule", ["rejection", "coupled"])

@@ -17,12 +17,10 @@ from ops_support import (
     sampling,
     strided_rows,
 )
-from sample_support import check
+from sample_support import check, one_row_for_each
 
-from pearl_kernels import SamplingTensors
 from pearl_kernels.reference import Stream
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of logarithms of 0 and of NaNs
 providers = pytest.mark.parametrize("sample", emulated("sample"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -43,11 +41,6 @@ CUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def same_inputs_always() -> None:
     torch.manual_seed(17)
-
-
-def one_row_for_each(cuts: list[dict[str, Any]]) -> SamplingTensors:
-    rows = [sampling(1, **{"seed": 100 + i, **cut}) for i, cut in enumerate(cuts)]
-    return SamplingTensors(*(torch.cat([getattr(r, f) for r in rows]) for f in rows[0].__dataclass_fields__))
 
 
 @providers
@@ -158,45 +151,6 @@ def test_infinitely_small_logits_are_never_drawn(sample: Implementation) -> None
     tokens, logprobs = sample(logits, one_row_for_each(cuts), torch.arange(len(cuts)), LARGE)
     assert torch.equal(tokens, only)
     torch.testing.assert_close(logprobs, torch.zeros(len(cuts)))
-
-
-@providers
-def test_a_row_does_not_depend_on_its_batch(sample: Implementation) -> None:
-    n, vocab_size = 10, 2333
-    logits, params = padded_logits(n, vocab_size, 2340, torch.bfloat16, torch.nan), mixed_sampling(n)
-    positions = torch.arange(n)
-    together = sample(logits, params, positions, vocab_size)
-    order = torch.randperm(n)
-    shuffled = sample(logits[order], params[order], positions[order], vocab_size)
-    assert all(torch.equal(a, b[order]) for a, b in zip(shuffled, together, strict=True))
-    for row in range(n):
-        one = torch.tensor([row])
-        alone = sample(logits[one], params[one], positions[one], vocab_size)
-        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
-
-
-@providers
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_without_a_distribution_harms_nothing(sample: Implementation, value: float) -> None:
-    cuts = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}]
-    params = one_row_for_each([cut for cut in cuts for _ in range(2)])
-    n, vocab_size = len(params.seed), 300
-    logits, positions = padded_logits(n, vocab_size, vocab_size, torch.float32, 0.0), torch.arange(n)
-    expected = reference_result("sample", logits, params, positions, vocab_size)
-    logits[::2] = value
-    tokens, logprobs = sample(logits, params, positions, vocab_size)
-    assert torch.equal(tokens[1::2], expected.tokens[1::2])
-    torch.testing.assert_close(logprobs[1::2], expected.logprobs[1::2])
-    assert torch.equal(tokens[::2], torch.zeros(n // 2, dtype=torch.int64))
-    sampled = params.temperature[::2] > 0
-    assert logprobs[::2][sampled].isnan().all()
-
-
-@providers
-def test_no_rows(sample: Implementation) -> None:
-    tokens, logprobs = sample(torch.zeros(0, 50), sampling(0), torch.zeros(0, dtype=torch.int64), 50)
-    assert (tokens.shape, tokens.dtype) == ((0,), torch.int64)
-    assert (logprobs.shape, logprobs.dtype) == ((0,), torch.float32)
 
 
 @providers

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import interpreter_bf16
 import pytest
 import torch
+from cuda_emu import build  # tests/cuda_emu
 from torch import Tensor
 
 from pearl_kernels import SamplingTensors, Situation, cuda, reference
@@ -16,15 +18,26 @@ from pearl_kernels.reference.sampling import log_probabilities
 from pearl_kernels.registry import OPERATORS, PROVIDERS
 
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ULPS = {
+    torch.float32: 0.0,
+    torch.bfloat16: 0.5,
+    torch.float16: 0.5 / 8,
+}  # half a unit in the last place, in bf16's units
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One provider's operator on one device. Takes and returns CPU tensors; what it changes in place comes back."""
+    """One provider's operator on one device. Takes and returns CPU tensors; what it changes in place comes back.
+
+    ``emulated``: a GPU's kernel on CPU tensors, which takes milliseconds for what a GPU does in nanoseconds.
+    """
 
     function: Callable[..., Any]
     device: str
+    emulated: bool = False
+    dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.device == "cpu":
@@ -34,7 +47,9 @@ class Implementation:
         for here, moved in zip(args, there, strict=True):
             if isinstance(here, Tensor):
                 here.copy_(moved)
-        return type(result)(*(t.cpu() for t in result)) if isinstance(result, tuple) else result.cpu()
+        if isinstance(result, tuple):
+            return type(result)(*(t.cpu() for t in result))
+        return None if result is None else result.cpu()
 
     def _move(self, value: Any) -> Any:
         if isinstance(value, SamplingTensors):
@@ -51,11 +66,15 @@ def implementations(op: str, with_reference: bool = False) -> list[Any]:
                 continue
             if provider.refuses(op, Situation(device=device)) is None:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
-                made = Implementation(provider.operators[op], device)
+                made = Implementation(provider.operators[op], device, dtypes=_dtypes_on(device))
                 params.append(pytest.param(made, id=f"{provider.name}-{device}", marks=marks))
     if with_reference:
         params.append(pytest.param(Implementation(OPERATORS[op], "cpu"), id="reference"))
     return params
+
+
+def _dtypes_on(device: str) -> tuple[torch.dtype, ...]:
+    return DTYPES if device == "cpu" else (*DTYPES, torch.float16)
 
 
 def _emulated_on(device: str) -> tuple[str, ...]:
@@ -65,20 +84,31 @@ def _emulated_on(device: str) -> tuple[str, ...]:
 def emulated(op: str) -> list[Any]:
     """pytest parameters: the GPU providers of ``op`` on CPU tensors, Triton in its interpreter and CUDA under the shim.
 
-    They take milliseconds for what a GPU does in nanoseconds: tests/emulated has sizes that fit.
+    Sizes must fit: see ``Implementation.emulated``.
     """
-    from cuda_emu import build  # tests/cuda_emu
-
-    able = (p for p in PROVIDERS if p.name in _emulated_on("cpu") and op in p.operators)
-    params = [
-        pytest.param(Implementation(p.operators[op], "cpu"), id=p.name)
-        for p in able
-        if p.refuses(op, Situation()) is None
-    ]
+    params, dtypes = [], _dtypes_on("cuda")
+    for provider in (p for p in PROVIDERS if p.name in _emulated_on("cpu") and op in p.operators):
+        if provider.refuses(op, Situation()) is None:
+            interpreter_bf16.install()
+            made = Implementation(provider.operators[op], "cpu", True, dtypes)
+            # NumPy warns of logarithms of 0, of NaNs, and of exponentials that are meant to overflow.
+            params.append(
+                pytest.param(made, id=provider.name, marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+            )
     if op in cuda.OPERATORS:
-        marks = [pytest.mark.skip(reason=reason)] if (reason := build.missing()) else []
-        params.append(pytest.param(Implementation(build.operator(op), "cpu"), id="cuda", marks=marks))
+        params.append(
+            pytest.param(Implementation(build.operator(op), "cpu", True, dtypes), id="cuda", marks=build.on_linux)
+        )
     return params
+
+
+def each_dtype(params: list[Any]) -> list[Any]:
+    """pytest parameters (implementation, dtype): each with the dtypes that it computes."""
+    return [
+        pytest.param(p.values[0], dtype, id=f"{p.id}-{DTYPE_NAMES[dtype]}", marks=p.marks)
+        for p in params
+        for dtype in p.values[0].dtypes
+    ]
 
 
 def assert_rounds_to(actual: Tensor, exact: Tensor, ulps: float = 0.5, tolerance: float = 1e-5) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_support import Implementation, assert_rounds_to, both_dtypes, implementations, strided_rows
+from ops_support import ULPS, Implementation, assert_rounds_to, each_dtype, emulated, implementations, strided_rows
 
 from pearl_kernels import reference
 
 SHAPES = [(0, 64), (1, 1), (1, 7), (3, 16), (5, 17), (2, 320), (4, 1031)]
 
 
-@pytest.mark.parametrize("rms_norm", implementations("rms_norm"))
+def everyone(op: str) -> list[Any]:
+    return implementations(op) + emulated(op)
+
+
+@pytest.mark.parametrize(("rms_norm", "dtype"), each_dtype(everyone("rms_norm")))
 @pytest.mark.parametrize(("n", "width"), SHAPES)
-@both_dtypes
 def test_rms_norm_matches_reference(rms_norm: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
     x, weight = (torch.randn(n, width) * 4).to(dtype), torch.randn(width).to(dtype)
     exact = reference.rms_norm(x.float(), weight.float(), 1e-5)
@@ -22,45 +27,40 @@ def test_rms_norm_matches_reference(rms_norm: Implementation, n: int, width: int
         out = rms_norm(rows, weight, 1e-5)
         assert out.is_contiguous()
         assert out.dtype == dtype
-        assert_rounds_to(out, exact)
+        assert_rounds_to(out, exact, ULPS[dtype])
 
 
-@pytest.mark.parametrize("add_rms_norm", implementations("add_rms_norm"))
+@pytest.mark.parametrize(("add_rms_norm", "dtype"), each_dtype(everyone("add_rms_norm")))
 @pytest.mark.parametrize(("n", "width"), SHAPES)
-@both_dtypes
 def test_add_rms_norm_matches_reference(add_rms_norm: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
-    x, residual, weight = (
-        torch.randn(n, width).to(dtype),
-        torch.randn(n, width).to(dtype),
-        torch.ones(width, dtype=dtype),
-    )
-    summed = residual.clone()
+    x, residual, weight = ((torch.randn(*shape) * 2).to(dtype) for shape in ((n, width), (n, width), (width,)))
+    given, summed = x.clone(), residual.clone()
     reference.add_rms_norm(x, summed, weight, 1e-6)
     exact = reference.rms_norm(summed.float(), weight.float(), 1e-6)
     for rows in (residual.clone(), strided_rows(residual)):
         out = add_rms_norm(strided_rows(x), rows, weight, 1e-6)
         assert torch.equal(rows, summed)  # one addition, rounded once: the same bits
-        assert_rounds_to(out, exact)
+        assert_rounds_to(out, exact, ULPS[dtype])
+    assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize("silu_and_mul", implementations("silu_and_mul"))
-@pytest.mark.parametrize(("n", "width"), SHAPES)
-@both_dtypes
+@pytest.mark.parametrize(("silu_and_mul", "dtype"), each_dtype(everyone("silu_and_mul")))
+@pytest.mark.parametrize(("n", "width"), [*SHAPES, (3, 1024)])
 def test_silu_and_mul_matches_reference(silu_and_mul: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
     x = (torch.randn(n, 2 * width) * 30).to(dtype)
     exact = reference.silu_and_mul(x.float())
     for rows in (x, strided_rows(x)):
-        assert_rounds_to(silu_and_mul(rows), exact)
+        assert_rounds_to(silu_and_mul(rows), exact, ULPS[dtype])
 
 
-@pytest.mark.parametrize("silu_and_mul", implementations("silu_and_mul"))
+@pytest.mark.parametrize("silu_and_mul", everyone("silu_and_mul"))
 def test_silu_saturates(silu_and_mul: Implementation) -> None:
     gates = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 1e30]])
     out = silu_and_mul(torch.cat((gates, torch.ones_like(gates)), -1))
     torch.testing.assert_close(out, F.silu(gates), rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("op", implementations("rms_norm"))
+@pytest.mark.parametrize("op", everyone("rms_norm"))
 def test_nan_is_not_hidden(op: Implementation) -> None:
     x = torch.randn(2, 33)
     x[1, 30] = torch.nan
@@ -69,12 +69,28 @@ def test_nan_is_not_hidden(op: Implementation) -> None:
     assert out[1].isnan().all()
 
 
-@pytest.mark.parametrize("op", implementations("rms_norm"))
+@pytest.mark.parametrize("silu_and_mul", everyone("silu_and_mul"))
+@pytest.mark.parametrize("column", [3, 33 + 3], ids=["gate", "up"])
+def test_silu_does_not_hide_nan(silu_and_mul: Implementation, column: int) -> None:
+    x = torch.randn(2, 66)
+    x[1, column] = torch.nan
+    assert silu_and_mul(x).isnan().nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("op", everyone("rms_norm"))
 def test_bf16_rounds_to_nearest_even(op: Implementation) -> None:
     """Weights carry every bit pattern through a scale of exactly one, up to values whose square overflows nothing."""
     ones = torch.ones(1, 4096, dtype=torch.bfloat16)
     weight = torch.arange(0x3000, 0x4000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     assert torch.equal(op(ones, weight, 0.0)[0], weight)
+
+
+@pytest.mark.parametrize("rms_norm", everyone("rms_norm"))
+def test_a_row_does_not_depend_on_its_batch(rms_norm: Implementation) -> None:
+    x, weight = torch.randn(4, 77).bfloat16(), torch.randn(77).bfloat16()
+    together = rms_norm(x, weight, 1e-6)
+    for row in range(4):
+        assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-6)[0], together[row])
 
 
 def test_reference_norm_is_the_plain_formula() -> None:

@@ -11,13 +11,14 @@ from ops_support import (
     Implementation,
     both_dtypes,
     decided,
+    emulated,
     implementations,
     mixed_sampling,
     padded_logits,
     sampling,
     strided_rows,
 )
-from sample_support import check
+from sample_support import check, one_row_for_each
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from pearl_kernels.reference.sampling import log_probabilities
 
 providers = pytest.mark.parametrize("sample", implementations("sample"))
 everyone = pytest.mark.parametrize("sample", implementations("sample", with_reference=True))
+emulated_too = pytest.mark.parametrize("sample", implementations("sample", with_reference=True) + emulated("sample"))
 CUTS = [
     pytest.param({}, id="uncut"),
     pytest.param({"temperature": 0.6, "top_k": 3}, id="top-k"),
@@ -160,11 +162,12 @@ def test_large_logits_and_low_temperatures_do_not_overflow(sample: Implementatio
     torch.testing.assert_close(logprobs, torch.zeros(40))
 
 
-@everyone
+@emulated_too
+@pytest.mark.parametrize("vocab_size", [333, 2333])
 @both_dtypes
-def test_a_row_does_not_depend_on_its_batch(sample: Implementation, dtype: torch.dtype) -> None:
-    n, vocab_size = 12, 333
-    logits, params = padded_logits(n, vocab_size, 340, dtype, torch.nan), mixed_sampling(n)
+def test_a_row_does_not_depend_on_its_batch(sample: Implementation, vocab_size: int, dtype: torch.dtype) -> None:
+    n = 6 if sample.emulated else 12
+    logits, params = padded_logits(n, vocab_size, vocab_size + 7, dtype, torch.nan), mixed_sampling(n)
     positions = torch.arange(n)
     together = sample(logits, params, positions, vocab_size)
     order = torch.randperm(n)
@@ -176,7 +179,24 @@ def test_a_row_does_not_depend_on_its_batch(sample: Implementation, dtype: torch
         assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
 
 
-@everyone
+@emulated_too
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_a_distribution_harms_nothing(sample: Implementation, value: float) -> None:
+    cuts = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}]
+    params = one_row_for_each([cut for cut in cuts for _ in range(2)])
+    n, vocab_size = len(params.seed), 300
+    logits, positions = padded_logits(n, vocab_size, vocab_size, torch.float32, 0.0), torch.arange(n)
+    expected = reference.sample(logits, params, positions, vocab_size)
+    logits[::2] = value
+    tokens, logprobs = sample(logits, params, positions, vocab_size)
+    assert torch.equal(tokens[1::2], expected.tokens[1::2])
+    torch.testing.assert_close(logprobs[1::2], expected.logprobs[1::2])
+    assert torch.equal(tokens[::2], torch.zeros(n // 2, dtype=torch.int64))
+    sampled = params.temperature[::2] > 0
+    assert logprobs[::2][sampled].isnan().all()
+
+
+@emulated_too
 def test_no_rows(sample: Implementation) -> None:
     tokens, logprobs = sample(torch.zeros(0, 50), sampling(0), torch.zeros(0, dtype=torch.int64), 50)
     assert (tokens.shape, tokens.dtype) == ((0,), torch.int64)

@@ -10,6 +10,7 @@ from ops_support import (
     Implementation,
     both_dtypes,
     decided,
+    emulated,
     implementations,
     mixed_sampling,
     padded_logits,
@@ -24,9 +25,11 @@ from pearl_kernels.reference import Rule, Stream, Verdict
 
 providers = pytest.mark.parametrize("verify", implementations("verify"))
 everyone = pytest.mark.parametrize("verify", implementations("verify", with_reference=True))
+emulated_too = pytest.mark.parametrize("verify", implementations("verify", with_reference=True) + emulated("verify"))
 both_rules = pytest.mark.parametrize("rule", ["rejection", "coupled"])
 
 F32, BF16 = torch.float32, torch.bfloat16
+LARGE = 4301  # logits: more than a GPU's program takes at once
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +76,7 @@ def test_a_request_does_not_depend_on_its_batch(verify: Implementation, rule: Ru
         assert_same(alone, Verdict(together.accepted[one], together.next_token[one]))
 
 
-@everyone
+@emulated_too
 @both_rules
 def test_nothing_to_do(verify: Implementation, rule: Rule) -> None:
     none, starts = torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
@@ -100,12 +103,12 @@ def test_greedy_accepts_exactly_the_first_largest_logit(verify: Implementation, 
     assert torch.equal(next_token, torch.where(tokens == best, -1, best))
 
 
-@everyone
+@emulated_too
 @pytest.mark.parametrize("how", ["cut", "infinite"])
 @pytest.mark.parametrize("draft_logprob", [0.0, -80.0, -torch.inf])
 def test_a_token_without_probability_is_never_accepted(verify: Implementation, how: str, draft_logprob: float) -> None:
     """ANCHORS bug 10. Nor is it drawn as a replacement."""
-    n = 100
+    n = 4 if verify.emulated else 100
     row = torch.tensor([1.0, 0.5, 0.2, -1.0 if how == "cut" else -torch.inf])
     params = sampling(n, top_k=3 if how == "cut" else 0)
     q = {"draft_logits": torch.zeros(1, 4), "draft_rows": torch.arange(n).int() % 2 - 1}
@@ -115,12 +118,14 @@ def test_a_token_without_probability_is_never_accepted(verify: Implementation, h
     assert ((next_token >= 0) & (next_token < 3)).all()
 
 
-@everyone
-@pytest.mark.parametrize("point_mass", [False, True])
+@emulated_too
+@pytest.mark.parametrize(("point_mass", "vocab_size"), [(False, 50), (True, 50), (False, LARGE)])
 @both_dtypes
-def test_a_zero_residual_falls_back_to_p(verify: Implementation, point_mass: bool, dtype: torch.dtype) -> None:
+def test_a_zero_residual_falls_back_to_p(
+    verify: Implementation, point_mass: bool, vocab_size: int, dtype: torch.dtype
+) -> None:
     """A draft that understates its own probabilities can be rejected although p = q."""
-    n, vocab_size = 60, 50
+    n = 2 if vocab_size == LARGE else 6 if verify.emulated else 60
     logits = padded_logits(n, vocab_size, vocab_size, dtype, 0.0)
     params = sampling(n, top_k=1) if point_mass else sampling(n, temperature=0.8, top_p=0.9)
     rows = torch.full((n,), -1, dtype=torch.int32) if point_mass else torch.arange(n, dtype=torch.int32)

@@ -6,6 +6,7 @@ fp32 and results rounded to the nearest even. Call ``install`` once, after TRITO
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def install() -> None:
     if not hasattr(builder, "get_bf16"):
         builder.get_bf16 = lambda self, value: TensorHandle(_round(np.array([value], np.float32)), tl.bfloat16)
     _let_loops_have_computed_bounds()
+    _scan_modules_once()
     builder.pearl_bf16 = True
 
 
@@ -81,3 +83,17 @@ def _let_loops_have_computed_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor
+
+
+def _scan_modules_once() -> None:
+    """Each call of a device function looks through Triton's modules for what is left to patch: mostly nothing."""
+    plain_patch = interpreter._patch_builtin
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtin(package: Any, *rest: Any) -> None:
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        if names[package] and tl.core.is_builtin(getattr(package, names[package][0])):
+            plain_patch(package, *rest)
+
+    interpreter._patch_builtin = patch_builtin
