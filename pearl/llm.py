@@ -45,7 +45,11 @@ class LLM:
         config = EngineConfig(target=target, draft=draft, **options)
         models = load_models(config)
         self._owned: LoadedModels | None = models
-        self._connect(config, models, observer)
+        try:
+            self._connect(config, models, observer)
+        except BaseException:
+            models.close()
+            raise
 
     def _connect(
         self, config: EngineConfig, models: LoadedModels, observer: Callable[[RoundRecord], None] | None

@@ -46,6 +46,7 @@ class EngineOptions:
     device: Annotated[str, _hardware(help="auto, cpu, cuda or cuda:N.")] = "auto"
     draft_device: Annotated[str | None, _hardware(help="Device of the draft, where it differs.")] = None
     target_device: Annotated[str | None, _hardware(help="Device of the target, where it differs.")] = None
+    target_parallel: Annotated[int, _hardware(help="Ranks that share the target, each a process.")] = 1
     dtype: Annotated[str, _hardware(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto"
     target_weights: Annotated[str, _hardware(help="full or int8 (CPU): another, smaller model.")] = "full"
     draft_weights: Annotated[str, _hardware(help="full or int8 (CPU); the output stays the target's.")] = "full"

@@ -41,9 +41,11 @@ def main(descriptor: int) -> int:
 def serve(spec: RankSpec, pipe: Connection[object, object]) -> None:
     """Load, then obey until the pipe ends (EOFError)."""
     torch.set_num_threads(spec.threads)
+    device = torch.device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton and NCCL work on the current one
     group = join(spec, open_store(spec.store_port))
     model, cache = load_rank(spec, group)
-    device = torch.device(spec.device)
     runner = ModelRunner(model, cache, spec.page_size, device)
     pipe.send(Loaded())
     with torch.inference_mode():
