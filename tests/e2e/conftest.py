@@ -6,21 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 from e2e_support import FAMILIES, VOCAB, Pair, byte_tokenizer, perturbed, random_model, save
 
 from pearl import LLM
 
 _PERTURBATION = {"llama": 0.03, "mistral": 0.03, "qwen2": 0.04, "qwen3": 0.04}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that a second thread only costs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
