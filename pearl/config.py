@@ -32,6 +32,9 @@ class EngineConfig:
     device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
         from the target's device on. The draft may share a device with a rank.
+    enforce_eager: on CUDA, launch every kernel from Python instead of replaying CUDA graphs; the same results.
+    draft_sms: where both models share one GPU, multiprocessors that are the draft's alone (a green context); the
+        target gets the others. None: two streams share them all, the draft's first.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16".
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
@@ -56,6 +59,8 @@ class EngineConfig:
     draft_device: str | None = None
     target_device: str | None = None
     target_parallel: int = 1
+    enforce_eager: bool = False
+    draft_sms: int | None = None
     dtype: str = "auto"
     target_weights: WeightFormat = "full"
     draft_weights: WeightFormat = "full"
@@ -80,7 +85,7 @@ class EngineConfig:
         counts = ("max_window", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting", "target_parallel")
         for name in counts:
             self._positive(name)
-        for name in ("max_model_len", "kv_cache_memory", "draft_threads", "target_threads"):
+        for name in ("max_model_len", "kv_cache_memory", "draft_threads", "target_threads", "draft_sms"):
             if getattr(self, name) is not None:
                 self._positive(name)
         if self.method == "speculative" and not (self.pre_verify and self.post_verify):
@@ -89,6 +94,8 @@ class EngineConfig:
             _check_device(device)
         self.resolve_target_devices()
         self._check_weights()
+        if self.draft_sms is not None and not self.shares_gpu:
+            raise ConfigurationError("draft_sms divides a GPU that both models share; give them the same CUDA device")
 
     def _check_weights(self) -> None:
         both: dict[Literal["draft", "target"], WeightFormat]
@@ -116,6 +123,13 @@ class EngineConfig:
     @property
     def uses_draft_model(self) -> bool:
         return self.uses_draft and self.draft != NGRAM
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether a draft model lives on the GPU of the target, or of its first rank."""
+        draft, target = self.resolve_device("draft"), self.resolve_device("target")
+        same = (draft.index or 0) == (target.index or 0)
+        return self.uses_draft_model and draft.type == target.type == "cuda" and same
 
     @property
     def largest_window(self) -> int:

@@ -15,8 +15,6 @@ import pybind11
 import pytest
 from bench_support import ROOT
 
-pytest.importorskip("setuptools", minversion="77")
-
 Build = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from pearl import ConfigurationError
@@ -104,9 +104,8 @@ def test_a_model_without_its_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_real_package_reads_it_back(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     path = tmp_path / "draft.gguf"
     write_gguf(DRAFT, path, torch.float16)
-    read = {tensor.name: tensor for tensor in importlib.import_module("gguf").GGUFReader(path).tensors}
+    read = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     stored = load_file(DRAFT / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].half()
     assert torch.equal(torch.from_numpy(np.array(read["blk.1.ffn_down.weight"].data)), stored)

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from ops_support import Implementation, Paged, assert_rounds_to, emulated, paged, strided_rows
+from ops_support import ULPS, Implementation, Paged, assert_rounds_to, emulated, paged, strided_rows, triton_function
 from torch import Tensor
 
 from pearl_kernels import reference
-from pearl_kernels.triton.attention import attend
+from pearl_kernels.triton import attention as triton_attention
 from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Plan, Tile, plan, plan_merge, row_blocks
-
-ULPS = {torch.float32: 0.0, torch.bfloat16: 0.5, torch.float16: 0.5 / 8}  # in bf16's units
 
 # Rows of a block that no sequence has see no keys; numpy, which the interpreter computes with, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+attend = triton_function(triton_attention.attend)
 attention = pytest.mark.parametrize("attention", emulated("verify_attention"))
 every_dtype = pytest.mark.parametrize("dtype", ULPS, ids=("fp32", "bf16", "fp16"))
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from ops_support import interpreted
 
 from pearl_kernels.reference.philox import Stream, philox_4x32, to_uniform, uniform
+from pearl_kernels.triton import philox
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-philox = pytest.importorskip("pearl_kernels.triton.philox")
-
+pytestmark = interpreted
 WIDTH = 1024
 
 

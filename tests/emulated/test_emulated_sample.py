@@ -11,6 +11,7 @@ from ops_support import (
     Implementation,
     decided,
     emulated,
+    interpreted,
     mixed_sampling,
     padded_logits,
     reference_result,
@@ -20,6 +21,8 @@ from ops_support import (
 from sample_support import check, one_row_for_each
 
 from pearl_kernels.reference import Stream
+from pearl_kernels.triton.launch import Plan, make_plan
+from pearl_kernels.triton.sampling import draw
 
 providers = pytest.mark.parametrize("sample", emulated("sample"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -173,13 +176,12 @@ def test_bad_input_is_refused(sample: Implementation, change: dict[str, Any], me
         sample(**(good | change))
 
 
+@interpreted
 def test_triton_draws_the_same_however_programs_share_the_tiles() -> None:
-    launch = pytest.importorskip("pearl_kernels.triton.launch")
-    draw = pytest.importorskip("pearl_kernels.triton.sampling").draw
     params, logits = one_row_for_each(list(CUTS.values())), padded_logits(len(CUTS), LARGE, LARGE, torch.float32, 0.0)
     results = []
     for tiles_per_program in (1, 2):
-        drawn = draw(launch.Plan(len(CUTS), LARGE, tiles_per_program), logits, params, torch.arange(len(CUTS)))
+        drawn = draw(Plan(len(CUTS), LARGE, tiles_per_program), logits, params, torch.arange(len(CUTS)))
         results.append((drawn.tokens, drawn.logprobs))
     for tokens, logprobs in results[1:]:
         assert torch.equal(tokens, results[0][0])
@@ -187,7 +189,6 @@ def test_triton_draws_the_same_however_programs_share_the_tiles() -> None:
 
 
 def test_triton_plans_fill_the_device_and_cover_the_row() -> None:
-    make_plan = pytest.importorskip("pearl_kernels.triton.launch").make_plan
     for vocab_size in (1, 2048, 2049, 32000, 128256, 262144):
         for slots in (1, 7, 64, 320, 5000):
             plan = make_plan(slots, vocab_size)

@@ -16,6 +16,7 @@ from pearl_kernels import SamplingTensors, Situation, cuda, reference
 from pearl_kernels.reference.philox import Stream, gumbel
 from pearl_kernels.reference.sampling import log_probabilities
 from pearl_kernels.registry import OPERATORS, PROVIDERS
+from pearl_kernels.triton import interpreting
 
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -100,6 +101,14 @@ def emulated(op: str) -> list[Any]:
             pytest.param(Implementation(build.operator(op), "cpu", True, dtypes), id="cuda", marks=build.on_linux)
         )
     return params
+
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="with a GPU here Triton's kernels take no CPU tensors")
+
+
+def triton_function(function: Callable[..., Any]) -> Implementation:
+    """A function of Triton's modules on CPU tensors, which are moved if kernels run on the GPU here."""
+    return Implementation(function, "cpu" if interpreting() else "cuda", interpreting())
 
 
 def each_dtype(params: list[Any]) -> list[Any]:

@@ -12,6 +12,8 @@ from ops_support import assert_rounds_to, both_dtypes, strided_rows
 from torch import Tensor
 
 from pearl_kernels import LinearWeight, Situation, reference, select
+from pearl_kernels.cpu import _core
+from pearl_kernels.cpu.linear import pack_linear as cpu_pack
 from pearl_kernels.registry import PROVIDERS
 
 Linear = tuple[Callable[[Tensor], LinearWeight], Callable[..., Tensor]]
@@ -108,15 +110,12 @@ def test_padded_columns_are_never_seen(op: Linear, dtype: torch.dtype) -> None:
 
 @both_dtypes
 def test_the_core_writes_only_the_output(dtype: torch.dtype) -> None:
-    core = pytest.importorskip("pearl_kernels.cpu._core")
-    from pearl_kernels.cpu.linear import pack_linear
-
     for n, m, k in ((1, 50, 31), (9, 95, 17), (65, 1, 2)):
         x, matrix, _ = inputs(n, m, k, dtype)
-        weight = pack_linear(matrix).data
+        weight = cpu_pack(matrix).data
         guarded = torch.full((n + 2, m), 7.0, dtype=dtype)
         code = int(dtype == torch.bfloat16)
-        threads = core.LinearThreads(1)
+        threads = _core.LinearThreads(1)
         threads.linear(code, n, k, m, x.data_ptr(), k, weight.data_ptr(), 0, 0, guarded[1].data_ptr())
         assert (guarded[[0, -1]] == 7).all()
         assert_rounds_to(guarded[1:-1], (x.double() @ matrix.double().T).float())

@@ -14,8 +14,6 @@ from ops_support import both_dtypes
 from test_linear import MATRICES, inputs
 
 from pearl_kernels import Situation, WeightFormat, select
-
-pytest.importorskip("pearl_kernels.cpu._core")
 from pearl_kernels.cpu.linear import ThreadedLinear, linear, pack_linear
 
 TASKS = Path("/proc/self/task")
