@@ -8,12 +8,14 @@ from typing import Literal, get_args
 
 import torch
 
+from pearl.devices import check_device
 from pearl.errors import ConfigurationError
 from pearl_kernels import WeightFormat
 
 MethodName = Literal["pearl", "speculative", "autoregressive"]
 Verification = Literal["rejection", "coupled"]
 WindowRule = Literal["balanced", "fastest"]
+Role = Literal["draft", "target"]
 NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +43,8 @@ class EngineConfig:
         int8 draft leaves the target's output as it is.
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use; None = the model's own.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
-    kv_cache_memory: bytes for both models' KV; None = room for max_num_seqs full sequences, at most 1 GiB.
+    kv_cache_memory: bytes for both models' KV; None = on CPU room for max_num_seqs full sequences, at most 1 GiB; on
+        GPUs what is free after a profiling run.
     max_waiting: requests that may wait; more are refused. seed: of requests without one; None = fresh ones.
     draft_threads, target_threads: intra-op CPU threads of each worker; None splits the cores.
     """
@@ -91,14 +94,14 @@ class EngineConfig:
         if self.method == "speculative" and not (self.pre_verify and self.post_verify):
             raise ConfigurationError("pre_verify and post_verify are PEARL's; method='speculative' has neither")
         for device in (self.device, self.draft_device, self.target_device):
-            _check_device(device)
+            check_device(device)
         self.resolve_target_devices()
         self._check_weights()
         if self.draft_sms is not None and not self.shares_gpu:
             raise ConfigurationError("draft_sms divides a GPU that both models share; give them the same CUDA device")
 
     def _check_weights(self) -> None:
-        both: dict[Literal["draft", "target"], WeightFormat]
+        both: dict[Role, WeightFormat]
         both = {"target": self.target_weights, "draft": self.draft_weights}
         for role, weights in both.items():
             self._one_of(f"{role}_weights", get_args(WeightFormat))
@@ -128,7 +131,7 @@ class EngineConfig:
     def shares_gpu(self) -> bool:
         """Whether a draft model lives on the GPU of the target, or of its first rank."""
         draft, target = self.resolve_device("draft"), self.resolve_device("target")
-        same = (draft.index or 0) == (target.index or 0)
+        same = draft.index == target.index
         return self.uses_draft_model and draft.type == target.type == "cuda" and same
 
     @property
@@ -140,18 +143,19 @@ class EngineConfig:
         """None: the checkpoint's own."""
         return _DTYPES.get(self.dtype)
 
-    def resolve_device(self, role: Literal["draft", "target"]) -> torch.device:
+    def resolve_device(self, role: Role) -> torch.device:
         name = (self.draft_device if role == "draft" else self.target_device) or self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        # Not "cuda" alone: to torch that is whichever GPU the calling thread has chosen.
+        return torch.device("cuda:0" if name == "cuda" else name)
 
     def resolve_target_devices(self) -> tuple[torch.device, ...]:
         """One for each rank of the target. ConfigurationError if there are fewer GPUs."""
         first = self.resolve_device("target")
         if self.target_parallel == 1 or first.type == "cpu":
             return (first,) * self.target_parallel
-        begin, there = first.index or 0, torch.cuda.device_count()
+        begin, there = first.index, torch.cuda.device_count()
         if begin + self.target_parallel > there:
             raise ConfigurationError(
                 f"target_parallel={self.target_parallel} needs as many GPUs from {first} on; there are {there}"
@@ -170,19 +174,3 @@ class EngineConfig:
         take_turns = self.method == "speculative"
         draft = self.draft_threads or (cores if take_turns else max(1, cores // 4))
         return draft, self.target_threads or (cores if take_turns else max(1, cores - draft))
-
-
-def _check_device(name: str | None) -> None:
-    if name is None or name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigurationError(f"unknown device {name!r}; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigurationError(f"device {name!r} is not supported; use 'cpu' or 'cuda'")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigurationError(f"device {name!r} was asked for, but torch sees no CUDA device; use device='cpu'")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigurationError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()}")

@@ -14,6 +14,7 @@ from typing import Any
 from pearl.config import EngineConfig
 from pearl.engine.builder import LoadedModels, connect, load_models
 from pearl.engine.engine import RoundRecord
+from pearl.engine.judge import Judge
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request
 from pearl.errors import ConfigurationError, InvalidRequestError
@@ -21,6 +22,7 @@ from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, Request
 from pearl.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+WrapVerifier = Callable[[Judge], Judge]
 
 
 class LLM:
@@ -43,19 +45,47 @@ class LLM:
         if unknown := sorted(set(options) - set(known)):
             raise ConfigurationError(f"unknown options {unknown}; known are {sorted(known)}")
         config = EngineConfig(target=target, draft=draft, **options)
-        models = load_models(config)
+        self._own(load_models(config), config, observer, None)
+
+    @classmethod
+    def from_models(
+        cls,
+        models: LoadedModels,
+        config: EngineConfig,
+        observer: Callable[[RoundRecord], None] | None = None,
+        wrap_verifier: WrapVerifier | None = None,
+    ) -> LLM:
+        """Around models that were built elsewhere, with the same config; closing the LLM closes them.
+
+        ``wrap_verifier`` gets the verifier and returns what the engine uses in its place.
+        """
+        llm = cls.__new__(cls)
+        llm._own(models, config, observer, wrap_verifier)
+        return llm
+
+    def _own(
+        self,
+        models: LoadedModels,
+        config: EngineConfig,
+        observer: Callable[[RoundRecord], None] | None,
+        wrap_verifier: WrapVerifier | None,
+    ) -> None:
         self._owned: LoadedModels | None = models
         try:
-            self._connect(config, models, observer)
+            self._connect(config, models, observer, wrap_verifier)
         except BaseException:
             models.close()
             raise
 
     def _connect(
-        self, config: EngineConfig, models: LoadedModels, observer: Callable[[RoundRecord], None] | None
+        self,
+        config: EngineConfig,
+        models: LoadedModels,
+        observer: Callable[[RoundRecord], None] | None,
+        wrap_verifier: WrapVerifier | None,
     ) -> None:
-        self.config, self.models = config, models
-        self.engine = connect(config, models, observer)
+        self.config, self.models, self._wrap_verifier = config, models, wrap_verifier
+        self.engine = connect(config, models, observer, wrap_verifier)
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
         self._next_id = 0
         self._mail: dict[int, deque[OutputDelta]] = {}  # by request: committed by the engine, not yet read
@@ -71,7 +101,7 @@ class LLM:
             raise ConfigurationError("variants share KV memory; build the first LLM with prefix_caching=False")
         other = LLM.__new__(LLM)
         other._owned = None
-        other._connect(config, self.models, observer)
+        other._connect(config, self.models, observer, self._wrap_verifier)
         return other
 
     def generate(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -63,8 +63,28 @@ class DraftPlan:
     copies: tuple[PageCopy, ...] = ()
 
 
+class Mark(Protocol):
+    """A point in the work of a device."""
+
+    def wait(self) -> None:
+        """Until the device has come this far."""
+        ...
+
+
+class Interval(Protocol):
+    """When a model worked. Of work on a GPU it is known, and waited for, when it is read."""
+
+    @property
+    def begin(self) -> float:
+        """In time.perf_counter() seconds."""
+        ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
 class Busy(NamedTuple):
-    """When a model worked: begin in time.perf_counter() seconds, and for how long."""
+    """An ``Interval`` that has passed."""
 
     begin: float
     seconds: float
@@ -112,18 +132,50 @@ class SchedulerOutput:
         return not self.target.work and not self.draft.work
 
 
+Windows = dict[int, tuple[Drafted, ...]]  # by request id
+
+
+@dataclass(frozen=True)
+class DeviceWindows:
+    """Windows that a device is still drafting, g tokens for each of R requests, with a copy under way to the host.
+
+    tokens: int64 ``[g, R]``, logprobs: fp32 ``[g, R]``, on the drafter's device; on the host after ``ready``.
+    """
+
+    rows: dict[int, tuple[int, ...]]  # by request id, in the order of the columns: ``Drafted.row`` of its tokens
+    tokens: Tensor
+    logprobs: Tensor
+    host_tokens: Tensor
+    host_logprobs: Tensor
+    ready: Mark
+
+    def read(self) -> Windows:
+        """Waits for them."""
+        self.ready.wait()
+        tokens, logprobs = self.host_tokens.T.tolist(), self.host_logprobs.T.tolist()
+        return {
+            request_id: tuple(map(Drafted, tokens[column], logprobs[column], rows))
+            for column, (request_id, rows) in enumerate(self.rows.items())
+        }
+
+    def outlines(self) -> Windows:
+        """As ``read``, without waiting, and so without tokens and probabilities."""
+        return {request_id: tuple(Drafted(0, 0.0, row) for row in rows) for request_id, rows in self.rows.items()}
+
+
 @dataclass(frozen=True)
 class DraftProposal:
-    windows: dict[int, tuple[Drafted, ...]] = field(default_factory=dict)  # by request id
+    windows: Windows = field(default_factory=dict)
     logits: Tensor | None = None  # [Q, Vq] raw draft logits that ``Drafted.row`` points into
     steps: int = 0  # forwards of the draft model
-    busy: Busy = NOT_BUSY
+    busy: Interval = NOT_BUSY
+    on_device: DeviceWindows | None = None  # beside ``windows``
 
 
 @dataclass(frozen=True)
 class TargetOutput:
     logits: Tensor | None  # [sum of num_logits, V], in the order of the plan's work
-    busy: Busy = NOT_BUSY
+    busy: Interval = NOT_BUSY
 
 
 class TokenLogprobs(NamedTuple):
@@ -155,3 +207,4 @@ class Decision:
 @dataclass(frozen=True)
 class VerifyResult:
     decisions: dict[int, Decision] = field(default_factory=dict)  # by request id
+    windows: Windows = field(default_factory=dict)  # what was drafted in this round

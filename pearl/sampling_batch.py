@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pearl.host_tensors import from_numbers
+from pearl.host_tensors import Array, array, upload
 from pearl.messages import SequenceState
 from pearl.sampling_params import SamplingParams
 from pearl_kernels import SamplingTensors
@@ -35,15 +35,22 @@ class SamplingBatches:
         return self._tensors
 
     def _make(self, states: Sequence[SequenceState]) -> SamplingTensors:
-        params, device = [state.params for state in states], self._device
-        temperatures = [draft_temperature(p) if self._for_draft else p.temperature for p in params]
-        return SamplingTensors(
-            temperature=from_numbers(temperatures, torch.float32, device),
-            top_k=from_numbers([p.top_k for p in params], torch.int32, device),
-            top_p=from_numbers([p.top_p for p in params], torch.float32, device),
-            min_p=from_numbers([p.min_p for p in params], torch.float32, device),
-            seed=from_numbers([_signed(state.seed) for state in states], torch.int64, device),
-        )
+        arrays = sampling_arrays(states, self._for_draft)
+        return SamplingTensors(**dict(zip(arrays, upload(list(arrays.values()), self._device), strict=True)))
+
+
+def sampling_arrays(states: Sequence[SequenceState], for_draft: bool = False, padding: int = 0) -> dict[str, Array]:
+    """The fields of ``SamplingTensors``; ``padding`` more entries at the end are greedy."""
+    params = [state.params for state in states]
+    temperatures = [draft_temperature(p) if for_draft else p.temperature for p in params]
+    none = [0] * padding
+    return {
+        "temperature": array([*temperatures, *none], torch.float32),
+        "top_k": array([*(p.top_k for p in params), *none], torch.int32),
+        "top_p": array([*(p.top_p for p in params), *[1.0] * padding], torch.float32),
+        "min_p": array([*(p.min_p for p in params), *none], torch.float32),
+        "seed": array([*(_signed(state.seed) for state in states), *none], torch.int64),
+    }
 
 
 def _signed(seed: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pearl.engine.engine import RoundRecord
-from pearl.llm import LLM
+from pearl.llm import LLM, Prompt
 from pearl.outputs import RequestOutput
 from pearl.sampling_params import SamplingParams
 
@@ -46,7 +46,7 @@ class _Contender:
     rounds: list[RoundRecord] = field(default_factory=list)  # of the run in progress
     runs: list[_Run] = field(default_factory=list)
 
-    def run(self, prompts: Sequence[str], params: SamplingParams, advance: Callable[[], None]) -> None:
+    def run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], advance: Callable[[], None]) -> None:
         self.rounds.clear()
         begin = time.perf_counter()
         outputs = self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
@@ -68,33 +68,35 @@ def replay_alone(llm: LLM, rounds: Sequence[RoundRecord]) -> float:
     Every forward is computed again, alone, in the order it happened: the same tokens into the same pages. The LLM
     must have been idle since, and must not cache prefixes.
     """
-    engine = llm.engine
-    total = 0.0
-    for record in rounds:
-        target = engine.run_target(record.plan.target).busy.seconds
-        draft = engine.run_draft(record.plan.draft).busy.seconds
-        total += max(target, draft)
-    return total
+    return sum(max(seconds_alone(llm, record)) for record in rounds)
+
+
+def seconds_alone(llm: LLM, record: RoundRecord) -> tuple[float, float]:
+    """What the target's and the draft's forward of a round take, each computed again while the other model rests."""
+    target = llm.engine.run_target(record.plan.target).busy.seconds
+    return target, llm.engine.run_draft(record.plan.draft).busy.seconds
 
 
 def compare(
     contenders: dict[str, LLM],
-    prompts: Sequence[str],
-    params: SamplingParams,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams],
     repeats: int,
     advance: Callable[[str], None],
 ) -> list[MethodResult]:
     """Run every contender ``repeats`` times, in turns; the first one is the baseline of ``speedup``.
 
+    prompts: texts or token ids. params: one for all, or one for each prompt.
     ``advance(name)`` is called after each finished output and after each run's replay.
     """
+    every = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     field_ = [_Contender(name, llm) for name, llm in contenders.items()]
     for contender in field_:
         contender.llm.engine.observer = contender.rounds.append
-        contender.llm.generate(prompts[:1], params)  # warm up: first-use costs, and the automatic window
+        contender.llm.generate(prompts[:1], every[:1])  # warm up: first-use costs, and the automatic window
     for repeat in range(repeats):
         for contender in field_ if repeat % 2 == 0 else field_[::-1]:
-            contender.run(prompts, params, partial(advance, contender.name))
+            contender.run(prompts, every, partial(advance, contender.name))
     results: list[MethodResult] = []
     for contender in field_:
         results.append(_summarise(contender, results[0].tok_s if results else None))
@@ -109,7 +111,7 @@ def _summarise(contender: _Contender, baseline: float | None) -> MethodResult:
     speed = statistics.median(_tokens(run.outputs) / run.seconds for run in contender.runs)
     tested, runs = sum(m.tested for m in metrics), sum(m.runs for m in metrics)
     accepted = sum(m.accepted for m in metrics)
-    windows = [len(window) for record in rounds for window in record.proposal.windows.values()]
+    windows = [len(window) for record in rounds for window in record.result.windows.values()]
     return MethodResult(
         method=contender.name,
         tokens=tokens,

@@ -2,76 +2,63 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from pearl.drafting.logits_ring import LogitsRing
+from pearl.drafting.window_graph import WindowGraphs, divide
 from pearl.engine.logits_processing import process_row
 from pearl.host_tensors import from_numbers
-from pearl.messages import Busy, Drafted, DraftPlan, DraftProposal, DraftWork
+from pearl.messages import Drafted, DraftPlan, DraftProposal, DraftWork, Windows
 from pearl.sampling_batch import SamplingBatches, draft_temperature
-from pearl.workers.model_runner import ModelRunner
+from pearl.workers import GraphRunner, ModelRunner
 from pearl_kernels import Rule, SamplingTensors, Stream
-
-
-class LogitsRing:
-    """Raw logits of drafted tokens until they are decided: the rejection rule needs q where it rejects.
-
-    Token at position p of lane l lives in row ``l * size + p % size``. At most ``window`` tokens are pending while as
-    many are being drafted, so ``size = 2 * window`` never overwrites a live row. Greedy and coupled requests need no
-    q and store nothing; the buffer is only allocated when a request first does.
-    """
-
-    def __init__(self, lanes: int, window: int) -> None:
-        self._lanes, self._size = lanes, 2 * window
-        self.logits: Tensor | None = None
-
-    def store(self, lane: int, position: int, row: Tensor) -> int:
-        if self.logits is None:
-            self.logits = row.new_empty(self._lanes * self._size, row.shape[-1])
-        index = lane * self._size + position % self._size
-        self.logits[index] = row
-        return index
 
 
 class ModelDrafter:
     reads_history = False
 
     def __init__(
-        self,
-        runner: ModelRunner,
-        rule: Rule,
-        vocab_size: int,
-        eos_ids: Collection[int],
-        ring: LogitsRing,
-        device: torch.device,
+        self, runner: ModelRunner, rule: Rule, vocab_size: int, eos_ids: Collection[int], ring: LogitsRing
     ) -> None:
         self._runner, self._rule, self._vocab_size, self._eos_ids = runner, rule, vocab_size, eos_ids
-        self._ring, self._device = ring, device
-        self._batches = SamplingBatches(device, for_draft=True)
+        self._ring, self._device = ring, runner.queue.device
+        self._batches = SamplingBatches(self._device, for_draft=True)
         # Under the coupled rule both models use one noise; under rejection the draft's must be its own.
         self._stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
+        self._graphs: WindowGraphs | None = None
+        if isinstance(runner, GraphRunner):
+            self._graphs = WindowGraphs(runner, rule, vocab_size, ring, self._stream)
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if not plan.work:
             return DraftProposal()
-        begin = time.perf_counter()
+        begin = self._runner.queue.mark()
         self._runner.copy_pages(plan.copies)
-        logits = self._runner.forward([item.forward for item in plan.work])
+        on_host, on_device = (plan.work, ()) if self._graphs is None else divide(plan.work)
+        windows, steps = self._draft_on_host(on_host) if on_host else ({}, 0)
+        late = None
+        if self._graphs is not None and on_device:
+            late = self._graphs.draft(on_device)
+            steps += late.tokens.shape[0]
+        return DraftProposal(windows, self._ring.logits, steps, self._runner.queue.since(begin), late)
+
+    def _draft_on_host(self, work: Sequence[DraftWork]) -> tuple[Windows, int]:
+        """Windows, and how many forwards they took. Each token is read before the next forward begins."""
+        logits = self._runner.forward([item.forward for item in work])
         # Longest windows first: the sequences still drafting are always a prefix of the batch.
-        drafting = [item for item in plan.work if item.num_draft]
+        drafting = [item for item in work if item.num_draft]
+        if not drafting:
+            return {}, 1
         order = sorted(range(len(drafting)), key=lambda i: -drafting[i].num_draft)
         if order != list(range(len(order))):
-            logits = logits[torch.tensor(order, device=self._device)]
+            logits = logits[from_numbers(order, torch.int64, self._device)]
         active = [drafting[i] for i in order]
         windows: dict[int, list[Drafted]] = {item.forward.state.request_id: [] for item in active}
-        steps = 1
-        if active:
-            steps = self._draft(active, logits, windows)
-        proposed = {request_id: tuple(window) for request_id, window in windows.items()}
-        return DraftProposal(proposed, self._ring.logits, steps, Busy.since(begin))
+        steps = self._draft(active, logits, windows)
+        return {request_id: tuple(window) for request_id, window in windows.items()}, steps
 
     def _draft(self, active: list[DraftWork], logits: Tensor, windows: dict[int, list[Drafted]]) -> int:
         params = self._batches.tensors([item.forward.state for item in active])

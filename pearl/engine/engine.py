@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -10,12 +11,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pearl.drafting import Drafter
+from pearl.engine.judge import Judge
 from pearl.engine.request import Request
 from pearl.engine.scheduler import Scheduler
-from pearl.engine.verifier import Verifier
 from pearl.engine.window import MeasuredRound, WindowPolicy
 from pearl.errors import EngineClosedError
-from pearl.messages import Busy, DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
+from pearl.messages import (
+    Busy,
+    DraftPlan,
+    DraftProposal,
+    Interval,
+    SchedulerOutput,
+    TargetOutput,
+    TargetPlan,
+    VerifyResult,
+)
 from pearl.outputs import OutputDelta
 from pearl.workers import TargetRunner, Worker
 
@@ -26,9 +36,9 @@ class RoundRecord:
 
     plan: SchedulerOutput
     proposal: DraftProposal
-    target: Busy
+    target: Interval
     result: VerifyResult
-    whole: Busy
+    whole: Interval
 
 
 class Engine:
@@ -41,7 +51,7 @@ class Engine:
         target_worker: Worker,
         drafter: Drafter | None,
         draft_worker: Worker | None,
-        verifier: Verifier,
+        verifier: Judge,
         window: WindowPolicy,
         observer: Callable[[RoundRecord], None] | None = None,
     ) -> None:
@@ -75,7 +85,7 @@ class Engine:
             result = self._verifier.verify(plan, proposal, target)
         except Exception as error:
             return self._fail(plan, error)
-        committed = self.scheduler.update(plan, proposal, result)
+        committed = self.scheduler.update(plan, result)
         outputs = [self._output(self.scheduler.requests[i], tokens, result) for i, tokens in committed.items()]
         record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
         self._learn(record)
@@ -106,12 +116,18 @@ class Engine:
     def run_target(self, plan: TargetPlan) -> TargetOutput:
         """Compute a plan on the target's worker while the draft rests: to measure a forward alone."""
         future = self._submit_target(plan)
-        return future.result() if future else TargetOutput(None)
+        output = future.result() if future else TargetOutput(None)
+        self._target_worker.rest()
+        return output
 
     def run_draft(self, plan: DraftPlan) -> DraftProposal:
         """Compute a plan on the draft's worker while the target rests."""
         future = self._submit_draft(plan)
-        return future.result() if future else DraftProposal()
+        if future is None or self._draft_worker is None:
+            return DraftProposal()
+        proposal = future.result()
+        self._draft_worker.rest()
+        return proposal
 
     def _output(self, request: Request, committed: Sequence[int], result: VerifyResult) -> OutputDelta:
         """Turn committed tokens into the caller's output, cut at its end."""
@@ -151,6 +167,9 @@ class Engine:
         )
 
     def _fail(self, plan: SchedulerOutput, error: Exception) -> list[OutputDelta]:
+        for worker in filter(None, (self._target_worker, self._draft_worker)):
+            with contextlib.suppress(Exception):  # of a device that failed, what failed there is raised again
+                worker.rest()
         failed = {w.state.request_id for w in plan.target.work} | {w.forward.state.request_id for w in plan.draft.work}
         return [self.abort(request_id, f"{type(error).__name__}: {error}") for request_id in sorted(failed)]
 

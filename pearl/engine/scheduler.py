@@ -14,7 +14,6 @@ from pearl.errors import InvalidRequestError, QueueFullError
 from pearl.kv import KVCacheManager, OutOfPages, PageCopy
 from pearl.messages import (
     DraftPlan,
-    DraftProposal,
     DraftWork,
     ForwardWork,
     SchedulerOutput,
@@ -203,16 +202,14 @@ class Scheduler:
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             kv.free(request.id)
 
-    def update(
-        self, plan: SchedulerOutput, proposal: DraftProposal, result: VerifyResult
-    ) -> dict[int, tuple[int, ...]]:
+    def update(self, plan: SchedulerOutput, result: VerifyResult) -> dict[int, tuple[int, ...]]:
         """Commit and roll back. Returns the newly committed tokens of each request that was verified."""
         target = {work.state.request_id: work for work in plan.target.work}
         draft = {work.forward.state.request_id: work for work in plan.draft.work}
         committed: dict[int, tuple[int, ...]] = {}
         for request_id in target.keys() | draft.keys() | result.decisions.keys():
             request = self.requests[request_id]
-            window = proposal.windows.get(request_id, ())
+            window = result.windows.get(request_id, ())
             decision = result.decisions.get(request_id)
             tokens = request.apply(target.get(request_id), draft.get(request_id), window, decision)
             if decision is not None:

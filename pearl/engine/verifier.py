@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pearl.engine.logits_processing import process_rows
-from pearl.host_tensors import from_numbers
+from pearl.host_tensors import array, from_numbers, start_download, upload
 from pearl.messages import (
     Decision,
     Drafted,
@@ -20,8 +20,10 @@ from pearl.messages import (
     TokenLogprobs,
     VerifyResult,
     VerifyWork,
+    Windows,
 )
 from pearl.sampling_batch import SamplingBatches, draft_temperature
+from pearl.workers.queue import DeviceQueue
 from pearl_kernels import KernelSet, Rule
 
 _BONUS = Drafted(-1, 0.0, -1)
@@ -40,86 +42,129 @@ class _Rows:
     def end(self) -> int:
         return self.begin + len(self.tokens)
 
+    def drafts_late(self, proposal: DraftProposal) -> bool:
+        """Whether the last token is still being drafted on a device."""
+        late = proposal.on_device
+        has_window = late is not None and self.work.request_id in late.rows
+        return has_window and len(self.tokens) > len(self.work.pending)
+
     @property
     def tested(self) -> tuple[int, ...]:
         return tuple(d.token for d in self.tokens if d is not _BONUS)
 
 
 class Verifier:
-    """Runs on the target's device, with the target worker's kernels."""
+    """Enqueues behind the target's forward, with the target worker's kernels, and waits once: for the verdict."""
 
     def __init__(
-        self, kernels: KernelSet, rule: Rule, vocab_size: int, eos_ids: Collection[int], device: torch.device
+        self,
+        kernels: KernelSet,
+        rule: Rule,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        queue: DeviceQueue,
+        draft_queue: DeviceQueue | None = None,
     ) -> None:
+        """``draft_queue``: of the drafter whose logits proposals name rows of."""
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
-        self._eos_ids, self._device = eos_ids, device
-        self._batches = SamplingBatches(device)
+        self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
+        self._batches = SamplingBatches(queue.device)
 
     @torch.inference_mode()
     def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
-        """Judge the pending tokens and the first token of the windows drafted in this round."""
+        """Judge the pending tokens and the first token of the windows drafted in this round.
+
+        When it returns, both models are at rest.
+        """
+        if not (self._queue.captures and plan.verify) or _reads_tokens(plan):
+            proposal = _read(proposal)
         if not plan.verify:
-            return VerifyResult()
-        assert target.logits is not None
-        requests = self._align(plan, proposal)
-        logprobs = {r.work.request_id: self._top_logprobs(target.logits, r) for r in requests}
-        for rows in requests:
-            if rows.forward.state.params.changes_logits:
-                window = target.logits[rows.begin : rows.end]
-                process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
-        accepted, next_tokens = self._judge(requests, target.logits, proposal.logits)
-        decisions = {}
-        for rows, count, token in zip(requests, accepted, next_tokens, strict=True):
-            decision = Decision(rows.tested, count, token if token >= 0 else None, None)
-            top = logprobs[rows.work.request_id]
-            if top is not None:
-                decision = Decision(rows.tested, count, decision.next_token, _pick(*top, decision.committed))
-            decisions[rows.work.request_id] = decision
-        return VerifyResult(decisions)
+            self._queue.synchronize()
+            return VerifyResult({}, proposal.windows)
+        with self._queue.enter("verify"):
+            assert target.logits is not None
+            late = proposal.on_device
+            requests = self._align(plan, proposal.windows if late is None else proposal.windows | late.outlines())
+            logprobs = [self._top_logprobs(target.logits, rows) for rows in requests]
+            for rows in requests:
+                if rows.forward.state.params.changes_logits:
+                    window = target.logits[rows.begin : rows.end]
+                    process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+            verdict = start_download(self._judge(requests, target.logits, proposal))
+            self._queue.mark().wait()
+        if late is not None:
+            proposal = _read(proposal)
+            requests = self._align(plan, proposal.windows)
+        accepted, next_tokens = (values.tolist() for values in verdict)
+        decisions = map(_decision, requests, accepted, next_tokens, logprobs)
+        ids = [rows.work.request_id for rows in requests]
+        return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows)
 
     @staticmethod
-    def _align(plan: SchedulerOutput, proposal: DraftProposal) -> list[_Rows]:
+    def _align(plan: SchedulerOutput, windows: Windows) -> list[_Rows]:
         """Put beside each logits row the token that it judges."""
         forwards = [work for work in plan.target.work if work.num_logits]
         aligned, begin = [], 0
         for work, forward in zip(plan.verify, forwards, strict=True):
             tokens = work.pending
             if forward.num_logits > len(tokens):
-                window = proposal.windows.get(work.request_id)
+                window = windows.get(work.request_id)
                 tokens = (*tokens, window[0] if window else _BONUS)
             aligned.append(_Rows(work, forward, begin, tokens))
             begin += forward.num_logits
         return aligned
 
-    def _judge(
-        self, requests: Sequence[_Rows], logits: Tensor, draft_logits: Tensor | None
-    ) -> tuple[list[int], list[int]]:
-        tokens = [drafted for rows in requests for drafted in rows.tokens]
-        positions = [rows.work.position + i for rows in requests for i in range(len(rows.tokens))]
+    def _judge(self, requests: Sequence[_Rows], logits: Tensor, proposal: DraftProposal) -> tuple[Tensor, Tensor]:
+        """Accepted counts and next tokens, each ``[R]``, where the target is."""
+        drafted = [token for rows in requests for token in rows.tokens]
         states = [rows.forward.state for rows in requests]
-        optional = {}
-        if self._rule == "rejection" and any(state.params.temperature > 0 for state in states):
-            temperatures = [draft_temperature(state.params) for state in states]
-            optional = {
-                "draft_logprobs": self._tensor([d.logprob for d in tokens], torch.float32),
-                "draft_rows": self._tensor([d.row for d in tokens], torch.int32),
-                "draft_logits": None if draft_logits is None else draft_logits.to(self._device),
-                "draft_temperature": self._tensor(temperatures, torch.float32),
-            }
-        verdict = self._kernels.verify(
-            logits,
-            self._tensor([d.token for d in tokens], torch.int64),
-            self._tensor([*(rows.begin for rows in requests), requests[-1].end], torch.int32),
-            self._tensor(positions, torch.int64),
-            self._batches.tensors(states),
-            self._vocab_size,
-            self._rule,
-            **optional,
+        tests_q = self._rule == "rejection" and any(state.params.temperature > 0 for state in states)
+        q_logits, q_rows = self._draft_logits(drafted, proposal.logits) if tests_q else (None, [])
+        late, late_rows = proposal.on_device, [rows.end - 1 for rows in requests if rows.drafts_late(proposal)]
+        columns = {} if late is None else {request_id: column for column, request_id in enumerate(late.rows)}
+        tokens, starts, positions, logprobs, temperatures, draft_rows, at, column = upload(
+            [
+                array([d.token for d in drafted], torch.int64),
+                array([*(rows.begin for rows in requests), requests[-1].end], torch.int32),
+                array([rows.work.position + i for rows in requests for i in range(len(rows.tokens))], torch.int64),
+                array([d.logprob for d in drafted], torch.float32),
+                array([draft_temperature(state.params) for state in states], torch.float32),
+                array(q_rows, torch.int32),
+                array(late_rows, torch.int64),
+                array([columns[rows.work.request_id] for rows in requests if rows.drafts_late(proposal)], torch.int64),
+            ],
+            self._queue.device,
         )
-        return verdict.accepted.tolist(), verdict.next_token.tolist()
+        if late is not None:
+            self._queue.follow(late.ready)
+            for where, values in ((tokens, late.tokens[0]), (logprobs, late.logprobs[0])):
+                where[at] = values.to(self._queue.device, non_blocking=True)[column]
+        optional = {}
+        if tests_q:
+            optional = {
+                "draft_logprobs": logprobs,
+                "draft_rows": draft_rows,
+                "draft_logits": q_logits,
+                "draft_temperature": temperatures,
+            }
+        params = self._batches.tensors(states)
+        verdict = self._kernels.verify(
+            logits, tokens, starts, positions, params, self._vocab_size, self._rule, **optional
+        )
+        return verdict.accepted, verdict.next_token
 
-    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return from_numbers(values, dtype, self._device)
+    def _draft_logits(self, drafted: Sequence[Drafted], logits: Tensor | None) -> tuple[Tensor | None, list[int]]:
+        """The drafter's logits where the target is, and each token's row of them; other devices send what is named."""
+        rows = [token.row for token in drafted]
+        if logits is None or logits.device == self._queue.device or self._draft_queue is None:
+            return logits, rows
+        named = sorted({row for row in rows if row >= 0})
+        with self._draft_queue.enter("send q"):
+            near = logits[from_numbers(named, torch.int64, logits.device)].to(self._queue.device, non_blocking=True)
+            sent = self._draft_queue.mark()
+        self._queue.follow(sent)
+        place = {row: index for index, row in enumerate(named)}
+        return near, [place.get(row, -1) for row in rows]
 
     def _top_logprobs(self, logits: Tensor, rows: _Rows) -> tuple[Tensor, int] | None:
         """Log-softmax of the request's raw rows, before any processing changes them in place."""
@@ -128,6 +173,22 @@ class Verifier:
             return None
         raw = logits[rows.begin : rows.end, : self._vocab_size].float()
         return raw.log_softmax(-1), count
+
+
+def _decision(rows: _Rows, accepted: int, next_token: int, top: tuple[Tensor, int] | None) -> Decision:
+    decision = Decision(rows.tested, accepted, next_token if next_token >= 0 else None, None)
+    return decision if top is None else replace(decision, logprobs=_pick(*top, decision.committed))
+
+
+def _reads_tokens(plan: SchedulerOutput) -> bool:
+    """Whether the host must know the drafted tokens before they are judged: penalties count them."""
+    return any(work.state.params.changes_logits for work in plan.target.work)
+
+
+def _read(proposal: DraftProposal) -> DraftProposal:
+    """With the windows on the host."""
+    late = proposal.on_device
+    return proposal if late is None else replace(proposal, windows=proposal.windows | late.read(), on_device=None)
 
 
 def _pick(logprobs: Tensor, count: int, committed: Sequence[int]) -> tuple[TokenLogprobs, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from pearl.kv import PageCopy
@@ -14,13 +13,14 @@ from pearl.parallel.messages import Compute, CopyPages, RankSpec
 from pearl.parallel.rank_loader import host_store, join, load_rank
 from pearl.parallel.ranks import Ranks
 from pearl.workers.model_runner import ModelRunner
+from pearl.workers.queue import DeviceQueue
 
 
 class ParallelRunner(ModelRunner):
     """Every command goes to all ranks before this one's part is computed; the logits are whole on this one."""
 
-    def __init__(self, model: Decoder, cache: KVCache, page_size: int, device: torch.device, ranks: Ranks) -> None:
-        super().__init__(model, cache, page_size, device)
+    def __init__(self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, ranks: Ranks) -> None:
+        super().__init__(model, cache, page_size, queue)
         self._ranks = ranks
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
@@ -44,8 +44,8 @@ class ParallelRunner(ModelRunner):
         self._ranks.close()
 
 
-def start_parallel(spec: RankSpec, devices: Sequence[str]) -> ParallelRunner:
-    """Load a model on ``devices``, one rank on each. ``spec`` is rank 0's, without a port.
+def start_parallel(spec: RankSpec, devices: Sequence[str], queue: DeviceQueue) -> ParallelRunner:
+    """Load a model on ``devices``, one rank on each. ``spec`` is rank 0's, without a port; so is ``queue``.
 
     Raises what loading raises; RankError if another rank could not load. Nothing is left running then.
     """
@@ -58,4 +58,4 @@ def start_parallel(spec: RankSpec, devices: Sequence[str]) -> ParallelRunner:
     except BaseException:
         ranks.close()
         raise
-    return ParallelRunner(model, cache, spec.page_size, torch.device(devices[0]), ranks)
+    return ParallelRunner(model, cache, spec.page_size, queue, ranks)

@@ -17,6 +17,7 @@ import torch
 from pearl.parallel.messages import Command, Compute, CopyPages, Failed, Loaded, RankSpec
 from pearl.parallel.rank_loader import join, load_rank, open_store
 from pearl.workers.model_runner import ModelRunner
+from pearl.workers.queue import open_queue
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,9 +47,10 @@ def serve(spec: RankSpec, pipe: Connection[object, object]) -> None:
         torch.cuda.set_device(device)  # Triton and NCCL work on the current one
     group = join(spec, open_store(spec.store_port))
     model, cache = load_rank(spec, group)
-    runner = ModelRunner(model, cache, spec.page_size, device)
+    queue = open_queue(f"rank {spec.rank}", device)
+    runner = ModelRunner(model, cache, spec.page_size, queue)
     pipe.send(Loaded())
-    with torch.inference_mode():
+    with torch.inference_mode(), queue.enter("serve"):
         while True:
             obey(pipe.recv(), runner, device)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
@@ -16,6 +17,7 @@ from pearl.parallel.messages import Command, Failed, Loaded, RankSpec
 
 _ENDING_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 2.0
+_GRACE_SECONDS = 0.3  # in which the end of one rank shows that another's words were about losing it
 
 
 class Ranks:
@@ -27,6 +29,7 @@ class Ranks:
     def __init__(self, specs: Sequence[RankSpec]) -> None:
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._failed = threading.Event()
         self._closed = False
         self._pipes: list[Connection[object, object]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -59,21 +62,15 @@ class Ranks:
     def tell(self, command: Command) -> None:
         if self._failure is not None:
             raise self.error()
-        for index, pipe in enumerate(self._pipes):
+        for pipe in self._pipes:
             try:
                 pipe.send(command)
             except OSError:
-                self._fail(index, self._last_words(index))
                 raise self.error() from None
 
     def error(self) -> RankError:
         """Why the group cannot go on. Asked after a collective failed, it waits a little for the watcher to know."""
-        if self._failure is None:
-            for index, process in enumerate(self._processes):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_LAST_WORDS_SECONDS)
-                    self._fail(index, self._last_words(index))
-                    break
+        self._failed.wait(2 * _LAST_WORDS_SECONDS + _GRACE_SECONDS)
         return RankError(self._failure or "the ranks of the target lost each other")
 
     def close(self) -> None:
@@ -84,12 +81,16 @@ class Ranks:
 
     def _watch(self) -> None:
         """Pipes carry nothing to this side after loading but a rank's last words, or their end."""
-        ready = wait(self._pipes)
+        wait(self._pipes)
+        time.sleep(_GRACE_SECONDS)
+        ended = [index for index, pipe in enumerate(self._pipes) if wait([pipe], 0)]
         with self._lock:
             if self._closed:
                 return
-        index = self._pipes.index(ready[0])  # type: ignore[arg-type]
-        self._fail(index, self._last_words(index))
+        # A rank that loses another says so; the one that was lost, killed, says nothing.
+        words = {index: self._last_words(index) for index in ended}
+        index = min(ended, key=lambda i: isinstance(words[i], Failed))
+        self._fail(index, words[index])
 
     def _last_words(self, index: int) -> object:
         try:
@@ -108,6 +109,7 @@ class Ranks:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._processes[index].wait(_LAST_WORDS_SECONDS)
                 self._failure = f"{self._names[index]} ended with status {self._processes[index].returncode}"
+            self._failed.set()
         self._end(gently=False)
 
     def _end(self, gently: bool) -> None:

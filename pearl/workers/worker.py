@@ -8,6 +8,8 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
+from pearl.workers.queue import DeviceQueue
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -16,6 +18,10 @@ class Worker(Protocol):
     """Runs submitted calls one after another, in inference mode."""
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]: ...
+
+    def rest(self) -> None:
+        """Wait until what the submitted calls enqueued on a device is done. Their futures are done already."""
+        ...
 
     def close(self) -> None:
         """Finish what runs, drop what waits. Idempotent."""
@@ -40,6 +46,9 @@ class ThreadWorker:
 
         return self._executor.submit(run)
 
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
@@ -47,18 +56,24 @@ class ThreadWorker:
 class InlineWorker:
     """The calling thread: ``submit`` returns when the call has ended.
 
-    For the target, where its forward is one call that brings its own helpers: the engine would only wait for it, and
-    waking two threads costs a tenth of a small model's forward.
+    For a model on a GPU, where a call only enqueues, and for a target on CPU whose forward is one call that brings its
+    own helpers: the engine would only wait for it, and waking two threads costs a tenth of a small model's forward.
     """
+
+    def __init__(self, queue: DeviceQueue) -> None:
+        self._queue = queue
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._queue.enter(getattr(call, "__name__", "call")):
                 future.set_result(call(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def rest(self) -> None:
+        self._queue.synchronize()
 
     def close(self) -> None:
         pass

@@ -52,7 +52,7 @@ def hand_made_round(
     windows = {0: tuple(Drafted(token, 0.0, -1) for token in range(drafted))} if draft.seconds else {}
     tested = tuple(range(accepted + own))
     decisions = {0: Decision(tested, accepted, 7 if own else None, None)} if accepted or own else {}
-    return RoundRecord(plan, DraftProposal(windows, busy=draft), target, VerifyResult(decisions), whole)
+    return RoundRecord(plan, DraftProposal(busy=draft), target, VerifyResult(decisions, windows), whole)
 
 
 @dataclass

@@ -115,7 +115,7 @@ def test_8_rejected_tokens_never_enter_the_prefix_cache(
             for work in record.plan.verify:
                 decision = record.result.decisions[work.request_id]
                 rejected = decision.tested[decision.accepted :]
-                rejected += tuple(d.token for d in record.proposal.windows.get(work.request_id, ())[1:])
+                rejected += tuple(d.token for d in record.result.windows.get(work.request_id, ())[1:])
                 if decision.rejected:
                     poisoned.append(whole[: work.position + decision.accepted] + list(rejected))
         assert len(poisoned) > 5
@@ -198,7 +198,7 @@ def test_13_draft_probabilities_are_kept_for_one_window_only(llama: Pair, open_l
     llm.generate("abc", greedy)
     assert ring.logits is None
     llm.generate("abc", sampled)
-    assert ring.logits.shape[0] == 3 * 2 * 4
+    assert ring.logits.shape[0] == 3 * 2 * 4 + 1  # and one that is nobody's
     coupled = open_llm(llama, window=4, verification="coupled")
     coupled.generate("abc", sampled)
     assert coupled.engine._drafter._ring.logits is None

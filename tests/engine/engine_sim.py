@@ -34,7 +34,7 @@ from pearl.messages import (
 from pearl.methods import Autoregressive, DecodingMethod, Pearl, Speculative
 from pearl.outputs import OutputDelta, RequestMetrics
 from pearl.sampling_params import SamplingParams
-from pearl.workers import InlineWorker
+from pearl.workers import HostQueue, InlineWorker
 
 VOCAB = 29
 EOS = 0
@@ -226,7 +226,7 @@ class SimulatedVerifier:
             following = own[accepted] if accepted < len(own) else None
             decisions[work.request_id] = Decision(tuple(tested), accepted, following, None)
         assert not rows
-        return VerifyResult(decisions)
+        return VerifyResult(decisions, proposal.windows)
 
 
 class CheckedScheduler(Scheduler):
@@ -354,9 +354,9 @@ def simulate(
     engine = Engine(
         scheduler,
         SimulatedTarget(PagedMemory(page_size), truth),  # type: ignore[arg-type]
-        InlineWorker(),
+        InlineWorker(HostQueue(torch.device("cpu"))),
         drafter,
-        InlineWorker(),
+        InlineWorker(HostQueue(torch.device("cpu"))),
         SimulatedVerifier(),  # type: ignore[arg-type]
         FixedWindow(window),
         records.append,

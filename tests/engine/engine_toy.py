@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from engine_sim import METHODS, CheckedScheduler, PagedMemory, request_of
 from torch import Tensor
 
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
-from pearl.drafting.model_drafter import LogitsRing
+from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.engine import Engine, RoundRecord
 from pearl.engine.verifier import Verifier
 from pearl.engine.window import FixedWindow
@@ -19,12 +19,12 @@ from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import ForwardWork
 from pearl.methods import Autoregressive
 from pearl.sampling_params import SamplingParams
-from pearl.workers import InlineWorker, TargetRunner
+from pearl.workers import HostQueue, InlineWorker, TargetRunner, Worker
 from pearl_kernels import KernelSet, Rule, select
 from pearl_kernels.registry import OPERATORS
 
 VOCAB, COLUMNS = 24, 32
-CPU = torch.device("cpu")
+QUEUE = HostQueue(torch.device("cpu"))
 KERNELS: KernelSet = select(prefer=dict.fromkeys(OPERATORS, "reference"))
 
 
@@ -35,7 +35,7 @@ class ToyRunner:
     """
 
     def __init__(self, page_size: int, blur: float = 0.0, kernels: KernelSet = KERNELS) -> None:
-        self.kernels = kernels
+        self.kernels, self.queue = kernels, QUEUE
         self._memory, self._blur = PagedMemory(page_size), blur
         self.batches: list[int] = []  # sequences in each forward
 
@@ -81,14 +81,14 @@ class Toy:
         blur: float = 0.6,
         ngram: bool = False,
         kernels: KernelSet = KERNELS,
-        worker: type[Any] = InlineWorker,
+        worker: Callable[[], Worker] = lambda: InlineWorker(QUEUE),
     ) -> None:
         self.target, self.draft = ToyRunner(page_size, kernels=kernels), ToyRunner(page_size, blur, kernels)
         self.ring = LogitsRing(lanes, window)
         drafts = not isinstance(METHODS[method], Autoregressive)
         drafter: Drafter = NGramDrafter()
         if not ngram:
-            drafter = ModelDrafter(self.draft, rule, VOCAB, (), self.ring, CPU)  # type: ignore[arg-type]
+            drafter = ModelDrafter(self.draft, rule, VOCAB, (), self.ring)  # type: ignore[arg-type]
         self.scheduler = CheckedScheduler(
             METHODS[method],
             KVCacheManager(num_pages, page_size),
@@ -106,7 +106,7 @@ class Toy:
             worker(),
             drafter,
             worker(),
-            Verifier(kernels, rule, VOCAB, (), CPU),
+            Verifier(kernels, rule, VOCAB, (), QUEUE),
             FixedWindow(window),
             self.records.append,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import pearl
 import pearl_kernels
-from pearl.drafting.model_drafter import LogitsRing
+from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.window import MeasuredRound, MeasuredWindow, fastest, pearl_tokens_per_second
 from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
@@ -253,7 +253,7 @@ def test_13_draft_logits_are_bounded_by_lanes_and_window() -> None:
     toy = Toy("pearl-without-pre-verify", "rejection", lanes=2, window=3)
     toy.generate(*([i] for i in range(5)), temperature=1.0)
     assert toy.ring.logits is not None
-    assert toy.ring.logits.shape == (2 * 2 * 3, COLUMNS)
+    assert toy.ring.logits.shape == (2 * 2 * 3 + 1, COLUMNS)  # and one row that is nobody's
 
 
 def test_13_a_pending_tokens_logits_are_not_overwritten_by_the_next_window() -> None:

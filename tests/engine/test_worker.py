@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pearl.workers import InlineWorker, ThreadWorker
+from pearl.workers import HostQueue, InlineWorker, ThreadWorker
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None
 
 def test_the_calling_thread_as_a_worker() -> None:
     """Done when submit returns; an exception waits in the future, an interruption does not."""
-    worker = InlineWorker()
+    worker = InlineWorker(HostQueue(torch.device("cpu")))
     here = worker.submit(threading.current_thread)
     assert here.done()
     assert here.result() is threading.current_thread()

@@ -23,7 +23,7 @@ from pearl.messages import ForwardWork, SequenceState
 from pearl.models import KVCache
 from pearl.parallel import ParallelRunner, RankSpec, start_parallel
 from pearl.parallel.rank_loader import host_store, join, load_rank, open_store
-from pearl.workers import ModelRunner
+from pearl.workers import HostQueue, ModelRunner
 
 CPU, PAGE, PAGES = torch.device("cpu"), 4, 16
 PROMPTS = ["def gcd(a, b):\n", "import os\nimport sys\n\n\ndef main():\n", "x"]
@@ -58,7 +58,7 @@ def rank_threads(path: str, ranks: int) -> list[list[Tensor]]:
     def run(rank: int) -> list[Tensor]:
         mine = replace(spec(path, ranks), rank=rank, store_port=store.port)
         model, cache = load_rank(mine, join(mine, open_store(store.port)))
-        runner = ModelRunner(model, cache, PAGE, CPU)
+        runner = ModelRunner(model, cache, PAGE, HostQueue(CPU))
         with torch.inference_mode():
             return [runner.forward(batch) for batch in BATCHES]
 
@@ -77,7 +77,7 @@ def rank_threads(path: str, ranks: int) -> list[list[Tensor]]:
 def test_every_rank_has_the_logits_of_the_whole_model(family: str, ranks: int, tmp_path: Path) -> None:
     path = save(family, tmp_path)
     whole = load(tmp_path)
-    alone = ModelRunner(whole, KVCache.allocate(whole.config, PAGES, PAGE, torch.float32, CPU), PAGE, CPU)
+    alone = ModelRunner(whole, KVCache.allocate(whole.config, PAGES, PAGE, torch.float32, CPU), PAGE, HostQueue(CPU))
     found = rank_threads(path, ranks)
     for index, batch in enumerate(BATCHES):
         with torch.inference_mode():
@@ -150,9 +150,9 @@ def test_a_rank_that_cannot_load_says_why_and_nothing_is_left_running(tmp_path: 
     path, before = save("llama", tmp_path), rank_children(set())
     (tmp_path / "model.safetensors").rename(tmp_path / "moved.safetensors")
     with pytest.raises(ConfigurationError, match=r"holds neither model\.safetensors"):
-        start_parallel(spec(path, 2), ["cpu"] * 2)
+        start_parallel(spec(path, 2), ["cpu"] * 2, HostQueue(CPU))
     with pytest.raises(RankError, match="rank 1 of 2 failed: "):  # only its device does not exist
-        start_parallel(spec(save("llama", tmp_path), 2), ["cpu", "mps"])
+        start_parallel(spec(save("llama", tmp_path), 2), ["cpu", "mps"], HostQueue(CPU))
     assert not rank_children(before)
 
 

@@ -1,0 +1,111 @@
+"""A CUDA stream as a ``DeviceQueue``: events for marks, CUDA graphs for captured calls, NVTX ranges for profilers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pearl.errors import ConfigurationError
+from pearl.messages import Mark
+
+
+@dataclass(frozen=True)
+class CudaMark:
+    event: torch.cuda.Event
+    at: float  # time.perf_counter() when it was enqueued
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+@dataclass(frozen=True)
+class CudaInterval:
+    """Between two events. ``begin`` is when the work was enqueued, which is when it began: a round starts at rest."""
+
+    start: CudaMark
+    end: CudaMark
+
+    @property
+    def begin(self) -> float:
+        return self.start.at
+
+    @property
+    def seconds(self) -> float:
+        """Waits for the end."""
+        self.end.wait()
+        return float(self.start.event.elapsed_time(self.end.event)) / 1e3
+
+
+class CudaQueue:
+    captures = True
+
+    def __init__(self, name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> None:
+        """``urgent``: its kernels go first where a device runs several queues. ``sms``: confine it to so many
+        multiprocessors. ConfigurationError if torch or the driver cannot do that.
+        """
+        self.device = torch.device("cuda", device.index or 0)
+        self._name = name
+        with torch.cuda.device(self.device):
+            self._partition = None if sms is None else _green_context(self.device, sms)
+            if self._partition is None:
+                self._stream = torch.cuda.Stream(self.device, priority=-1 if urgent else 0)  # type: ignore[no-untyped-call]
+            else:
+                self._stream = self._partition.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # weights were loaded there
+            self._pool = torch.cuda.graph_pool_handle()  # one for all: the graphs of a queue never run side by side
+
+    @contextmanager
+    def enter(self, what: str) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            torch.cuda.nvtx.range_push(f"{self._name}: {what}")  # type: ignore[no-untyped-call]
+            try:
+                yield
+            finally:
+                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+
+    def mark(self) -> CudaMark:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return CudaMark(event, time.perf_counter())
+
+    def follow(self, mark: Mark) -> None:
+        if isinstance(mark, CudaMark):
+            self._stream.wait_event(mark.event)
+        else:
+            mark.wait()
+
+    def since(self, begin: Mark) -> CudaInterval:
+        assert isinstance(begin, CudaMark)
+        return CudaInterval(begin, self.mark())
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        with self.enter("capture"):
+            call()  # compiles kernels, and makes what libraries make at a first call
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (another LLM, a CPU draft) may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                call()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+def _green_context(device: torch.device, sms: int) -> Any:
+    there = torch.cuda.get_device_properties(device).multi_processor_count
+    if sms >= there:
+        raise ConfigurationError(f"draft_sms={sms}, but {device} has {there} multiprocessors; leave some to the target")
+    try:
+        context = torch.cuda.green_contexts.GreenContext.create(num_sms=sms, device_id=device.index)
+        if not hasattr(context, "Stream"):
+            raise RuntimeError("this torch cannot make streams of green contexts; 2.12 and later can")
+    except (AttributeError, RuntimeError) as error:
+        raise ConfigurationError(f"draft_sms={sms} needs green contexts: {error}; leave draft_sms out") from error
+    return context

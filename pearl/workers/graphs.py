@@ -1,0 +1,71 @@
+"""Captured calls and the memory they read: one for each shape, made when it is first needed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pearl.host_tensors import Array, Layout
+from pearl.workers.queue import DeviceQueue
+
+
+class StaticInputs:
+    """Tensors that stay where they are, and that one transfer fills."""
+
+    def __init__(self, arrays: Mapping[str, Array], device: torch.device) -> None:
+        """Shapes and dtypes of ``arrays`` are those of every ``fill``."""
+        self._layout = Layout.of(list(arrays.values()))
+        self._buffer = torch.empty(self._layout.offsets[-1], dtype=torch.uint8, device=device)
+        self.tensors: dict[str, Tensor] = dict(zip(arrays, self._layout.views(self._buffer), strict=True))
+
+    def fill(self, arrays: Mapping[str, Array]) -> None:
+        pinned = self._buffer.device.type == "cuda"
+        self._buffer.copy_(self._layout.pack(list(arrays.values()), pinned), non_blocking=True)
+
+
+T = TypeVar("T")
+Bind = Callable[[Mapping[str, Tensor]], tuple[Callable[[], None], T]]
+
+
+@dataclass(frozen=True)
+class _Graph(Generic[T]):
+    inputs: StaticInputs
+    replay: Callable[[], None]
+    outputs: T
+
+
+class Graphs(Generic[T]):
+    """Of one queue. The ones longest unused are dropped beyond ``most``."""
+
+    def __init__(self, queue: DeviceQueue, most: int) -> None:
+        self._queue, self._most = queue, most
+        self._graphs: OrderedDict[Hashable, _Graph[T]] = OrderedDict()
+
+    def run(self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T]) -> T:
+        """Run a call on these values; returns its outputs, tensors that each replay fills again.
+
+        ``bind`` makes the call, and its outputs, of the inputs' tensors; it is asked once for a key. The call must do
+        the same, on the same memory, whatever the values; and twice the same is as good as once.
+        """
+        graph = self._graphs.get(key)
+        if graph is None:
+            inputs = StaticInputs(arrays, self._queue.device)
+            inputs.fill(arrays)
+            call, outputs = bind(inputs.tensors)
+            graph = self._graphs[key] = _Graph(inputs, self._queue.capture(call), outputs)
+            if len(self._graphs) > self._most:
+                self._queue.synchronize()  # it may be running
+                self._graphs.popitem(last=False)
+        else:
+            graph.inputs.fill(arrays)
+            self._graphs.move_to_end(key)
+        graph.replay()
+        return graph.outputs
+
+    def __len__(self) -> int:
+        return len(self._graphs)

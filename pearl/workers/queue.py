@@ -1,0 +1,97 @@
+"""Where a model's work is enqueued: the seam between the engine and a device.
+
+On CPU work is done when the call returns. On a GPU it has only been enqueued, in a stream (``cuda_queue``); a call may
+be captured once and replayed. Everything that the engine does beyond that is the same, and is tested on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pearl.messages import Busy, Interval, Mark
+from pearl.workers.cuda_queue import CudaQueue
+
+
+class DeviceQueue(Protocol):
+    """Belongs to one worker, except that the verifier enqueues behind the target's forward."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls can be captured. If so, calls are asynchronous: nothing in them may wait for the device."""
+        ...
+
+    def enter(self, what: str) -> AbstractContextManager[None]:
+        """What is called inside runs here, in order. ``what`` names it for profilers."""
+        ...
+
+    def mark(self) -> Mark:
+        """The end of what has been enqueued so far."""
+        ...
+
+    def follow(self, mark: Mark) -> None:
+        """What is enqueued from now on starts after ``mark``, of whatever queue."""
+        ...
+
+    def since(self, begin: Mark) -> Interval:
+        """From a mark of this queue until now."""
+        ...
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Run ``call``, and return what repeats it on the same memory, without Python in between."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done. What failed on the device is raised here."""
+        ...
+
+
+@dataclass(frozen=True)
+class HostMark:
+    at: float  # time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+
+class HostQueue:
+    """The CPU: a call is done when it returns."""
+
+    captures = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def enter(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def mark(self) -> HostMark:
+        return HostMark(time.perf_counter())
+
+    def follow(self, mark: Mark) -> None:
+        mark.wait()
+
+    def since(self, begin: Mark) -> Busy:
+        assert isinstance(begin, HostMark)
+        return Busy.since(begin.at)
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        raise NotImplementedError("a CPU has nothing to capture; ask `captures` first")
+
+    def synchronize(self) -> None:
+        pass
+
+
+def open_queue(name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> DeviceQueue:
+    """For a worker of that name; ``urgent`` and ``sms`` as in ``CudaQueue``."""
+    if device.type == "cpu":
+        return HostQueue(device)
+    return CudaQueue(name, device, urgent=urgent, sms=sms)

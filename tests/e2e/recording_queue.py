@@ -1,0 +1,169 @@
+"""A device for tests: work is captured operator by operator, and replayed on the same memory without its Python.
+
+What a CUDA graph would not do is not done here either: a number that was computed while capturing stays what it was, a
+tensor that was made then stays where it was. What a stream would have to wait for is refused: inside ``enter`` nobody
+may look at a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pearl.messages import Busy, Mark
+from pearl.workers.queue import HostMark, HostQueue
+from pearl_kernels import KernelSet
+
+# Of a tensor on a GPU each of these waits for the device.
+_LOOKS = {
+    "tolist", "item", "cpu", "numpy", "nonzero", "masked_select", "__bool__", "__int__", "__float__", "__index__",
+    "__array__", "__iter__", "__contains__",
+}  # fmt: skip
+# These take memory, and fill it with nothing.
+_MAKES_ROOM = {"empty", "empty_like", "new_empty"}
+
+
+class Looked(AssertionError):
+    """Somebody looked at a value that a device has not computed yet."""
+
+
+@dataclass
+class _Call:
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+    def again(self) -> None:
+        _put(self.function(*self.args, **self.kwargs), self.result)
+
+
+def _put(new: Any, old: Any) -> None:
+    """Into the memory of the captured result, unless it lies there already (views, and what was done in place)."""
+    if isinstance(new, Tensor):
+        if new.data_ptr() != old.data_ptr():
+            old.copy_(new)
+    elif isinstance(new, tuple | list):
+        for one, other in zip(new, old, strict=True):
+            _put(one, other)
+
+
+class _Recorder(TorchFunctionMode):
+    """Refuses looks; while there is a list, writes down every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] | None = None
+        self.may_look = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _LOOKS and not self.may_look:
+            raise Looked(name)
+        if self.calls is not None and name in ("tensor", "from_numpy", "as_tensor"):
+            raise Looked(f"{name}: a capture may not bring numbers from the host")
+        result = func(*args, **kwargs)
+        if self.calls is not None and name not in _MAKES_ROOM:
+            self.calls.append(_Call(func, args, kwargs, result))
+        return result
+
+    def operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A kernel is one call, whatever it does inside."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                result = function(*args, **kwargs)
+            if self.calls is not None:
+                self.calls.append(_Call(function, args, kwargs, result))
+            return result
+
+        return call
+
+
+@dataclass(frozen=True)
+class CountedMark(HostMark):
+    queue: RecordingQueue
+
+    def wait(self) -> None:
+        self.queue.waits += 1
+
+
+@dataclass
+class RecordingQueue:
+    """Counts what a test may want to bound.
+
+    ``waits``: how often the host waited for this device. ``followed``: the marks that it itself waited for.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    captures: bool = True
+    captured: int = 0
+    replayed: int = 0
+    waits: int = 0
+    followed: list[Mark] = field(default_factory=list)
+    _recorder: _Recorder = field(default_factory=_Recorder)
+    _depth: int = 0
+
+    def kernels(self, kernels: KernelSet) -> KernelSet:
+        """To be called on this device."""
+        operators = [f.name for f in fields(KernelSet) if f.name != "providers"]
+        return replace(kernels, **{op: self._recorder.operator(getattr(kernels, op)) for op in operators})
+
+    @contextmanager
+    def enter(self, what: str) -> Iterator[None]:
+        self._depth += 1
+        try:
+            if self._depth > 1:
+                yield
+            else:
+                with self._recorder:
+                    yield
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """For tests of what must read values on the host."""
+        self._recorder.may_look = True
+        try:
+            yield
+        finally:
+            self._recorder.may_look = False
+
+    def mark(self) -> CountedMark:
+        return CountedMark(HostQueue(self.device).mark().at, self)
+
+    def follow(self, mark: Mark) -> None:
+        self.followed.append(mark)
+
+    def since(self, begin: Mark) -> Busy:
+        assert isinstance(begin, HostMark)
+        return Busy.since(begin.at)
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], None]:
+        self.captured += 1
+        with self.enter("capture"), torch.inference_mode():
+            call()  # as on a GPU: what is made at a first call is not captured
+            calls: list[_Call] = []
+            self._recorder.calls = calls
+            try:
+                call()
+            finally:
+                self._recorder.calls = None
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch._C.DisableTorchFunction(), torch.inference_mode():
+                for recorded in calls:
+                    recorded.again()
+
+        return replay
+
+    def synchronize(self) -> None:
+        self.waits += 1

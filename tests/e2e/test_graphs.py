@@ -1,0 +1,220 @@
+"""Captured forwards, verifications and windows: the tokens of eager mode, and one wait a round.
+
+The device is ``RecordingQueue``, the models and kernels are real. A captured call that depended on anything but its
+static inputs would repeat the first round for ever, and fail here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from e2e_support import ALL_SETTINGS, Pair, Rounds, acceptance, assert_at_rest, prompts, token_ids
+from recording_queue import Looked, RecordingQueue
+
+from pearl import LLM, SamplingParams
+from pearl.config import EngineConfig
+from pearl.engine.builder import load_models
+from pearl.models import Decoder
+from pearl.workers import GraphRunner, ModelRunner
+
+LENGTHS = (1, 2, 3, 15, 16, 17, 40, 70)
+TOKENS = 24
+MOST_ROWS = 40
+SAMPLED = [
+    SamplingParams(temperature=t, seed=31 * i, max_tokens=TOKENS - i, ignore_eos=True, **cutoff)
+    for i, (t, cutoff) in enumerate(
+        [(0.0, {}), (0.7, {}), (1.0, {"top_k": 20}), (1.3, {"top_p": 0.8}), (0.9, {"min_p": 0.05}),
+         (0.8, {"draft_temperature": 1.2}), (1.0, {"draft_temperature": 0.0}), (0.0, {})]
+    )
+]  # fmt: skip
+
+
+@dataclass
+class Graphed:
+    llm: LLM
+    target: RecordingQueue | None
+    draft: RecordingQueue | None
+    rounds: Rounds
+
+    @property
+    def queues(self) -> list[RecordingQueue]:
+        return [queue for queue in (self.target, self.draft) if queue]
+
+
+OpenGraphed = Callable[..., Graphed]
+
+
+@pytest.fixture
+def open_graphed() -> Iterator[OpenGraphed]:
+    """``open_graphed(pair, on="target draft", **options)``: the models named work on a recording device each."""
+    with ExitStack() as stack:
+
+        def build(pair: Pair, on: str = "target draft", **options: Any) -> Graphed:
+            paths = {"target": pair.target, "draft": pair.draft}
+            config = EngineConfig(**{**paths, "device": "cpu", "dtype": "float32", **options})
+            models, rounds = load_models(config), Rounds()
+            target = RecordingQueue() if "target" in on else None
+            draft = RecordingQueue() if "draft" in on and models.draft else None
+            if target:
+                models = replace(models, target=on_graphs(models.target, target))
+            if draft and models.draft:
+                models = replace(models, draft=on_graphs(models.draft, draft))
+            return Graphed(stack.enter_context(LLM.from_models(models, config, rounds)), target, draft, rounds)
+
+        yield build
+
+
+def on_graphs(runner: ModelRunner, queue: RecordingQueue) -> GraphRunner:
+    model = runner.model
+    with torch.inference_mode():
+        for tensor in (t for layer in runner.cache.layers for t in layer):
+            tensor.fill_(torch.nan)
+    recorded = Decoder(model.config, model.weights, model.cos_sin, queue.kernels(model.kernels))
+    return GraphRunner(recorded, runner.cache, runner.page_size, queue, MOST_ROWS)
+
+
+SETTINGS = ["autoregressive", "pearl-1", "pearl-3", "pearl-8", "pearl-auto", "pearl-no-pre-3", "pearl-no-post-3",
+            "pearl-neither-4", "speculative-3", "ngram-pearl"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [*(("llama", setting) for setting in SETTINGS), ("mistral", "pearl-3"), ("qwen2", "pearl-4"), ("qwen3", "pearl-8")],
+)
+def test_greedy_batches_equal_transformers(
+    pairs: dict[str, Pair], open_graphed: OpenGraphed, family: str, setting: str
+) -> None:
+    """Late joiners, prompts in chunks and all phases in one batch."""
+    pair, batch = pairs[family], prompts(LENGTHS)
+    graphed = open_graphed(pair, **ALL_SETTINGS.get(setting, {"window": 4}), max_num_seqs=5, max_num_batched_tokens=32)
+    outputs = graphed.llm.generate(batch, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
+    assert [o.outputs[0].error for o in outputs] == [None] * len(batch)
+    assert token_ids(outputs) == [pair.greedy(prompt, TOKENS) for prompt in batch]
+    assert all(queue.replayed > 2 for queue in graphed.queues)
+    assert_at_rest(graphed.llm)
+
+
+@pytest.mark.parametrize(
+    ("setting", "verification", "on"),
+    [
+        *((setting, "rejection", "target draft") for setting in ("pearl-1", "speculative-3", "pearl-no-pre-3")),
+        *(("pearl-4", rule, on) for rule in ("rejection", "coupled") for on in ("target draft", "target", "draft")),
+    ],
+)
+def test_sampled_batches_equal_eager_mode(
+    llama: Pair, open_graphed: OpenGraphed, setting: str, verification: str, on: str
+) -> None:
+    """Also where only one of the models is on a device: the other's rows, or tokens, cross."""
+    options = {**ALL_SETTINGS.get(setting, {"window": 4}), "verification": verification, "max_num_seqs": 4}
+    batch = prompts(LENGTHS, seed=4)
+    with llama.llm(**options) as eager:
+        expected = eager.generate(batch, SAMPLED)
+    graphed = open_graphed(llama, on, **options)
+    outputs = graphed.llm.generate(batch, SAMPLED)
+    assert token_ids(outputs) == token_ids(expected)
+    assert acceptance(outputs) == acceptance(expected)
+    assert [o.metrics.rounds for o in outputs] == [o.metrics.rounds for o in expected]
+    assert_at_rest(graphed.llm)
+
+
+def test_requests_that_need_the_host_for_each_token_draft_eagerly(llama: Pair, open_graphed: OpenGraphed) -> None:
+    """Penalties, beside a request without, then the latter alone."""
+    params = [
+        SamplingParams(max_tokens=9, temperature=0.8, seed=1, repetition_penalty=1.3, ignore_eos=True),
+        SamplingParams(max_tokens=30, temperature=0.8, seed=2, logprobs=2, ignore_eos=True),
+    ]
+    batch = prompts((5, 20), seed=9)
+    with llama.llm(window=3) as eager:
+        expected = eager.generate(batch, params)
+    graphed = open_graphed(llama, window=3)
+    assert graphed.draft
+    assert graphed.target
+    with graphed.draft.looking(), graphed.target.looking():
+        outputs = graphed.llm.generate(batch, params)
+    assert token_ids(outputs) == token_ids(expected)
+    assert outputs[1].outputs[0].logprobs == expected[1].outputs[0].logprobs
+    for record in graphed.rounds:
+        late = record.proposal.on_device
+        assert set(late.rows if late else ()) == {
+            work.forward.state.request_id
+            for work in record.plan.draft.work
+            if not work.forward.state.params.changes_logits and work.num_draft
+        }
+
+
+def test_preempted_requests_and_shared_pages(llama: Pair, open_graphed: OpenGraphed) -> None:
+    """So little KV that requests give way; and completions of one prompt, which share pages until one writes."""
+    options = {"window": 3, "page_size": 4, "max_model_len": 64, "max_num_seqs": 4}
+    params = SamplingParams(max_tokens=30, temperature=0.9, seed=3, n=3, ignore_eos=True)
+    batch = prompts((18, 18), seed=2)
+    with llama.llm(**options) as eager:
+        expected = eager.generate(batch, params)
+        tokens = eager.models.num_pages * 4
+        memory = eager.config.kv_cache_memory or 0
+        assert not memory
+        bytes_per_token = sum(
+            2 * r.model.config.layers * r.model.config.kv_heads * r.model.config.head_dim * 4
+            for r in (eager.models.target, eager.models.draft)
+            if r
+        )
+    graphed = open_graphed(llama, kv_cache_memory=tokens * bytes_per_token * 2 // 5, **options)
+    outputs = graphed.llm.generate(batch, params)
+    assert token_ids(outputs) == token_ids(expected)
+    assert sum(c.metrics.preemptions for o in outputs for c in o.outputs) > 0
+    assert_at_rest(graphed.llm)
+
+
+@pytest.mark.parametrize("setting", ["pearl-4", "speculative-3", "autoregressive"])
+def test_the_host_waits_once_a_round_and_captures_only_what_is_new(
+    llama: Pair, open_graphed: OpenGraphed, setting: str
+) -> None:
+    options = ALL_SETTINGS.get(setting, {"window": 4})
+    graphed = open_graphed(llama, **options, prefix_caching=False)
+    batch, params = (
+        prompts((5, 20, 33), seed=5),
+        SamplingParams(max_tokens=40, temperature=0.7, seed=5, ignore_eos=True),
+    )
+    first = token_ids(graphed.llm.generate(batch, params))
+    captured, rounds = [queue.captured for queue in graphed.queues], len(graphed.rounds)
+    waits, replays = sum(queue.waits for queue in graphed.queues), sum(queue.replayed for queue in graphed.queues)
+    assert token_ids(graphed.llm.generate(batch, params)) == first
+    assert [queue.captured for queue in graphed.queues] == captured
+    assert len(graphed.rounds) == 2 * rounds
+    late = sum(record.proposal.on_device is not None for record in graphed.rounds[rounds:])
+    # Reading windows that the verdict's wait has covered is a second call, not a second wait.
+    assert sum(queue.waits for queue in graphed.queues) - waits == rounds + late
+    assert sum(queue.replayed for queue in graphed.queues) - replays >= rounds - 2
+    if graphed.target and setting == "pearl-4":
+        marks = [r.proposal.on_device.ready for r in graphed.rounds if r.proposal.on_device and r.result.decisions]
+        assert len(marks) > 10
+        assert all(any(mark is followed for followed in graphed.target.followed) for mark in marks)
+
+
+def test_the_recording_device_refuses_what_a_device_would_not_do() -> None:
+    queue, numbers = RecordingQueue(), torch.arange(4)
+    for look in (numbers.tolist, numbers[0].item, lambda: bool(numbers[0] > 0), numbers.nonzero):
+        with pytest.raises(Looked), queue.enter("test"):
+            look()
+
+
+def test_the_recording_device_repeats_operators_not_python() -> None:
+    queue, numbers, out = RecordingQueue(), torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    step = 0
+
+    def call() -> None:
+        nonlocal step
+        step += 1
+        out.copy_((numbers * 2).cumsum(0) + step)
+
+    replay = queue.capture(call)
+    numbers.fill_(3)
+    for _ in range(2):
+        replay()
+        assert out.tolist() == [8, 14, 20, 26]  # the captured call was the second one
+    with pytest.raises(Looked):
+        queue.capture(lambda: out.copy_(torch.tensor([1, 2, 3, 4])))

@@ -1,0 +1,64 @@
+"""The bytes that a configuration promises are those that the loader holds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build
+from torch import Tensor
+
+from pearl.models import Decoder, ModelConfig, bundled_path, load_model
+from pearl.models.sharding import shard
+from pearl.models.weight_size import weight_bytes
+from pearl_kernels import Situation, select
+from pearl_kernels.registry import OPERATORS
+
+BUNDLED = [bundled_path("target"), bundled_path("draft")]
+
+
+def load_plain(path: Path, dtype: torch.dtype, rank: int = 0, ranks: int = 1) -> Decoder:
+    """With the reference's matrices, which are what GPUs hold: as stored, not packed."""
+    kernels = select(Situation("cpu", dtype), dict.fromkeys(OPERATORS, "reference"))
+    sharding = shard(ModelConfig.from_pretrained(str(path)), rank, ranks)
+    return load_model(
+        path, device=torch.device("cpu"), dtype=dtype, max_model_len=16, kernels=kernels, sharding=sharding
+    )
+
+
+def held_bytes(model: Decoder) -> int:
+    """Each storage once: a tied head is the embedding."""
+    weights = [model.weights.embedding, model.weights.norm, model.weights.head]
+    weights += [getattr(layer, field.name) for layer in model.weights.layers for field in fields(layer)]
+    tensors = [weight if isinstance(weight, Tensor) else weight.data for weight in weights if weight is not None]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", sorted(FAMILIES.keys() - {"llama-linear", "llama-dynamic", "llama-llama3", "llama-yarn"})
+)
+def test_of_every_family(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reference = build(name)
+    reference.save_pretrained(tmp_path)
+    promised = weight_bytes(ModelConfig.from_pretrained(str(tmp_path)), dtype)
+    assert promised == sum(parameter.numel() for parameter in reference.parameters()) * dtype.itemsize
+    assert promised == held_bytes(load_plain(tmp_path, dtype))
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=["target", "draft"])
+def test_of_the_bundled_pair(path: Path) -> None:
+    config = ModelConfig.from_pretrained(str(path))
+    assert weight_bytes(config, config.dtype) == held_bytes(load_plain(path, config.dtype))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])
+def test_of_each_rank(name: str, ranks: int, tmp_path: Path) -> None:
+    """What is padded, whole on every rank, or the first rank's alone is counted where it lies."""
+    build(name).save_pretrained(tmp_path)
+    config = ModelConfig.from_pretrained(str(tmp_path))
+    promised = [weight_bytes(config, torch.float32, rank, ranks) for rank in range(ranks)]
+    assert promised == [held_bytes(load_plain(tmp_path, torch.float32, rank, ranks)) for rank in range(ranks)]
