@@ -159,6 +159,8 @@ class Verifier:
         if logits is None or logits.device == self._queue.device or self._draft_queue is None:
             return logits, rows
         named = sorted({row for row in rows if row >= 0})
+        if not named:
+            return None, rows
         with self._draft_queue.enter("send q"):
             near = logits[from_numbers(named, torch.int64, logits.device)].to(self._queue.device, non_blocking=True)
             sent = self._draft_queue.mark()

@@ -25,6 +25,7 @@ from pearl.workers import GraphRunner, ModelRunner
 LENGTHS = (1, 2, 3, 15, 16, 17, 40, 70)
 TOKENS = 24
 MOST_ROWS = 40
+PLACES = ("target draft", "target draft apart", "target apart", "draft")
 SAMPLED = [
     SamplingParams(temperature=t, seed=31 * i, max_tokens=TOKENS - i, ignore_eos=True, **cutoff)
     for i, (t, cutoff) in enumerate(
@@ -51,14 +52,17 @@ OpenGraphed = Callable[..., Graphed]
 
 @pytest.fixture
 def open_graphed() -> Iterator[OpenGraphed]:
-    """``open_graphed(pair, on="target draft", **options)``: the models named work on a recording device each."""
+    """``open_graphed(pair, on="target draft", **options)``: the models named work on a recording device each; "apart":
+    the target's is another one."""
     with ExitStack() as stack:
 
         def build(pair: Pair, on: str = "target draft", **options: Any) -> Graphed:
             paths = {"target": pair.target, "draft": pair.draft}
             config = EngineConfig(**{**paths, "device": "cpu", "dtype": "float32", **options})
             models, rounds = load_models(config), Rounds()
-            target = RecordingQueue() if "target" in on else None
+            # To torch "cpu:0" is the CPU, but it is not the device of the other model's tensors.
+            elsewhere = torch.device("cpu", 0) if "apart" in on else torch.device("cpu")
+            target = RecordingQueue(elsewhere) if "target" in on else None
             draft = RecordingQueue() if "draft" in on and models.draft else None
             if target:
                 models = replace(models, target=on_graphs(models.target, target))
@@ -103,13 +107,13 @@ def test_greedy_batches_equal_transformers(
     ("setting", "verification", "on"),
     [
         *((setting, "rejection", "target draft") for setting in ("pearl-1", "speculative-3", "pearl-no-pre-3")),
-        *(("pearl-4", rule, on) for rule in ("rejection", "coupled") for on in ("target draft", "target", "draft")),
+        *(("pearl-4", rule, on) for rule in ("rejection", "coupled") for on in PLACES),
     ],
 )
 def test_sampled_batches_equal_eager_mode(
     llama: Pair, open_graphed: OpenGraphed, setting: str, verification: str, on: str
 ) -> None:
-    """Also where only one of the models is on a device: the other's rows, or tokens, cross."""
+    """Also where only one of the models is on a device, or each on its own: rows, or tokens, cross."""
     options = {**ALL_SETTINGS.get(setting, {"window": 4}), "verification": verification, "max_num_seqs": 4}
     batch = prompts(LENGTHS, seed=4)
     with llama.llm(**options) as eager:
