@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from pearl.bench.measure import MethodResult
+from pearl.errors import ConfigurationError
 
 
 def machine() -> dict[str, Any]:
@@ -50,6 +51,14 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """ConfigurationError unless a file may be written there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigurationError(f"{option}: the folder {path.parent} does not exist")
+    if path is not None and path.is_dir():
+        raise ConfigurationError(f"{option}: {path} is a folder; name a file")
 
 
 def table(results: Sequence[MethodResult], title: str) -> Table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,10 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pearl.bench.measure import MethodResult, compare
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.report import table, write_json
+from pearl.bench.report import check_output, table, write_json
+from pearl.bench.scripted_verdicts import check_rate, scripted
+from pearl.bench.scripted_verdicts import label as synthetic_label
+from pearl.bench.shapes import SHAPES, load_shapes, parse_shapes, random_prompts
 from pearl.config import EngineConfig, MethodName
+from pearl.engine.builder import load_models
 from pearl.errors import ConfigurationError, PearlError
-from pearl.llm import LLM
+from pearl.llm import LLM, Prompt
+from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
 
 ALL_METHODS = ",".join(reversed(get_args(MethodName)))
@@ -35,7 +42,17 @@ def throughput(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end of text")] = False,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help='Path or hub id, or "ngram"')] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="TARGET:DRAFT, random weights of these shapes: " + ", ".join(SHAPES))
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --shapes: length of each prompt, instead of the data set's")
+    ] = None,
+    synthetic_acceptance: Annotated[
+        float | None, typer.Option(help="Script the verdicts: each drafted token holds with this probability")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="On CUDA: no CUDA graphs")] = False,
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
     draft_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the draft")] = 1,
     target_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the target, in every method")] = 1,
@@ -47,51 +64,122 @@ def throughput(
         "dataset": dataset, "prompts": prompts, "max_tokens": max_tokens, "repeats": repeats, "batch_size": batch_size,
         "window": window, "window_rule": window_rule,
         "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
-        "target": target or "bundled", "draft": draft or "bundled", "device": device, "dtype": dtype,
+        "target": target or "bundled", "draft": draft or "bundled", "shapes": shapes, "prompt_tokens": prompt_tokens,
+        "synthetic_acceptance": synthetic_acceptance, "device": device, "enforce_eager": enforce_eager, "dtype": dtype,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise ConfigurationError(f"--methods must name each method once, separated by commas, not {methods!r}")
+    names = _method_names(methods)
     if window != "auto" and not window.isdecimal():
         raise ConfigurationError(f'--window must be "auto" or an integer >= 1, not {window!r}')
-    if json_out is not None and not json_out.absolute().parent.is_dir():
-        raise ConfigurationError(f"--json: the folder {json_out.parent} does not exist")
-    if json_out is not None and json_out.is_dir():
-        raise ConfigurationError(f"--json: {json_out} is a folder; name a file")
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
+    check_output("--json", json_out)
+    pair = _check_shapes(settings)
     options: dict[str, Any] = {
         "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
         "window": window if window == "auto" else int(window), "window_rule": window_rule, "max_num_seqs": batch_size,
+        "enforce_eager": enforce_eager,
         "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
     }  # fmt: skip
     for name in names:
         EngineConfig(**{**options, "method": name})  # refuse a bad option before anything is loaded
-    texts = load_prompts(dataset, prompts)
-    results = _run(console, names, options, texts, params, repeats)
-    console.print(table(results, f"{dataset}: {len(texts)} prompts, up to {max_tokens} tokens, batch {batch_size}"))
+    contest = Contest(
+        names, options, _prompts(dataset, prompts, pair, prompt_tokens),
+        SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0),
+        repeats, pair, synthetic_acceptance,
+    )  # fmt: skip
+    results = contest.run(console)
+    label = _label(settings)
+    work = f"{len(contest.prompts)} prompts, up to {max_tokens} tokens, batch {batch_size}"
+    console.print(table(results, f"{label}\n{work}" if label else f"{dataset}: {work}"))
     if json_out is not None:
-        write_json(json_out, results, settings)
+        write_json(json_out, results, settings | {"label": label} if label else settings)
         console.print(f"written to {json_out}")
 
 
-def _run(
-    console: Console, names: list[str], options: dict[str, Any], texts: list[str], params: SamplingParams, repeats: int
-) -> list[MethodResult]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:  # drawing costs the engine time
-        task = progress.add_task("loading", total=len(names) * repeats * (len(texts) + 1))
-        # The pair is loaded once; "pearl" loads a draft whatever the methods are.
-        with LLM(**{**options, "method": "pearl"}) as first:
-            contenders = {name: first.variant(method=name) for name in names}
-            try:
-                return compare(
-                    contenders, texts, params, repeats, lambda name: progress.update(task, advance=1, description=name)
-                )
-            finally:
-                for llm in contenders.values():
-                    llm.close()
+def _method_names(methods: str) -> list[str]:
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(f"--methods must name each method once, separated by commas, not {methods!r}")
+    return names
+
+
+def _check_shapes(settings: dict[str, Any]) -> tuple[str, str] | None:
+    """The pair that --shapes names, if it does. ConfigurationError for options that do not go together."""
+    if settings["synthetic_acceptance"] is not None:
+        check_rate(settings["synthetic_acceptance"])
+    if settings["shapes"] is None:
+        if settings["prompt_tokens"] is not None:
+            raise ConfigurationError("--prompt-tokens is for random prompts, which --shapes has; leave it out")
+        return None
+    pair = parse_shapes(settings["shapes"])
+    if settings["target"] != "bundled" or settings["draft"] != "bundled":
+        raise ConfigurationError("--shapes makes random weights; it excludes --target and --draft")
+    settings |= {"target": f"{pair[0]}, random weights", "draft": f"{pair[1]}, random weights"}
+    return pair
+
+
+def _label(settings: dict[str, Any]) -> str:
+    """What makes these numbers other than those of a model at work; empty if nothing does."""
+    shapes, rate = settings["shapes"], settings["synthetic_acceptance"]
+    random = [] if shapes is None else [f"{shapes}, random weights, random prompts"]
+    return "; ".join([*random, *([] if rate is None else [synthetic_label(rate)])])
+
+
+def _prompts(dataset: str, count: int, pair: tuple[str, str] | None, length: int | None) -> list[Prompt]:
+    """The data set's texts; for random weights token ids, as many as the bundled pair's tokenizer makes of a text."""
+    if pair is None:
+        return [*load_prompts(dataset, count)]
+    if length is None:
+        tokenizer = Tokenizer.from_pretrained(str(bundled_path("target")))
+        lengths = [len(tokenizer.encode(text)) for text in load_prompts(dataset, count)]
+    else:
+        lengths = [length] * count
+    return [*random_prompts(lengths, min(SHAPES[name].vocab_size for name in pair))]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Methods that compete on one pair, which is loaded once. ``shapes``: of random weights."""
+
+    methods: Sequence[str]
+    options: Mapping[str, Any]
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    repeats: int
+    shapes: tuple[str, str] | None = None
+    acceptance: float | None = None
+
+    def run(self, console: Console) -> list[MethodResult]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn())  # fmt: skip
+        # Scripted verdicts hang on the seed: with one for all, all requests would have the same luck.
+        every = [replace(self.params, seed=index) for index in range(len(self.prompts))]
+        params = self.params if self.acceptance is None else every
+        with Progress(*columns, console=console, refresh_per_second=2) as progress:  # drawing costs the engine time
+            task = progress.add_task("loading", total=len(self.methods) * self.repeats * (len(self.prompts) + 1))
+            with self._load() as first:
+                contenders = {name: first.variant(method=name) for name in self.methods}
+                try:
+                    return compare(
+                        contenders, self.prompts, params, self.repeats,
+                        lambda name: progress.update(task, advance=1, description=name),
+                    )  # fmt: skip
+                finally:
+                    for llm in contenders.values():
+                        llm.close()
+
+    def _load(self) -> LLM:
+        # "pearl" loads a draft whatever the methods are.
+        if self.shapes is None and self.acceptance is None:
+            return LLM(**self.options, method="pearl")
+        if self.shapes is None:
+            config = EngineConfig(**self.options, method="pearl")
+            models = load_models(config)
+        else:
+            longest = max(map(len, self.prompts)) + self.params.max_tokens
+            config = EngineConfig(**self.options, method="pearl", max_model_len=longest)
+            models = load_shapes(config, *self.shapes)
+        wrap = None if self.acceptance is None else scripted(self.acceptance, models.vocab_size)
+        return LLM.from_models(models, config, wrap_verifier=wrap)
 
 
 def main() -> None:

@@ -14,9 +14,12 @@ import pytest
 from bench_support import ROOT, Finished, run_script
 from typer.testing import CliRunner
 
+from pearl import LLM
 from pearl.bench import throughput
 from pearl.bench.prompt_sets import load_prompts
 from pearl.cli.app import application, run
+from pearl.config import EngineConfig
+from pearl.models import Tokenizer, bundled_path
 
 RESULT_KEYS = (
     "method",
@@ -46,6 +49,8 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is work; a prompt set may be read."""
     monkeypatch.setattr(throughput, "LLM", lambda **_: pytest.fail("models were loaded"))
+    for name in ("load_models", "load_shapes"):
+        monkeypatch.setattr(throughput, name, lambda *_: pytest.fail("models were loaded"))
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,6 +99,17 @@ BAD = [
     (("--verification", "trust"), "trust"),
     (("--device", "abacus"), "abacus"),
     (("--dtype", "int3"), "int3"),
+    (("--shapes", "8b"), "TARGET:DRAFT, each one of tiny-target"),
+    (("--shapes", "8b:9b"), "8b:9b"),
+    (
+        ("--shapes", "8b:1b", "--target", "some/model"),
+        "--shapes makes random weights; it excludes --target and --draft",
+    ),
+    (("--shapes", "8b:1b", "--draft", "ngram"), "excludes --target and --draft"),
+    (("--prompt-tokens", "5"), "--prompt-tokens is for random prompts"),
+    (("--synthetic-acceptance", "0"), "--synthetic-acceptance must be above 0 and at most 1, not 0.0"),
+    (("--synthetic-acceptance", "1.1"), "not 1.1"),
+    (("--synthetic-acceptance", "nan"), "not nan"),
 ]
 
 
@@ -202,3 +218,74 @@ def test_options_reach_the_library(script: Script, tmp_path: Path, monkeypatch: 
     assert built[0]["target_threads"] == 3
     settings = json.loads(out.read_text())["settings"]
     assert (settings["window"], settings["batch_size"], settings["ignore_eos"]) == ("7", 2, True)
+    assert settings["shapes"] is settings["synthetic_acceptance"] is None
+    assert "label" not in settings
+
+
+SHAPES = ("--shapes", "tiny-target:tiny-draft", "--device", "cpu")
+LABEL = "synthetic acceptance 0.80: real forwards, scripted verdicts"
+
+
+def test_random_weights_and_scripted_verdicts_say_so(script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    finished = script(
+        *SHAPES, "--synthetic-acceptance", "0.8", "--prompts", "3", "--max-tokens", "120", "--repeats", "1",
+        "--batch-size", "3", "--prompt-tokens", "20", "--window", "4", "--json", str(out),
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    label = f"tiny-target:tiny-draft, random weights, random prompts; {LABEL}"
+    assert label in " ".join(finished.out.split())
+    report = json.loads(out.read_text())
+    assert report["settings"]["label"] == label
+    wanted = {"shapes": "tiny-target:tiny-draft", "synthetic_acceptance": 0.8, "prompt_tokens": 20}
+    assert wanted.items() <= report["settings"].items()
+    assert report["settings"]["target"] == "tiny-target, random weights"
+    plain, turns, pearl = report["results"]
+    assert [row["tokens"] for row in (plain, turns, pearl)] == [360] * 3
+    assert all(abs(row["acceptance_rate"] - 0.8) < 0.1 for row in (turns, pearl))
+    assert pearl["target_forwards"] < plain["target_forwards"] == 360
+
+
+def test_random_weights_alone_accept_next_to_nothing(script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    finished = script(*SHAPES, "--prompts", "1", "--max-tokens", "30", "--repeats", "1", "--json", str(out))
+    assert finished.code == 0, finished.err
+    report = json.loads(out.read_text())
+    assert report["settings"]["label"] == "tiny-target:tiny-draft, random weights, random prompts"
+    assert report["results"][2]["acceptance_rate"] < 0.2
+
+
+def test_verdicts_of_real_models_can_be_scripted(script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    finished = script(
+        "--methods", "pearl", "--synthetic-acceptance", "1", "--prompts", "1", "--max-tokens", "16", "--ignore-eos",
+        "--repeats", "1", "--json", str(out),
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    report = json.loads(out.read_text())
+    assert report["results"][0]["acceptance_rate"] == 1
+    assert report["settings"]["label"] == LABEL.replace("0.80", "1.00")
+    assert report["settings"]["target"] == "bundled"
+
+
+def test_random_prompts_are_as_long_as_the_data_sets(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    built: list[EngineConfig] = []
+
+    def compare(contenders: dict[str, LLM], prompts: list[Any], params: Any, *_: Any) -> list[Any]:
+        asked.append((prompts, params))
+        built.extend(llm.config for llm in contenders.values())
+        return []
+
+    monkeypatch.setattr(throughput, "compare", compare)
+    common = (*SHAPES, "--prompts", "3", "--max-tokens", "10", "--methods", "pearl", "--enforce-eager")
+    assert script(*common, "--synthetic-acceptance", "0.5").code == 0
+    assert script(*common, "--prompt-tokens", "33").code == 0
+    (prompts, params), (others, one) = asked
+    tokenizer = Tokenizer.from_pretrained(str(bundled_path("target")))
+    assert [len(ids) for ids in prompts] == [len(tokenizer.encode(text)) for text in load_prompts("builtin", 3)]
+    assert all(0 <= token < 512 for ids in prompts for token in ids)
+    assert [p.seed for p in params] == [0, 1, 2], "scripted verdicts of one seed would be one luck for all"
+    assert ([len(ids) for ids in others], one.seed) == ([33, 33, 33], 0)
+    assert all(config.enforce_eager for config in built)
+    assert [config.max_model_len for config in built] == [max(map(len, prompts)) + 10, 43]
