@@ -60,7 +60,8 @@ inline void multiply_word(const char* words, int64_t stride, const char* weight,
 }
 
 /// One chunk of a panel for kRows rows and kParts parts of columns: sums += x @ weight. The hardware's prefetcher stops
-/// at each page: every step asks for its share of the next chunk, `share` bytes from `ahead` on.
+/// at each page: every step asks for `share` bytes of the next chunk, from `ahead` on. Its lines lie a stripe of the
+/// chunk apart, because memory answers requests for several pages at once faster than for one after another.
 template <class W, int kRows, int kParts>
 inline void multiply_tile(Words x, const char* weight, int first, int64_t steps, const char* ahead, int64_t share,
                           float* sums) {
@@ -71,8 +72,9 @@ inline void multiply_tile(Words x, const char* weight, int first, int64_t steps,
     for (int i = 0; i < kParts; ++i) sum[r][i] = zero_part();
   }
   const char* words = x.data;
-  for (int64_t step = 0; step < steps; ++step, weight += W::kStepBytes, words += 4 * W::kWords, ahead += share) {
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 2);
+  const int64_t line_share = share / kLines, stripe = steps * line_share;
+  for (int64_t step = 0; step < steps; ++step, weight += W::kStepBytes, words += 4 * W::kWords, ahead += line_share) {
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * stripe, 0, 2);
     multiply_word<W>(words, x.stride, weight, first, 0, sum);
     if constexpr (W::kWords == 2) {
       asm volatile("" ::: "memory");  // the weight is loaded again: no register is free to keep it
