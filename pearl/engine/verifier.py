@@ -12,6 +12,7 @@ from pearl.engine.logits_processing import process_rows
 from pearl.host_tensors import array, from_numbers, start_download, upload
 from pearl.messages import (
     Decision,
+    DeviceWindows,
     Drafted,
     DraftProposal,
     ForwardWork,
@@ -118,40 +119,40 @@ class Verifier:
         """Accepted counts and next tokens, each ``[R]``, where the target is."""
         drafted = [token for rows in requests for token in rows.tokens]
         states = [rows.forward.state for rows in requests]
-        tests_q = self._rule == "rejection" and any(state.params.temperature > 0 for state in states)
-        q_logits, q_rows = self._draft_logits(drafted, proposal.logits) if tests_q else (None, [])
-        late, late_rows = proposal.on_device, [rows.end - 1 for rows in requests if rows.drafts_late(proposal)]
-        columns = {} if late is None else {request_id: column for column, request_id in enumerate(late.rows)}
-        tokens, starts, positions, logprobs, temperatures, draft_rows, at, column = upload(
-            [
-                array([d.token for d in drafted], torch.int64),
-                array([*(rows.begin for rows in requests), requests[-1].end], torch.int32),
-                array([rows.work.position + i for rows in requests for i in range(len(rows.tokens))], torch.int64),
-                array([d.logprob for d in drafted], torch.float32),
-                array([draft_temperature(state.params) for state in states], torch.float32),
-                array(q_rows, torch.int32),
-                array(late_rows, torch.int64),
-                array([columns[rows.work.request_id] for rows in requests if rows.drafts_late(proposal)], torch.int64),
-            ],
-            self._queue.device,
-        )
+        arrays = {
+            "draft_tokens": array([d.token for d in drafted], torch.int64),
+            "row_start": array([*(rows.begin for rows in requests), requests[-1].end], torch.int32),
+            "positions": array(
+                [rows.work.position + i for rows in requests for i in range(len(rows.tokens))], torch.int64
+            ),
+        }
+        draft_logits = None
+        if self._rule == "rejection" and any(state.params.temperature > 0 for state in states):
+            draft_logits, draft_rows = self._draft_logits(drafted, proposal.logits)
+            arrays["draft_logprobs"] = array([d.logprob for d in drafted], torch.float32)
+            arrays["draft_rows"] = array(draft_rows, torch.int32)
+            arrays["draft_temperature"] = array([draft_temperature(state.params) for state in states], torch.float32)
+        late = proposal.on_device
         if late is not None:
-            self._queue.follow(late.ready)
-            for where, values in ((tokens, late.tokens[0]), (logprobs, late.logprobs[0])):
-                where[at] = values.to(self._queue.device, non_blocking=True)[column]
-        optional = {}
-        if tests_q:
-            optional = {
-                "draft_logprobs": logprobs,
-                "draft_rows": draft_rows,
-                "draft_logits": q_logits,
-                "draft_temperature": temperatures,
-            }
+            columns = {request_id: column for column, request_id in enumerate(late.rows)}
+            waiting = [rows for rows in requests if rows.drafts_late(proposal)]
+            arrays["late_rows"] = array([rows.end - 1 for rows in waiting], torch.int64)
+            arrays["late_columns"] = array([columns[rows.work.request_id] for rows in waiting], torch.int64)
+        tensors = dict(zip(arrays, upload(list(arrays.values()), self._queue.device), strict=True))
+        if late is not None:
+            self._fill_in(late, tensors, tensors.pop("late_rows"), tensors.pop("late_columns"))
         params = self._batches.tensors(states)
         verdict = self._kernels.verify(
-            logits, tokens, starts, positions, params, self._vocab_size, self._rule, **optional
+            logits, **tensors, params=params, vocab_size=self._vocab_size, rule=self._rule, draft_logits=draft_logits
         )
         return verdict.accepted, verdict.next_token
+
+    def _fill_in(self, late: DeviceWindows, tensors: dict[str, Tensor], rows: Tensor, columns: Tensor) -> None:
+        """The first drafted tokens, from where the drafter's device writes them."""
+        self._queue.follow(late.ready)
+        for name, values in (("draft_tokens", late.tokens[0]), ("draft_logprobs", late.logprobs[0])):
+            if name in tensors:
+                tensors[name][rows] = values.to(self._queue.device, non_blocking=True)[columns]
 
     def _draft_logits(self, drafted: Sequence[Drafted], logits: Tensor | None) -> tuple[Tensor | None, list[int]]:
         """The drafter's logits where the target is, and each token's row of them; other devices send what is named."""
