@@ -42,6 +42,9 @@ def latency(
     window: Annotated[int, typer.Option(min=1, help="Drafted tokens a round")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each method in each cell")] = 40,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    draft_device: Annotated[str | None, typer.Option(help="The draft's, where it differs")] = None,
+    target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
+    draft_sms: Annotated[int | None, typer.Option(help="Of a shared GPU: multiprocessors for the draft alone")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16) | float32 | bfloat16 | float16")] = "auto",
     eager_too: Annotated[
         bool | None, typer.Option("--eager-too/--no-eager-too", help="Also without CUDA graphs; default: on CUDA")
@@ -58,7 +61,8 @@ def latency(
     check_output("--json", json_out)
     check_output("--markdown", markdown)
     options: dict[str, Any] = {
-        "device": device, "dtype": dtype, "draft_threads": draft_threads, "target_threads": target_threads, "seed": 0,
+        "device": device, "draft_device": draft_device, "target_device": target_device, "draft_sms": draft_sms,
+        "dtype": dtype, "draft_threads": draft_threads, "target_threads": target_threads, "seed": 0,
     }  # fmt: skip
     config = EngineConfig(**options, window=window)
     loads = [Load(b, c, window, rounds, synthetic_acceptance) for b, c in product(batches, contexts)]
@@ -66,7 +70,8 @@ def latency(
     place = config.resolve_device("target")
     settings: dict[str, Any] = {
         "shapes": shapes, "batch": batches, "context": contexts, "synthetic_acceptance": synthetic_acceptance,
-        "window": window, "rounds": rounds, "device": str(place), "dtype": str(_dtype(config, pair[0]))[6:],
+        "window": window, "rounds": rounds, "device": str(place), "draft_sms": draft_sms,
+        "draft_device": str(config.resolve_device("draft")), "dtype": str(_dtype(config, pair[0]))[6:],
         "eager_too": place.type == "cuda" if eager_too is None else eager_too,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip

@@ -52,6 +52,8 @@ def throughput(
         float | None, typer.Option(help="Script the verdicts: each drafted token holds with this probability")
     ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    draft_device: Annotated[str | None, typer.Option(help="The draft's, where it differs")] = None,
+    target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="On CUDA: no CUDA graphs")] = False,
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
     draft_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the draft")] = 1,
@@ -65,7 +67,8 @@ def throughput(
         "window": window, "window_rule": window_rule,
         "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
         "target": target or "bundled", "draft": draft or "bundled", "shapes": shapes, "prompt_tokens": prompt_tokens,
-        "synthetic_acceptance": synthetic_acceptance, "device": device, "enforce_eager": enforce_eager, "dtype": dtype,
+        "synthetic_acceptance": synthetic_acceptance, "device": device, "draft_device": draft_device,
+        "target_device": target_device, "enforce_eager": enforce_eager, "dtype": dtype,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
     names = _method_names(methods)
@@ -76,7 +79,7 @@ def throughput(
     options: dict[str, Any] = {
         "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
         "window": window if window == "auto" else int(window), "window_rule": window_rule, "max_num_seqs": batch_size,
-        "enforce_eager": enforce_eager,
+        "draft_device": draft_device, "target_device": target_device, "enforce_eager": enforce_eager,
         "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
     }  # fmt: skip
     for name in names:
