@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any
 
 from pearl.config import EngineConfig
-from pearl.engine.builder import LoadedModels, connect, load_models
+from pearl.engine.builder import connect
 from pearl.engine.engine import RoundRecord
 from pearl.engine.judge import Judge
+from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request
 from pearl.errors import ConfigurationError, InvalidRequestError

@@ -16,8 +16,8 @@ from pearl.bench.measure import seconds_alone
 from pearl.bench.scripted_verdicts import scripted
 from pearl.bench.shapes import random_prompts
 from pearl.config import EngineConfig, MethodName
-from pearl.engine.builder import LoadedModels
 from pearl.engine.engine import RoundRecord
+from pearl.engine.model_loading import LoadedModels
 from pearl.errors import PearlError
 from pearl.kv import KVCacheManager
 from pearl.llm import LLM

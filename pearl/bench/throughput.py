@@ -19,7 +19,7 @@ from pearl.bench.scripted_verdicts import check_rate, scripted
 from pearl.bench.scripted_verdicts import label as synthetic_label
 from pearl.bench.shapes import SHAPES, load_shapes, parse_shapes, random_prompts
 from pearl.config import EngineConfig, MethodName
-from pearl.engine.builder import load_models
+from pearl.engine.model_loading import load_models
 from pearl.errors import ConfigurationError, PearlError
 from pearl.llm import LLM, Prompt
 from pearl.models import Tokenizer, bundled_path

@@ -83,6 +83,7 @@ class Engine:
         try:
             proposal, target = self._run(plan)
             result = self._verifier.verify(plan, proposal, target)
+            self._target.check()
         except Exception as error:
             return self._fail(plan, error)
         committed = self.scheduler.update(plan, result)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pearl.models import ForwardBatch
+from pearl.host_tensors import Array
+from pearl.workers.batch_arrays import BatchShape
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class RankSpec:
     num_pages: int
     page_size: int
     threads: int
+    most_rows: int = 0  # that a captured forward may have; 0: nothing is captured
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,17 @@ class Failed:
 
 @dataclass(frozen=True)
 class Compute:
-    """One forward: the fields of ForwardBatch as arrays."""
+    """One forward: the arrays of its batch, as ``BatchLists`` makes them."""
 
-    arrays: tuple[NDArray[np.int64] | NDArray[np.int32], ...]
+    arrays: Mapping[str, Array]
 
-    @classmethod
-    def of(cls, batch: ForwardBatch) -> Compute:
-        return cls(tuple(getattr(batch, name).cpu().numpy() for name in ForwardBatch.__dataclass_fields__))
 
-    def batch(self, device: torch.device) -> ForwardBatch:
-        return ForwardBatch(*(torch.from_numpy(array).to(device) for array in self.arrays))
+@dataclass(frozen=True)
+class Replay:
+    """One captured forward. All ranks get the same ones in the same order, so they capture, and forget, together."""
+
+    shape: BatchShape
+    arrays: Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -60,4 +62,4 @@ class CopyPages:
     pairs: tuple[tuple[int, int], ...]
 
 
-Command = Compute | CopyPages
+Command = Compute | Replay | CopyPages

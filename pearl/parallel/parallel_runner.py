@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
 
+from pearl.host_tensors import Array
 from pearl.kv import PageCopy
-from pearl.models import Decoder, ForwardBatch, KVCache
-from pearl.parallel.messages import Compute, CopyPages, RankSpec
+from pearl.models import Decoder, KVCache
+from pearl.parallel.messages import Compute, CopyPages, RankSpec, Replay
 from pearl.parallel.rank_loader import host_store, join, load_rank
 from pearl.parallel.ranks import Ranks
-from pearl.workers.model_runner import ModelRunner
+from pearl.workers.batch_arrays import BatchShape
+from pearl.workers.graph_runner import GraphRunner
 from pearl.workers.queue import DeviceQueue
 
 
-class ParallelRunner(ModelRunner):
+class ParallelRunner(GraphRunner):
     """Every command goes to all ranks before this one's part is computed; the logits are whole on this one."""
 
-    def __init__(self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, ranks: Ranks) -> None:
-        super().__init__(model, cache, page_size, queue)
+    def __init__(
+        self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, most_rows: int, ranks: Ranks
+    ) -> None:
+        super().__init__(model, cache, page_size, queue, most_rows)
         self._ranks = ranks
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
@@ -28,10 +33,23 @@ class ParallelRunner(ModelRunner):
             self._ranks.tell(CopyPages(tuple((c.source, c.destination) for c in copies)))
         super().copy_pages(copies)
 
-    def compute(self, batch: ForwardBatch) -> Tensor:
-        self._ranks.tell(Compute.of(batch))
+    def launch(self, arrays: Mapping[str, Array]) -> Tensor:
+        self._ranks.tell(Compute(arrays))
+        with self._explaining_loss():
+            return super().launch(arrays)
+
+    def replay(self, shape: BatchShape, arrays: Mapping[str, Array]) -> Tensor:
+        self._ranks.tell(Replay(shape, arrays))
+        with self._explaining_loss():
+            return super().replay(shape, arrays)
+
+    def check(self) -> None:
+        self._ranks.check()
+
+    @contextmanager
+    def _explaining_loss(self) -> Iterator[None]:
         try:
-            return super().compute(batch)
+            yield
         except RuntimeError as error:  # what a collective raises when the other side has gone
             raise self._ranks.error() from error
 
@@ -53,9 +71,10 @@ def start_parallel(spec: RankSpec, devices: Sequence[str], queue: DeviceQueue) -
     specs = [replace(spec, rank=rank, store_port=store.port, device=device) for rank, device in enumerate(devices)]
     ranks = Ranks(specs[1:])
     try:
-        model, cache = load_rank(specs[0], join(specs[0], store))
-        ranks.await_loaded()
+        group = join(specs[0], store)
+        model, cache = load_rank(specs[0], group)
+        ranks.await_loaded(group)
     except BaseException:
         ranks.close()
         raise
-    return ParallelRunner(model, cache, spec.page_size, queue, ranks)
+    return ParallelRunner(model, cache, spec.page_size, queue, spec.most_rows, ranks)

@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from pearl.parallel.messages import Command, Compute, CopyPages, Failed, Loaded, RankSpec
+from pearl.parallel.messages import Command, Compute, CopyPages, Failed, Loaded, RankSpec, Replay
 from pearl.parallel.rank_loader import join, load_rank, open_store
-from pearl.workers.model_runner import ModelRunner
+from pearl.workers.graph_runner import GraphRunner
 from pearl.workers.queue import open_queue
 
 _PR_SET_PDEATHSIG = 1
@@ -48,18 +48,20 @@ def serve(spec: RankSpec, pipe: Connection[object, object]) -> None:
     group = join(spec, open_store(spec.store_port))
     model, cache = load_rank(spec, group)
     queue = open_queue(f"rank {spec.rank}", device)
-    runner = ModelRunner(model, cache, spec.page_size, queue)
+    runner = GraphRunner(model, cache, spec.page_size, queue, spec.most_rows)
     pipe.send(Loaded())
     with torch.inference_mode(), queue.enter("serve"):
         while True:
             obey(pipe.recv(), runner, device)
 
 
-def obey(command: object, runner: ModelRunner, device: torch.device) -> None:
+def obey(command: object, runner: GraphRunner, device: torch.device) -> None:
     assert isinstance(command, Command)
     match command:
-        case Compute():
-            runner.compute(command.batch(device))
+        case Compute(arrays):
+            runner.launch(arrays)
+        case Replay(shape, arrays):
+            runner.replay(shape, arrays)
         case CopyPages(pairs):
             runner.copy_pairs(torch.tensor(pairs, device=device))
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
 from pearl.errors import RankError
+from pearl.models.collective import Group
 from pearl.parallel.messages import Command, Failed, Loaded, RankSpec
 
 _ENDING_SECONDS = 5.0
@@ -30,6 +31,7 @@ class Ranks:
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._failed = threading.Event()
+        self._group: Group | None = None
         self._closed = False
         self._pipes: list[Connection[object, object]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -47,8 +49,12 @@ class Ranks:
     def pids(self) -> tuple[int, ...]:
         return tuple(process.pid for process in self._processes)
 
-    def await_loaded(self) -> None:
-        """Wait until every rank has its weights. RankError with the rank's own words if one could not load."""
+    def await_loaded(self, group: Group) -> None:
+        """Wait until every rank has its weights. RankError with the rank's own words if one could not load.
+
+        ``group``: of this process, to be given up when a rank is lost.
+        """
+        self._group = group
         for index, pipe in enumerate(self._pipes):
             try:
                 message = pipe.recv()
@@ -60,13 +66,17 @@ class Ranks:
         threading.Thread(target=self._watch, name="pearl-rank-watch", daemon=True).start()
 
     def tell(self, command: Command) -> None:
-        if self._failure is not None:
-            raise self.error()
+        self.check()
         for pipe in self._pipes:
             try:
                 pipe.send(command)
             except OSError:
                 raise self.error() from None
+
+    def check(self) -> None:
+        """RankError if a rank was lost: what was computed since then is worth nothing."""
+        if self._failure is not None:
+            raise self.error()
 
     def error(self) -> RankError:
         """Why the group cannot go on. Asked after a collective failed, it waits a little for the watcher to know."""
@@ -110,6 +120,9 @@ class Ranks:
                     self._processes[index].wait(_LAST_WORDS_SECONDS)
                 self._failure = f"{self._names[index]} ended with status {self._processes[index].returncode}"
             self._failed.set()
+        # NCCL's kernels would wait for the lost rank for ever; gloo has noticed, and has nothing to give up.
+        if self._group is not None and self._group.name() == "nccl":
+            self._group.abort()
         self._end(gently=False)
 
     def _end(self, gently: bool) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from pearl.host_tensors import Array
 from pearl.messages import ForwardWork
 from pearl.models import Decoder, ForwardBatch, KVCache
-from pearl.workers.batch_arrays import DTYPES, BatchLists, bucket
+from pearl.workers.batch_arrays import DTYPES, BatchLists, BatchShape, bucket
 from pearl.workers.graphs import Graphs
 from pearl.workers.model_runner import ModelRunner
 from pearl.workers.queue import DeviceQueue
@@ -31,6 +32,7 @@ def why_not_captured(kernels: KernelSet) -> str | None:
 
 class GraphRunner(ModelRunner):
     """Rounds in which every row's logits are wanted, up to ``most_rows``, are replayed; prompts run eagerly.
+    With ``most_rows`` 0 everything does.
 
     The returned logits lie in one buffer, valid until the next forward.
     """
@@ -38,7 +40,7 @@ class GraphRunner(ModelRunner):
     def __init__(self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, most_rows: int) -> None:
         super().__init__(model, cache, page_size, queue)
         self._graphs: Graphs[None] = Graphs(queue, _MOST_GRAPHS)
-        self._most_rows = bucket(most_rows)
+        self._most_rows = bucket(most_rows) if most_rows else 0
         self._logits: Tensor | None = None  # [most_rows, V], made by the first capture
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
@@ -49,9 +51,13 @@ class GraphRunner(ModelRunner):
         shape = lists.shape(self.page_size)
         lists.pad(shape)
         lists.logits_rows = list(range(shape.rows))
-        self._graphs.run(shape, lists.arrays(), self._bind)
+        return self.replay(shape, lists.arrays())[:rows]
+
+    def replay(self, shape: BatchShape, arrays: Mapping[str, Array]) -> Tensor:
+        """Compute a padded batch; returns logits, those of ``shape.rows`` rows first."""
+        self._graphs.run(shape, arrays, self._bind)
         assert self._logits is not None
-        return self._logits[:rows]
+        return self._logits
 
     def _bind(self, inputs: Mapping[str, Tensor]) -> tuple[Callable[[], None], None]:
         batch = ForwardBatch(**{name: inputs[name] for name in DTYPES})

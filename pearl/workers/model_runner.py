@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pearl.host_tensors import from_numbers, upload
+from pearl.host_tensors import Array, from_numbers, upload
 from pearl.kv import PageCopy
 from pearl.messages import ForwardWork, TargetOutput, TargetPlan
 from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
@@ -29,6 +29,9 @@ class ModelRunner:
         """Whether a forward is one call, with threads of its own."""
         return self._fused is not None
 
+    def check(self) -> None:
+        """Raises if what was computed cannot be trusted: a tensor-parallel model may have lost a rank meanwhile."""
+
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         if copies:
             pairs = [(c.source, c.destination) for c in copies]
@@ -40,7 +43,7 @@ class ModelRunner:
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
-        return self.compute(build_batch(work, self.page_size, self.queue.device))
+        return self.launch(BatchLists.of(work, self.page_size).arrays())
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:
         """One token for each sequence; returns logits ``[R, V]``."""
@@ -54,7 +57,11 @@ class ModelRunner:
             context_lens=[p + 1 for p in positions],
             logits_rows=list(rows),
         )
-        return self.compute(upload_batch(lists, self.queue.device))
+        return self.launch(lists.arrays())
+
+    def launch(self, arrays: Mapping[str, Array]) -> Tensor:
+        """Compute the batch that has these arrays (``BatchLists.arrays``); returns its logits."""
+        return self.compute(upload_batch(arrays, self.queue.device))
 
     def compute(self, batch: ForwardBatch) -> Tensor:
         """Logits ``[M, V]`` of batch.logits_rows."""
@@ -62,11 +69,11 @@ class ModelRunner:
 
 
 def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.device) -> ForwardBatch:
-    return upload_batch(BatchLists.of(work, page_size), device)
+    return upload_batch(BatchLists.of(work, page_size).arrays(), device)
 
 
-def upload_batch(lists: BatchLists, device: torch.device) -> ForwardBatch:
-    return ForwardBatch(*upload(list(lists.arrays().values()), device))
+def upload_batch(arrays: Mapping[str, Array], device: torch.device) -> ForwardBatch:
+    return ForwardBatch(*upload(list(arrays.values()), device))
 
 
 class TargetRunner:
@@ -82,3 +89,6 @@ class TargetRunner:
         self._runner.copy_pages(plan.copies)
         logits = self._runner.forward(plan.work)
         return TargetOutput(logits, self._runner.queue.since(begin))
+
+    def check(self) -> None:
+        self._runner.check()

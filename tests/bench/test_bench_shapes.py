@@ -21,7 +21,7 @@ from pearl.bench.shapes import (
     random_prompts,
 )
 from pearl.config import EngineConfig
-from pearl.engine.builder import LoadedModels
+from pearl.engine.model_loading import LoadedModels
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.models import KVCache
 from pearl.models.weight_size import weight_bytes

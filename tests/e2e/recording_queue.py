@@ -110,10 +110,13 @@ class RecordingQueue:
     _recorder: _Recorder = field(default_factory=_Recorder)
     _depth: int = 0
 
+    def operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """To be called on this device, as one call."""
+        return self._recorder.operator(function)
+
     def kernels(self, kernels: KernelSet) -> KernelSet:
-        """To be called on this device."""
         operators = [f.name for f in fields(KernelSet) if f.name != "providers"]
-        return replace(kernels, **{op: self._recorder.operator(getattr(kernels, op)) for op in operators})
+        return replace(kernels, **{op: self.operator(getattr(kernels, op)) for op in operators})
 
     @contextmanager
     def enter(self, what: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
-from pearl.engine.builder import load_models
+from pearl.engine.model_loading import load_models
 from pearl.models import Decoder
 from pearl.workers import GraphRunner, ModelRunner
 

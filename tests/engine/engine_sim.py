@@ -175,6 +175,9 @@ class SimulatedTarget:
             rows.extend(target_token(prefix[:end]) for end in range(first, first + item.num_logits))
         return TargetOutput(torch.tensor(rows, dtype=torch.int64))
 
+    def check(self) -> None:
+        pass
+
 
 class SimulatedDrafter:
     """Right with probability ``accuracy``; ``moody`` also makes it propose fewer tokens than asked, or none."""

@@ -39,6 +39,9 @@ class ToyRunner:
         self._memory, self._blur = PagedMemory(page_size), blur
         self.batches: list[int] = []  # sequences in each forward
 
+    def check(self) -> None:
+        pass
+
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         self._memory.copy(copies)
 

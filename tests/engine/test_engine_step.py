@@ -26,6 +26,7 @@ TOKEN = 5  # what both fakes always say
 class FakeTarget:
     def __init__(self) -> None:
         self.before: Callable[[TargetPlan], Any] = lambda plan: None
+        self.check: Callable[[], None] = lambda: None
 
     def run(self, plan: TargetPlan) -> TargetOutput:
         self.before(plan)

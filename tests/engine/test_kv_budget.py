@@ -11,10 +11,10 @@ import torch
 
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
-from pearl.engine import builder
-from pearl.engine.builder import load_models
+from pearl.engine import model_loading
 from pearl.engine.kv_budget import DEFAULT_BYTES, MARGIN_BYTES, MARGIN_SHARE, RANK_BYTES, decide_pages
 from pearl.engine.memory import CudaMeter, explaining_out_of_memory, shares_of
+from pearl.engine.model_loading import load_models
 from pearl.engine.profiling import Largest, estimated_bytes, measured_bytes
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, ModelConfig, bundled_path, load_model
@@ -235,15 +235,15 @@ def unread(path: str, **_: object) -> Decoder:
 def test_weights_that_cannot_fit_are_not_read(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], free: dict[str, int], names: str
 ) -> None:
-    monkeypatch.setattr(builder, "load_model", unread)
-    monkeypatch.setattr(builder, "start_parallel", unread)
+    monkeypatch.setattr(model_loading, "load_model", unread)
+    monkeypatch.setattr(model_loading, "make_parallel_runner", unread)
     with pytest.raises(ConfigurationError, match=r"its weights need 0\.\d\d GiB.* 0\.00 GiB are free; choose") as error:
         load_models(options(**changes), FakeMeter(free))
     assert names in str(error.value)
 
 
 def test_weights_that_fit_alone_but_not_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "load_model", unread)
+    monkeypatch.setattr(model_loading, "load_model", unread)
     sizes = [ModelConfig.from_pretrained(str(bundled_path(role))) for role in ("target", "draft")]
     target, draft = (shares_of(options(method="autoregressive"), size, None).target[0] for size in sizes)
     both = target.weight_bytes + draft.weight_bytes
@@ -257,7 +257,7 @@ def test_running_out_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object, **__: object) -> Decoder:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(builder, "load_model", exhausted)
+    monkeypatch.setattr(model_loading, "load_model", exhausted)
     with pytest.raises(ConfigurationError, match=r"the draft '.*draft' does not fit on cuda:0: its weights need"):
         load_models(options(draft=str(bundled_path("draft"))), FakeMeter({"cuda:0": GIB}))
 

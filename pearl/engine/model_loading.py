@@ -1,0 +1,164 @@
+"""Loads both models, checks that they fit each other and the devices, and divides the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pearl.config import EngineConfig, Role
+from pearl.devices import require_supported_gpus
+from pearl.engine.kv_budget import decide_pages
+from pearl.engine.memory import (
+    CudaMeter,
+    MemoryMeter,
+    Share,
+    Shares,
+    explaining_out_of_memory,
+    gib,
+    require_room_for_weights,
+    shares_of,
+)
+from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
+from pearl.errors import ConfigurationError
+from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
+from pearl.parallel import ParallelRunner
+from pearl.workers import ModelRunner
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """Weights and KV tensors. Engines may share them if only one of them works at a time and none caches prefixes."""
+
+    target: ModelRunner
+    draft: ModelRunner | None
+    tokenizer: Tokenizer
+    vocab_size: int  # tokens that have a meaning; both models' padding lies behind
+    max_model_len: int
+    num_pages: int  # of each model
+    target_device: torch.device
+    draft_device: torch.device
+
+    def close(self) -> None:
+        """End the processes that hold parts of the target, if there are any. Idempotent."""
+        if isinstance(self.target, ParallelRunner):
+            self.target.close()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models' shapes, checked to fit each other."""
+
+    target: ModelConfig
+    draft: ModelConfig | None
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+
+
+def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> LoadedModels:
+    """Load both models. Raises ConfigurationError (or a subclass), before any weight is read if it can.
+
+    ``meter`` measures the GPUs' memory; None: with torch.
+    """
+    target_path = config.target or str(bundled_path("target"))
+    draft_path = (config.draft or str(bundled_path("draft"))) if config.uses_draft_model else None
+    require_supported_gpus(config.resolve_target_devices())
+    if config.uses_draft_model:
+        require_supported_gpus([config.resolve_device("draft")])
+    pair = _check_pair(config, target_path, draft_path)
+    meter = meter or CudaMeter()
+    shares = shares_of(config, pair.target, pair.draft)
+    require_room_for_weights(shares, meter)
+    draft = None
+    if draft_path is not None and shares.draft is not None:
+        with explaining_out_of_memory(shares.draft, meter):
+            draft = _load(config, "draft", draft_path, shares.draft, pair)
+    if config.target_parallel > 1:
+        return _assemble_parallel(config, pair, target_path, draft, shares, meter)
+    with explaining_out_of_memory(shares.target[0], meter):
+        target = _load(config, "target", target_path, shares.target[0], pair)
+    return assemble(config, pair, target, draft, meter)
+
+
+def assemble(
+    config: EngineConfig, pair: Pair, target: Decoder, draft: Decoder | None, meter: MemoryMeter | None = None
+) -> LoadedModels:
+    """Give loaded decoders, each on its role's device, their KV caches and runners.
+
+    Raises ConfigurationError if what the weights leave cannot hold one sequence.
+    """
+    meter = meter or CudaMeter()
+    shares = shares_of(config, pair.target, pair.draft)
+    num_pages = decide_pages(config, shares, target, draft, pair.max_model_len, meter)
+    draft_runner = _draft_runner(config, draft, shares, num_pages, meter)
+    target_cache = _allocate(config, shares.target[0], num_pages, meter)
+    return _loaded(config, pair, make_runner(config, "target", target, target_cache), draft_runner, num_pages)
+
+
+def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
+    target = ModelConfig.from_pretrained(target_path)
+    tokenizer = Tokenizer.from_pretrained(target_path)
+    vocab_size = min(tokenizer.vocab_size, target.vocab_size)
+    longest = target.max_position_embeddings
+    draft = None
+    if draft_path is not None:
+        draft = ModelConfig.from_pretrained(draft_path)
+        tokenizer.require_same_vocabulary(Tokenizer.from_pretrained(draft_path))
+        longest = min(longest, draft.max_position_embeddings)
+        if draft.vocab_size < vocab_size:
+            raise ConfigurationError(
+                f"the draft model has logits for {draft.vocab_size} tokens, the tokenizer has {vocab_size}; "
+                "choose a draft made for this tokenizer"
+            )
+    max_model_len = config.max_model_len or longest
+    return Pair(target, draft, tokenizer, vocab_size, max_model_len)
+
+
+def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair) -> Decoder:
+    with torch.inference_mode():
+        return load_model(
+            path,
+            device=share.device,
+            dtype=share.dtype,
+            max_model_len=pair.max_model_len,
+            kernels=kernels_for(config, role, share.config),
+        )
+
+
+def _allocate(config: EngineConfig, share: Share, num_pages: int, meter: MemoryMeter) -> KVCache:
+    reason = f"its KV cache needs {gib(num_pages * share.page_bytes)}"
+    advice = "lower kv_cache_memory, or leave it out to have it measured"
+    with explaining_out_of_memory(share, meter, reason, advice), torch.inference_mode():
+        return KVCache.allocate(share.config, num_pages, config.page_size, share.dtype, share.device)
+
+
+def _draft_runner(
+    config: EngineConfig, draft: Decoder | None, shares: Shares, num_pages: int, meter: MemoryMeter
+) -> ModelRunner | None:
+    if draft is None or shares.draft is None:
+        return None
+    return make_runner(config, "draft", draft, _allocate(config, shares.draft, num_pages, meter))
+
+
+def _assemble_parallel(
+    config: EngineConfig, pair: Pair, path: str, draft: Decoder | None, shares: Shares, meter: MemoryMeter
+) -> LoadedModels:
+    """As ``assemble``, with a target whose ranks load their own weights and make their own caches."""
+    num_pages = decide_pages(config, shares, None, draft, pair.max_model_len, meter)
+    draft_runner = _draft_runner(config, draft, shares, num_pages, meter)
+    first = shares.target[0]
+    kv = f"its weights need {gib(first.weight_bytes)}, its KV cache {gib(num_pages * first.page_bytes)}"
+    # Last: nothing that fails after it would leave its processes behind.
+    with explaining_out_of_memory(first, meter, kv):
+        target = make_parallel_runner(config, path, pair.target, pair.max_model_len, num_pages)
+    return _loaded(config, pair, target, draft_runner, num_pages)
+
+
+def _loaded(
+    config: EngineConfig, pair: Pair, target: ModelRunner, draft: ModelRunner | None, num_pages: int
+) -> LoadedModels:
+    target_device, draft_device = config.resolve_device("target"), config.resolve_device("draft")
+    return LoadedModels(
+        target, draft, pair.tokenizer, pair.vocab_size, pair.max_model_len, num_pages, target_device, draft_device
+    )

@@ -1,0 +1,68 @@
+"""Which operators, which queue and which runner a model gets, for a configuration."""
+
+from __future__ import annotations
+
+from pearl.config import EngineConfig, Role
+from pearl.errors import ConfigurationError
+from pearl.models import Decoder, KVCache, ModelConfig
+from pearl.parallel import ParallelRunner, RankSpec, start_parallel
+from pearl.workers import DeviceQueue, GraphRunner, ModelRunner, open_queue, why_not_captured
+from pearl_kernels import KernelSet, Situation, select
+
+_MOST_GRAPH_ROWS = 512  # beyond that many a forward takes longer than its launches from Python
+
+
+def kernels_for(config: EngineConfig, role: Role, model: ModelConfig) -> KernelSet:
+    """The operators of one model's worker."""
+    draft_threads, target_threads = config.resolve_threads()
+    threads, weights = (
+        (draft_threads, config.draft_weights) if role == "draft" else (target_threads, config.target_weights)
+    )
+    dtype = config.torch_dtype or model.dtype
+    device = config.resolve_device(role)
+    return select(Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights))
+
+
+def make_runner(config: EngineConfig, role: Role, model: Decoder, cache: KVCache) -> ModelRunner:
+    """Around a model and its cache, with the queue of its device."""
+    draft_threads, target_threads = config.resolve_threads()
+    queue, threads = _queue(config, role), draft_threads if role == "draft" else target_threads
+    most_rows = _most_graph_rows(config, role, model.kernels, queue)
+    if most_rows:
+        return GraphRunner(model, cache, config.page_size, queue, most_rows)
+    return ModelRunner(model, cache, config.page_size, queue, threads)
+
+
+def make_parallel_runner(
+    config: EngineConfig, path: str, model: ModelConfig, max_model_len: int, num_pages: int
+) -> ParallelRunner:
+    """Of a target whose ranks load their own weights and make their own caches."""
+    devices, queue = config.resolve_target_devices(), _queue(config, "target")
+    spec = RankSpec(
+        rank=0,
+        ranks=len(devices),
+        store_port=0,
+        path=path,
+        device=str(devices[0]),
+        dtype=config.torch_dtype or model.dtype,
+        max_model_len=max_model_len,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        threads=max(1, config.resolve_threads()[1] // len(devices)),
+        most_rows=_most_graph_rows(config, "target", kernels_for(config, "target", model), queue),
+    )
+    return start_parallel(spec, [str(device) for device in devices], queue)
+
+
+def _most_graph_rows(config: EngineConfig, role: Role, kernels: KernelSet, queue: DeviceQueue) -> int:
+    """Rows that a captured forward may have; 0: nothing is captured."""
+    if config.enforce_eager or not queue.captures:
+        return 0
+    if reason := why_not_captured(kernels):
+        raise ConfigurationError(f"no CUDA graphs of the {role}: {reason}; use enforce_eager=True")
+    return min(config.max_num_seqs * (config.largest_window + 1), _MOST_GRAPH_ROWS)
+
+
+def _queue(config: EngineConfig, role: Role) -> DeviceQueue:
+    shares = role == "draft" and config.shares_gpu
+    return open_queue(role, config.resolve_device(role), urgent=shares, sms=config.draft_sms if shares else None)
