@@ -75,7 +75,7 @@ class Verifier:
     def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
         """Judge the pending tokens and the first token of the windows drafted in this round.
 
-        When it returns, both models are at rest.
+        When it returns, the target is at rest, and so is the draft but for prompts, which wait in its own queue.
         """
         if not (self._queue.captures and plan.verify) or _reads_tokens(plan):
             proposal = _read(proposal)
