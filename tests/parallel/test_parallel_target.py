@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import e2e_support
 import pytest
 import torch
 from families import build, load
@@ -99,6 +100,23 @@ def test_greedy_tokens_are_those_of_one_rank(pair: LLM) -> None:
         found, expected = pair.generate(PROMPTS, params), alone.generate(PROMPTS, params)
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
     assert all(o.outputs[0].error is None for o in found)
+
+
+def test_three_ranks_of_a_target_that_verifies_sampled_drafts(tmp_path: Path) -> None:
+    """Coupled, so that the tokens do not depend on who verifies how many of them. One KV head, which all three hold."""
+    tokenizer, model = e2e_support.byte_tokenizer(), e2e_support.random_model(e2e_support.FAMILIES["mistral"], seed=0)
+    options = {
+        "target": e2e_support.save(model, tokenizer, tmp_path / "target"),
+        "draft": e2e_support.save(e2e_support.perturbed(model, 0.03), tokenizer, tmp_path / "draft"),
+        **{"dtype": "float32", "window": 3, "max_model_len": 128, "verification": "coupled"},
+    }
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=12, ignore_eos=True) for i, t in enumerate((0, 0.7, 1.0))
+    ]
+    with LLM(**options) as alone, LLM(target_parallel=3, **options) as three:
+        found, expected = three.generate(PROMPTS, params), alone.generate(PROMPTS, params)
+    assert [o.outputs[0].error for o in found] == [None] * 3
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
 
 
 def runner_of(llm: LLM) -> ParallelRunner:
