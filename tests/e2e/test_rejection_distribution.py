@@ -239,13 +239,13 @@ def same_uniform_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def replacement_from_p(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A rejected token is replaced by a draw from p, not from the residual."""
 
-    def verify(logits: Tensor, tokens: Tensor, starts: Tensor, positions: Tensor, params: Any, *rest: Any, **q: Any):  # type: ignore[no-untyped-def]
-        verdict = reference.verify(logits, tokens, starts, positions, params, *rest, **q)
+    def verify(logits: Tensor, **given: Any) -> reference.Verdict:
+        verdict = reference.verify(logits, **given)
         for r, accepted in enumerate(verdict.accepted.tolist()):
-            row = int(starts[r]) + accepted
+            row = int(given["row_start"][r]) + accepted
             if verdict.next_token[r] >= 0:
-                here, one = slice(row, row + 1), torch.tensor([r])
-                drawn = reference.sample(logits[here], params[one], positions[here], V, reference.Stream.RESIDUAL)
+                here, params = slice(row, row + 1), given["params"][torch.tensor([r])]
+                drawn = reference.sample(logits[here], params, given["positions"][here], V, reference.Stream.RESIDUAL)
                 verdict.next_token[r] = drawn.tokens[0]
         return verdict
 
