@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from pearl import LLM, SamplingParams
-from pearl_kernels import reference
+from pearl_kernels import reference, select
 from pearl_kernels.reference import sampling
 
 OpenLLM = Callable[..., LLM]
@@ -238,9 +238,10 @@ def same_uniform_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 def replacement_from_p(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A rejected token is replaced by a draw from p, not from the residual."""
+    right = select().verify
 
     def verify(logits: Tensor, **given: Any) -> reference.Verdict:
-        verdict = reference.verify(logits, **given)
+        verdict = right(logits, **given)
         for r, accepted in enumerate(verdict.accepted.tolist()):
             row = int(given["row_start"][r]) + accepted
             if verdict.next_token[r] >= 0:
@@ -261,18 +262,32 @@ def accepting_what_the_draft_likes(monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 @pytest.mark.parametrize(
-    "bug", [same_uniform_for_neighbours, replacement_from_p, accepting_what_the_draft_likes], ids=lambda f: f.__name__
+    ("bug", "samples"),
+    [
+        (same_uniform_for_neighbours, 2 * SAMPLES),
+        (replacement_from_p, SAMPLES),
+        (accepting_what_the_draft_likes, SAMPLES),
+    ],
 )
 def test_a_wrong_rule_is_found(
-    small: Pair, open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch, bug: Callable[..., Callable[..., Any]]
+    small: Pair, open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch, bug: Callable[..., Any], samples: int
 ) -> None:
-    params = params_of(n=2 * SAMPLES, max_tokens=DEPTH)
-    llm = open_llm(small, window=3, max_num_seqs=64)
-    verifier = llm.engine._verifier
-    verifier._kernels = dataclasses.replace(verifier._kernels, verify=reference.verify)
-    assert smallest_p(draw(llm, params), exact_joint(small, params)) > ALARM
-    verifier._kernels = dataclasses.replace(verifier._kernels, verify=bug(monkeypatch))
+    """The same operator without the bug passes: test_joint_frequencies_with_the_reference."""
+    params = params_of(n=samples, max_tokens=DEPTH)
+    llm = with_verify(open_llm(small, window=3, max_num_seqs=64), bug(monkeypatch))
     assert smallest_p(draw(llm, params), exact_joint(small, params)) < PROOF
+
+
+def test_joint_frequencies_with_the_reference(small: Pair, open_llm: OpenLLM) -> None:
+    params = params_of(n=SAMPLES, max_tokens=DEPTH)
+    llm = with_verify(open_llm(small, window=3, max_num_seqs=64), reference.verify)
+    assert smallest_p(draw(llm, params), exact_joint(small, params)) > ALARM
+
+
+def with_verify(llm: LLM, verify: Callable[..., Any]) -> LLM:
+    verifier = llm.engine._verifier
+    verifier._kernels = dataclasses.replace(verifier._kernels, verify=verify)
+    return llm
 
 
 def test_the_chi_square_itself(small: Pair) -> None:
