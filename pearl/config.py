@@ -35,8 +35,8 @@ class EngineConfig:
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
         from the target's device on. The draft may share a device with a rank.
     enforce_eager: on CUDA, launch every kernel from Python instead of replaying CUDA graphs; the same results.
-    draft_sms: where both models share one GPU, multiprocessors that are the draft's alone (a green context); the
-        target gets the others. None: two streams share them all, the draft's first.
+    draft_sms: where both models share one GPU, how many multiprocessors the draft's kernels are confined to (a green
+        context), so that they leave the others to the target. None: two streams share them all, the draft's first.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16".
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
@@ -98,7 +98,7 @@ class EngineConfig:
         self.resolve_target_devices()
         self._check_weights()
         if self.draft_sms is not None and not self.shares_gpu:
-            raise ConfigurationError("draft_sms divides a GPU that both models share; give them the same CUDA device")
+            raise ConfigurationError("draft_sms is for a GPU that both models share; give them the same CUDA device")
 
     def _check_weights(self) -> None:
         both: dict[Role, WeightFormat]

@@ -37,7 +37,7 @@ from pearl.llm import LLM
         ({"target_threads": -2}, ["target_threads must be an integer >= 1", "-2"]),
         ({"method": "speculative", "pre_verify": False}, ["pre_verify and post_verify are PEARL's"]),
         ({"method": "speculative", "post_verify": False}, ["pre_verify and post_verify are PEARL's"]),
-        ({"device": "cpu", "draft_sms": 16}, ["draft_sms divides a GPU that both models share"]),
+        ({"device": "cpu", "draft_sms": 16}, ["draft_sms is for a GPU that both models share"]),
         ({"device": "gpu"}, ["unknown device 'gpu'", "use 'auto', 'cpu', 'cuda' or 'cuda:N'"]),
         ({"draft_device": "meta"}, ["device 'meta' is not supported", "use 'cpu' or 'cuda'"]),
     ],
