@@ -10,7 +10,6 @@ run must hold its own token and the other's for equal up to TIES of the dtype.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from pearl.bench.command import run_command
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import commit, machine, versions
 from pearl.errors import ConfigurationError, PearlError
@@ -198,10 +198,7 @@ def greedy_agreement(
 
 
 def main() -> None:
-    try:
-        typer.run(greedy_agreement)
-    except PearlError as error:
-        sys.exit(f"error: {error}")
+    run_command(greedy_agreement)
 
 
 if __name__ == "__main__":

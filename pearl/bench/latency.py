@@ -6,7 +6,6 @@ Every (batch, context) is a cell. The report is written anew after each, so that
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pearl.bench.bandwidth import last_level_cache, read_bandwidth
+from pearl.bench.command import run_command
 from pearl.bench.latency_cell import Interrupted, Load, measure
 from pearl.bench.latency_memory import DoesNotFit, explaining_what_does_not_fit, require_host_room
 from pearl.bench.latency_report import Cell, Latencies, Report, tables, write_json, write_markdown
@@ -27,7 +27,7 @@ from pearl.bench.scripted_verdicts import check_rate, label
 from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, parse_shapes, random_decoders
 from pearl.cli.interrupts import INTERRUPTED, InterruptGuard
 from pearl.config import EngineConfig
-from pearl.errors import ConfigurationError, PearlError
+from pearl.errors import ConfigurationError
 from pearl.models import KVCache
 from pearl.models.weight_size import weight_bytes
 
@@ -212,9 +212,4 @@ class Bench:
 
 
 def main() -> None:
-    try:
-        typer.run(latency)
-    except PearlError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    run_command(latency)

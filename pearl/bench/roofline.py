@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pearl.bench.command import run_command
 from pearl.bench.generators import (
     Contender,
     LeftOut,
@@ -35,7 +35,7 @@ from pearl.bench.roofline_forwards import ROUNDS, measure_forwards
 from pearl.bench.roofline_report import Generation, Report, draw, tables, write_json
 from pearl.cli.interrupts import INTERRUPTED, InterruptGuard
 from pearl.config import NGRAM
-from pearl.errors import ConfigurationError, PearlError
+from pearl.errors import ConfigurationError
 from pearl.llm import LLM
 from pearl.models import bundled_path
 
@@ -219,9 +219,4 @@ def _cores() -> int:
 
 
 def main() -> None:
-    try:
-        typer.run(roofline)
-    except PearlError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    run_command(roofline)

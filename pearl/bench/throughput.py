@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pearl.bench.command import run_command
 from pearl.bench.measure import MethodResult, compare
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import check_output, table, write_json
@@ -20,7 +20,7 @@ from pearl.bench.scripted_verdicts import label as synthetic_label
 from pearl.bench.shapes import SHAPES, load_shapes, parse_shapes, random_prompts
 from pearl.config import EngineConfig, MethodName
 from pearl.engine.model_loading import load_models
-from pearl.errors import ConfigurationError, PearlError
+from pearl.errors import ConfigurationError
 from pearl.llm import LLM, Prompt
 from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
@@ -186,9 +186,4 @@ class Contest:
 
 
 def main() -> None:
-    try:
-        typer.run(throughput)
-    except PearlError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(throughput)

@@ -19,7 +19,7 @@ from pearl.workers.graph_runner import GraphRunner
 from pearl.workers.graphs import Graphs
 from pearl_kernels import Rule, SamplingTensors, Stream
 
-_MOST_GRAPHS = 32  # each as large as its window is long
+_MOST_GRAPHS = 32  # each as many forwards as its window is long
 _CATCH_UP = 2  # tokens of a request that the draft may still have to compute: after a bonus token two
 
 
@@ -74,7 +74,7 @@ class WindowGraphs:
             # A decoder that is asked for as many logits as it has rows takes them as they are: here some are left out.
             shape = shape._replace(rows=max(shape.rows, bucket(shape.sequences + 1)))
         key = _Key(shape, steps, any(kept[0] >= 0 for kept in rows.values()))
-        arrays = self._arrays(work, lists, shape)
+        arrays = self._arrays(work, rows, lists, shape)
         drawn = self._graphs.run(key, arrays, lambda inputs: self._bind(key, inputs))
         tokens, logprobs = start_download(drawn)
         return DeviceWindows(rows, *drawn, tokens, logprobs, self._runner.queue.mark())
@@ -85,20 +85,21 @@ class WindowGraphs:
             return (-1,) * count
         return tuple(self._ring.row(state.lane, item.forward.end + step) for step in range(count))
 
-    def _arrays(self, work: Sequence[DraftWork], lists: BatchLists, shape: BatchShape) -> dict[str, Array]:
+    def _arrays(
+        self, work: Sequence[DraftWork], rows: Mapping[int, Sequence[int]], lists: BatchLists, shape: BatchShape
+    ) -> dict[str, Array]:
         padding = shape.sequences - len(work)
         lists.pad(shape)
         lists.logits_rows += [0] * padding
-        first_rows = [self._ring_rows(item)[0] for item in work]
-        bases = [item.forward.state.lane * self._ring.size if row >= 0 else -1
-                 for item, row in zip(work, first_rows, strict=True)]  # fmt: skip
+        states = [item.forward.state for item in work]
+        bases = [self._ring.row(s.lane, 0) if rows[s.request_id][0] >= 0 else -1 for s in states]
         return {
             **lists.arrays(),
             # Padding decodes position 1 of page 0, and writes nothing: its window is one token long.
             "end": array([*(item.forward.end for item in work), *[1] * padding], torch.int64),
             "last": array([*(item.num_draft - 1 for item in work), *[0] * padding], torch.int64),
             "ring_base": array([*bases, *[-1] * padding], torch.int64),
-            **sampling_arrays([item.forward.state for item in work], for_draft=True, padding=padding),
+            **sampling_arrays(states, for_draft=True, padding=padding),
         }
 
     def _bind(self, key: _Key, inputs: Mapping[str, Tensor]) -> tuple[Callable[[], None], _Drawn]:

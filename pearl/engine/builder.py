@@ -65,10 +65,10 @@ def connect(
     if wrap_verifier is not None:
         verifier = wrap_verifier(verifier)
     draft_threads, target_threads = config.resolve_threads()
-    inline = models.target.is_fused or queue.captures
+    inline = models.target.is_fused or queue.asynchronous
     target_worker = InlineWorker(queue) if inline else ThreadWorker("target", target_threads)
     draft_worker: Worker | None = None
-    if draft_queue is not None and draft_queue.captures:
+    if draft_queue is not None and draft_queue.asynchronous:
         draft_worker = InlineWorker(draft_queue)
     elif config.uses_draft:
         draft_worker = ThreadWorker("draft", draft_threads)

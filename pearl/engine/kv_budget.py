@@ -22,8 +22,8 @@ from pearl.errors import ConfigurationError
 from pearl.models import Decoder
 
 DEFAULT_BYTES = 1 << 30
-# Kept free for each model: its graphs' nodes (a hundred graphs of 2 MB, a draft's windows as much again), cuBLAS's
-# workspaces of its stream and of its graphs (32 MiB each on Hopper), kernels that are loaded when first used;
+# Kept free for each model: its graphs' nodes, cuBLAS's workspaces of its stream and of its graphs (32 MiB each on
+# Hopper), kernels that are loaded when first used. A guess: no GPU has been measured;
 MARGIN_BYTES = 512 << 20
 # and once, of the whole memory, a part for what the allocator cannot use, in rounding and between blocks.
 MARGIN_SHARE = 0.04

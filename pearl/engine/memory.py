@@ -114,8 +114,6 @@ def _share(
     config: EngineConfig, name: str, device: torch.device, model: ModelConfig, rank: int, ranks: int
 ) -> Share:  # fmt: skip
     dtype = config.torch_dtype or model.dtype
-    # torch's "cuda" without a number is the first one, as EngineConfig has it: equal devices must compare equal.
-    device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
     local = shard(model, rank, ranks).config
     page_bytes = KVCache.bytes_per_token(local, dtype) * config.page_size
     return Share(name, device, local, model.vocab_size, dtype, weight_bytes(model, dtype, rank, ranks), page_bytes)

@@ -36,8 +36,6 @@ class LoadedModels:
     vocab_size: int  # tokens that have a meaning; both models' padding lies behind
     max_model_len: int
     num_pages: int  # of each model
-    target_device: torch.device
-    draft_device: torch.device
 
     def close(self) -> None:
         """End the processes that hold parts of the target, if there are any. Idempotent."""
@@ -54,6 +52,9 @@ class Pair:
     tokenizer: Tokenizer
     vocab_size: int
     max_model_len: int
+
+    def loaded(self, target: ModelRunner, draft: ModelRunner | None, num_pages: int) -> LoadedModels:
+        return LoadedModels(target, draft, self.tokenizer, self.vocab_size, self.max_model_len, num_pages)
 
 
 def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> LoadedModels:
@@ -93,7 +94,7 @@ def assemble(
     num_pages = decide_pages(config, shares, target, draft, pair.max_model_len, meter)
     draft_runner = _draft_runner(config, draft, shares, num_pages, meter)
     target_cache = _allocate(config, shares.target[0], num_pages, meter)
-    return _loaded(config, pair, make_runner(config, "target", target, target_cache), draft_runner, num_pages)
+    return pair.loaded(make_runner(config, "target", target, target_cache), draft_runner, num_pages)
 
 
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
@@ -152,13 +153,4 @@ def _assemble_parallel(
     # Last: nothing that fails after it would leave its processes behind.
     with explaining_out_of_memory(first, meter, kv):
         target = make_parallel_runner(config, path, pair.target, pair.max_model_len, num_pages)
-    return _loaded(config, pair, target, draft_runner, num_pages)
-
-
-def _loaded(
-    config: EngineConfig, pair: Pair, target: ModelRunner, draft: ModelRunner | None, num_pages: int
-) -> LoadedModels:
-    target_device, draft_device = config.resolve_device("target"), config.resolve_device("draft")
-    return LoadedModels(
-        target, draft, pair.tokenizer, pair.vocab_size, pair.max_model_len, num_pages, target_device, draft_device
-    )
+    return pair.loaded(target, draft_runner, num_pages)

@@ -68,8 +68,8 @@ def estimated_bytes(config: EngineConfig, share: Share, largest: Largest) -> int
 def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share | None) -> int:
     """What is kept for a round's verdict on a model's GPU.
 
-    Of the draft its ring of logits (``LogitsRing``), which the target copies unless it is on the same device. Of the
-    target, where every request asks for logprobs, the log-softmax of its rows in fp32, two more while one is computed.
+    Of the draft its ring of logits (``LogitsRing``), of which rows are sent to a target on another device, at most as
+    many as it has. Of the target, where every request asks for logprobs, the log-softmax of its rows in fp32, two more while one is computed.
     """
     ring = 0
     if draft is not None and config.verification == "rejection":

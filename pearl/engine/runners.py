@@ -9,7 +9,7 @@ from pearl.parallel import ParallelRunner, RankSpec, start_parallel
 from pearl.workers import DeviceQueue, GraphRunner, ModelRunner, open_queue, why_not_captured
 from pearl_kernels import KernelSet, Situation, select
 
-_MOST_GRAPH_ROWS = 512  # beyond that many a forward takes longer than its launches from Python
+_MOST_GRAPH_ROWS = 512  # beyond that many, computing should take longer than launching from Python; not measured yet
 
 
 def kernels_for(config: EngineConfig, role: Role, model: ModelConfig) -> KernelSet:
@@ -56,7 +56,7 @@ def make_parallel_runner(
 
 def _most_graph_rows(config: EngineConfig, role: Role, kernels: KernelSet, queue: DeviceQueue) -> int:
     """Rows that a captured forward may have; 0: nothing is captured."""
-    if config.enforce_eager or not queue.captures:
+    if config.enforce_eager or not queue.asynchronous:
         return 0
     if reason := why_not_captured(kernels):
         raise ConfigurationError(f"no CUDA graphs of the {role}: {reason}; use enforce_eager=True")

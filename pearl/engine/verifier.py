@@ -77,7 +77,7 @@ class Verifier:
 
         When it returns, the target is at rest, and so is the draft but for prompts, which wait in its own queue.
         """
-        if not (self._queue.captures and plan.verify) or _reads_tokens(plan):
+        if not (self._queue.asynchronous and plan.verify) or _reads_tokens(plan):
             proposal = _read(proposal)
         if not plan.verify:
             self._queue.synchronize()

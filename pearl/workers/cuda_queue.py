@@ -42,7 +42,7 @@ class CudaInterval:
 
 
 class CudaQueue:
-    captures = True
+    asynchronous = True
 
     def __init__(self, name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> None:
         """``urgent``: its kernels go first where a device runs several queues. ``sms``: confine it to so many
@@ -105,7 +105,7 @@ def _green_context(device: torch.device, sms: int) -> Any:
     try:
         context = torch.cuda.green_contexts.GreenContext.create(num_sms=sms, device_id=device.index)
         if not hasattr(context, "Stream"):
-            raise RuntimeError("this torch cannot make streams of green contexts; 2.12 and later can")
+            raise RuntimeError("this torch cannot make streams of green contexts; 2.13 can")
     except (AttributeError, RuntimeError) as error:
         raise ConfigurationError(f"draft_sms={sms} needs green contexts: {error}; leave draft_sms out") from error
     return context

@@ -15,7 +15,7 @@ from pearl.workers.model_runner import ModelRunner
 from pearl.workers.queue import DeviceQueue
 from pearl_kernels import KernelSet
 
-_MOST_GRAPHS = 64  # a forward of a 32-layer model is about 300 nodes, some MB
+_MOST_GRAPHS = 64  # a forward of a 32-layer model is about 300 nodes
 # Of these some providers wait for the device, or read index tensors on the host; the others never do.
 _ASYNCHRONOUS = {"verify_attention": ("cuda", "triton"), "rope_and_cache": ("cuda", "triton"), "sample": ("triton",)}
 

@@ -25,8 +25,8 @@ class DeviceQueue(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def captures(self) -> bool:
-        """Whether calls can be captured. If so, calls are asynchronous: nothing in them may wait for the device."""
+    def asynchronous(self) -> bool:
+        """Whether calls only enqueue work: then nothing in them may wait for it, and capturing them saves time."""
         ...
 
     def enter(self, what: str) -> AbstractContextManager[None]:
@@ -46,7 +46,7 @@ class DeviceQueue(Protocol):
         ...
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Run ``call``, and return what repeats it on the same memory, without Python in between."""
+        """Run ``call``, and return what repeats it on the same memory, on a GPU without Python in between."""
         ...
 
     def synchronize(self) -> None:
@@ -65,7 +65,7 @@ class HostMark:
 class HostQueue:
     """The CPU: a call is done when it returns."""
 
-    captures = False
+    asynchronous = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -84,7 +84,8 @@ class HostQueue:
         return Busy.since(begin.at)
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        raise NotImplementedError("a CPU has nothing to capture; ask `captures` first")
+        call()
+        return call
 
     def synchronize(self) -> None:
         pass

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_support import Finished, hand_made_round, run_script
+from bench_support import Finished, hand_made_round
 from latency_support import LABEL, METHODS, TINY, cells_of, numbers
 
 from pearl.bench import latency, latency_cell
@@ -26,14 +26,7 @@ from pearl.models import KVCache
 
 CONFIG = EngineConfig(device="cpu", draft_threads=1, target_threads=1)
 Script = Callable[..., Finished]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    def run(*arguments: str) -> Finished:
-        return run_script("latency.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-    return run
+SCRIPT = "latency.py"
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_support import Finished, run_script
+from bench_support import Finished
 from latency_support import LABEL, TINY, Measurements, cells_of, failing, numbers
 
 from pearl.bench import latency, latency_memory
@@ -21,14 +21,7 @@ from pearl.bench.latency_report import Cell, Report, write_json
 from pearl.errors import ConfigurationError
 
 Script = Callable[..., Finished]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    def run(*arguments: str) -> Finished:
-        return run_script("latency.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-    return run
+SCRIPT = "latency.py"
 
 
 @pytest.fixture(autouse=True)

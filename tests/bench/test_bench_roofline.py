@@ -24,14 +24,12 @@ TOP_KEYS = {
 }  # fmt: skip
 
 
+SCRIPT = "cpu_roofline.py"
+
+
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
-        return run_script("cpu_roofline.py", *arguments, monkeypatch=patch, capsys=capsys)
-
-
-@pytest.fixture
-def script(capsys: pytest.CaptureFixture[str]) -> Script:
-    return lambda *arguments: run(*arguments, capsys=capsys)
+        return run_script(SCRIPT, *arguments, monkeypatch=patch, capsys=capsys)
 
 
 @pytest.fixture(scope="module")

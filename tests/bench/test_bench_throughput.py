@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_support import ROOT, Finished, run_script
+from bench_support import ROOT, Finished
 from typer.testing import CliRunner
 
 from pearl import LLM
@@ -35,14 +35,7 @@ RESULT_KEYS = (
     "efficiency",
 )
 Script = Callable[..., Finished]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    def run(*arguments: str) -> Finished:
-        return run_script("throughput.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-    return run
+SCRIPT = "throughput.py"
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ class RecordingQueue:
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    captures: bool = True
+    asynchronous: bool = True
     captured: int = 0
     replayed: int = 0
     waits: int = 0

@@ -15,9 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Repeating(HostQueue):
-    """A captured call is the call itself."""
-
-    captures = True
+    """Counts."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
@@ -25,7 +23,7 @@ class Repeating(HostQueue):
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
-        return call
+        return super().capture(call)
 
     def synchronize(self) -> None:
         self.waits += 1
