@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from pearl.devices import check_device
+from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
 from pearl_kernels import WeightFormat
 
@@ -168,7 +167,7 @@ class EngineConfig:
         Where both models work at the same time the draft gets a quarter of the cores (at least one). Where they take
         turns each gets all: the other's threads sleep.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = cpu_cores()
         if not self.uses_draft_model:
             return self.draft_threads or 1, self.target_threads or cores
         take_turns = self.method == "speculative"

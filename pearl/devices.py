@@ -1,4 +1,4 @@
-"""Whether a device that was asked for can be used, and if not, why and what to do."""
+"""What there is to compute on: cores, and whether a device that was asked for can be used, and if not, why."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 from pearl.errors import ConfigurationError
 
 OLDEST_CAPABILITY = (8, 0)  # what the CUDA kernels need (csrc/cuda/ptx.cuh): Ampere
+
+
+def cpu_cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_device(name: str | None) -> None:

@@ -20,8 +20,8 @@ import typer
 
 from pearl.bench.command import run_command
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.report import commit, machine, versions
-from pearl.errors import ConfigurationError, PearlError
+from pearl.bench.report import check_output, commit, machine, versions
+from pearl.errors import PearlError
 from pearl.llm import LLM
 from pearl.messages import TokenLogprobs
 from pearl.outputs import CompletionOutput
@@ -176,8 +176,7 @@ def greedy_agreement(
 
     Exit status 1: an output differs where it is no tie.
     """
-    if json_out is not None and not json_out.absolute().parent.is_dir():
-        raise ConfigurationError(f"--json: the folder {json_out.parent} does not exist")
+    check_output("--json", json_out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = load_prompts(BUILT_IN, prompts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from pearl.bench.measure import MethodResult
+from pearl.devices import cpu_cores
 from pearl.errors import ConfigurationError
 
 
@@ -26,9 +26,8 @@ def machine() -> dict[str, Any]:
     if info.exists():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": name, "cores": cores, "gpus": gpus, "system": platform.platform()}
+    return {"cpu": name, "cores": cpu_cores(), "gpus": gpus, "system": platform.platform()}
 
 
 def versions() -> dict[str, str]:

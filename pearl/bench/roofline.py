@@ -31,10 +31,12 @@ from pearl.bench.generators import (
     transformers_contenders,
 )
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
+from pearl.bench.report import check_output
 from pearl.bench.roofline_forwards import ROUNDS, measure_forwards
 from pearl.bench.roofline_report import Generation, Report, draw, tables, write_json
 from pearl.cli.interrupts import INTERRUPTED, InterruptGuard
 from pearl.config import NGRAM
+from pearl.devices import cpu_cores
 from pearl.errors import ConfigurationError
 from pearl.llm import LLM
 from pearl.models import bundled_path
@@ -114,10 +116,7 @@ def _row_counts(rows: str, context: int) -> list[int]:
 
 def _check_outputs(json_out: Path | None, plot: Path | None) -> None:
     for option, path in (("--json", json_out), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigurationError(f"{option}: the folder {path.parent} does not exist")
-        if path is not None and path.is_dir():
-            raise ConfigurationError(f"{option}: {path} is a folder; name a file")
+        check_output(option, path)
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise ConfigurationError(f"--plot draws .png and .svg, not {plot.name!r}")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -146,7 +145,7 @@ def _measure(
             progress.update(task, advance=1, description=name)
 
         with intra_op_threads(1), torch.inference_mode():
-            measure_forwards(report, llm, rows, _cores(), stopped, advance)
+            measure_forwards(report, llm, rows, cpu_cores(), stopped, advance)
         if not stopped():
             contenders = _contenders(stack, report, llm, options, engines)
             progress.update(task, total=settings["repeats"] * (ROUNDS + len(contenders)))
@@ -170,7 +169,7 @@ def _token_ids(llm: LLM, texts: Sequence[str], max_tokens: int, context: int) ->
 def _contenders(
     stack: ExitStack, report: Report, llm: LLM, options: dict[str, Any], engines: Sequence[str]
 ) -> list[Contender]:
-    cores = sorted({1, _cores()})
+    cores = sorted({1, cpu_cores()})
     target, draft = (options[role] or str(bundled_path(role)) for role in ("target", "draft"))
     contenders: list[Contender] = []
     if "pearl" in engines:
@@ -212,10 +211,6 @@ def _measure_generation(
                 same_tokens=None if ours is None else sum(map(list.__eq__, tokens, ours)) / len(ours),
             )
         )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:

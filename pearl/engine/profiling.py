@@ -69,7 +69,8 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
     """What is kept for a round's verdict on a model's GPU.
 
     Of the draft its ring of logits (``LogitsRing``), of which rows are sent to a target on another device, at most as
-    many as it has. Of the target, where every request asks for logprobs, the log-softmax of its rows in fp32, two more while one is computed.
+    many as it has. Of the target, where every request asks for logprobs, the log-softmax of its rows in fp32, two more
+    while one is computed.
     """
     ring = 0
     if draft is not None and config.verification == "rejection":

@@ -39,7 +39,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     out, picture = folder / "report.json", folder / "roofline.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "llama_cpp", None)  # type: ignore[arg-type]  # makes its import fail
-        patch.setattr(roofline, "_cores", lambda: 2)
+        patch.setattr(roofline, "cpu_cores", lambda: 2)
         patch.setattr(sys, "argv", ["bench/cpu_roofline.py", "--quick"])
         shown = _capture(lambda: roofline.roofline(quick=True, json_out=out, plot=picture, **DEFAULTS))
     return shown, json.loads(out.read_text()), picture
@@ -176,7 +176,7 @@ def test_an_interruption_keeps_what_was_measured(
 ) -> None:
     # Asked before each of three rounds of forwards, before generating, and before each of three warm-ups and runs.
     monkeypatch.setattr(roofline, "InterruptGuard", lambda: FakeGuard(after))
-    monkeypatch.setattr(roofline, "_cores", lambda: 1)
+    monkeypatch.setattr(roofline, "cpu_cores", lambda: 1)
     out = tmp_path / "report.json"
     finished = script("--quick", "--engines", "pearl", "--rows", "1", "--json", str(out), "--plot", f"{out}.svg")
     assert finished.code == 130
