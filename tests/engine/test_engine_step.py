@@ -156,6 +156,15 @@ def test_a_failing_round_ends_its_requests_with_the_error_and_no_others(rig: Rig
     rig.check_empty()
 
 
+def test_a_verdict_on_a_target_that_was_lost_meanwhile_is_not_believed(rig: Rig) -> None:
+    rig.add(1)
+    rig.engine.step()
+    rig.target.check = fail
+    (delta,) = rig.engine.step()
+    assert (delta.error, delta.token_ids) == ("RuntimeError: out of luck", ())
+    rig.check_empty()
+
+
 def test_after_a_failure_both_workers_are_at_rest(rig: Rig) -> None:
     """The draft fails at once; step must still wait for the target, whose pages are freed next."""
     failed, finished = threading.Event(), threading.Event()

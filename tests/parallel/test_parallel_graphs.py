@@ -26,6 +26,7 @@ from pearl.parallel import ParallelRunner
 from pearl.parallel.messages import Compute, Replay
 from pearl.parallel.rank_loader import host_store, join, load_rank, open_store
 from pearl.parallel.rank_process import obey
+from pearl.parallel.ranks import Ranks
 from pearl.workers import GraphRunner, HostQueue, ModelRunner
 
 # A prompt, then windows and single tokens of two sequences: shapes come back with other tokens, places and lengths.
@@ -105,6 +106,29 @@ def test_captured_forwards_of_all_ranks_are_those_of_the_whole_model(family: str
         devices = [other.result(60) for other in others]
     assert seen == [Compute, Replay, Replay, Replay, Replay]
     assert [(d.captured, d.replayed) for d in (device, *devices)] == [(2, 4)] * ranks
+
+
+class ComputeGroup:
+    """``abort`` is what a process group does for kernels that wait for a rank that is gone."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend, self.aborted = backend, 0
+
+    def name(self) -> str:
+        return self.backend
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+@pytest.mark.parametrize(("backend", "aborted"), [("nccl", 1), ("gloo", 0)])
+def test_when_a_rank_is_lost_nccl_is_told_to_give_up(backend: str, aborted: int, tmp_path: Path) -> None:
+    ranks = Ranks([replace(spec(str(tmp_path), 2), rank=1, device="nowhere")])
+    group = ComputeGroup(backend)
+    with pytest.raises(RankError, match="rank 1 of 2 failed: "):
+        ranks.await_loaded(group)  # type: ignore[arg-type]
+    assert group.aborted == aborted
+    ranks.close()
 
 
 def test_what_was_computed_while_a_rank_was_lost_is_not_believed(tmp_path: Path) -> None:
