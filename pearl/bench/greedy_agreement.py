@@ -20,7 +20,7 @@ import typer
 
 from pearl.bench.command import run_command
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.report import check_output, commit, machine, versions
+from pearl.bench.report import check_output, provenance
 from pearl.errors import PearlError
 from pearl.llm import LLM
 from pearl.messages import TokenLogprobs
@@ -82,9 +82,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         content = {
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
+            **provenance(),
             "settings": self.settings,
             "ties": TIES,
             "complete": self.complete,

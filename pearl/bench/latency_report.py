@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from pearl.bench.report import commit, machine, versions
+from pearl.bench.report import provenance
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def write_json(path: Path, report: Report) -> None:
     content = {
         "label": report.label,
         "settings": report.settings,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "read_bandwidth_gb_s": report.read_bandwidth_gb_s,

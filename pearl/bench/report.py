@@ -52,6 +52,11 @@ def commit() -> str | None:
         return None
 
 
+def provenance() -> dict[str, Any]:
+    """Of a report: what computed it."""
+    return {"machine": machine(), "versions": versions(), "commit": commit()}
+
+
 def check_output(option: str, path: Path | None) -> None:
     """ConfigurationError unless a file may be written there."""
     if path is not None and not path.absolute().parent.is_dir():
@@ -83,9 +88,7 @@ def table(results: Sequence[MethodResult], title: str) -> Table:
 
 def write_json(path: Path, results: Sequence[MethodResult], settings: dict[str, Any]) -> None:
     report = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
         "settings": settings,
         "results": [asdict(result) for result in results],
     }

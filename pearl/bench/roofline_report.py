@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from pearl.bench.generators import LeftOut
-from pearl.bench.report import commit, machine, versions
+from pearl.bench.report import machine, provenance
 
 MEMORY = "memory"  # the buffer that no cache holds
 
@@ -97,9 +97,7 @@ class Report:
 
 def write_json(path: Path, report: Report) -> None:
     content = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "settings": report.settings,
