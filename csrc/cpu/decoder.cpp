@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/checks.h"
+#include "cpu/dtype.h"
 
 namespace pearl {
 namespace {
@@ -15,8 +16,6 @@ namespace {
 /// the tens of microseconds until a helper has woken.
 constexpr int64_t kWorthHelpers = 8 << 20;
 constexpr int64_t kFewRows = 4;  // cost about what one row costs; more cost time in proportion
-
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 void check_rows(const char* name, const int64_t* values, int64_t count, int64_t limit) {
   for (int64_t i = 0; i < count; ++i) {

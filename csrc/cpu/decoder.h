@@ -63,6 +63,8 @@ class Decoder {
   /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
   void forward(const DecoderBatch& batch);
 
+  const DecoderShape& shape() const { return shape_; }
+
  private:
   void count_weights(const PackedMatrix& matrix);
   void reserve(int64_t tokens);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/dtype.h"
 #include "cpu/kernel_table.h"
 
 namespace pearl::parallel {
@@ -20,8 +21,6 @@ int64_t cheap_pieces(const ThreadPool& pool, int64_t elements) {
 }
 
 int64_t pieces(const ThreadPool& pool) { return pool.threads() * kPiecesPerThread; }
-
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 template <class T>
 T* offset(T* pointer, int64_t bytes) {

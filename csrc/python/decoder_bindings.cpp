@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "cpu/decoder.h"
+#include "cpu/draft_window.h"
 #include "python/arguments.h"
+#include "python/make_params.h"
 
 namespace py = pybind11;
 
@@ -65,13 +67,33 @@ pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<Layer
                             pointer<const void>(norm), head, pointer<const float>(cos_sin), threads);
 }
 
-void forward(pearl::Decoder& decoder, int64_t tokens, int64_t sequences, int64_t table_width, int64_t num_logits,
-             Address input_ids, Address positions, Address slot_mapping, Address block_tables, Address query_start,
-             Address context_lens, Address logits_rows, Address logits) {
-  decoder.forward({tokens, sequences, table_width, num_logits, pointer<const int64_t>(input_ids),
-                   pointer<const int64_t>(positions), pointer<const int64_t>(slot_mapping),
-                   pointer<const int32_t>(block_tables), pointer<const int32_t>(query_start),
-                   pointer<const int32_t>(context_lens), pointer<const int64_t>(logits_rows), pointer<void>(logits)});
+/// As Python hands it over: sizes, then the addresses of pearl/models/forward_batch.py's tensors and of the logits.
+struct BatchArgument : pearl::DecoderBatch {
+  BatchArgument(int64_t tokens, int64_t sequences, int64_t table_width, int64_t num_logits, Address input_ids,
+                Address positions, Address slot_mapping, Address block_tables, Address query_start,
+                Address context_lens, Address logits_rows, Address logits)
+      : DecoderBatch{tokens,
+                     sequences,
+                     table_width,
+                     num_logits,
+                     pointer<const int64_t>(input_ids),
+                     pointer<const int64_t>(positions),
+                     pointer<const int64_t>(slot_mapping),
+                     pointer<const int32_t>(block_tables),
+                     pointer<const int32_t>(query_start),
+                     pointer<const int32_t>(context_lens),
+                     pointer<const int64_t>(logits_rows),
+                     pointer<void>(logits)} {}
+};
+
+void forward(pearl::Decoder& decoder, const BatchArgument& batch) { decoder.forward(batch); }
+
+void draft(pearl::WindowDrafter& drafter, const BatchArgument& first, Address num_draft, int64_t longest,
+           const pearl::SamplingArgument& sampling, int64_t vocab_size, uint32_t stream, Address ring,
+           int64_t ring_rows, int64_t ring_size, Address ring_base, Address tokens, Address logprobs) {
+  drafter.draft(
+      first, {pointer<const int64_t>(num_draft), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
+              ring_size, pointer<const int64_t>(ring_base), pointer<int64_t>(tokens), pointer<float>(logprobs)});
 }
 
 }  // namespace
@@ -84,7 +106,13 @@ void bind_decoder(py::module_& m) {
   py::class_<ShapeArgument>(m, "Shape")
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                     float>());
+  py::class_<BatchArgument>(m, "Batch")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address, Address,
+                    Address>());
   py::class_<pearl::Decoder>(m, "Decoder")
       .def(py::init(&make_decoder))
       .def("forward", &forward, py::call_guard<py::gil_scoped_release>());
+  py::class_<pearl::WindowDrafter>(m, "WindowDrafter")
+      .def(py::init<pearl::Decoder&>(), py::keep_alive<1, 2>())
+      .def("draft", &draft, py::call_guard<py::gil_scoped_release>());
 }

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from pearl.messages import DraftWork
+from pearl.sampling_batch import draft_temperature
+from pearl.sampling_params import SamplingParams
+from pearl_kernels import Rule
+
+
+def keeps_logits(params: SamplingParams, rule: Rule) -> bool:
+    """Whether a rejection of such a request's tokens needs q."""
+    return rule == "rejection" and params.temperature > 0 and draft_temperature(params) > 0
 
 
 class LogitsRing:
@@ -21,16 +32,27 @@ class LogitsRing:
     def spare_row(self) -> int:
         return self._lanes * self.size
 
-    def row(self, lane: int, position: int) -> int:
-        return lane * self.size + position % self.size
+    def base(self, lane: int) -> int:
+        """The first row of a lane."""
+        return lane * self.size
 
-    def allocate(self, like: Tensor) -> Tensor:
-        """The buffer, ``[lanes * size + 1, V]``; ``like``: logits ``[.., V]``."""
+    def row(self, lane: int, position: int) -> int:
+        return self.base(lane) + position % self.size
+
+    def window_rows(self, item: DraftWork, rule: Rule) -> tuple[int, ...]:
+        """The row of each token of the window that follows ``item.forward``; -1 where its logits are not kept."""
+        state = item.forward.state
+        if not keeps_logits(state.params, rule):
+            return (-1,) * item.num_draft
+        return tuple(self.row(state.lane, item.forward.end + step) for step in range(item.num_draft))
+
+    def allocate(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The buffer, ``[lanes * size + 1, width]``."""
         if self.logits is None:
-            self.logits = like.new_empty(self.spare_row + 1, like.shape[-1])
+            self.logits = torch.empty((self.spare_row + 1, width), dtype=dtype, device=device)
         return self.logits
 
     def store(self, lane: int, position: int, row: Tensor) -> int:
         index = self.row(lane, position)
-        self.allocate(row)[index] = row
+        self.allocate(row.shape[-1], row.dtype, row.device)[index] = row
         return index

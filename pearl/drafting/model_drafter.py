@@ -7,12 +7,14 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from pearl.drafting.logits_ring import LogitsRing
+from pearl.drafting.fused_windows import FusedWindows
+from pearl.drafting.logits_ring import LogitsRing, keeps_logits
 from pearl.drafting.window_graph import WindowGraphs, divide
 from pearl.engine.logits_processing import process_row
 from pearl.host_tensors import from_numbers
-from pearl.messages import Drafted, DraftPlan, DraftProposal, DraftWork, Windows
-from pearl.sampling_batch import SamplingBatches, draft_temperature
+from pearl.messages import DeviceWindows, Drafted, DraftPlan, DraftProposal, DraftWork, Windows
+from pearl.models import can_fuse_windows
+from pearl.sampling_batch import SamplingBatches
 from pearl.workers import GraphRunner, ModelRunner
 from pearl_kernels import Rule, SamplingTensors, Stream
 
@@ -29,21 +31,30 @@ class ModelDrafter:
         # Under the coupled rule both models use one noise; under rejection the draft's must be its own.
         self._stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
         self._graphs: WindowGraphs | None = None
+        self._fused: FusedWindows | None = None
         if isinstance(runner, GraphRunner):
             self._graphs = WindowGraphs(runner, rule, vocab_size, ring, self._stream)
+        elif runner.fused is not None and can_fuse_windows(runner.kernels):
+            self._fused = FusedWindows(runner, runner.fused, rule, vocab_size, ring, self._stream)
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if not plan.work:
             return DraftProposal()
         begin = self._runner.queue.mark()
         self._runner.copy_pages(plan.copies)
-        on_host, on_device = (plan.work, ()) if self._graphs is None else divide(plan.work)
-        windows, steps = self._draft_on_host(on_host) if on_host else ({}, 0)
-        late = None
-        if self._graphs is not None and on_device:
-            late = self._graphs.draft(on_device)
-            steps += late.tokens.shape[0]
+        windows, steps, late = self._draft(plan.work)
         return DraftProposal(windows, self._ring.logits, steps, self._runner.queue.since(begin), late)
+
+    def _draft(self, work: tuple[DraftWork, ...]) -> tuple[Windows, int, DeviceWindows | None]:
+        """Windows, how many forwards they took, and windows that a device still drafts."""
+        if self._graphs is not None:
+            on_host, on_device = divide(work)
+            windows, steps = self._draft_on_host(on_host) if on_host else ({}, 0)
+            late = self._graphs.draft(on_device) if on_device else None
+            return windows, steps + (late.tokens.shape[0] if late is not None else 0), late
+        if self._fused is None or any(item.forward.state.params.changes_logits for item in work):
+            return *self._draft_on_host(work), None
+        return *self._fused.draft(work), None
 
     def _draft_on_host(self, work: Sequence[DraftWork]) -> tuple[Windows, int]:
         """Windows, and how many forwards they took. Each token is read before the next forward begins."""
@@ -57,10 +68,10 @@ class ModelDrafter:
             logits = logits[from_numbers(order, torch.int64, self._device)]
         active = [drafting[i] for i in order]
         windows: dict[int, list[Drafted]] = {item.forward.state.request_id: [] for item in active}
-        steps = self._draft(active, logits, windows)
+        steps = self._draft_step_by_step(active, logits, windows)
         return {request_id: tuple(window) for request_id, window in windows.items()}, steps
 
-    def _draft(self, active: list[DraftWork], logits: Tensor, windows: dict[int, list[Drafted]]) -> int:
+    def _draft_step_by_step(self, active: list[DraftWork], logits: Tensor, windows: dict[int, list[Drafted]]) -> int:
         params = self._batches.tensors([item.forward.state for item in active])
         longest = active[0].num_draft
         for step in range(longest):
@@ -97,7 +108,7 @@ class ModelDrafter:
         for row, item in enumerate(active):
             state = item.forward.state
             index = -1
-            if self._rule == "rejection" and state.params.temperature > 0 and draft_temperature(state.params) > 0:
+            if keeps_logits(state.params, self._rule):
                 index = self._ring.store(state.lane, positions[row], logits[row])
             windows[state.request_id].append(Drafted(tokens[row], logprobs[row], index))
         return tokens

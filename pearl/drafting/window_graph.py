@@ -13,7 +13,7 @@ from pearl.drafting.logits_ring import LogitsRing
 from pearl.host_tensors import Array, array, start_download
 from pearl.messages import DeviceWindows, DraftWork
 from pearl.models import ForwardBatch
-from pearl.sampling_batch import draft_temperature, sampling_arrays
+from pearl.sampling_batch import sampling_arrays
 from pearl.workers.batch_arrays import DTYPES, BatchLists, BatchShape, bucket
 from pearl.workers.graph_runner import GraphRunner
 from pearl.workers.graphs import Graphs
@@ -66,7 +66,7 @@ class WindowGraphs:
 
     def draft(self, work: Sequence[DraftWork]) -> DeviceWindows:
         """Enqueue the windows of ``work``, at least one item, as ``divide`` makes them."""
-        rows = {item.forward.state.request_id: self._ring_rows(item) for item in work}
+        rows = {item.forward.state.request_id: self._ring.window_rows(item, self._rule) for item in work}
         steps = max(item.num_draft for item in work)
         lists = BatchLists.of([item.forward for item in work], self._runner.page_size)
         shape = lists.shape(self._runner.page_size)
@@ -79,12 +79,6 @@ class WindowGraphs:
         tokens, logprobs = start_download(drawn)
         return DeviceWindows(rows, *drawn, tokens, logprobs, self._runner.queue.mark())
 
-    def _ring_rows(self, item: DraftWork) -> tuple[int, ...]:
-        state, count = item.forward.state, item.num_draft
-        if self._rule == "coupled" or not (state.params.temperature > 0 and draft_temperature(state.params) > 0):
-            return (-1,) * count
-        return tuple(self._ring.row(state.lane, item.forward.end + step) for step in range(count))
-
     def _arrays(
         self, work: Sequence[DraftWork], rows: Mapping[int, Sequence[int]], lists: BatchLists, shape: BatchShape
     ) -> dict[str, Array]:
@@ -92,7 +86,7 @@ class WindowGraphs:
         lists.pad(shape)
         lists.logits_rows += [0] * padding
         states = [item.forward.state for item in work]
-        bases = [self._ring.row(s.lane, 0) if rows[s.request_id][0] >= 0 else -1 for s in states]
+        bases = [self._ring.base(s.lane) if rows[s.request_id][0] >= 0 else -1 for s in states]
         return {
             **lists.arrays(),
             # Padding decodes position 1 of page 0, and writes nothing: its window is one token long.
@@ -145,6 +139,6 @@ class WindowGraphs:
         return torch.where(lives, slot, -1)
 
     def _store(self, logits: Tensor, position: Tensor, base: Tensor, lives: Tensor) -> None:
-        ring = self._ring.allocate(logits)
+        ring = self._ring.allocate(logits.shape[-1], logits.dtype, logits.device)
         row = torch.where(lives & (base >= 0), base + position % self._ring.size, self._ring.spare_row)
         ring.index_copy_(0, row, logits)

@@ -65,7 +65,7 @@ def connect(
     if wrap_verifier is not None:
         verifier = wrap_verifier(verifier)
     draft_threads, target_threads = config.resolve_threads()
-    inline = models.target.is_fused or queue.asynchronous
+    inline = models.target.fused is not None or queue.asynchronous
     target_worker = InlineWorker(queue) if inline else ThreadWorker("target", target_threads)
     draft_worker: Worker | None = None
     if draft_queue is not None and draft_queue.asynchronous:

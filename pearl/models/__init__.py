@@ -4,6 +4,7 @@ from pearl.models.bundled import bundled_path
 from pearl.models.decoder import Decoder
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.fused_decoder import FusedDecoder, can_fuse
+from pearl.models.fused_window import FusedWindow, WindowBatch, can_fuse_windows
 from pearl.models.kv_cache import KVCache
 from pearl.models.loader import load_model
 from pearl.models.model_config import ModelConfig
@@ -13,11 +14,14 @@ __all__ = [
     "Decoder",
     "ForwardBatch",
     "FusedDecoder",
+    "FusedWindow",
     "IncrementalDetokenizer",
     "KVCache",
     "ModelConfig",
     "Tokenizer",
+    "WindowBatch",
     "bundled_path",
     "can_fuse",
+    "can_fuse_windows",
     "load_model",
 ]

@@ -37,6 +37,7 @@ class FusedDecoder:
         from pearl_kernels.cpu import _core
 
         self._model, self._cache = model, cache  # the C++ side holds addresses only
+        self._new_batch = _core.Batch
         config, weights = model.config, model.weights
         pages, page_size, _, _ = cache.layers[0][0].shape
         shape = _core.Shape(
@@ -52,16 +53,28 @@ class FusedDecoder:
             _address(model.cos_sin), threads,
         )  # fmt: skip
 
+    @property
+    def native(self) -> _core.Decoder:
+        return self._decoder
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As ``Decoder.forward``. Raises ValueError, with nothing written, if an index of the batch is out of range."""
-        num_logits = batch.logits_rows.shape[0]
+        logits = self.new_logits(batch)
+        self._decoder.forward(self.native_batch(batch, logits))
+        return logits
+
+    def new_logits(self, batch: ForwardBatch) -> Tensor:
+        """Uninitialised, ``[M, V]``."""
+        return self._model.weights.embedding.new_empty(batch.logits_rows.shape[0], self._model.config.vocab_size)
+
+    def native_batch(self, batch: ForwardBatch, logits: Tensor) -> _core.Batch:
+        """``batch`` as the compiled module takes it, valid as long as these tensors are."""
         sequences, table_width = batch.block_tables.shape
-        logits = self._model.weights.embedding.new_empty(num_logits, self._model.config.vocab_size)
-        self._decoder.forward(
+        return self._new_batch(
             batch.input_ids.shape[0],
             sequences,
             table_width,
-            num_logits,
+            batch.logits_rows.shape[0],
             _address(batch.input_ids),
             _address(batch.positions),
             _address(batch.slot_mapping),
@@ -71,7 +84,6 @@ class FusedDecoder:
             _address(batch.logits_rows),
             logits.data_ptr(),
         )
-        return logits
 
 
 def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int) -> _core.Layer:

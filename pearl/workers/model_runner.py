@@ -22,12 +22,8 @@ class ModelRunner:
         """``threads``: of a fused forward, the calling one included."""
         self.model, self.cache, self.page_size, self.queue = model, cache, page_size, queue
         self.kernels = model.kernels
-        self._fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether a forward is one call, with threads of its own."""
-        return self._fused is not None
+        # Where it is there, a forward is one call, with threads of its own.
+        self.fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
 
     def check(self) -> None:
         """Raises if what was computed cannot be trusted: a tensor-parallel model may have lost a rank meanwhile."""
@@ -65,7 +61,7 @@ class ModelRunner:
 
     def compute(self, batch: ForwardBatch) -> Tensor:
         """Logits ``[M, V]`` of batch.logits_rows."""
-        return self.model.forward(batch, self.cache) if self._fused is None else self._fused.forward(batch)
+        return self.model.forward(batch, self.cache) if self.fused is None else self.fused.forward(batch)
 
 
 def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.device) -> ForwardBatch:

@@ -163,19 +163,8 @@ class Shape:
         /,
     ) -> None: ...
 
-class Decoder:
+class Batch:
     def __init__(
-        self,
-        shape: Shape,
-        layers: list[Layer],
-        embedding: int,
-        norm: int,
-        head: Matrix,
-        cos_sin: int,
-        threads: int,
-        /,
-    ) -> None: ...
-    def forward(
         self,
         tokens: int,
         sequences: int,
@@ -189,5 +178,38 @@ class Decoder:
         context_lens: int,
         logits_rows: int,
         logits: int,
+        /,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        shape: Shape,
+        layers: list[Layer],
+        embedding: int,
+        norm: int,
+        head: Matrix,
+        cos_sin: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def forward(self, batch: Batch, /) -> None: ...
+
+class WindowDrafter:
+    def __init__(self, decoder: Decoder, /) -> None: ...
+    def draft(
+        self,
+        first: Batch,
+        num_draft: int,
+        longest: int,
+        sampling: Sampling,
+        vocab_size: int,
+        stream: int,
+        ring: int,
+        ring_rows: int,
+        ring_size: int,
+        ring_base: int,
+        tokens: int,
+        logprobs: int,
         /,
     ) -> None: ...

@@ -1,0 +1,147 @@
+#include "cpu/draft_window.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dtype.h"
+#include "cpu/kernel_table.h"
+
+namespace pearl {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("draft_window: " + what); }
+
+void check_range(const char* what, int64_t value, int64_t begin, int64_t end) {
+  if (value < begin || value >= end) {
+    refuse(std::string(what) + " is " + std::to_string(value) + ", must be in [" + std::to_string(begin) + ", " +
+           std::to_string(end) + ")");
+  }
+}
+
+template <class T>
+void gather(const T* values, const std::vector<int64_t>& indices, std::vector<T>& out) {
+  out.clear();
+  for (const int64_t index : indices) out.push_back(values[index]);
+}
+
+}  // namespace
+
+void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) {
+  check(first, window);
+  decoder_.forward(first);
+  drafting_.clear();
+  for (int64_t sequence = 0; sequence < first.sequences; ++sequence) drafting_.push_back(sequence);
+  for (int64_t step = 0;; ++step) {
+    const auto ended = [&](int64_t sequence) { return window.num_draft[sequence] <= step; };
+    drafting_.erase(std::remove_if(drafting_.begin(), drafting_.end(), ended), drafting_.end());
+    if (drafting_.empty()) return;
+    if (step > 0) decoder_.forward(next(first, window, step));
+    draw(first, window, step);
+  }
+}
+
+void WindowDrafter::check(const DecoderBatch& first, const DraftWindow& window) const {
+  check_range("vocab_size", window.vocab_size, 1, decoder_.shape().vocab_size + 1);
+  int64_t drafting = 0;
+  for (int64_t sequence = 0; sequence < first.sequences; ++sequence) {
+    check_range("num_draft", window.num_draft[sequence], 0, window.longest + 1);
+    if (window.num_draft[sequence] == 0) continue;
+    const bool gives_last =
+        drafting < first.num_logits && first.logits_rows[drafting] == first.query_start[sequence + 1] - 1;
+    if (!gives_last) refuse("sequence " + std::to_string(sequence) + " drafts without its last row's logits");
+    check_sequence(first, window, sequence);
+    ++drafting;
+  }
+  if (drafting != first.num_logits) refuse("logits are asked for of a sequence that drafts nothing");
+}
+
+void WindowDrafter::check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const {
+  const DecoderShape& shape = decoder_.shape();
+  // The window's last token is drawn, not computed.
+  const int64_t computed = first.context_lens[sequence] + window.num_draft[sequence] - 1;
+  check_range("the end of a window", computed, 0, shape.max_position + 1);
+  const int64_t pages = (computed + shape.page_size - 1) / shape.page_size;
+  check_range("a sequence's number of pages", pages, 0, first.table_width + 1);
+  const int32_t* table = first.block_tables + sequence * first.table_width;
+  for (int64_t i = 0; i < pages; ++i) check_range("a page", table[i], 0, shape.pages);
+  if (window.ring_base[sequence] >= 0) {
+    check_range("ring_base", window.ring_base[sequence], 0, window.ring_rows - window.ring_size + 1);
+  }
+}
+
+/// The token of this step for each sequence, from the rows of first.logits.
+void WindowDrafter::draw(const DecoderBatch& first, const DraftWindow& window, int64_t step) {
+  const DecoderShape& shape = decoder_.shape();
+  const auto rows = static_cast<int64_t>(drafting_.size());
+  gather(window.sampling.temperature, drafting_, temperature_);
+  gather(window.sampling.top_k, drafting_, top_k_);
+  gather(window.sampling.top_p, drafting_, top_p_);
+  gather(window.sampling.min_p, drafting_, min_p_);
+  gather(window.sampling.seed, drafting_, seed_);
+  positions_.clear();
+  for (const int64_t sequence : drafting_) positions_.push_back(first.context_lens[sequence] + step);
+  drawn_.resize(drafting_.size());
+  logprobs_.resize(drafting_.size());
+  kernels().sample({{first.logits, shape.dtype, rows, shape.vocab_size},
+                    {temperature_.data(), top_k_.data(), top_p_.data(), min_p_.data(), seed_.data()},
+                    positions_.data(),
+                    window.vocab_size,
+                    window.stream,
+                    drawn_.data(),
+                    logprobs_.data()});
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t place = drafting_[row] * window.longest + step;
+    window.tokens[place] = drawn_[row];
+    window.logprobs[place] = logprobs_[row];
+    keep_logits(first, window, row, positions_[row]);
+  }
+}
+
+void WindowDrafter::keep_logits(const DecoderBatch& first, const DraftWindow& window, int64_t row,
+                                int64_t position) const {
+  const int64_t base = window.ring_base[drafting_[row]];
+  if (base < 0) return;
+  const int64_t bytes = decoder_.shape().vocab_size * bytes_of(decoder_.shape().dtype);
+  std::memcpy(static_cast<uint8_t*>(window.ring) + (base + position % window.ring_size) * bytes,
+              static_cast<const uint8_t*>(first.logits) + row * bytes, bytes);
+}
+
+/// The forward of the tokens of the step before.
+DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& window, int64_t step) {
+  const int64_t page_size = decoder_.shape().page_size;
+  input_ids_.clear();
+  positions_.clear();
+  slots_.clear();
+  rows_.clear();
+  tables_.clear();
+  contexts_.clear();
+  starts_.assign(1, 0);
+  for (const int64_t sequence : drafting_) {
+    const int32_t* table = first.block_tables + sequence * first.table_width;
+    const int64_t position = first.context_lens[sequence] + step - 1;
+    input_ids_.push_back(window.tokens[sequence * window.longest + step - 1]);
+    positions_.push_back(position);
+    slots_.push_back(table[position / page_size] * page_size + position % page_size);
+    rows_.push_back(static_cast<int64_t>(rows_.size()));
+    tables_.insert(tables_.end(), table, table + first.table_width);
+    contexts_.push_back(static_cast<int32_t>(position + 1));
+    starts_.push_back(static_cast<int32_t>(rows_.size()));
+  }
+  const auto rows = static_cast<int64_t>(drafting_.size());
+  return {rows,
+          rows,
+          first.table_width,
+          rows,
+          input_ids_.data(),
+          positions_.data(),
+          slots_.data(),
+          tables_.data(),
+          starts_.data(),
+          contexts_.data(),
+          rows_.data(),
+          first.logits};
+}
+
+}  // namespace pearl

@@ -1,0 +1,55 @@
+// A window drafted in one call: forward, draw, forward, draw, ... without Python, and so without the GIL, in between.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/decoder.h"
+#include "pearl/params.h"
+
+namespace pearl {
+
+/// What is drafted after a forward, whose batch has R sequences.
+struct DraftWindow {
+  const int64_t* num_draft;  // [R]; 0: the sequence only took part in the forward
+  int64_t longest;           // no num_draft is larger
+  SamplingView sampling;     // [R]
+  int64_t vocab_size;        // so many columns of the logits are drawn from
+  uint32_t stream;
+  void* ring;  // [ring_rows, the decoder's vocab_size], where logits of drafted tokens are kept
+  int64_t ring_rows, ring_size;
+  const int64_t*
+      ring_base;    // [R]; the token at position p goes to row ring_base + p % ring_size; negative: none is kept
+  int64_t* tokens;  // [R, longest], written up to num_draft
+  float* logprobs;  // [R, longest]
+};
+
+/// Belongs to its decoder's thread. What it gives is, to the bit, what the decoder and `sample` give token by token.
+class WindowDrafter {
+ public:
+  explicit WindowDrafter(Decoder& decoder) : decoder_(decoder) {}
+
+  /// Computes `first`, then drafts. The batch asks for the logits of the last token of each sequence that drafts, and
+  /// for no others; its block tables reach as far as the windows. first.logits is scratch memory afterwards.
+  /// Throws std::invalid_argument, before anything is written, if an index is out of range.
+  void draft(const DecoderBatch& first, const DraftWindow& window);
+
+ private:
+  void check(const DecoderBatch& first, const DraftWindow& window) const;
+  void check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const;
+  void draw(const DecoderBatch& first, const DraftWindow& window, int64_t step);
+  void keep_logits(const DecoderBatch& first, const DraftWindow& window, int64_t row, int64_t position) const;
+  DecoderBatch next(const DecoderBatch& first, const DraftWindow& window, int64_t step);
+
+  Decoder& decoder_;
+  std::vector<int64_t> drafting_;  // sequences, a row each in what follows
+
+  std::vector<float> temperature_, top_p_, min_p_, logprobs_;
+  std::vector<int32_t> top_k_;
+  std::vector<int64_t> seed_, positions_, drawn_;
+
+  std::vector<int64_t> input_ids_, slots_, rows_;
+  std::vector<int32_t> tables_, starts_, contexts_;
+};
+
+}  // namespace pearl
