@@ -13,7 +13,7 @@ where both models work, and a verdict is applied the same way (``Request.apply``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -46,19 +46,24 @@ class Autoregressive:
 
 @dataclass(frozen=True)
 class Pearl:
-    """Parallel decoding (arXiv 2408.11850); each flag switches one half off and stays lossless."""
+    """Parallel decoding (arXiv 2408.11850); each flag switches one half off and stays lossless.
+
+    ``pays``: whether pre-verify does, for a batch of that size; without it, always.
+    """
 
     pre_verify: bool = True
     post_verify: bool = True
+    pays: Callable[[int], bool] | None = None
 
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
-        return [self._intent(progress) for progress in batch]
+        pre_verify = self.pre_verify and (self.pays is None or self.pays(len(batch)))
+        return [self._intent(progress, pre_verify) for progress in batch]
 
-    def _intent(self, progress: Progress) -> Intent:
+    def _intent(self, progress: Progress, pre_verify: bool) -> Intent:
         if progress.pending:
             return Intent(draft=self.post_verify, verify=True)
         # A dry drafter may stay dry; the target must move on or the request would wait forever.
-        return Intent(draft=True, verify=self.pre_verify or progress.draft_is_dry)
+        return Intent(draft=True, verify=pre_verify or progress.draft_is_dry)
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ class Speculative:
         return [Intent(draft=False, verify=True)] * len(batch)
 
 
-def build_method(config: EngineConfig) -> DecodingMethod:
+def build_method(config: EngineConfig, pre_verify_pays: Callable[[int], bool] | None = None) -> DecodingMethod:
     if config.method == "autoregressive":
         return Autoregressive()
     if config.method == "speculative":
         return Speculative()
-    return Pearl(config.pre_verify, config.post_verify)
+    return Pearl(config.pre_verify, config.post_verify, pre_verify_pays)

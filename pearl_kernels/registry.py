@@ -60,6 +60,7 @@ class Provider:
     operators: Mapping[str, Callable[..., Any]]
     refuses: Callable[[str, Situation], str | None]
     bind: Callable[[str, Situation], Callable[..., Any]] | None = None
+    verify_numbers: Callable[..., Any] | None = None
 
     def for_worker(self, op: str, situation: Situation) -> Callable[..., Any]:
         return self.bind(op, situation) if self.bind else self.operators[op]
@@ -75,7 +76,10 @@ class Status:
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The operators of one worker. ``providers`` names the provider of each, for reports."""
+    """The operators of one worker. ``providers`` names the provider of each, for reports.
+
+    ``verify_numbers``: ``verify`` for index arrays in Python numbers, where the same provider has it; else None.
+    """
 
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
@@ -88,6 +92,7 @@ class KernelSet:
     verify: Callable[..., Any]
     copy_blocks: Callable[..., Any]
     providers: Mapping[str, str]
+    verify_numbers: Callable[..., Any] | None = None
 
 
 def _bind_reference(op: str, situation: Situation) -> Callable[..., Any]:
@@ -99,7 +104,7 @@ def _bind_reference(op: str, situation: Situation) -> Callable[..., Any]:
 # In order of preference, except where _AFTER says otherwise. Importing a provider is cheap and never fails: what is
 # missing is a reason, not an error.
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("cpu", cpu.OPERATORS, cpu.refuses, cpu.bind),
+    Provider("cpu", cpu.OPERATORS, cpu.refuses, cpu.bind, cpu.VERIFY_NUMBERS),
     Provider("cuda", cuda.OPERATORS, cuda.refuses),
     Provider("triton", triton.OPERATORS, triton.refuses),
     Provider("flash_attn", flash_attn.OPERATORS, flash_attn.refuses),
@@ -161,4 +166,8 @@ def select(situation: Situation | None = None, prefer: Mapping[str, str] | None 
     names = {op: next(s.provider for s in explain(op, situation, prefer) if s.chosen) for op in OPERATORS}
     by_name = {provider.name: provider for provider in PROVIDERS}
     situation = situation or Situation()
-    return KernelSet(providers=names, **{op: by_name[name].for_worker(op, situation) for op, name in names.items()})
+    return KernelSet(
+        providers=names,
+        verify_numbers=by_name[names["verify"]].verify_numbers,
+        **{op: by_name[name].for_worker(op, situation) for op, name in names.items()},
+    )

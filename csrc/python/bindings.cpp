@@ -1,8 +1,11 @@
 // The CPU's Python module. Arguments are what pearl_kernels passes after its checks: pointers as integers (0: none),
 // sizes and strides in elements, positional. Every kernel runs without the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <vector>
 
 #include "cpu/checks.h"
 #include "cpu/copy_blocks.h"
@@ -55,6 +58,45 @@ void sample(const pearl::LogitsArgument& logits, const pearl::SamplingArgument& 
                            pointer<int64_t>(tokens), pointer<float>(logprobs)});
 }
 
+/// verify, with index arrays as Python lists: for callers that would otherwise make a tensor of each. Lists that the
+/// operator takes as optional may be empty. Returns accepted counts and next tokens.
+py::tuple verify_numbers(const pearl::LogitsArgument& logits, const pearl::SamplingArgument& sampling,
+                         const std::vector<int64_t>& draft_tokens, const std::vector<int32_t>& row_start,
+                         const std::vector<int64_t>& positions, int64_t vocab_size, bool coupled,
+                         const std::vector<float>& draft_logprobs, const pearl::LogitsArgument& draft_logits,
+                         const std::vector<int32_t>& draft_rows, const std::vector<float>& draft_temperature) {
+  const auto rows = static_cast<size_t>(logits.rows);
+  const auto fits = [](size_t size, size_t expected) { return size == 0 || size == expected; };
+  if (row_start.empty() || draft_tokens.size() != rows || positions.size() != rows ||
+      !fits(draft_logprobs.size(), rows) || !fits(draft_rows.size(), rows) ||
+      !fits(draft_temperature.size(), row_start.size() - 1)) {
+    throw std::invalid_argument("verify: each list needs an entry for each row of logits, or for each request");
+  }
+  std::vector<int32_t> accepted(row_start.size() - 1);
+  std::vector<int64_t> next_token(accepted.size());
+  pearl::VerifyParams p = {};
+  p.logits = logits;
+  p.sampling = sampling;
+  p.draft_tokens = draft_tokens.data();
+  p.row_start = row_start.data();
+  p.positions = positions.data();
+  p.requests = static_cast<int64_t>(accepted.size());
+  p.vocab_size = vocab_size;
+  p.rule = coupled ? pearl::Rule::kCoupled : pearl::Rule::kRejection;
+  p.draft_logprobs = draft_logprobs.empty() ? nullptr : draft_logprobs.data();
+  p.draft_logits = draft_logits;
+  p.draft_rows = draft_rows.empty() ? nullptr : draft_rows.data();
+  p.draft_temperature = draft_temperature.empty() ? nullptr : draft_temperature.data();
+  p.accepted = accepted.data();
+  p.next_token = next_token.data();
+  {
+    const py::gil_scoped_release without_gil;
+    check(p);
+    pearl::kernels().verify(p);
+  }
+  return py::make_tuple(accepted, next_token);
+}
+
 pearl::NoiseParams noise(Address seed, Address position, uint32_t stream, int64_t rows, int64_t vocab_size,
                          Address out) {
   return {pointer<const int64_t>(seed), pointer<const int64_t>(position), stream, rows, vocab_size,
@@ -77,6 +119,7 @@ PYBIND11_MODULE(_core, m) {
   bind_shared_operators(m);
   m.def("isa", [] { return pearl::kernels().isa; }, "The instruction set in use: avx512bf16, avx512, avx2 or scalar.");
   m.def("sample", &sample, NoGil());
+  m.def("verify_numbers", &verify_numbers);
   m.def("uniform_noise", &uniform_noise, NoGil());
   m.def("gumbel_noise", &gumbel_noise, NoGil());
   m.def(

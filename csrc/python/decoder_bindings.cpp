@@ -2,7 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -10,6 +12,7 @@
 #include "cpu/draft_window.h"
 #include "python/arguments.h"
 #include "python/make_params.h"
+#include "python/work_batch.h"
 
 namespace py = pybind11;
 
@@ -67,11 +70,11 @@ pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<Layer
                             pointer<const void>(norm), head, pointer<const float>(cos_sin), threads);
 }
 
-/// As Python hands it over: sizes, then the addresses of pearl/models/forward_batch.py's tensors and of the logits.
+/// As Python hands it over: sizes, then the addresses of pearl/models/forward_batch.py's tensors.
 struct BatchArgument : pearl::DecoderBatch {
   BatchArgument(int64_t tokens, int64_t sequences, int64_t table_width, int64_t num_logits, Address input_ids,
                 Address positions, Address slot_mapping, Address block_tables, Address query_start,
-                Address context_lens, Address logits_rows, Address logits)
+                Address context_lens, Address logits_rows)
       : DecoderBatch{tokens,
                      sequences,
                      table_width,
@@ -83,17 +86,46 @@ struct BatchArgument : pearl::DecoderBatch {
                      pointer<const int32_t>(query_start),
                      pointer<const int32_t>(context_lens),
                      pointer<const int64_t>(logits_rows),
-                     pointer<void>(logits)} {}
+                     nullptr} {}
 };
 
-void forward(pearl::Decoder& decoder, const BatchArgument& batch) { decoder.forward(batch); }
+void forward(pearl::Decoder& decoder, const pearl::DecoderBatch& batch, Address logits) {
+  pearl::DecoderBatch whole = batch;
+  whole.logits = pointer<void>(logits);
+  decoder.forward(whole);
+}
 
-void draft(pearl::WindowDrafter& drafter, const BatchArgument& first, Address num_draft, int64_t longest,
-           const pearl::SamplingArgument& sampling, int64_t vocab_size, uint32_t stream, Address ring,
-           int64_t ring_rows, int64_t ring_size, Address ring_base, Address tokens, Address logprobs) {
-  drafter.draft(
-      first, {pointer<const int64_t>(num_draft), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
-              ring_size, pointer<const int64_t>(ring_base), pointer<int64_t>(tokens), pointer<float>(logprobs)});
+/// A list of the first `count` values for each sequence, of rows of `width`.
+template <class T>
+py::list cut_rows(const std::vector<T>& values, const std::vector<int64_t>& counts, int64_t width) {
+  py::list rows;
+  for (size_t r = 0; r < counts.size(); ++r) {
+    const T* row = values.data() + static_cast<int64_t>(r) * width;
+    rows.append(py::cast(std::vector<T>(row, row + counts[r])));
+  }
+  return rows;
+}
+
+/// Returns tokens and log q, a list for each sequence.
+py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch, Address logits,
+                const std::vector<int64_t>& num_draft, const std::vector<int64_t>& ring_base,
+                const pearl::SamplingArgument& sampling, int64_t vocab_size, uint32_t stream, Address ring,
+                int64_t ring_rows, int64_t ring_size) {
+  const auto sequences = static_cast<size_t>(batch.sequences);
+  if (num_draft.size() != sequences || ring_base.size() != sequences) {
+    throw std::invalid_argument("draft_window: num_draft and ring_base need an entry for each sequence");
+  }
+  const int64_t longest = num_draft.empty() ? 0 : *std::max_element(num_draft.begin(), num_draft.end());
+  std::vector<int64_t> tokens(sequences * static_cast<size_t>(longest));
+  std::vector<float> logprobs(tokens.size());
+  {
+    const py::gil_scoped_release without_gil;
+    pearl::DecoderBatch first = batch;
+    first.logits = pointer<void>(logits);
+    drafter.draft(first, {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
+                          ring_size, ring_base.data(), tokens.data(), logprobs.data()});
+  }
+  return py::make_tuple(cut_rows(tokens, num_draft, longest), cut_rows(logprobs, num_draft, longest));
 }
 
 }  // namespace
@@ -106,13 +138,15 @@ void bind_decoder(py::module_& m) {
   py::class_<ShapeArgument>(m, "Shape")
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                     float>());
-  py::class_<BatchArgument>(m, "Batch")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address, Address,
+  py::class_<pearl::DecoderBatch>(m, "AnyBatch");
+  py::class_<BatchArgument, pearl::DecoderBatch>(m, "Batch")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address,
                     Address>());
+  py::class_<WorkBatch, pearl::DecoderBatch>(m, "WorkBatch").def(py::init<const py::list&, int64_t>());
   py::class_<pearl::Decoder>(m, "Decoder")
       .def(py::init(&make_decoder))
       .def("forward", &forward, py::call_guard<py::gil_scoped_release>());
   py::class_<pearl::WindowDrafter>(m, "WindowDrafter")
       .def(py::init<pearl::Decoder&>(), py::keep_alive<1, 2>())
-      .def("draft", &draft, py::call_guard<py::gil_scoped_release>());
+      .def("draft", &draft);
 }

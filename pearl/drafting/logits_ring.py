@@ -46,7 +46,7 @@ class LogitsRing:
             return (-1,) * item.num_draft
         return tuple(self.row(state.lane, item.forward.end + step) for step in range(item.num_draft))
 
-    def allocate(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         """The buffer, ``[lanes * size + 1, width]``."""
         if self.logits is None:
             self.logits = torch.empty((self.spare_row + 1, width), dtype=dtype, device=device)

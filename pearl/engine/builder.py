@@ -20,6 +20,7 @@ from pearl.engine.window import (
     fastest,
     pearl_tokens_per_second,
     sequential_tokens_per_second,
+    whole_windows_tokens_per_second,
 )
 from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
@@ -50,7 +51,7 @@ def connect(
         drafter = NGramDrafter()
     window = _window_policy(config)
     scheduler = Scheduler(
-        build_method(config),
+        build_method(config, window.pre_verifies),
         KVCacheManager(models.num_pages, config.page_size, config.prefix_caching),
         draft_kv,
         max_num_seqs=config.max_num_seqs,
@@ -79,7 +80,14 @@ def connect(
 def _window_policy(config: EngineConfig) -> WindowPolicy:
     if config.window != "auto":
         return FixedWindow(config.window)
-    if config.method == "speculative":  # where the models take turns there is nothing to balance
-        return MeasuredWindow(fastest(sequential_tokens_per_second), config.max_window)
-    choose = balanced_window if config.window_rule == "balanced" else fastest(pearl_tokens_per_second)
+    takes_turns = config.method == "speculative" or not (config.pre_verify or config.post_verify)
+    if takes_turns:  # there is nothing to balance
+        choose = fastest(whole=sequential_tokens_per_second)
+    elif config.window_rule == "balanced":
+        choose = balanced_window
+    else:
+        choose = fastest(
+            pre_verified=pearl_tokens_per_second if config.pre_verify else None,
+            whole=whole_windows_tokens_per_second if config.post_verify else None,
+        )
     return MeasuredWindow(choose, config.max_window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from pearl.messages import (
     DraftProposal,
     ForwardWork,
     SchedulerOutput,
+    SequenceState,
     TargetOutput,
     TokenLogprobs,
     VerifyResult,
@@ -28,6 +29,14 @@ from pearl.workers.queue import DeviceQueue
 from pearl_kernels import KernelSet, Rule
 
 _BONUS = Drafted(-1, 0.0, -1)
+_DTYPES = {
+    "draft_tokens": torch.int64,
+    "row_start": torch.int32,
+    "positions": torch.int64,
+    "draft_logprobs": torch.float32,
+    "draft_rows": torch.int32,
+    "draft_temperature": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,12 @@ class Verifier:
                 if rows.forward.state.params.changes_logits:
                     window = target.logits[rows.begin : rows.end]
                     process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
-            verdict = start_download(self._judge(requests, target.logits, proposal))
+            read_verdict = self._judge(requests, target.logits, proposal)
             self._queue.mark().wait()
         if late is not None:
             proposal = _read(proposal)
             requests = self._align(plan, proposal.windows)
-        accepted, next_tokens = (values.tolist() for values in verdict)
+        accepted, next_tokens = read_verdict()
         decisions = map(_decision, requests, accepted, next_tokens, logprobs)
         ids = [rows.work.request_id for rows in requests]
         return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows)
@@ -115,23 +124,45 @@ class Verifier:
             begin += forward.num_logits
         return aligned
 
-    def _judge(self, requests: Sequence[_Rows], logits: Tensor, proposal: DraftProposal) -> tuple[Tensor, Tensor]:
-        """Accepted counts and next tokens, each ``[R]``, where the target is."""
-        drafted = [token for rows in requests for token in rows.tokens]
+    def _judge(
+        self, requests: Sequence[_Rows], logits: Tensor, proposal: DraftProposal
+    ) -> Callable[[], tuple[list[int], list[int]]]:
+        """Ask for the verdict. What is returned gives accepted counts and next tokens, once the target is at rest."""
         states = [rows.forward.state for rows in requests]
-        arrays = {
-            "draft_tokens": array([d.token for d in drafted], torch.int64),
-            "row_start": array([*(rows.begin for rows in requests), requests[-1].end], torch.int32),
-            "positions": array(
-                [rows.work.position + i for rows in requests for i in range(len(rows.tokens))], torch.int64
-            ),
+        numbers, draft_logits = self._numbers(requests, states, proposal)
+        params = self._batches.tensors(states)
+        common = {"vocab_size": self._vocab_size, "rule": self._rule, "draft_logits": draft_logits}
+        if self._kernels.verify_numbers is not None:  # on CPU: no window is late
+            verdict = self._kernels.verify_numbers(logits, **numbers, params=params, **common)
+            return lambda: verdict
+        tensors = self._tensors(requests, numbers, proposal)
+        verdict = self._kernels.verify(logits, **tensors, params=params, **common)
+        downloads = start_download((verdict.accepted, verdict.next_token))
+        return lambda: (downloads[0].tolist(), downloads[1].tolist())
+
+    def _numbers(
+        self, requests: Sequence[_Rows], states: Sequence[SequenceState], proposal: DraftProposal
+    ) -> tuple[dict[str, Sequence[float]], Tensor | None]:
+        """The operator's index arguments, and the draft's logits."""
+        drafted = [token for rows in requests for token in rows.tokens]
+        numbers: dict[str, Sequence[float]] = {
+            "draft_tokens": [d.token for d in drafted],
+            "row_start": [*(rows.begin for rows in requests), requests[-1].end],
+            "positions": [rows.work.position + i for rows in requests for i in range(len(rows.tokens))],
         }
-        draft_logits = None
-        if self._rule == "rejection" and any(state.params.temperature > 0 for state in states):
-            draft_logits, draft_rows = self._draft_logits(drafted, proposal.logits)
-            arrays["draft_logprobs"] = array([d.logprob for d in drafted], torch.float32)
-            arrays["draft_rows"] = array(draft_rows, torch.int32)
-            arrays["draft_temperature"] = array([draft_temperature(state.params) for state in states], torch.float32)
+        if self._rule != "rejection" or all(state.params.temperature <= 0 for state in states):
+            return numbers, None
+        draft_logits, draft_rows = self._draft_logits(drafted, proposal.logits)
+        numbers["draft_logprobs"] = [d.logprob for d in drafted]
+        numbers["draft_rows"] = draft_rows
+        numbers["draft_temperature"] = [draft_temperature(state.params) for state in states]
+        return numbers, draft_logits
+
+    def _tensors(
+        self, requests: Sequence[_Rows], numbers: Mapping[str, Sequence[float]], proposal: DraftProposal
+    ) -> dict[str, Tensor]:
+        """The index arguments where the target is."""
+        arrays = {name: array(values, _DTYPES[name]) for name, values in numbers.items()}
         late = proposal.on_device
         if late is not None:
             columns = {request_id: column for column, request_id in enumerate(late.rows)}
@@ -141,11 +172,7 @@ class Verifier:
         tensors = dict(zip(arrays, upload(list(arrays.values()), self._queue.device), strict=True))
         if late is not None:
             self._fill_in(late, tensors, tensors.pop("late_rows"), tensors.pop("late_columns"))
-        params = self._batches.tensors(states)
-        verdict = self._kernels.verify(
-            logits, **tensors, params=params, vocab_size=self._vocab_size, rule=self._rule, draft_logits=draft_logits
-        )
-        return verdict.accepted, verdict.next_token
+        return tensors
 
     def _fill_in(self, late: DeviceWindows, tensors: dict[str, Tensor], rows: Tensor, columns: Tensor) -> None:
         """The first drafted tokens, from where the drafter's device writes them."""

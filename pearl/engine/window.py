@@ -1,4 +1,4 @@
-"""How many tokens to draft in a round, from speeds and acceptance measured while serving.
+"""How many tokens to draft in a round, and whether to pre-verify, from speeds and acceptance measured while serving.
 
 Measurements are kept for each power-of-two batch size, so the window follows the batch and the context as they change.
 """
@@ -20,6 +20,10 @@ _ROUNDS_BETWEEN_CHOICES = 8
 class WindowPolicy(Protocol):
     def window(self, batch: int) -> int:
         """Tokens to draft for each request of a batch of that size; at least 1."""
+        ...
+
+    def pre_verifies(self, batch: int) -> bool:
+        """Whether the first token of a fresh window is verified while the rest is drafted, or all of it afterwards."""
         ...
 
     def observe(self, measured: MeasuredRound) -> None:
@@ -47,6 +51,9 @@ class FixedWindow:
 
     def window(self, batch: int) -> int:
         return self.size
+
+    def pre_verifies(self, batch: int) -> bool:
+        return True
 
     def observe(self, measured: MeasuredRound) -> None:
         pass
@@ -79,20 +86,33 @@ class _Samples:
         return Speeds(statistics.median(self.draft_step), base, row, statistics.median(self.overhead))
 
 
-Choice = Callable[[Speeds, float, int], int]  # speeds, acceptance rate, largest window -> window
+class Pace(NamedTuple):
+    window: int
+    pre_verify: bool = True
+
+
+Choice = Callable[[Speeds, float, int], Pace]  # speeds, acceptance rate, largest window
+TokensPerSecond = Callable[[Speeds, float, int], float]  # speeds, acceptance rate, window
 
 
 class MeasuredWindow:
-    """The window that ``choose`` takes, of 1 to ``largest``, given what was measured."""
+    """What ``choose`` takes, windows of 1 to ``largest``, given what was measured."""
 
     def __init__(self, choose: Choice, largest: int) -> None:
         self._choice, self._largest = choose, largest
         self._samples: defaultdict[int, _Samples] = defaultdict(_Samples)
         self._tested, self._accepted = 0.0, 0.0
         self._rounds = 0
-        self._chosen: dict[int, int] = {}
+        self._chosen: dict[int, Pace] = {}
 
     def window(self, batch: int) -> int:
+        return self._pace(batch).window
+
+    def pre_verifies(self, batch: int) -> bool:
+        """Always for several requests: while one drafts the target works for the others, and one row more is cheap."""
+        return batch > 1 or self._pace(batch).pre_verify
+
+    def _pace(self, batch: int) -> Pace:
         size = batch.bit_length()
         if size not in self._chosen:
             self._chosen[size] = self._choose(size)
@@ -111,26 +131,32 @@ class MeasuredWindow:
         if self._rounds <= _LEARNING_ROUNDS or self._rounds % _ROUNDS_BETWEEN_CHOICES == 0:
             self._chosen.clear()
 
-    def _choose(self, size: int) -> int:
+    def _choose(self, size: int) -> Pace:
         known = [key for key, samples in self._samples.items() if samples.complete]
         if not known:
-            return min(_FIRST_GUESS, self._largest)
+            return Pace(min(_FIRST_GUESS, self._largest))
         speeds = self._samples[min(known, key=lambda key: abs(key - size))].speeds()
         acceptance = self._accepted / self._tested if self._tested else 0.8
         acceptance = min(max(acceptance, 0.02), 0.99)
         return self._choice(speeds, acceptance, self._largest)
 
 
-def balanced_window(speeds: Speeds, acceptance: float, largest: int) -> int:
+def balanced_window(speeds: Speeds, acceptance: float, largest: int) -> Pace:
     """PEARL's rule: the smallest g with T_draft(g) >= T_target(k + 1), k = g - 1 pending tokens (section 3.3)."""
-    return next((g for g in range(1, largest) if g * speeds.draft_step >= speeds.target(g)), largest)
+    return Pace(next((g for g in range(1, largest) if g * speeds.draft_step >= speeds.target(g)), largest))
 
 
-def fastest(tokens_per_second: Callable[[Speeds, float, int], float]) -> Choice:
-    """The window with the largest expected speed."""
+def fastest(*, pre_verified: TokensPerSecond | None = None, whole: TokensPerSecond | None = None) -> Choice:
+    """The pace with the largest expected speed: of windows whose first token is verified while the rest is drafted, and
+    of those that are drafted whole before any of it is verified.
+    """
+    formulas = [(formula, pre) for formula, pre in ((pre_verified, True), (whole, False)) if formula is not None]
 
-    def choose(speeds: Speeds, acceptance: float, largest: int) -> int:
-        return max(range(1, largest + 1), key=lambda g: tokens_per_second(speeds, acceptance, g))
+    def choose(speeds: Speeds, acceptance: float, largest: int) -> Pace:
+        choices = (
+            (formula(speeds, acceptance, g), Pace(g, pre)) for formula, pre in formulas for g in range(1, largest + 1)
+        )
+        return max(choices, key=lambda choice: choice[0])[1]
 
     return choose
 
@@ -147,6 +173,22 @@ def pearl_tokens_per_second(speeds: Speeds, acceptance: float, window: int) -> f
     pre = max(drafting, speeds.target(1)) + speeds.overhead
     post = max(drafting, speeds.target(window)) + speeds.overhead
     return (1 / a + 1 / (1 - a)) / (pre / a + post / (1 - a**window))
+
+
+def whole_windows_tokens_per_second(speeds: Speeds, acceptance: float, window: int) -> float:
+    """Expected speed of PEARL without pre-verify, for one request.
+
+    After a rejection a window is drafted while the target rests, and brings nothing. The next round tests g + 1 tokens,
+    those after it g each, until one fails: 1/(1 - a) tokens together. (With g = 1 each window starts afresh.) Faster
+    than pre-verify, in which the target works a whole round for one token, where drafting takes far less time.
+    """
+    a, drafting = acceptance, window * speeds.draft_step
+    dry = drafting + speeds.overhead
+    first = max(drafting, speeds.target(window + 1)) + speeds.overhead
+    if window == 1:
+        return (1 + a) / (dry + first)
+    later = max(drafting, speeds.target(window)) + speeds.overhead
+    return 1 / (1 - a) / (dry + first + a ** (window + 1) / (1 - a**window) * later)
 
 
 def sequential_tokens_per_second(speeds: Speeds, acceptance: float, window: int) -> float:

@@ -6,10 +6,12 @@ a small model's arithmetic. The kernels and their order are the same, so the res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pearl.messages import ForwardWork
 from pearl.models.decoder import Decoder, LayerWeights
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.kv_cache import KVCache
@@ -37,9 +39,10 @@ class FusedDecoder:
         from pearl_kernels.cpu import _core
 
         self._model, self._cache = model, cache  # the C++ side holds addresses only
-        self._new_batch = _core.Batch
+        self._core = _core
         config, weights = model.config, model.weights
         pages, page_size, _, _ = cache.layers[0][0].shape
+        self._page_size = page_size
         shape = _core.Shape(
             DTYPE_CODES[weights.embedding.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
             config.ffn, config.vocab_size, model.cos_sin.shape[0], pages, page_size, config.eps, config.head_dim**-0.5,
@@ -59,31 +62,40 @@ class FusedDecoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As ``Decoder.forward``. Raises ValueError, with nothing written, if an index of the batch is out of range."""
-        logits = self.new_logits(batch)
-        self._decoder.forward(self.native_batch(batch, logits))
-        return logits
-
-    def new_logits(self, batch: ForwardBatch) -> Tensor:
-        """Uninitialised, ``[M, V]``."""
-        return self._model.weights.embedding.new_empty(batch.logits_rows.shape[0], self._model.config.vocab_size)
-
-    def native_batch(self, batch: ForwardBatch, logits: Tensor) -> _core.Batch:
-        """``batch`` as the compiled module takes it, valid as long as these tensors are."""
         sequences, table_width = batch.block_tables.shape
-        return self._new_batch(
-            batch.input_ids.shape[0],
-            sequences,
-            table_width,
+        return self._forward(
+            self._core.Batch(
+                batch.input_ids.shape[0],
+                sequences,
+                table_width,
+                batch.logits_rows.shape[0],
+                _address(batch.input_ids),
+                _address(batch.positions),
+                _address(batch.slot_mapping),
+                _address(batch.block_tables),
+                _address(batch.query_start),
+                _address(batch.context_lens),
+                _address(batch.logits_rows),
+            ),
             batch.logits_rows.shape[0],
-            _address(batch.input_ids),
-            _address(batch.positions),
-            _address(batch.slot_mapping),
-            _address(batch.block_tables),
-            _address(batch.query_start),
-            _address(batch.context_lens),
-            _address(batch.logits_rows),
-            logits.data_ptr(),
         )
+
+    def forward_work(self, work: Sequence[ForwardWork]) -> Tensor:
+        """As ``forward``, of the batch that these items make, without a tensor for each of its arrays."""
+        return self._forward(self.work_batch(work), sum(item.num_logits for item in work))
+
+    def work_batch(self, work: Sequence[ForwardWork]) -> _core.WorkBatch:
+        items = [(item.tokens, item.start, item.num_logits, item.block_table) for item in work]
+        return self._core.WorkBatch(items, self._page_size)
+
+    def new_logits(self, rows: int) -> Tensor:
+        """Uninitialised, ``[rows, V]``."""
+        return self._model.weights.embedding.new_empty(rows, self._model.config.vocab_size)
+
+    def _forward(self, batch: _core.AnyBatch, rows: int) -> Tensor:
+        logits = self.new_logits(rows)
+        self._decoder.forward(batch, logits.data_ptr())
+        return logits
 
 
 def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int) -> _core.Layer:

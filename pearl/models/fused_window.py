@@ -6,32 +6,27 @@ target's has to wait for the GIL.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pearl.models.forward_batch import ForwardBatch
+from pearl.messages import DraftWork
 from pearl.models.fused_decoder import FusedDecoder
 from pearl_kernels import KernelSet, SamplingTensors, Stream
 
 
 @dataclass(frozen=True)
-class WindowBatch:
-    """What R sequences draft after a forward; tensors on the CPU.
+class WindowRing:
+    """Where the logits of drafted tokens are kept.
 
-    num_draft: int64 ``[R]``, at most ``longest``; 0 where a sequence only takes part in the forward.
-    params: one entry for each sequence.
-    ring: ``[.., V]``, where logits of drafted tokens are kept: those of the token at position p in row
-    ``ring_base + p % ring_size``. ring_base: int64 ``[R]``, -1 where they are not; with no ring, everywhere.
+    logits: ``[rows, V]``, None if none are. The token at position p goes to row ``bases[i] + p % size``, for item i of
+    the work; nowhere if the base is negative.
     """
 
-    num_draft: Tensor
-    longest: int
-    params: SamplingTensors
-    ring: Tensor | None
-    ring_size: int
-    ring_base: Tensor
+    logits: Tensor | None
+    size: int
+    bases: list[int]
 
 
 def can_fuse_windows(kernels: KernelSet) -> bool:
@@ -47,24 +42,25 @@ class FusedWindow:
 
         self._decoder, self._vocab_size, self._stream = decoder, vocab_size, stream
         self._drafter = _core.WindowDrafter(decoder.native)
-        self._new_sampling = _core.Sampling
+        self._core = _core
 
-    def draft(self, batch: ForwardBatch, window: WindowBatch) -> tuple[Tensor, Tensor]:
-        """Compute ``batch``, which asks for the last token's logits of each sequence that drafts and for no others, and
-        whose block tables reach to the windows' ends; then draft.
+    def draft(
+        self, work: Sequence[DraftWork], params: SamplingTensors, ring: WindowRing
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Compute each item's forward, then draft. Block tables reach to the windows' ends; ``params`` has an entry for
+        each item, on the CPU.
 
-        Returns tokens, int64, and their log q, fp32, both ``[R, longest]``; what is past a window's end is undefined.
-        Raises ValueError, with nothing written, if an index is out of range.
+        Returns the drafted tokens and their log q, a list for each item. Raises ValueError, with nothing written, if an
+        index is out of range.
         """
-        sequences = batch.block_tables.shape[0]
-        tokens = torch.empty((sequences, window.longest), dtype=torch.int64)
-        logprobs = torch.empty((sequences, window.longest), dtype=torch.float32)
-        logits, params, ring = self._decoder.new_logits(batch), window.params, window.ring
-        self._drafter.draft(
-            self._decoder.native_batch(batch, logits),
-            window.num_draft.data_ptr(),
-            window.longest,
-            self._new_sampling(
+        counts = [item.num_draft for item in work]
+        logits = self._decoder.new_logits(len(counts) - counts.count(0))
+        return self._drafter.draft(
+            self._decoder.work_batch([item.forward for item in work]),
+            logits.data_ptr(),
+            counts,
+            ring.bases,
+            self._core.Sampling(
                 params.temperature.data_ptr(),
                 params.top_k.data_ptr(),
                 params.top_p.data_ptr(),
@@ -73,11 +69,7 @@ class FusedWindow:
             ),
             self._vocab_size,
             self._stream,
-            0 if ring is None else ring.data_ptr(),
-            0 if ring is None else ring.shape[0],
-            window.ring_size,
-            window.ring_base.data_ptr(),
-            tokens.data_ptr(),
-            logprobs.data_ptr(),
+            0 if ring.logits is None else ring.logits.data_ptr(),
+            0 if ring.logits is None else ring.logits.shape[0],
+            ring.size,
         )
-        return tokens, logprobs

@@ -39,6 +39,8 @@ class ModelRunner:
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
+        if self.fused is not None:
+            return self.fused.forward_work(work)
         return self.launch(BatchLists.of(work, self.page_size).arrays())
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:

@@ -34,7 +34,7 @@ _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
 
 
 def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
-    """The operators, and why they cannot run: without the compiled core they exist, so that the reason is told."""
+    """Functions by name, and why they cannot run: without the compiled core they exist, so that the reason is told."""
     try:
         from pearl_kernels.cpu import layers, linear, sampling
     except ImportError as error:
@@ -43,12 +43,13 @@ def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
         def unavailable(*_args: Any, **_kwargs: Any) -> NoReturn:
             raise RuntimeError(reason)
 
-        return dict.fromkeys(_NAMES, unavailable), reason
-    functions = vars(layers) | vars(linear) | vars(sampling)
-    return {name: functions[name] for name in _NAMES}, None
+        return dict.fromkeys((*_NAMES, "verify_numbers"), unavailable), reason
+    return vars(layers) | vars(linear) | vars(sampling), None
 
 
-OPERATORS, _LOAD_ERROR = _load()
+_FUNCTIONS, _LOAD_ERROR = _load()
+OPERATORS = {name: _FUNCTIONS[name] for name in _NAMES}
+VERIFY_NUMBERS = _FUNCTIONS["verify_numbers"]
 
 
 def refuses(op: str, situation: Situation) -> str | None:

@@ -1,5 +1,7 @@
 """The compiled module (csrc/python/bindings.cpp). Addresses are integers, 0 for none; ``where`` is the CPU."""
 
+from collections.abc import Sequence
+
 PANEL_COLUMNS: int  # of a packed weight, csrc/include/pearl/params.h
 
 class LinearThreads:
@@ -163,7 +165,9 @@ class Shape:
         /,
     ) -> None: ...
 
-class Batch:
+class AnyBatch: ...
+
+class Batch(AnyBatch):
     def __init__(
         self,
         tokens: int,
@@ -177,9 +181,11 @@ class Batch:
         query_start: int,
         context_lens: int,
         logits_rows: int,
-        logits: int,
         /,
     ) -> None: ...
+
+class WorkBatch(AnyBatch):
+    def __init__(self, work: list[tuple[tuple[int, ...], int, int, tuple[int, ...]]], page_size: int, /) -> None: ...
 
 class Decoder:
     def __init__(
@@ -193,23 +199,36 @@ class Decoder:
         threads: int,
         /,
     ) -> None: ...
-    def forward(self, batch: Batch, /) -> None: ...
+    def forward(self, batch: AnyBatch, logits: int, /) -> None: ...
 
 class WindowDrafter:
     def __init__(self, decoder: Decoder, /) -> None: ...
     def draft(
         self,
-        first: Batch,
-        num_draft: int,
-        longest: int,
+        first: AnyBatch,
+        logits: int,
+        num_draft: list[int],
+        ring_base: list[int],
         sampling: Sampling,
         vocab_size: int,
         stream: int,
         ring: int,
         ring_rows: int,
         ring_size: int,
-        ring_base: int,
-        tokens: int,
-        logprobs: int,
         /,
-    ) -> None: ...
+    ) -> tuple[list[list[int]], list[list[float]]]: ...
+
+def verify_numbers(
+    logits: Logits,
+    sampling: Sampling,
+    draft_tokens: Sequence[int],
+    row_start: Sequence[int],
+    positions: Sequence[int],
+    vocab_size: int,
+    coupled: bool,
+    draft_logprobs: Sequence[float],
+    draft_logits: Logits,
+    draft_rows: Sequence[int],
+    draft_temperature: Sequence[float],
+    /,
+) -> tuple[list[int], list[int]]: ...

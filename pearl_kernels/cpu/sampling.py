@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pearl_kernels.cpu import CHECKS, _core
 from pearl_kernels.native import NativeSampling
 from pearl_kernels.operands import check_logits, check_sampling
-from pearl_kernels.reference import Sampled, SamplingTensors, Stream
+from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream
 
 _NATIVE = NativeSampling(_core, CHECKS)
 
 verify = _NATIVE.verify
+
+
+def verify_numbers(
+    logits: Tensor,
+    draft_tokens: Sequence[int],
+    row_start: Sequence[int],
+    positions: Sequence[int],
+    params: SamplingTensors,
+    vocab_size: int,
+    rule: Rule = "rejection",
+    draft_logprobs: Sequence[float] = (),
+    draft_logits: Tensor | None = None,
+    draft_rows: Sequence[int] = (),
+    draft_temperature: Sequence[float] = (),
+) -> tuple[list[int], list[int]]:
+    """``verify`` for index arrays in Python numbers; returns accepted counts and next tokens as such.
+
+    The same kernel: what costs time on a CPU is ten tensors for a call of microseconds.
+    """
+    check_logits(CHECKS, "verify", "logits", logits, vocab_size)
+    check_sampling(CHECKS, "verify", params, len(row_start) - 1)
+    if draft_logits is not None:
+        check_logits(CHECKS, "verify", "draft_logits", draft_logits, vocab_size)
+    return _core.verify_numbers(
+        _NATIVE.logits(logits),
+        _NATIVE.sampling(params),
+        draft_tokens,
+        row_start,
+        positions,
+        vocab_size,
+        rule == "coupled",
+        draft_logprobs,
+        _NATIVE.no_logits() if draft_logits is None else _NATIVE.logits(draft_logits),
+        draft_rows,
+        draft_temperature,
+    )
 
 
 def sample(

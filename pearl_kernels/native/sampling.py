@@ -48,7 +48,7 @@ class NativeSampling(NativeModule):
             vocab_size,
             rule == "coupled",
             _address(draft_logprobs),
-            self.module.Logits(0, 0, 0, 0) if draft_logits is None else self.logits(draft_logits),
+            self.no_logits() if draft_logits is None else self.logits(draft_logits),
             _address(draft_rows),
             _address(draft_temperature),
             accepted.data_ptr(),
@@ -60,6 +60,9 @@ class NativeSampling(NativeModule):
     def logits(self, logits: Tensor) -> Any:
         """The module's view of rows of logits, which were checked."""
         return self.module.Logits(logits.data_ptr(), DTYPE_CODES[logits.dtype], logits.shape[0], logits.stride(0))
+
+    def no_logits(self) -> Any:
+        return self.module.Logits(0, 0, 0, 0)
 
     def sampling(self, params: SamplingTensors) -> Any:
         """The module's view of sampling parameters, which were checked."""

@@ -7,6 +7,7 @@ the point mass on the (first) largest logit. Columns at or past ``vocab_size`` a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -32,6 +33,18 @@ class SamplingTensors:
     top_p: Tensor
     min_p: Tensor
     seed: Tensor
+
+    @functools.cached_property
+    def layout(self) -> tuple[str, int] | None:
+        """Device type and number of entries, if the tensors are as described and contiguous; looked at once."""
+        device, n = self.seed.device.type, self.seed.numel()
+        dtypes = torch.float32, torch.int32, torch.float32, torch.float32, torch.int64
+        tensors = self.temperature, self.top_k, self.top_p, self.min_p, self.seed
+        as_described = all(
+            t.dtype is dtype and t.shape == (n,) and t.device.type == device and t.is_contiguous()
+            for t, dtype in zip(tensors, dtypes, strict=True)
+        )
+        return (device, n) if as_described else None
 
     def __getitem__(self, rows: Tensor) -> SamplingTensors:
         return SamplingTensors(

@@ -42,6 +42,7 @@ METHODS: dict[str, DecodingMethod] = {
     "pearl": Pearl(),
     "pearl-without-pre-verify": Pearl(pre_verify=False),
     "pearl-without-post-verify": Pearl(post_verify=False),
+    "pearl-with-pre-verify-in-even-batches": Pearl(pays=lambda batch: batch % 2 == 0),
     "pearl-without-both": Pearl(pre_verify=False, post_verify=False),
     "speculative": Speculative(),
     "autoregressive": Autoregressive(),

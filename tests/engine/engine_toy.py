@@ -35,7 +35,7 @@ class ToyRunner:
     """
 
     def __init__(self, page_size: int, blur: float = 0.0, kernels: KernelSet = KERNELS) -> None:
-        self.kernels, self.queue = kernels, QUEUE
+        self.kernels, self.queue, self.fused = kernels, QUEUE, None
         self._memory, self._blur = PagedMemory(page_size), blur
         self.batches: list[int] = []  # sequences in each forward
 

@@ -131,13 +131,13 @@ def test_7_window_of_one(method: str, accuracy: float) -> None:
 
 
 def test_7_window_is_never_zero_however_fast_the_target() -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     window.observe(MeasuredRound(1, 4, 4.0, target_rows=4, target_seconds=1e-9, tested=4, accepted=4))
     assert window.window(1) == 1
 
 
 def test_7_window_follows_the_batch_size() -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     for batch, target in ((1, 3.0), (16, 9.0)):
         window.observe(MeasuredRound(batch, 1, 1.0, 3, target, tested=1, accepted=1))
     assert [window.window(batch) for batch in (1, 16, 1)] == [3, 9, 3]

@@ -8,6 +8,7 @@ from engine_sim import METHODS
 from pearl.config import EngineConfig
 from pearl.methods import Autoregressive, DecodingMethod, Intent, Pearl, Progress, Speculative, build_method
 
+EVEN = "pearl-with-pre-verify-in-even-batches"
 DRAFT, VERIFY, BOTH, WAIT = Intent(True, False), Intent(False, True), Intent(True, True), Intent(False, False)
 
 
@@ -16,6 +17,7 @@ DRAFT, VERIFY, BOTH, WAIT = Intent(True, False), Intent(False, True), Intent(Tru
     [
         ("pearl", BOTH, BOTH, BOTH),
         ("pearl-without-pre-verify", DRAFT, BOTH, BOTH),
+        (EVEN, DRAFT, BOTH, BOTH),
         ("pearl-without-post-verify", BOTH, VERIFY, BOTH),
         ("pearl-without-both", DRAFT, VERIFY, BOTH),
         ("speculative", DRAFT, VERIFY, VERIFY),
@@ -31,7 +33,7 @@ def test_who_works(name: str, fresh: Intent, pending: Intent, dry: Intent) -> No
     assert alone(Progress(0, True)) == dry
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "speculative"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("speculative", EVEN)])
 def test_requests_do_not_influence_each_other(name: str) -> None:
     """In PEARL a batch mixes PRE and POST freely."""
     batch = [Progress(0, False), Progress(3, False), Progress(0, True), Progress(1, False)]
@@ -45,6 +47,13 @@ def test_speculative_drafts_for_those_without_a_window_while_the_others_wait() -
 
 def test_speculative_verifies_all_at_once() -> None:
     assert Speculative().intents([Progress(3, False), Progress(1, False), Progress(0, True)]) == [VERIFY] * 3
+
+
+def test_pre_verify_only_where_it_pays() -> None:
+    fresh = Progress(0, False)
+    assert METHODS[EVEN].intents([fresh] * 2) == [BOTH] * 2
+    assert METHODS[EVEN].intents([fresh] * 3) == [DRAFT] * 3
+    assert Pearl(pre_verify=False, pays=lambda batch: True).intents([fresh]) == [DRAFT]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -111,6 +111,7 @@ def test_a_perfect_draft_needs_the_fewest_rounds(window: int, page_size: int, ma
     first, each = {
         "pearl": (1, window),
         "pearl-without-pre-verify": (window + 1, window if window > 1 else 2),
+        "pearl-with-pre-verify-in-even-batches": (window + 1, window if window > 1 else 2),  # one request is odd
         "pearl-without-post-verify": (1, window),
         "pearl-without-both": (window + 1, window + 1),
         "speculative": (window + 1, window + 1),

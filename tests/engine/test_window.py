@@ -13,11 +13,14 @@ from pearl.engine.window import (
     FixedWindow,
     MeasuredRound,
     MeasuredWindow,
+    Pace,
     Speeds,
+    WindowPolicy,
     balanced_window,
     fastest,
     pearl_tokens_per_second,
     sequential_tokens_per_second,
+    whole_windows_tokens_per_second,
 )
 
 
@@ -63,6 +66,24 @@ def test_pearls_expected_speed_is_what_a_simulation_gives(window: int, acceptanc
     assert pearl_tokens_per_second(speeds, acceptance, window) == pytest.approx(tokens / seconds, rel=0.02)
 
 
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("acceptance", [0.3, 0.7, 0.9])
+def test_the_expected_speed_without_pre_verify_is_what_a_simulation_gives(window: int, acceptance: float) -> None:
+    speeds = Speeds(draft_step=0.1, target_base=1.0, target_row=0.1, overhead=0.2)
+    rng = random.Random(0)
+    tokens, seconds, pending = 0, 0.0, 0
+    for _ in range(60_000):
+        if pending == 0:
+            seconds += window * speeds.draft_step + speeds.overhead
+            pending = window
+            continue
+        seconds += max(window * speeds.draft_step, speeds.target(pending + 1)) + speeds.overhead
+        held = next((i for i in range(pending + 1) if rng.random() >= acceptance), pending + 1)
+        tokens += min(held + 1, pending + 1)
+        pending = window - 1 if held == pending + 1 else 0
+    assert whole_windows_tokens_per_second(speeds, acceptance, window) == pytest.approx(tokens / seconds, rel=0.02)
+
+
 @pytest.mark.parametrize("window", [1, 3, 8])
 @pytest.mark.parametrize("acceptance", [0.3, 0.7, 0.9])
 def test_the_expected_speed_of_taking_turns(window: int, acceptance: float) -> None:
@@ -72,15 +93,58 @@ def test_the_expected_speed_of_taking_turns(window: int, acceptance: float) -> N
     assert sequential_tokens_per_second(speeds, acceptance, window) == pytest.approx(tokens / seconds)
 
 
+def measured(draft_step: float, **options: Any) -> WindowPolicy:
+    policy = _window_policy(EngineConfig(device="cpu", **options))
+    for rows in (1, 6) * 10:
+        policy.observe(round_of(draft_step=draft_step, rows=rows, target=6.0 + 0.1 * rows))
+    return policy
+
+
+@pytest.mark.parametrize(("draft_step", "pre_verifies"), [(0.1, False), (2.0, True)])
+def test_a_cheap_draft_writes_its_window_before_the_target_works(draft_step: float, pre_verifies: bool) -> None:
+    policy = measured(draft_step, window_rule="fastest")
+    assert policy.pre_verifies(1) is pre_verifies
+    assert policy.pre_verifies(2)  # the target works anyway, for the other
+
+
+@pytest.mark.parametrize(
+    ("options", "pre_verifies"),
+    [
+        ({}, True),
+        ({"window": 4, "window_rule": "fastest"}, True),
+        ({"window_rule": "fastest", "post_verify": False}, True),
+        ({"window_rule": "fastest", "pre_verify": False}, False),
+        ({"window_rule": "fastest", "pre_verify": False, "post_verify": False}, False),
+    ],
+)
+def test_only_the_fastest_rule_decides_about_pre_verify(options: dict[str, Any], pre_verifies: bool) -> None:
+    assert measured(0.1, **options).pre_verifies(1) is pre_verifies
+
+
+def test_a_window_of_the_right_length_for_each_way() -> None:
+    """What the fastest rule takes is the best of both formulas."""
+    choose = fastest(pre_verified=pearl_tokens_per_second, whole=whole_windows_tokens_per_second)
+    for draft_step in (0.05, 0.2, 0.5, 1.5):
+        speeds = Speeds(draft_step, 4.0, target_row=0.05, overhead=0.3)
+        pace = choose(speeds, 0.8, 16)
+        formula = pearl_tokens_per_second if pace.pre_verify else whole_windows_tokens_per_second
+        best_of_all = max(
+            rate(speeds, 0.8, g)
+            for rate in (pearl_tokens_per_second, whole_windows_tokens_per_second)
+            for g in range(1, 17)
+        )
+        assert formula(speeds, 0.8, pace.window) == best_of_all
+
+
 @pytest.mark.parametrize(("ratio", "window"), [(4.0, 4), (4.01, 5), (1.0, 1), (0.3, 1), (7.99, 8), (40.0, 16)])
 def test_balanced_window_is_the_smallest_whose_drafting_covers_the_target(ratio: float, window: int) -> None:
-    assert balanced_window(Speeds(1.0, ratio), 0.8, 16) == window
+    assert balanced_window(Speeds(1.0, ratio), 0.8, 16) == Pace(window)
 
 
 @pytest.mark.parametrize("row", [0.1, 0.5, 0.9, 2.0])
 def test_balanced_window_counts_what_its_own_rows_cost_the_target(row: float) -> None:
     speeds = Speeds(1.0, 3.0, target_row=row)
-    window = balanced_window(speeds, 0.8, 16)
+    window = balanced_window(speeds, 0.8, 16).window
     assert window == 16 or window * speeds.draft_step >= speeds.target(window)
     assert all(g * speeds.draft_step < speeds.target(g) for g in range(1, window))
 
@@ -102,18 +166,20 @@ def test_fixed_window_never_changes() -> None:
 
 
 def test_first_guess_before_anything_is_measured_respects_the_bound() -> None:
-    assert [MeasuredWindow(fastest(pearl_tokens_per_second), largest).window(1) for largest in (16, 2, 1)] == [4, 2, 1]
+    assert [
+        MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), largest).window(1) for largest in (16, 2, 1)
+    ] == [4, 2, 1]
 
 
 def test_one_hiccup_does_not_count() -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     for target in (7.0, 7.0, 7.0, 7.0, 400.0):
         window.observe(round_of(target=target))
     assert window.window(1) == 7
 
 
 def test_draft_time_counts_per_step() -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     for steps in (2, 8, 5):
         window.observe(round_of(steps=steps, draft_step=2.0, target=10.0))
     assert window.window(1) == 5
@@ -121,7 +187,7 @@ def test_draft_time_counts_per_step() -> None:
 
 def test_what_a_row_costs_is_learnt_from_rounds_of_different_length() -> None:
     def learned(row: float) -> int:
-        window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+        window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
         for rows in (1, 4, 8, 1, 6, 3):
             window.observe(round_of(rows=rows, target=8.0 + row * rows, accepted=2))
         return window.window(1)
@@ -132,7 +198,7 @@ def test_what_a_row_costs_is_learnt_from_rounds_of_different_length() -> None:
 
 def test_a_rounds_overhead_makes_longer_windows_worthwhile() -> None:
     def learned(overhead: float) -> int:
-        window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+        window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
         window.observe(round_of(target=2.0, overhead=overhead))
         return window.window(1)
 
@@ -141,14 +207,14 @@ def test_a_rounds_overhead_makes_longer_windows_worthwhile() -> None:
 
 @pytest.mark.parametrize(("target", "expected"), [(0.001, 1), (1000.0, 6)])
 def test_window_stays_within_its_bounds(target: float, expected: int) -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 6)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 6)
     window.observe(round_of(target=target, accepted=4))
     assert window.window(1) == expected
 
 
 def test_rounds_where_one_model_rested_are_joined() -> None:
     """Speculative decoding drafts in one round and verifies in the next."""
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     window.observe(MeasuredRound(1, 4, 4.0, target_rows=0, target_seconds=0.0, tested=0, accepted=0))
     assert window.window(1) == 4  # the first guess: half is not enough
     window.observe(MeasuredRound(1, 0, 0.0, target_rows=5, target_seconds=6.0, tested=4, accepted=4))
@@ -156,14 +222,14 @@ def test_rounds_where_one_model_rested_are_joined() -> None:
 
 
 def test_old_speeds_are_forgotten() -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     for target in [3.0] * 60 + [9.0] * 36:
         window.observe(round_of(target=target))
     assert window.window(1) == 9
 
 
 def test_batches_of_similar_size_share_their_measurements() -> None:
-    window = MeasuredWindow(fastest(pearl_tokens_per_second), 16)
+    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
     window.observe(round_of(batch=1, target=3.0))
     window.observe(round_of(batch=8, target=9.0))
     assert [window.window(batch) for batch in (1, 8, 15)] == [3, 9, 9]
@@ -174,7 +240,7 @@ def test_batches_of_similar_size_share_their_measurements() -> None:
 @pytest.mark.parametrize("rate", [pearl_tokens_per_second, sequential_tokens_per_second])
 def test_acceptance_is_measured_too(rate: object) -> None:
     def learned(accepted: int) -> int:
-        window = MeasuredWindow(fastest(rate), 16)  # type: ignore[arg-type]
+        window = MeasuredWindow(fastest(pre_verified=rate), 16)  # type: ignore[arg-type]
         for rows in (1, 5) * 25:
             window.observe(round_of(target=10.0 + rows, rows=rows, accepted=accepted))
         return window.window(1)

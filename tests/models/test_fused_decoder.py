@@ -32,22 +32,27 @@ def poisoned_cache(decoder: Decoder, dtype: torch.dtype) -> KVCache:
     return cache
 
 
-def batch_of(*items: tuple[int, int, int, int]) -> ForwardBatch:
+def work_of(*items: tuple[int, int, int, int]) -> list[ForwardWork]:
     """items: (sequence, start, tokens, wanted logits)."""
     work = []
     for sequence, start, count, wanted in items:
         state = SequenceState(sequence, sequence, SamplingParams(), 0, 0, None)
         tokens = tuple((31 * sequence + 7 * p) % 131 for p in range(start, start + count))
         work.append(ForwardWork(state, tokens, start, wanted, TABLES[sequence]))
-    return build_batch(work, PAGE, CPU)
+    return work
 
 
-BATCHES = [
-    batch_of((0, 0, 5, 0)),  # a chunk
-    batch_of((0, 5, 1, 1), (1, 0, 7, 2), (2, 0, 1, 1)),  # decoding beside a prompt of which the last rows count
-    batch_of((2, 1, 9, 9), (0, 6, 4, 1)),  # a window
-    batch_of((0, 8, 6, 6)),  # again over positions that were rolled back
+def batch_of(*items: tuple[int, int, int, int]) -> ForwardBatch:
+    return build_batch(work_of(*items), PAGE, CPU)
+
+
+ITEMS = [
+    ((0, 0, 5, 0),),  # a chunk
+    ((0, 5, 1, 1), (1, 0, 7, 2), (2, 0, 1, 1)),  # decoding beside a prompt of which the last rows count
+    ((2, 1, 9, 9), (0, 6, 4, 1)),  # a window
+    ((0, 8, 6, 6),),  # again over positions that were rolled back
 ]
+BATCHES = [batch_of(*items) for items in ITEMS]
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -79,6 +84,37 @@ def test_same_bits_as_operator_by_operator(folder: Path, dtype: torch.dtype) -> 
     decoder = load(folder, dtype)
     assert can_fuse(decoder)
     assert_same_bits(decoder, dtype)
+
+
+def test_work_items_give_the_same_bits_as_their_tensors(folder: Path) -> None:
+    decoder = load(folder)
+    of_tensors, of_items = (FusedDecoder(decoder, poisoned_cache(decoder, torch.float32)) for _ in range(2))
+    for items, batch in zip(ITEMS, BATCHES, strict=True):
+        with torch.inference_mode():
+            assert torch.equal(bits(of_items.forward_work(work_of(*items))), bits(of_tensors.forward(batch)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 54}, "3 tokens from position 54, 1 of them with logits, on 2 pages of 4"),
+        ({"start": -1}, "3 tokens from position -1"),
+        ({"num_logits": 4}, "4 of them with logits"),
+        ({"num_logits": -1}, "-1 of them with logits"),
+        ({"block_table": (1, PAGES)}, "a slot is 64"),
+        ({"block_table": (PAGES, 1), "start": 4}, "a page is 16"),
+        ({"tokens": (1, 131, 2)}, "input_ids holds 131"),
+        ({"tokens": (1, -1, 2)}, "input_ids holds -1"),
+    ],
+)
+def test_work_that_does_not_fit_is_refused_before_anything_is_written(
+    llama: Decoder, change: dict[str, object], message: str
+) -> None:
+    cache = poisoned_cache(llama, torch.float32)
+    (work,) = work_of((1, 2, 3, 1))
+    with pytest.raises(ValueError, match=message):
+        FusedDecoder(llama, cache).forward_work([replace(work, **change)])  # type: ignore[arg-type]
+    assert all(t.isnan().all() for layer in cache.layers for t in layer)
 
 
 @pytest.fixture(scope="module")

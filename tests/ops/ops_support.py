@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from cuda_emu import build  # tests/cuda_emu
 from torch import Tensor
 
-from pearl_kernels import SamplingTensors, Situation, cuda, reference
+from pearl_kernels import SamplingTensors, Situation, Verdict, cpu, cuda, reference
 from pearl_kernels.reference.philox import Stream, gumbel
 from pearl_kernels.reference.sampling import log_probabilities
 from pearl_kernels.registry import OPERATORS, PROVIDERS
@@ -69,9 +70,22 @@ def implementations(op: str, with_reference: bool = False) -> list[Any]:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 made = Implementation(provider.operators[op], device, dtypes=_dtypes_on(device))
                 params.append(pytest.param(made, id=f"{provider.name}-{device}", marks=marks))
+    if op == "verify" and cpu.refuses(op, Situation()) is None:
+        params.append(pytest.param(Implementation(verify_of_numbers, "cpu"), id="cpu-numbers"))
     if with_reference:
         params.append(pytest.param(Implementation(OPERATORS[op], "cpu"), id="reference"))
     return params
+
+
+def verify_of_numbers(logits: Tensor, *args: Any, **kwargs: Any) -> Verdict:
+    """``verify_numbers`` with ``verify``'s arguments: index arrays become lists, absent ones empty."""
+    call = inspect.signature(reference.verify).bind(logits, *args, **kwargs)
+    call.apply_defaults()
+    lists = ("draft_tokens", "row_start", "positions", "draft_logprobs", "draft_rows", "draft_temperature")
+    given = {name: call.arguments[name] for name in lists}
+    call.arguments |= {name: [] if value is None else value.tolist() for name, value in given.items()}
+    accepted, next_token = cpu.VERIFY_NUMBERS(**call.arguments)
+    return Verdict(torch.tensor(accepted, dtype=torch.int32), torch.tensor(next_token, dtype=torch.int64))
 
 
 def _dtypes_on(device: str) -> tuple[torch.dtype, ...]:

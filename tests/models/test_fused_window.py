@@ -1,0 +1,197 @@
+"""A window drafted in one C++ call gives the same bits as token by token: tokens, log q, kept logits, KV."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from families import build, load
+
+from pearl.drafting import ModelDrafter
+from pearl.drafting.logits_ring import LogitsRing
+from pearl.messages import DraftPlan, DraftProposal, DraftWork, ForwardWork, SequenceState
+from pearl.models import Decoder, KVCache, bundled_path, load_model
+from pearl.sampling_params import SamplingParams
+from pearl.workers import HostQueue, ModelRunner
+from pearl_kernels import Rule, Situation, select
+
+PAGE, PAGES, LANES, WINDOW = 4, 24, 4, 8
+VOCABULARY = 131 - 3  # what models have beyond is padding
+CPU = torch.device("cpu")
+TABLES = ((5, 2, 9, 0, 21), (1, 14, 20, 4, 6), (7, 3, 12, 16, 17), (8, 10, 11, 13, 15))
+GREEDY, HOT = SamplingParams(), SamplingParams(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
+MIXED = (GREEDY, HOT, SamplingParams(temperature=1.3, draft_temperature=0.0), SamplingParams(temperature=0.5))
+both_rules = pytest.mark.parametrize("rule", ["rejection", "coupled"])
+
+
+def item(
+    sequence: int, start: int, count: int, num_draft: int, params: SamplingParams = GREEDY, table: int = 5
+) -> DraftWork:
+    """``count`` tokens from ``start`` on, then ``num_draft`` drafted ones; ``table``: pages of the block table."""
+    tokens = tuple((31 * sequence + 7 * p) % VOCABULARY for p in range(start, start + count))
+    history = tuple((31 * sequence + 7 * p) % VOCABULARY for p in range(start + count))
+    state = SequenceState(sequence, sequence, params, 1000 + sequence, 1, history)
+    return DraftWork(ForwardWork(state, tokens, start, min(1, num_draft), TABLES[sequence][:table]), num_draft)
+
+
+# Rounds one after another, on the same KV: what a later one computes again was rejected.
+ROUNDS = [
+    (item(0, 0, 9, 0),),  # a chunk of a prompt
+    (item(0, 9, 1, 5, MIXED[0]), item(1, 0, 7, 0), item(2, 0, 1, 3, MIXED[2])),
+    (item(1, 7, 2, 8, MIXED[1], table=4), item(2, 2, 2, 1, MIXED[2]), item(3, 0, 6, 4, MIXED[3])),
+    (item(3, 8, 1, 2, MIXED[3]), item(0, 12, 1, 8, MIXED[0]), item(1, 9, 1, 5, MIXED[1]), item(2, 4, 1, 1, MIXED[2])),
+    (item(2, 5, 12, 4, MIXED[2]),),  # up to the last page's last slot
+]
+
+
+class Drafting:
+    """A drafter over KV of its own, unused memory poisoned."""
+
+    def __init__(self, decoder: Decoder, rule: Rule, fused: bool, threads: int = 1, lanes: int = LANES) -> None:
+        dtype = decoder.weights.embedding.dtype
+        self.cache = KVCache.allocate(decoder.config, PAGES, PAGE, dtype, CPU)
+        for tensor in chain.from_iterable(self.cache.layers):
+            tensor.fill_(torch.nan)
+        self.ring = LogitsRing(lanes, WINDOW)
+        self.ring.allocate(decoder.config.vocab_size, dtype).fill_(torch.nan)
+        runner = ModelRunner(decoder, self.cache, PAGE, HostQueue(CPU), threads)
+        self.drafter = ModelDrafter(runner, rule, VOCABULARY, (), self.ring)
+        assert self.drafter._fused is not None
+        if not fused:
+            self.drafter._fused = None
+
+    def propose(self, work: tuple[DraftWork, ...]) -> DraftProposal:
+        with torch.inference_mode():
+            return self.drafter.propose(DraftPlan(work))
+
+    def memory(self) -> list[torch.Tensor]:
+        assert self.ring.logits is not None
+        return [*chain.from_iterable(self.cache.layers), self.ring.logits]
+
+
+def assert_same(expected: DraftProposal, found: DraftProposal) -> None:
+    assert found.windows == expected.windows
+    assert found.steps == expected.steps
+
+
+def assert_same_memory(one: Drafting, other: Drafting) -> None:
+    for expected, found in zip(one.memory(), other.memory(), strict=True):
+        width = torch.int32 if expected.dtype == torch.float32 else torch.int16
+        assert torch.equal(found.view(width), expected.view(width))
+
+
+@pytest.fixture(params=["llama", "mistral-window", "qwen3"], scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp(request.param)
+    build(request.param).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    path = tmp_path_factory.mktemp("llama")
+    build("llama").save_pretrained(path)
+    return load(path)
+
+
+@both_rules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_same_bits_as_token_by_token(folder: Path, dtype: torch.dtype, rule: Rule) -> None:
+    decoder = load(folder, dtype)
+    step_by_step, fused = (Drafting(decoder, rule, fused) for fused in (False, True))
+    for work in ROUNDS:
+        expected, found = step_by_step.propose(work), fused.propose(work)
+        assert {i: len(window) for i, window in expected.windows.items()} == {
+            w.forward.state.request_id: w.num_draft for w in work if w.num_draft
+        }
+        assert_same(expected, found)
+        assert_same_memory(step_by_step, fused)
+    kept = {d.row for window in expected.windows.values() for d in window}
+    assert kept == {-1}  # of the last round's request: its draft is greedy
+
+
+def test_q_is_kept_under_the_rejection_rule_alone(llama: Decoder) -> None:
+    for rule, rows in (("rejection", True), ("coupled", False)):
+        drafting = Drafting(llama, rule, fused=True)  # type: ignore[arg-type]
+        windows = drafting.propose((item(0, 0, 3, 6, GREEDY), item(1, 0, 2, 8, HOT), item(3, 0, 1, 1, HOT))).windows
+        assert all(d.row == -1 for d in windows[0])
+        assert all((d.row >= 0) is rows for d in (*windows[1], *windows[3]))
+        assert drafting.ring.logits is not None
+        assert drafting.ring.logits.isfinite().all(-1).sum() == (9 if rows else 0)
+
+
+def test_nothing_is_allocated_for_a_batch_that_keeps_no_q(llama: Decoder) -> None:
+    drafting = Drafting(llama, "rejection", fused=True)
+    drafting.ring.logits = None
+    drafting.propose((item(0, 0, 3, 6, GREEDY),))
+    assert drafting.ring.logits is None
+
+
+def test_threads_change_no_bit() -> None:
+    """At a real size, where helpers are woken."""
+    kernels = select(Situation("cpu", torch.bfloat16))
+    decoder = load_model(bundled_path("target"), device=CPU, dtype=torch.bfloat16, max_model_len=128, kernels=kernels)
+    alone, helped = (Drafting(decoder, "rejection", True, threads) for threads in (1, 3))
+    for work in ROUNDS:
+        assert_same(alone.propose(work), helped.propose(work))
+    assert_same_memory(alone, helped)
+
+
+def test_requests_whose_logits_depend_on_the_host_are_drafted_step_by_step(llama: Decoder) -> None:
+    """And so is the whole batch, to the same tokens."""
+    work = (item(0, 0, 5, 6), item(1, 0, 3, 6, HOT))
+    plain = Drafting(llama, "rejection", fused=True).propose(work)
+    biased = SamplingParams(logit_bias={plain.windows[0][2].token: -100.0})
+    work = (item(0, 0, 5, 6, biased), work[1])
+    step_by_step, fused = (Drafting(llama, "rejection", fused) for fused in (False, True))
+    found = fused.propose(work)
+    assert_same(step_by_step.propose(work), found)
+    assert found.windows[0][:2] == plain.windows[0][:2]
+    assert found.windows[0][2] != plain.windows[0][2]
+    assert [d.token for d in found.windows[1]] == [d.token for d in plain.windows[1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_table": (5, 2)}, r"a page is -1"),
+        ({"block_table": (5, 2, PAGES)}, r"a page is 24"),
+        ({"block_table": (5, 2, -1)}, r"a page is -1"),
+        ({"block_table": (5,)}, "6 tokens from position 0, 1 of them with logits, on 1 pages of 4"),
+        ({"num_logits": 0}, "drafts without its last row's logits"),
+        ({"num_logits": 2}, "drafts without its last row's logits"),
+        ({"tokens": (1, 2, 3, 4, 5, 131)}, "input_ids holds 131"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    llama: Decoder, change: dict[str, object], message: str
+) -> None:
+    drafting = Drafting(llama, "rejection", fused=True)
+    good = item(0, 0, 6, 6, HOT)
+    bad = DraftWork(replace(good.forward, **change), good.num_draft)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        drafting.propose((item(1, 0, 2, 2), bad))
+    assert all(memory.isnan().all() for memory in drafting.memory())
+    assert drafting.propose((good,)).steps == 6  # and goes on
+
+
+def test_a_window_past_the_models_last_position_is_refused(llama: Decoder) -> None:
+    table = tuple(range(PAGES)) * 2  # room for 192 positions; the model has 128
+    state = item(0, 0, 1, 1).forward.state
+    for num_draft, fits in ((4, True), (5, False)):
+        drafting = Drafting(llama, "rejection", fused=True)
+        work = DraftWork(ForwardWork(state, (3,), 124, 1, table), num_draft)
+        if fits:
+            assert len(drafting.propose((work,)).windows[0]) == num_draft
+            continue
+        with pytest.raises(ValueError, match="the end of a window is 129"):
+            drafting.propose((work,))
+
+
+def test_a_lane_that_the_ring_does_not_have_is_refused(llama: Decoder) -> None:
+    drafting = Drafting(llama, "rejection", fused=True, lanes=1)
+    with pytest.raises(ValueError, match="ring_base is 16"):
+        drafting.propose((item(1, 0, 2, 2, HOT),))
