@@ -132,7 +132,7 @@ class Verifier:
         numbers, draft_logits = self._numbers(requests, states, proposal)
         params = self._batches.tensors(states)
         common = {"vocab_size": self._vocab_size, "rule": self._rule, "draft_logits": draft_logits}
-        if self._kernels.verify_numbers is not None:  # on CPU: no window is late
+        if self._kernels.verify_numbers is not None and not self._queue.asynchronous:
             verdict = self._kernels.verify_numbers(logits, **numbers, params=params, **common)
             return lambda: verdict
         tensors = self._tensors(requests, numbers, proposal)

@@ -198,9 +198,13 @@ def test_a_failing_model_is_reported_and_survived(
 ) -> None:
     """A worker's exception ends the requests of its round with the reason; the next call works."""
     llm = open_llm(llama, window=3)
-    owner = llm.engine._drafter._runner if who == "draft" else llm.engine._target._runner
+    draft, target = (llm.engine._drafter._fused, "draft"), (llm.engine._target._runner, "forward")
+
+    def fail(work: object) -> None:
+        raise RuntimeError("the cable came loose")
+
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "forward", lambda work: (_ for _ in ()).throw(RuntimeError("the cable came loose")))
+        patch.setattr(*(draft if who == "draft" else target), fail)
         outputs = llm.generate(prompts((4, 8), seed=44), PARAMS)
         chunks = list(llm.stream("abc", PARAMS))
     for failed in [*(output.outputs[0] for output in outputs), chunks[-1]]:
