@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,7 +26,7 @@ from pearl.messages import (
     VerifyResult,
 )
 from pearl.outputs import OutputDelta
-from pearl.workers import TargetRunner, Worker
+from pearl.workers import Reply, TargetRunner, Worker
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,10 @@ class Engine:
         self._draft_logits = proposal.logits
         return proposal, output
 
-    def _submit_target(self, plan: TargetPlan) -> Future[TargetOutput] | None:
+    def _submit_target(self, plan: TargetPlan) -> Reply[TargetOutput] | None:
         return self._target_worker.submit(self._target.run, plan) if plan.work else None
 
-    def _submit_draft(self, plan: DraftPlan) -> Future[DraftProposal] | None:
+    def _submit_draft(self, plan: DraftPlan) -> Reply[DraftProposal] | None:
         if not plan.work:
             return None
         assert self._drafter is not None

@@ -55,6 +55,7 @@ class KVCacheManager:
     def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
         """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1."""
         self._pool = PagePool(num_pages, page_size)
+        self.page_size = page_size  # tokens in a page
         self._prefix_caching = prefix_caching
         self._sequences: dict[int, _SequencePages] = {}
         self._queried_tokens = self._hit_tokens = self._page_copies = 0
@@ -62,11 +63,6 @@ class KVCacheManager:
     @property
     def num_pages(self) -> int:
         return self._pool.num_pages
-
-    @property
-    def page_size(self) -> int:
-        """Tokens in a page."""
-        return self._pool.page_size
 
     @property
     def num_free_pages(self) -> int:
@@ -137,7 +133,8 @@ class KVCacheManager:
     def can_reserve(self, seq_id: int, num_tokens: int, write_from: int | None = None) -> bool:
         """Whether ``reserve`` with these arguments would succeed (None: no position that has a page is rewritten)."""
         write_from = num_tokens if write_from is None else write_from
-        return self._pages_needed(self._sequences[seq_id], num_tokens, write_from) <= self.num_free_pages
+        missing, _, shared = self._plan(self._sequences[seq_id].pages, num_tokens, write_from)
+        return missing + len(shared) <= self.num_free_pages
 
     def reserve(self, seq_id: int, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
         """Make positions [write_from, num_tokens) ready to be written, and keep [0, write_from) readable.
@@ -154,45 +151,43 @@ class KVCacheManager:
         if not 0 <= write_from <= num_tokens:
             raise ValueError(f"positions [{write_from}, {num_tokens}) cannot be reserved")
         sequence = self._sequences[seq_id]
-        needed = self._pages_needed(sequence, num_tokens, write_from)
+        pages = sequence.pages
+        missing, written, shared = self._plan(pages, num_tokens, write_from)
+        needed = missing + len(shared)
         if needed > self.num_free_pages:
             raise OutOfPages(
                 f"sequence {seq_id} needs {needed} more pages for {num_tokens} tokens, "
                 f"{self.num_free_pages} of {self.num_pages} are free"
             )
-        copies = self._own_written(sequence, num_tokens, write_from)
-        while len(sequence.pages) * self.page_size < num_tokens:
-            sequence.pages.append(self._pool.allocate())
+        for index in written:
+            if index not in shared:
+                self._pool.uncache(pages[index])
+        copies = self._own(pages, shared, write_from) if shared else ()
         if needed:
+            pages += [self._pool.allocate() for _ in range(missing)]
             sequence.block_table = None
         del sequence.prefix[write_from // self.page_size :]
         return copies
 
-    def _own_written(self, sequence: _SequencePages, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
+    def _plan(self, pages: list[int], num_tokens: int, write_from: int) -> tuple[int, range, list[int]]:
+        """For positions [write_from, num_tokens): how many pages are missing; indices of the pages held already that
+        have such a position; those of them that are shared, each of which needs a page of its own.
+        """
+        size, held = self.page_size, len(pages)
+        wanted = -(-num_tokens // size)
+        written = range(write_from // size, min(held, wanted)) if write_from < num_tokens else range(0)
+        return max(0, wanted - held), written, [i for i in written if self._pool.is_shared(pages[i])]
+
+    def _own(self, pages: list[int], shared: list[int], write_from: int) -> tuple[PageCopy, ...]:
         copies = []
-        for index in self._written(sequence, num_tokens, write_from):
-            page = sequence.pages[index]
-            if not self._pool.is_shared(page):
-                self._pool.uncache(page)
-                continue
-            sequence.pages[index] = self._pool.allocate()
+        for index in shared:
+            page = pages[index]
+            pages[index] = self._pool.allocate()
             self._pool.release(page)
             if index * self.page_size < write_from:  # later pages hold nothing that is still valid
-                copies.append(PageCopy(page, sequence.pages[index]))
+                copies.append(PageCopy(page, pages[index]))
         self._page_copies += len(copies)
         return tuple(copies)
-
-    def _pages_needed(self, sequence: _SequencePages, num_tokens: int, write_from: int) -> int:
-        """Pages that ``reserve`` would allocate: missing ones, and one for each shared page to be written."""
-        missing = max(0, self._num_pages_for(num_tokens) - len(sequence.pages))
-        written = self._written(sequence, num_tokens, write_from)
-        return missing + sum(self._pool.is_shared(sequence.pages[index]) for index in written)
-
-    def _written(self, sequence: _SequencePages, num_tokens: int, write_from: int) -> range:
-        """Indices of the pages held already that have a position in [write_from, num_tokens)."""
-        if write_from == num_tokens:
-            return range(0)
-        return range(write_from // self.page_size, min(len(sequence.pages), self._num_pages_for(num_tokens)))
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
         """Cache the full pages that are verified and computed: those within [0, min(len(tokens), num_computed)).
@@ -227,7 +222,7 @@ class KVCacheManager:
         if num_tokens < 0:
             raise ValueError(f"a sequence cannot be truncated to {num_tokens} tokens")
         sequence = self._sequences[seq_id]
-        num_kept = self._num_pages_for(num_tokens)
+        num_kept = -(-num_tokens // self.page_size)
         if num_kept < len(sequence.pages):
             self._release(sequence, num_kept)
             sequence.block_table = None
@@ -241,9 +236,6 @@ class KVCacheManager:
         # The last page first, so that it is evicted first: a prefix without its end is useful, an end alone is not.
         while len(sequence.pages) > num_kept:
             self._pool.release(sequence.pages.pop())
-
-    def _num_pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
 
     def check_integrity(self) -> None:
         """Raise AssertionError, saying what is wrong, if an invariant is broken. For tests: O(all pages)."""

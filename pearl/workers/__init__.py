@@ -3,7 +3,7 @@
 from pearl.workers.graph_runner import GraphRunner, why_not_captured
 from pearl.workers.model_runner import ModelRunner, TargetRunner
 from pearl.workers.queue import DeviceQueue, HostQueue, open_queue
-from pearl.workers.worker import InlineWorker, ThreadWorker, Worker
+from pearl.workers.worker import InlineWorker, Reply, ThreadWorker, Worker
 
 __all__ = [
     "DeviceQueue",
@@ -11,6 +11,7 @@ __all__ = [
     "HostQueue",
     "InlineWorker",
     "ModelRunner",
+    "Reply",
     "TargetRunner",
     "ThreadWorker",
     "Worker",

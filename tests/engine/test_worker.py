@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from pearl.errors import EngineClosedError
 from pearl.workers import HostQueue, InlineWorker, ThreadWorker
 
 
@@ -39,9 +43,9 @@ def test_the_process_keeps_its_default(workers: list[ThreadWorker]) -> None:
 def test_calls_run_one_after_another_on_one_named_thread(workers: list[ThreadWorker]) -> None:
     workers.append(ThreadWorker("draft", 1))
     order: list[int] = []
-    futures = [workers[0].submit(order.append, i) for i in range(20)]
-    for future in futures:
-        future.result(10)
+    replies = [workers[0].submit(order.append, i) for i in range(20)]
+    for reply in replies:
+        reply.result(10)
     assert order == list(range(20))
     names = {workers[0].submit(lambda: threading.current_thread().name).result(10) for _ in range(5)}
     assert len(names) == 1
@@ -66,8 +70,8 @@ def test_arguments_results_and_exceptions_pass_through(workers: list[ThreadWorke
 def test_two_workers_run_at_the_same_time(workers: list[ThreadWorker]) -> None:
     workers += [ThreadWorker("a", 1), ThreadWorker("b", 1)]
     barrier = threading.Barrier(2, timeout=20)
-    for future in [worker.submit(barrier.wait) for worker in workers]:
-        future.result(20)
+    for reply in [worker.submit(barrier.wait) for worker in workers]:
+        reply.result(20)
 
 
 def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None:
@@ -82,17 +86,47 @@ def test_close_ends_the_thread_finishes_what_runs_and_drops_what_waits() -> None
 
     running, waiting = worker.submit(busy), worker.submit(dropped.set)
     assert started.wait(20)
-    waiting.add_done_callback(lambda future: release.set())  # cancelled by close, which then waits for the other
-    worker.close()
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    with pytest.raises(EngineClosedError, match="before this call began"):
+        waiting.result(20)
+    assert not running.done()
+    with pytest.raises(TimeoutError):
+        running.result(0.01)
+    release.set()
+    closing.join(20)
     assert running.result(0) == "done"
-    assert waiting.cancelled()
     assert not dropped.is_set()
     worker.close()
     assert set(threading.enumerate()) <= before
+    with pytest.raises(EngineClosedError):
+        worker.submit(divmod, 7, 3)
+
+
+def test_a_worker_that_nobody_closes_takes_its_thread_with_it() -> None:
+    before = set(threading.enumerate())
+    worker = ThreadWorker("a", 1)
+    assert set(threading.enumerate()) > before
+    del worker
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+
+
+def test_the_interpreter_ends_although_nobody_closed_a_worker() -> None:
+    code = "from pearl.workers import ThreadWorker; import time; w = ThreadWorker('a', 1); w.submit(time.sleep, 0.2)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_ends_a_thread_ends_neither_the_worker_nor_who_waits(workers: list[ThreadWorker]) -> None:
+    workers.append(ThreadWorker("a", 1))
+    with pytest.raises(SystemExit):
+        workers[0].submit(sys.exit, 3).result(10)
+    assert workers[0].submit(divmod, 9, 4).result(10) == (2, 1)
 
 
 def test_the_calling_thread_as_a_worker() -> None:
-    """Done when submit returns; an exception waits in the future, an interruption does not."""
+    """Done when submit returns; an exception waits in the reply, an interruption does not."""
     worker = InlineWorker(HostQueue(torch.device("cpu")))
     here = worker.submit(threading.current_thread)
     assert here.done()
