@@ -28,7 +28,8 @@ class EngineConfig:
     method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
     window: drafted tokens a round, or "auto" (measured). max_window bounds "auto".
     window_rule: of PEARL's "auto": "balanced", the smallest window that takes as long to draft as to verify;
-        "fastest", the largest expected tokens per second, which is shorter where each row costs the target time.
+        "fastest", the largest expected tokens per second, which is shorter where each row costs the target time, and
+        without pre-verify, for a request that runs alone, where the draft is so fast that this brings more.
     pre_verify, post_verify: PEARL's two halves; switching one off is an ablation, the output stays exact.
     device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
