@@ -10,6 +10,7 @@
 #include "cpu/norm.inl"
 #include "cpu/activation.inl"
 #include "cpu/linear_weights.inl"
+#include "cpu/linear_prefetch.inl"
 #include "cpu/linear.inl"
 #include "cpu/rope.inl"
 #include "cpu/attention.inl"

@@ -7,12 +7,11 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int64_t kLinearRows = 64;  // summed up beside each other; more rows pass over the weight again
-inline constexpr int kPanelParts = kPanelColumns / kPartLanes, kLineBytes = 64;
 
 /// Inputs that are summed up by themselves, because a sum of sums rounds less than one long sum. Their weights stay in
 /// the caches from one tile of rows to the next. A bf16 result is rounded far coarser.
 template <class T>
-inline constexpr int64_t kChunkInputs = sizeof(T) == 4 ? 128 : 512;
+inline constexpr int64_t kChunkInputs = sizeof(T) == 4 ? 128 : kNarrowChunkInputs;
 
 /// Sums of one panel, [rows, kPanelColumns].
 struct alignas(64) PanelSums {
@@ -59,22 +58,18 @@ inline void multiply_word(const char* words, int64_t stride, const char* weight,
   }
 }
 
-/// One chunk of a panel for kRows rows and kParts parts of columns: sums += x @ weight. The hardware's prefetcher stops
-/// at each page: every step asks for `share` bytes of the next chunk, from `ahead` on. Its lines lie a stripe of the
-/// chunk apart, because memory answers requests for several pages at once faster than for one after another.
-template <class W, int kRows, int kParts>
-inline void multiply_tile(Words x, const char* weight, int first, int64_t steps, const char* ahead, int64_t share,
-                          float* sums) {
-  constexpr int kLines = (W::kStepBytes * kParts / kPanelParts + kLineBytes - 1) / kLineBytes;
+/// One chunk of a panel for kRows rows and kParts parts of columns: sums += x @ weight. Every step asks for some of the
+/// weights to come.
+template <class W, int kRows, int kParts, class Ahead>
+inline void multiply_tile(Words x, const char* weight, int first, int64_t steps, Ahead ahead, float* sums) {
   Part sum[kRows][kParts];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kParts; ++i) sum[r][i] = zero_part();
   }
   const char* words = x.data;
-  const int64_t line_share = share / kLines, stripe = steps * line_share;
-  for (int64_t step = 0; step < steps; ++step, weight += W::kStepBytes, words += 4 * W::kWords, ahead += line_share) {
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * stripe, 0, 2);
+  for (int64_t step = 0; step < steps; ++step, weight += W::kStepBytes, words += 4 * W::kWords) {
+    ahead.ask();
     multiply_word<W>(words, x.stride, weight, first, 0, sum);
     if constexpr (W::kWords == 2) {
       asm volatile("" ::: "memory");  // the weight is loaded again: no register is free to keep it
@@ -98,10 +93,9 @@ inline void multiply_rows(Words x, const char* weight, int64_t steps, int64_t ti
     if (x.count < kRows) return multiply_rows<W, kRows - 1>(x, weight, steps, tile, tiles, sums);
     constexpr int kParts = tile_parts(kRows), kPasses = kPanelParts / kParts;
     static_assert(kPanelParts % kParts == 0, "a panel is a whole number of tiles");
-    const int64_t share = W::kStepBytes / (kPasses * tiles);
-    const char* ahead = weight + steps * W::kStepBytes + tile * kPasses * steps * share;
-    for (int pass = 0; pass < kPasses; ++pass, ahead += steps * share) {
-      multiply_tile<W, kRows, kParts>(x, weight, pass * kParts, steps, ahead, share, sums);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const auto ahead = weights_ahead<W, kParts>(weight, steps, tile * kPasses + pass, tiles * kPasses);
+      multiply_tile<W, kRows, kParts>(x, weight, pass * kParts, steps, ahead, sums);
     }
   }
 }

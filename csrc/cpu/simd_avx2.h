@@ -12,6 +12,7 @@ namespace pearl::PEARL_ISA {
 inline constexpr int kLanes = 16;
 inline constexpr int kPartLanes = 8, kTileRows = 6, kDotRows = 3;
 inline constexpr int tile_parts(int rows) { return rows <= 2 ? 6 : rows == 3 ? 3 : 2; }
+inline constexpr int64_t kNarrowChunkInputs = 512, kAheadBytes = 0;  // measured on Zen 3
 
 struct Vec {
   __m256 a, b;  // lanes 0 to 7, 8 to 15

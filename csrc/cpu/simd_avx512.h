@@ -12,6 +12,7 @@ namespace pearl::PEARL_ISA {
 inline constexpr int kLanes = 16;
 inline constexpr int kPartLanes = 16, kTileRows = 8, kDotRows = 6;
 inline constexpr int tile_parts(int) { return 3; }
+inline constexpr int64_t kNarrowChunkInputs = 192, kAheadBytes = 20 << 10;  // measured on Zen 5; a chunk fits into L1
 
 struct Vec {
   __m512 v;

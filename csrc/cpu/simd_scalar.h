@@ -14,6 +14,9 @@ inline constexpr int kPartLanes = 16;
 /// The tile of sums that a matrix product can keep in registers: rows at most, and Parts of columns for so many rows.
 inline constexpr int kTileRows = 2;
 inline constexpr int tile_parts(int) { return 1; }
+/// Inputs of a chunk of 16-bit weights; how many bytes ahead of a product its weights are asked for, or 0 for the next
+/// chunk in stripes (linear_prefetch.inl).
+inline constexpr int64_t kNarrowChunkInputs = 512, kAheadBytes = 0;
 /// Rows whose products with four vectors attention can keep in registers.
 inline constexpr int kDotRows = 1;
 
