@@ -13,6 +13,7 @@
 #include "cpu/linear_prefetch.inl"
 #include "cpu/linear.inl"
 #include "cpu/rope.inl"
+#include "cpu/attention_tile.inl"
 #include "cpu/attention.inl"
 #include "cpu/philox.inl"
 #include "cpu/cutoff.inl"

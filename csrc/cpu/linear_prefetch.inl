@@ -5,7 +5,8 @@ namespace pearl::PEARL_ISA {
 
 inline constexpr int kPanelParts = kPanelColumns / kPartLanes, kLineBytes = 64;
 
-/// One line after the other. Where passes share a step's bytes they ask for some lines twice: cheaper than to count them.
+/// One line after the other. Where passes share a step's bytes they ask for some lines twice: cheaper than to count
+/// them.
 template <int kLines>
 struct Stream {
   const char* line;
@@ -29,8 +30,8 @@ struct Stripes {
   }
 };
 
-/// For pass `pass` of `passes` over the chunk of `steps` steps at weight, each of kParts parts of its columns or of some
-/// rows: all of them together ask for as many bytes as the chunk has.
+/// For pass `pass` of `passes` over the chunk of `steps` steps at weight, each of kParts parts of its columns or of
+/// some rows: all of them together ask for as many bytes as the chunk has.
 template <class W, int kParts>
 inline auto weights_ahead(const char* weight, int64_t steps, int64_t pass, int64_t passes) {
   const int64_t share = W::kStepBytes / passes, begin = pass * steps * share;

@@ -2,8 +2,9 @@
 
 namespace pearl::PEARL_ISA {
 
-/// e^x. Zero below -87.33 (no denormal results), finite above 88.37; NaN stays NaN.
-inline Vec exp(Vec x) {
+/// e^x. Zero below -87.33 (no denormal results), finite above 88.37; NaN stays NaN. A call would pass vectors through
+/// memory, which costs as much as the rest.
+[[gnu::always_inline]] inline Vec exp(Vec x) {
   const Vec clamped = min(broadcast(88.37f), max(broadcast(-87.33f), x));
   // Adding 1.5 * 2^23 rounds to an integer, which is then found in the low bits of the sum.
   const Vec magic = broadcast(12582912.0f);

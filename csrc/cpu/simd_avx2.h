@@ -10,7 +10,8 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kPartLanes = 8, kTileRows = 6, kDotRows = 3;
+inline constexpr int kPartLanes = 8, kTileRows = 6, kRowsAtOnce = 6;
+inline constexpr int row_parts(int rows) { return rows <= 3 ? 4 : 2; }
 inline constexpr int tile_parts(int rows) { return rows <= 2 ? 6 : rows == 3 ? 3 : 2; }
 inline constexpr int64_t kNarrowChunkInputs = 512, kAheadBytes = 0;  // measured on Zen 3
 
@@ -149,6 +150,7 @@ inline void multiply_wide(Bits x, uint32_t factor, Bits& high, Bits& low) {
 
 inline Part zero_part() { return {_mm256_setzero_ps()}; }
 inline Part load_part(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Part load_part(const BFloat16* p) { return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 inline Part load_part(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -175,18 +177,12 @@ inline float reduce_max(Vec x) {
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
-/// a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit half.
-inline __m256 add_pairs(__m256 a, __m256 b) {
-  return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+inline __m256i load_halves(const void* a, const void* b) {
+  return _mm256_loadu2_m128i(static_cast<const __m128i*>(b), static_cast<const __m128i*>(a));
 }
-inline Part add_fours(const Part (&x)[4]) {
-  const __m256d ab = _mm256_castps_pd(add_pairs(x[0].v, x[1].v)), cd = _mm256_castps_pd(add_pairs(x[2].v, x[3].v));
-  return {_mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)))};
+inline Bits load_quarters(const void* a, const void* b, const void* c, const void* d) {
+  return {load_halves(a, b), load_halves(c, d)};
 }
-inline Part join_fours(const Part (&x)[2]) {
-  return {_mm256_add_ps(_mm256_permute2f128_ps(x[0].v, x[1].v, 0x20), _mm256_permute2f128_ps(x[0].v, x[1].v, 0x31))};
-}
-
 inline void transpose_4x4(__m256i& a, __m256i& b, __m256i& c, __m256i& d) {
   const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
   const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);

@@ -10,7 +10,8 @@
 namespace pearl::PEARL_ISA {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kPartLanes = 16, kTileRows = 8, kDotRows = 6;
+inline constexpr int kPartLanes = 16, kTileRows = 8, kRowsAtOnce = 6;
+inline constexpr int row_parts(int) { return 4; }
 inline constexpr int tile_parts(int) { return 3; }
 inline constexpr int64_t kNarrowChunkInputs = 192, kAheadBytes = 20 << 10;  // measured on Zen 5; a chunk fits into L1
 
@@ -88,6 +89,7 @@ inline void multiply_wide(Bits a, uint32_t factor, Bits& high, Bits& low) {
 }
 inline Part zero_part() { return {_mm512_setzero_ps()}; }
 inline Part load_part(const float* p) { return load(p); }
+inline Part load_part(const BFloat16* p) { return load(p); }
 inline Part load_part(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -106,20 +108,13 @@ inline Part dot_pairs(PartBits a, PartBits b, Part sum) {
 inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x.v); }
 inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x.v); }
 
-/// a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit quarter.
-inline __m512 add_pairs(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-}
-inline Part add_fours(const Part (&x)[4]) {
-  const __m512d ab = _mm512_castps_pd(add_pairs(x[0].v, x[1].v)), cd = _mm512_castps_pd(add_pairs(x[2].v, x[3].v));
-  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))};
-}
-/// Halves the number of 128-bit quarters: the sums of neighbours, a's first.
-inline __m512 add_quarters(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-}
-inline Part join_fours(const Part (&x)[4]) {
-  return {add_quarters(add_quarters(x[0].v, x[1].v), add_quarters(x[2].v, x[3].v))};
+inline __m128i load_quarter(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+/// Broadcasts that a mask cuts come from memory without a shuffle.
+inline Bits load_quarters(const void* a, const void* b, const void* c, const void* d) {
+  __m512i result = _mm512_castsi128_si512(load_quarter(a));
+  result = _mm512_mask_broadcast_i32x4(result, 0x00F0, load_quarter(b));
+  result = _mm512_mask_broadcast_i32x4(result, 0x0F00, load_quarter(c));
+  return {_mm512_mask_broadcast_i32x4(result, 0xF000, load_quarter(d))};
 }
 inline void transpose_4x4(Bits (&x)[4]) {
   const __m512i ab_low = _mm512_unpacklo_epi32(x[0].v, x[1].v), ab_high = _mm512_unpackhi_epi32(x[0].v, x[1].v);

@@ -17,8 +17,9 @@ inline constexpr int tile_parts(int) { return 1; }
 /// Inputs of a chunk of 16-bit weights; how many bytes ahead of a product its weights are asked for, or 0 for the next
 /// chunk in stripes (linear_prefetch.inl).
 inline constexpr int64_t kNarrowChunkInputs = 512, kAheadBytes = 0;
-/// Rows whose products with four vectors attention can keep in registers.
-inline constexpr int kDotRows = 1;
+/// Attention: rows whose scores, and then whose sums, stay in registers, and Parts of keys or of the head for so many.
+inline constexpr int kRowsAtOnce = 1;
+inline constexpr int row_parts(int) { return 1; }
 
 struct Vec {
   float lane[kLanes];
@@ -198,25 +199,13 @@ using PartBits = Bits;
 
 inline Part zero_part() { return broadcast(0.0f); }
 inline Part load_part(const float* p) { return load(p); }
+inline Part load_part(const BFloat16* p) { return load(p); }
 inline Part load_part(const int8_t* p) {
   return generate<Vec>([=](int i) { return static_cast<float>(p[i]); });
 }
 inline PartBits load_part(const uint32_t* p) { return load_bits(p); }
 inline Part broadcast_number(float x) { return broadcast(x); }
 inline PartBits broadcast_part(uint32_t x) { return broadcast_bits(x); }
-/// Lane i of join_fours of four (AVX2: two) of these is the sum of vector i, of the sixteen (eight) that went in.
-inline Part add_fours(const Part (&x)[4]) {
-  return generate<Part>([&](int i) {
-    const float* four = x[i % 4].lane + i / 4 * 4;
-    return (four[0] + four[2]) + (four[1] + four[3]);
-  });
-}
-inline Part join_fours(const Part (&x)[4]) {
-  return generate<Part>([&](int i) {
-    const float* part = x[i / 4].lane + i % 4;
-    return (part[0] + part[4]) + (part[8] + part[12]);
-  });
-}
 
 // Across lanes.
 
@@ -228,6 +217,13 @@ inline float reduce_add(Vec x) {
 inline float reduce_max(Vec x) {
   float result = x.lane[0];
   for (int i = 1; i < kLanes; ++i) result = x.lane[i] > result ? x.lane[i] : result;
+  return result;
+}
+/// Four words from each of four places.
+inline Bits load_quarters(const void* a, const void* b, const void* c, const void* d) {
+  Bits result;
+  const void* quarters[] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) std::memcpy(result.lane + 4 * i, quarters[i], 16);
   return result;
 }
 /// Transposes the 4 x 4 matrices that the four vectors hold in their lanes 4 j to 4 j + 3.
