@@ -34,13 +34,24 @@ inline Mask lane_range(int64_t begin, int64_t end) {
 }
 
 inline Vec widen(__m256i halves) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))}; }
-inline __m256i narrow(Vec x) {
+/// By integers, whatever the number.
+inline __m256i narrow_any(Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded =
       _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7FC0)));
+}
+
+inline __m256i narrow(Vec x) {
+#ifdef __AVX512BF16__
+  // The instruction takes subnormal numbers for zero and keeps what a NaN holds.
+  constexpr int kNaN = 0x01 | 0x80, kSubnormal = 0x20;
+  const __mmask16 special = _mm512_fpclass_ps_mask(x.v, kNaN | kSubnormal);
+  if (__builtin_expect(special == 0, 1)) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+#endif
+  return narrow_any(x);
 }
 
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }

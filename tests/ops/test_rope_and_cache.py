@@ -56,6 +56,25 @@ def test_bf16_is_rounded_once(rope: Implementation) -> None:
     assert_rounds_to(k_cache, exact_k)
 
 
+@pytest.mark.parametrize("rope", [p for p in implementations("rope_and_cache") if p.id == "cpu-cpu"])
+def test_any_number_is_rounded_to_bf16_as_torch_does(rope: Implementation) -> None:
+    """Ties, subnormal numbers, infinities and NaN, alone and among others: one times a cosine which is that number."""
+    bits = torch.randint(-(2**31), 2**31, (POSITIONS, 32), dtype=torch.int32)
+    bits[::3] &= -0x7F810000 | 0x18000  # subnormal, and many ties
+    bits[1::3, ::2] |= 0x7F800000  # infinite or NaN
+    bits[2::3] = bits[2::3] & -0x7F008000 | 0x20000000  # normal, and many ties
+    numbers = bits.view(torch.float32)
+    table = torch.cat((numbers, torch.zeros_like(numbers)), dim=-1)
+    q, k, v = torch.zeros(3, POSITIONS, 1, 64, dtype=torch.bfloat16)
+    q[:, 0, :32] = 1
+    caches = torch.zeros(2, 19, PAGE_SIZE, 1, 64, dtype=torch.bfloat16)
+    rope(q, k, v, torch.arange(POSITIONS), table, *caches, torch.arange(POSITIONS))
+    rounded, expected = q[:, 0, :32].contiguous(), numbers.bfloat16()
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    assert torch.equal(rounded.nan_to_num(0).view(torch.int16), expected.nan_to_num(0).view(torch.int16))
+    assert set(rounded[rounded.isnan()].view(torch.int16).tolist()) == {0x7FC0}
+
+
 def test_reference_rotates_pairs_as_complex_numbers() -> None:
     n, head_dim = 5, 16
     q, k, v = (torch.randn(n, 2, head_dim) for _ in range(3))
