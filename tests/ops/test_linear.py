@@ -20,7 +20,7 @@ Linear = tuple[Callable[[Tensor], LinearWeight], Callable[..., Tensor]]
 HERE = Path(__file__).parent
 ROWS = [*range(18), 33, 64, 65, 131]
 # Odd, below and above a panel, a single column, more than one chunk of inputs.
-MATRICES = [(1, 1), (7, 5), (48, 64), (49, 33), (95, 1031), (50, 193), (384, 384), (130, 2050)]  # (out_features, in_features)
+MATRICES = [(1, 1), (7, 5), (48, 64), (49, 33), (95, 1031), (50, 193), (384, 384), (130, 2050)]  # outputs, inputs
 
 
 def providers(with_reference: bool = False) -> list[object]:
