@@ -79,13 +79,18 @@ def test_every_provider_implements_only_operators() -> None:
 
 def test_select_resolves_every_operator_as_explain_says() -> None:
     kernels = select()
-    assert {field.name for field in dataclasses.fields(KernelSet)} == {*OPERATORS, "providers"}
+    assert {field.name for field in dataclasses.fields(KernelSet)} == {*OPERATORS, "providers", "verify_numbers"}
     assert set(kernels.providers) == set(OPERATORS)
     functions = {provider.name: provider.operators for provider in PROVIDERS}
     for op, name in kernels.providers.items():
         assert name == chosen(explain(op)).provider
         assert getattr(kernels, op) is functions[name][op]
     assert kernels.rms_norm is cpu.OPERATORS["rms_norm"]
+
+
+def test_verdicts_in_numbers_come_from_the_provider_of_verify() -> None:
+    assert select().verify_numbers is cpu.VERIFY_NUMBERS
+    assert select(prefer={"verify": "reference"}).verify_numbers is None
 
 
 def test_prefer_pins_one_operator_and_no_other() -> None:
@@ -163,9 +168,10 @@ def test_without_the_compiled_core_the_reason_is_told(monkeypatch: pytest.Monkey
     monkeypatch.delattr(cpu, "layers")
     monkeypatch.setitem(sys.modules, "pearl_kernels.cpu.layers", None)  # as if its import failed
     operators, reason = cpu._load()
-    assert set(operators) == set(cpu.OPERATORS)
+    assert set(operators) == {*cpu.OPERATORS, "verify_numbers"}
     with pytest.raises(RuntimeError, match="not built"):
         operators["sample"]()
     monkeypatch.setattr(cpu, "_LOAD_ERROR", reason)
     assert "pip install -e ." in explain("sample")[0].reason
     assert set(select().providers.values()) == {"reference"}
+    assert select().verify_numbers is None
