@@ -80,6 +80,8 @@ def connect(
 def _window_policy(config: EngineConfig) -> WindowPolicy:
     if config.window != "auto":
         return FixedWindow(config.window)
+    if not config.uses_draft:
+        return FixedWindow(config.max_window)
     takes_turns = config.method == "speculative" or not (config.pre_verify or config.post_verify)
     if takes_turns:  # there is nothing to balance
         choose = fastest(whole=sequential_tokens_per_second)

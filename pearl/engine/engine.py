@@ -88,7 +88,8 @@ class Engine:
         committed = self.scheduler.update(plan, result)
         outputs = [self._output(self.scheduler.requests[i], tokens, result) for i, tokens in committed.items()]
         record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
-        self._learn(record)
+        if self._window.learns:
+            self._learn(record)
         if self.observer is not None:
             self.observer(record)
         return outputs

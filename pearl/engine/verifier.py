@@ -80,7 +80,6 @@ class Verifier:
         self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
         self._batches = SamplingBatches(queue.device)
 
-    @torch.inference_mode()
     def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
         """Judge the pending tokens and the first token of the windows drafted in this round.
 
@@ -95,11 +94,11 @@ class Verifier:
             assert target.logits is not None
             late = proposal.on_device
             requests = self._align(plan, proposal.windows if late is None else proposal.windows | late.outlines())
+            # Log-softmax of raw rows, before any processing changes them in place.
             logprobs = [self._top_logprobs(target.logits, rows) for rows in requests]
             for rows in requests:
                 if rows.forward.state.params.changes_logits:
-                    window = target.logits[rows.begin : rows.end]
-                    process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+                    self._process(target.logits, rows)
             read_verdict = self._judge(requests, target.logits, proposal)
             self._queue.mark().wait()
         if late is not None:
@@ -135,20 +134,27 @@ class Verifier:
         if self._kernels.verify_numbers is not None and not self._queue.asynchronous:
             verdict = self._kernels.verify_numbers(logits, **numbers, params=params, **common)
             return lambda: verdict
-        tensors = self._tensors(requests, numbers, proposal)
-        verdict = self._kernels.verify(logits, **tensors, params=params, **common)
-        downloads = start_download((verdict.accepted, verdict.next_token))
-        return lambda: (downloads[0].tolist(), downloads[1].tolist())
+        with torch.inference_mode():
+            tensors = self._tensors(requests, numbers, proposal)
+            verdict = self._kernels.verify(logits, **tensors, params=params, **common)
+            accepted, next_token = start_download((verdict.accepted, verdict.next_token))
+        return lambda: (accepted.tolist(), next_token.tolist())
 
     def _numbers(
         self, requests: Sequence[_Rows], states: Sequence[SequenceState], proposal: DraftProposal
     ) -> tuple[dict[str, Sequence[float]], Tensor | None]:
         """The operator's index arguments, and the draft's logits."""
-        drafted = [token for rows in requests for token in rows.tokens]
+        drafted: list[Drafted] = []
+        positions: list[int] = []
+        starts = [0]
+        for rows in requests:
+            drafted += rows.tokens
+            positions += range(rows.work.position, rows.work.position + len(rows.tokens))
+            starts.append(rows.end)
         numbers: dict[str, Sequence[float]] = {
             "draft_tokens": [d.token for d in drafted],
-            "row_start": [*(rows.begin for rows in requests), requests[-1].end],
-            "positions": [rows.work.position + i for rows in requests for i in range(len(rows.tokens))],
+            "row_start": starts,
+            "positions": positions,
         }
         if self._rule != "rejection" or all(state.params.temperature <= 0 for state in states):
             return numbers, None
@@ -196,13 +202,17 @@ class Verifier:
         place = {row: index for index, row in enumerate(named)}
         return near, [place.get(row, -1) for row in rows]
 
+    @torch.inference_mode()
+    def _process(self, logits: Tensor, rows: _Rows) -> None:
+        window = logits[rows.begin : rows.end]
+        process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+
     def _top_logprobs(self, logits: Tensor, rows: _Rows) -> tuple[Tensor, int] | None:
-        """Log-softmax of the request's raw rows, before any processing changes them in place."""
         count = rows.forward.state.params.logprobs
         if count is None:
             return None
-        raw = logits[rows.begin : rows.end, : self._vocab_size].float()
-        return raw.log_softmax(-1), count
+        with torch.inference_mode():
+            return logits[rows.begin : rows.end, : self._vocab_size].float().log_softmax(-1), count
 
 
 def _decision(rows: _Rows, accepted: int, next_token: int, top: tuple[Tensor, int] | None) -> Decision:

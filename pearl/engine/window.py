@@ -18,6 +18,11 @@ _ROUNDS_BETWEEN_CHOICES = 8
 
 
 class WindowPolicy(Protocol):
+    @property
+    def learns(self) -> bool:
+        """Whether ``observe`` does anything."""
+        ...
+
     def window(self, batch: int) -> int:
         """Tokens to draft for each request of a batch of that size; at least 1."""
         ...
@@ -48,6 +53,7 @@ class MeasuredRound:
 @dataclass(frozen=True)
 class FixedWindow:
     size: int
+    learns = False
 
     def window(self, batch: int) -> int:
         return self.size
@@ -97,6 +103,8 @@ TokensPerSecond = Callable[[Speeds, float, int], float]  # speeds, acceptance ra
 
 class MeasuredWindow:
     """What ``choose`` takes, windows of 1 to ``largest``, given what was measured."""
+
+    learns = True
 
     def __init__(self, choose: Choice, largest: int) -> None:
         self._choice, self._largest = choose, largest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from pearl.errors import ConfigurationError, InvalidRequestError, ModelLoadError
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
+_REMEMBERED_TEXTS = 16_384  # of one or two tokens
 _CONTEXT_TOKENS = 8  # of the prompt, so that a first token's leading space is decoded as in the middle of a text
 
 
@@ -18,6 +20,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode_few = functools.lru_cache(_REMEMBERED_TEXTS)(self._decode)
         self.eos_ids = eos_ids
         self.vocab_size = len(tokenizer)
 
@@ -36,9 +40,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, without special tokens."""
-        # The Rust tokenizer itself, where there is one: each round decodes a few tokens several times.
-        if (backend := getattr(self._tokenizer, "backend_tokenizer", None)) is not None:
-            text: str = backend.decode(list(ids), skip_special_tokens=True)
+        # A round decodes each of its tokens alone, after the one before, and again as the one before.
+        return self._decode_few(tuple(ids)) if len(ids) <= 2 else self._decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        # The Rust tokenizer itself, where there is one.
+        if self._backend is not None:
+            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
             return text
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text

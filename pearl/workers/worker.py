@@ -133,11 +133,11 @@ class InlineWorker:
     """
 
     def __init__(self, queue: DeviceQueue) -> None:
-        self._queue = queue
+        self._queue, self._inference = queue, torch.inference_mode()
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Reply[T]:
         reply: Reply[T] = Reply()
-        with torch.inference_mode(), self._queue.enter(getattr(call, "__name__", "call")):
+        with self._inference, self._queue.enter(getattr(call, "__name__", "call")):
             reply.run(call, *args, **kwargs)
         return reply
 

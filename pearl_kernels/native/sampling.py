@@ -66,8 +66,7 @@ class NativeSampling(NativeModule):
 
     def sampling(self, params: SamplingTensors) -> Any:
         """The module's view of sampling parameters, which were checked."""
-        tensors = params.temperature, params.top_k, params.top_p, params.min_p, params.seed
-        return self.module.Sampling(*(tensor.data_ptr() for tensor in tensors))
+        return self.module.Sampling(*params.addresses)
 
 
 def _address(tensor: Tensor | None) -> int:

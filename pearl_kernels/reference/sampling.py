@@ -39,12 +39,21 @@ class SamplingTensors:
         """Device type and number of entries, if the tensors are as described and contiguous; looked at once."""
         device, n = self.seed.device.type, self.seed.numel()
         dtypes = torch.float32, torch.int32, torch.float32, torch.float32, torch.int64
-        tensors = self.temperature, self.top_k, self.top_p, self.min_p, self.seed
         as_described = all(
             t.dtype is dtype and t.shape == (n,) and t.device.type == device and t.is_contiguous()
-            for t, dtype in zip(tensors, dtypes, strict=True)
+            for t, dtype in zip(self._tensors, dtypes, strict=True)
         )
         return (device, n) if as_described else None
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Of the five tensors, for kernels that take addresses."""
+        temperature, top_k, top_p, min_p, seed = (t.data_ptr() for t in self._tensors)
+        return temperature, top_k, top_p, min_p, seed
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.seed
 
     def __getitem__(self, rows: Tensor) -> SamplingTensors:
         return SamplingTensors(

@@ -55,6 +55,8 @@ class FakeVerifier(SimulatedVerifier):
 
 
 class RecordingWindow:
+    learns = True
+
     def __init__(self, size: int = 2) -> None:
         self.size = size
         self.batches: list[int] = []
