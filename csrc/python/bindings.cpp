@@ -123,7 +123,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("uniform_noise", &uniform_noise, NoGil());
   m.def("gumbel_noise", &gumbel_noise, NoGil());
   m.def(
-      "stream_read", [](Address data, int64_t bytes) { return pearl::stream_read(pointer<const void>(data), bytes); },
+      "stream_read",
+      [](Address data, int64_t bytes, int64_t streams) {
+        return pearl::stream_read(pointer<const void>(data), bytes, streams);
+      },
       NoGil());
   bind_linear(m);
   bind_decoder(m);

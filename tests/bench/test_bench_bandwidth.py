@@ -14,8 +14,9 @@ from pearl.errors import PearlError
 from pearl_kernels.cpu import _core
 
 
+@pytest.mark.parametrize("streams", [1, 8])
 @pytest.mark.parametrize("lines", [1, 7, 8, 9, 1003])
-def test_the_kernel_reads_every_cache_line(lines: int) -> None:
+def test_the_kernel_reads_every_cache_line(lines: int, streams: int) -> None:
     """It returns the lines' first words or-ed: a line that it left out would be missed."""
     words = torch.zeros(lines * 8 + 5, dtype=torch.int64)
     for line in (0, lines // 2, lines - 1):
@@ -24,11 +25,14 @@ def test_the_kernel_reads_every_cache_line(lines: int) -> None:
     for word in words[: lines * 8 : 8].tolist():
         expected |= word
     assert expected
-    assert _core.stream_read(words.data_ptr(), lines * 64 + 40) == expected
+    assert _core.stream_read(words.data_ptr(), lines * 64 + 40, streams) == expected
 
 
 def test_nothing_to_read() -> None:
-    assert _core.stream_read(torch.ones(8, dtype=torch.int64).data_ptr(), 0) == 0
+    address = torch.ones(8, dtype=torch.int64).data_ptr()
+    assert [_core.stream_read(address, 0, streams) for streams in (1, 8)] == [0, 0]
+    with pytest.raises(ValueError, match="1 or 8 streams, not 3"):
+        _core.stream_read(address, 0, 3)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -45,7 +49,7 @@ def test_gb_s_are_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_thread_reads_its_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, int]] = []
     with CpuStream(64 * 6 + 63, threads=3) as stream:
-        monkeypatch.setattr(stream, "_read", lambda address, size: read.append((address, size)))
+        monkeypatch.setattr(stream, "_read", lambda address, size, streams: read.append((address, size)))
         stream.gb_s()
     addresses = sorted({address for address, _ in read})
     assert {size for _, size in read} == {128}
