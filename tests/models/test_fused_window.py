@@ -23,6 +23,7 @@ VOCABULARY = 131 - 3  # what models have beyond is padding
 CPU = torch.device("cpu")
 TABLES = ((5, 2, 9, 0, 21), (1, 14, 20, 4, 6), (7, 3, 12, 16, 17), (8, 10, 11, 13, 15))
 GREEDY, HOT = SamplingParams(), SamplingParams(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
+HOT_DRAFT = SamplingParams(draft_temperature=0.8)  # of a greedy request: its verdict looks at no q
 MIXED = (GREEDY, HOT, SamplingParams(temperature=1.3, draft_temperature=0.0), SamplingParams(temperature=0.5))
 both_rules = pytest.mark.parametrize("rule", ["rejection", "coupled"])
 
@@ -116,8 +117,9 @@ def test_same_bits_as_token_by_token(folder: Path, dtype: torch.dtype, rule: Rul
 def test_q_is_kept_under_the_rejection_rule_alone(llama: Decoder) -> None:
     for rule, rows in (("rejection", True), ("coupled", False)):
         drafting = Drafting(llama, rule, fused=True)  # type: ignore[arg-type]
-        windows = drafting.propose((item(0, 0, 3, 6, GREEDY), item(1, 0, 2, 8, HOT), item(3, 0, 1, 1, HOT))).windows
-        assert all(d.row == -1 for d in windows[0])
+        work = item(0, 0, 3, 6, GREEDY), item(1, 0, 2, 8, HOT), item(2, 0, 4, 2, HOT_DRAFT), item(3, 0, 1, 1, HOT)
+        windows = drafting.propose(work).windows
+        assert all(d.row == -1 for d in (*windows[0], *windows[2]))
         assert all((d.row >= 0) is rows for d in (*windows[1], *windows[3]))
         assert drafting.ring.logits is not None
         assert drafting.ring.logits.isfinite().all(-1).sum() == (9 if rows else 0)

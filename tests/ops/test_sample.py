@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -264,3 +266,21 @@ def test_the_cpu_provider_refuses_what_it_cannot_take(change: dict[str, Any], me
     CPU["sample"](**good)
     with pytest.raises(ValueError, match=message):
         CPU["sample"](**(good | change))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "seed"])
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda t: t.double(), lambda t: t[:-1], lambda t: t[:, None], lambda t: t.repeat_interleave(2)[::2]],
+    ids=("dtype", "length", "rank", "stride"),
+)
+def test_parameters_that_are_not_as_described_have_no_layout(
+    name: str, wrong: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    params = sampling(5, temperature=0.7)
+    assert params.layout == ("cpu", 5)
+    bad = dataclasses.replace(params, **{name: wrong(getattr(params, name))})
+    assert bad.layout is None
+    logits = torch.zeros(5, 8)
+    with pytest.raises(ValueError, match=f"sample: {name} must be"):
+        CPU["sample"](logits, bad, torch.zeros(5, dtype=torch.int64), 8)
