@@ -17,7 +17,7 @@ from pearl.errors import PearlError
 
 _LINE = 64  # bytes of a cache line
 _STREAMS = (1, 8)  # ways of reading; the faster one counts
-_LONG_ENOUGH = 0.002  # seconds of one timed stretch, at the least; a call costs a third of a microsecond
+_LONG_ENOUGH = 0.02  # seconds of one timed stretch, at the least: as long as a burst of forwards
 _DEFAULT_CACHE = 32 << 20
 
 
@@ -69,7 +69,7 @@ class CpuStream:
         self._passes = 1 + int(_LONG_ENOUGH / min(self._stretch(1) for _ in range(3)))
 
     def gb_s(self) -> float:
-        """Of one stretch of some milliseconds."""
+        """Of one stretch of some tens of milliseconds."""
         return self._part * self._threads * self._passes / self._stretch(self._passes) / 1e9
 
     def _seconds(self, streams: int) -> float:
