@@ -12,6 +12,7 @@ struct KernelTable {
   void (*silu_and_mul)(const SiluAndMulParams&);
   void (*linear_rows)(const LinearParams&);  // before linear: fills the scratch memory
   void (*linear)(const LinearParams&, Range panels);
+  int64_t (*multiply_registers)(DType dtype, int64_t steps);  // returns how many operations that were
   void (*rope_and_cache)(const RopeAndCacheParams&);
   void (*verify_attention)(const AttentionParams&, Range tasks);  // of attention_tasks
   void (*sample)(const SampleParams&);

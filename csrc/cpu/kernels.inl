@@ -12,6 +12,7 @@
 #include "cpu/linear_weights.inl"
 #include "cpu/linear_prefetch.inl"
 #include "cpu/linear.inl"
+#include "cpu/peak.inl"
 #include "cpu/rope.inl"
 #include "cpu/attention_tile.inl"
 #include "cpu/attention.inl"
@@ -29,8 +30,8 @@ namespace pearl::PEARL_ISA {
 
 const KernelTable& table() {
   static constexpr KernelTable kTable = {
-      PEARL_NAME_OF(PEARL_ISA), rms_norm, silu_and_mul, linear_rows,   linear,      rope_and_cache,
-      verify_attention,         sample,   verify,       uniform_noise, gumbel_noise};
+      PEARL_NAME_OF(PEARL_ISA), rms_norm,         silu_and_mul, linear_rows, linear,        multiply_registers,
+      rope_and_cache,           verify_attention, sample,       verify,      uniform_noise, gumbel_noise};
   return kTable;
 }
 

@@ -128,6 +128,12 @@ PYBIND11_MODULE(_core, m) {
         return pearl::stream_read(pointer<const void>(data), bytes, streams);
       },
       NoGil());
+  m.def(
+      "multiply_registers",
+      [](int dtype, int64_t steps) {
+        return pearl::kernels().multiply_registers(static_cast<pearl::DType>(dtype), steps);
+      },
+      NoGil());
   bind_linear(m);
   bind_decoder(m);
 }

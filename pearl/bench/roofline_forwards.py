@@ -15,19 +15,21 @@ from pearl.bench.bandwidth import CpuStream, last_level_cache
 from pearl.bench.forwards import ForwardBench, OperatorTime
 from pearl.bench.roofline_report import MEMORY, Bandwidth, Forward, Operator, Report
 from pearl.llm import LLM
+from pearl_kernels.checks import DTYPE_CODES
 
 ROUNDS = 3  # of forwards, which are short, for each repeat of the generation
 
 _OPERATOR_ROWS = (1, 8)
 _PASSES = 10  # forwards made of single calls, in a round
 _TOO_SHORT = 0.1  # of the call without rows: a kernel shorter than that drowns in its jitter
-_PEAK_WIDTH = 384
+_PEAK_STEPS = 100_000  # some tenths of a millisecond
 
 
 @dataclass
 class _Samples:
     """Of rounds in which everything is measured once, so that one mood of the machine meets all of it."""
 
+    dtype: torch.dtype
     peaks: list[float] = field(default_factory=list)
     speeds: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))  # buffer, threads
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))  # model, rows
@@ -36,7 +38,7 @@ class _Samples:
     def add_round(
         self, benches: Sequence[ForwardBench], streams: Mapping[tuple[str, int], CpuStream], rows: Sequence[int]
     ) -> None:
-        self.peaks.append(_peak_gflop_s())
+        self.peaks.append(_peak_gflop_s(self.dtype))
         for key, stream in streams.items():
             self.speeds[key].append(stream.gb_s())
         for bench in benches:
@@ -63,7 +65,7 @@ def measure_forwards(
     models = {"target": llm.models.target, "draft": llm.models.draft}
     benches = {name: ForwardBench(name, runner, report.settings["context"]) for name, runner in models.items()}
     sizes = {MEMORY: 8 * last_level_cache(), **{name: bench.weight_bytes for name, bench in benches.items()}}
-    samples = _Samples()
+    samples = _Samples(models["target"].model.weights.embedding.dtype)
     with ExitStack() as stack:
         streams = {
             (buffer, threads): stack.enter_context(CpuStream(size, threads))
@@ -104,12 +106,13 @@ def _operator(report: Report, model: str, rows: int, times: Sequence[OperatorTim
     return Operator(model, rows, timed.op, timed.calls, us, call_us, timed.bytes, share)
 
 
-def _peak_gflop_s() -> float:
-    """Of torch's fp32 product of two matrices that fit into a core's cache, on one thread."""
-    a, b = (torch.ones(_PEAK_WIDTH, _PEAK_WIDTH) for _ in range(2))
-    times = []
+def _peak_gflop_s(dtype: torch.dtype) -> float:
+    """Of one thread that multiplies and adds as ``linear`` does, registers alone."""
+    from pearl_kernels.cpu import _core
+
+    speeds = []
     for _ in range(10):
         begin = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - begin)
-    return 2 * _PEAK_WIDTH**3 / min(times) / 1e9
+        operations = _core.multiply_registers(DTYPE_CODES[dtype], _PEAK_STEPS)
+        speeds.append(operations / (time.perf_counter() - begin) / 1e9)
+    return max(speeds)

@@ -11,6 +11,7 @@ import torch
 from pearl.bench import bandwidth
 from pearl.bench.bandwidth import CpuStream, last_level_cache, read_bandwidth
 from pearl.errors import PearlError
+from pearl_kernels.checks import DTYPE_CODES
 from pearl_kernels.cpu import _core
 
 
@@ -84,3 +85,12 @@ def test_the_last_level_cache_is_megabytes() -> None:
 def test_a_gpu_reads_faster_than_a_cpu_thread() -> None:
     assert read_bandwidth(256 << 20, "cuda") > 100
     assert last_level_cache("cuda") >= 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_the_arithmetic_limit_counts_its_operations(dtype: torch.dtype) -> None:
+    """A multiplication and an addition in each lane of twelve sums, or two of each where pairs are multiplied."""
+    lanes = {"scalar": 16, "avx2": 8, "avx512": 16, "avx512bf16": 16}[_core.isa()]
+    pairs = 2 if dtype == torch.bfloat16 and _core.isa() == "avx512bf16" else 1
+    assert _core.multiply_registers(DTYPE_CODES[dtype], 1000) == 1000 * 12 * lanes * pairs * 2
+    assert _core.multiply_registers(DTYPE_CODES[dtype], 0) == 0
