@@ -54,6 +54,8 @@ class FusedWindow:
         index is out of range.
         """
         counts = [item.num_draft for item in work]
+        if params.layout != ("cpu", len(counts)):
+            raise ValueError(f"draft_window: parameters for {len(counts)} requests on cpu, not {params.layout}")
         logits = self._decoder.new_logits(len(counts) - counts.count(0))
         return self._drafter.draft(
             self._decoder.work_batch([item.forward for item in work]),

@@ -197,3 +197,13 @@ def test_a_lane_that_the_ring_does_not_have_is_refused(llama: Decoder) -> None:
     drafting = Drafting(llama, "rejection", fused=True, lanes=1)
     with pytest.raises(ValueError, match="ring_base is 16"):
         drafting.propose((item(1, 0, 2, 2, HOT),))
+
+
+def test_parameters_for_another_batch_are_refused(llama: Decoder) -> None:
+    drafting = Drafting(llama, "rejection", fused=True)
+    fused = drafting.drafter._fused
+    assert fused is not None
+    work = (item(0, 0, 2, 2), item(1, 0, 2, 2))
+    params = fused._batches.tensors([work[0].forward.state])
+    with pytest.raises(ValueError, match=r"parameters for 2 requests on cpu, not \('cpu', 1\)"):
+        fused._window.draft(work, params, fused._window_ring(work))
