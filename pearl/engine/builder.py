@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from pearl.config import EngineConfig
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
@@ -25,7 +27,7 @@ from pearl.engine.window import (
 from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
 from pearl.methods import build_method
-from pearl.workers import InlineWorker, TargetRunner, ThreadWorker, Worker
+from pearl.workers import HostQueue, InlineWorker, TargetRunner, ThreadWorker, Worker
 
 
 def connect(
@@ -69,12 +71,15 @@ def connect(
     inline = models.target.fused is not None or queue.asynchronous
     target_worker = InlineWorker(queue) if inline else ThreadWorker("target", target_threads)
     draft_worker: Worker | None = None
+    draft_alone: Worker | None = None
     if draft_queue is not None and draft_queue.asynchronous:
         draft_worker = InlineWorker(draft_queue)
     elif config.uses_draft:
         draft_worker = ThreadWorker("draft", draft_threads)
+        if models.draft is None or models.draft.fused is not None:  # nothing of it depends on the thread it runs on
+            draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
     target = TargetRunner(models.target)
-    return Engine(scheduler, target, target_worker, drafter, draft_worker, verifier, window, observer)
+    return Engine(scheduler, target, target_worker, drafter, draft_worker, verifier, window, observer, draft_alone)
 
 
 def _window_policy(config: EngineConfig) -> WindowPolicy:

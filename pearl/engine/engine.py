@@ -53,11 +53,14 @@ class Engine:
         verifier: Judge,
         window: WindowPolicy,
         observer: Callable[[RoundRecord], None] | None = None,
+        draft_alone: Worker | None = None,
     ) -> None:
+        """``draft_alone``: where the draft works in rounds without the target; None: where it always does."""
         self.scheduler = scheduler
         self.observer = observer
         self._target, self._target_worker = target, target_worker
         self._drafter, self._draft_worker = drafter, draft_worker
+        self._draft_alone = draft_alone or draft_worker
         self._verifier, self._window = verifier, window
         self._closed = False
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
@@ -95,7 +98,8 @@ class Engine:
         return outputs
 
     def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
-        draft = self._submit_draft(plan.draft)  # first: the target's worker may be this very thread
+        # The draft first: the target's worker may be this very thread.
+        draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
         try:
             target = self._submit_target(plan.target)
             output = target.result() if target else TargetOutput(None)
@@ -107,26 +111,26 @@ class Engine:
     def _submit_target(self, plan: TargetPlan) -> Reply[TargetOutput] | None:
         return self._target_worker.submit(self._target.run, plan) if plan.work else None
 
-    def _submit_draft(self, plan: DraftPlan) -> Reply[DraftProposal] | None:
+    def _submit_draft(self, plan: DraftPlan, worker: Worker | None) -> Reply[DraftProposal] | None:
         if not plan.work:
             return None
         assert self._drafter is not None
-        assert self._draft_worker is not None
-        return self._draft_worker.submit(self._drafter.propose, plan)
+        assert worker is not None
+        return worker.submit(self._drafter.propose, plan)
 
     def run_target(self, plan: TargetPlan) -> TargetOutput:
         """Compute a plan on the target's worker while the draft rests: to measure a forward alone."""
-        future = self._submit_target(plan)
-        output = future.result() if future else TargetOutput(None)
+        reply = self._submit_target(plan)
+        output = reply.result() if reply else TargetOutput(None)
         self._target_worker.rest()
         return output
 
     def run_draft(self, plan: DraftPlan) -> DraftProposal:
         """Compute a plan on the draft's worker while the target rests."""
-        future = self._submit_draft(plan)
-        if future is None or self._draft_worker is None:
+        reply = self._submit_draft(plan, self._draft_worker)
+        if reply is None or self._draft_worker is None:
             return DraftProposal()
-        proposal = future.result()
+        proposal = reply.result()
         self._draft_worker.rest()
         return proposal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from e2e_support import (
 from pearl import LLM, SamplingParams
 from pearl.engine.engine import RoundRecord
 from pearl.engine.window import MeasuredWindow
+from pearl.messages import DraftPlan, DraftProposal
 
 OpenLLM = Callable[..., LLM]
 # One token, shorter than any window, a page and its neighbours, several pages, several chunks.
@@ -195,3 +197,24 @@ def test_windows_are_drafted_whole_where_pre_verify_does_not_pay(
     judged = [work for record in rounds for work in record.plan.verify]
     assert judged
     assert all(work.pending for work in judged)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft": "ngram"}], ids=("model", "ngram"))
+def test_a_draft_that_works_alone_does_so_on_the_engines_thread(
+    llama: Pair, open_llm: OpenLLM, options: dict[str, Any]
+) -> None:
+    for method, inline in (("speculative", True), ("pearl", False)):
+        llm = open_llm(llama, method=method, window=3, **options)
+        propose, threads = llm.engine._drafter.propose, set()
+
+        def spy(plan: DraftPlan, propose: Any = propose, threads: set[bool] = threads) -> DraftProposal:
+            threads.add(threading.current_thread() is threading.main_thread())
+            result: DraftProposal = propose(plan)
+            return result
+
+        llm.engine._drafter.propose = spy
+        prompt = prompts([9], seed=47)[0]
+        assert token_ids(llm.generate([prompt], SamplingParams(max_tokens=16, ignore_eos=True))) == [
+            llama.greedy(prompt, 16)
+        ]
+        assert (False not in threads) if inline else (False in threads)
