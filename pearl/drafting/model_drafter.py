@@ -7,13 +7,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from pearl.drafting.fused_windows import FusedWindows
+from pearl.drafting.fused_window import FusedWindows, can_fuse_windows
 from pearl.drafting.logits_ring import LogitsRing, keeps_logits
 from pearl.drafting.window_graph import WindowGraphs, divide
 from pearl.engine.logits_processing import process_row
 from pearl.host_tensors import from_numbers
 from pearl.messages import DeviceWindows, Drafted, DraftPlan, DraftProposal, DraftWork, Windows
-from pearl.models import can_fuse_windows
 from pearl.sampling_batch import SamplingBatches
 from pearl.workers import GraphRunner, ModelRunner
 from pearl_kernels import Rule, SamplingTensors, Stream

@@ -55,7 +55,6 @@ class KVCacheManager:
     def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
         """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1."""
         self._pool = PagePool(num_pages, page_size)
-        self.page_size = page_size  # tokens in a page
         self._prefix_caching = prefix_caching
         self._sequences: dict[int, _SequencePages] = {}
         self._queried_tokens = self._hit_tokens = self._page_copies = 0
@@ -63,6 +62,11 @@ class KVCacheManager:
     @property
     def num_pages(self) -> int:
         return self._pool.num_pages
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self._pool.page_size
 
     @property
     def num_free_pages(self) -> int:
@@ -173,9 +177,8 @@ class KVCacheManager:
         """For positions [write_from, num_tokens): how many pages are missing; indices of the pages held already that
         have such a position; those of them that are shared, each of which needs a page of its own.
         """
-        size, held = self.page_size, len(pages)
-        wanted = -(-num_tokens // size)
-        written = range(write_from // size, min(held, wanted)) if write_from < num_tokens else range(0)
+        wanted, held = self._num_pages_for(num_tokens), len(pages)
+        written = range(write_from // self.page_size, min(held, wanted)) if write_from < num_tokens else range(0)
         return max(0, wanted - held), written, [i for i in written if self._pool.is_shared(pages[i])]
 
     def _own(self, pages: list[int], shared: list[int], write_from: int) -> tuple[PageCopy, ...]:
@@ -222,7 +225,7 @@ class KVCacheManager:
         if num_tokens < 0:
             raise ValueError(f"a sequence cannot be truncated to {num_tokens} tokens")
         sequence = self._sequences[seq_id]
-        num_kept = -(-num_tokens // self.page_size)
+        num_kept = self._num_pages_for(num_tokens)
         if num_kept < len(sequence.pages):
             self._release(sequence, num_kept)
             sequence.block_table = None
@@ -236,6 +239,9 @@ class KVCacheManager:
         # The last page first, so that it is evicted first: a prefix without its end is useful, an end alone is not.
         while len(sequence.pages) > num_kept:
             self._pool.release(sequence.pages.pop())
+
+    def _num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
 
     def check_integrity(self) -> None:
         """Raise AssertionError, saying what is wrong, if an invariant is broken. For tests: O(all pages)."""

@@ -4,7 +4,6 @@ from pearl.models.bundled import bundled_path
 from pearl.models.decoder import Decoder
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.fused_decoder import FusedDecoder, can_fuse
-from pearl.models.fused_window import FusedWindow, WindowRing, can_fuse_windows
 from pearl.models.kv_cache import KVCache
 from pearl.models.loader import load_model
 from pearl.models.model_config import ModelConfig
@@ -14,14 +13,11 @@ __all__ = [
     "Decoder",
     "ForwardBatch",
     "FusedDecoder",
-    "FusedWindow",
     "IncrementalDetokenizer",
     "KVCache",
     "ModelConfig",
     "Tokenizer",
-    "WindowRing",
     "bundled_path",
     "can_fuse",
-    "can_fuse_windows",
     "load_model",
 ]

@@ -43,9 +43,6 @@ class Reply(Generic[T]):
         self._error = error
         self._done.release()
 
-    def done(self) -> bool:
-        return not self._done.locked()
-
     def result(self, timeout: float = -1) -> T:
         """Waits for it, at most ``timeout`` seconds (negative: for ever); then TimeoutError."""
         if not self._done.acquire(timeout=timeout):
