@@ -1,4 +1,4 @@
-"""Makes Triton's CPU interpreter compute bf16 as a GPU does (Triton 3.6 to 3.9).
+"""Makes Triton's CPU interpreter compute bf16, and products of matrices, as a GPU does (Triton 3.6 to 3.9).
 
 The interpreter keeps bf16 as uint16 bit patterns and lets numpy do arithmetic on them. Here operands are widened to
 fp32 and results rounded to the nearest even. Call ``install`` once, after TRITON_INTERPRET=1 is set.
@@ -37,11 +37,13 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "pearl_bf16", False):
         return
-    plain_dot, plain_binary = builder.create_dot, builder.binary_op
+    plain_binary = builder.binary_op
     plain_cast, plain_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
 
     def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
-        return plain_dot(self, _widen(a), _widen(b), d, *rest)
+        # In which order numpy's BLAS adds depends on a row's place in the matrix; a GPU treats all rows alike.
+        left, right = (_widen(handle).data.astype(d.data.dtype) for handle in (a, b))
+        return TensorHandle(np.einsum("...mk,...kn->...mn", left, right) + d.data, d.dtype.scalar)
 
     def binary_op(self: Any, left: TensorHandle, right: TensorHandle, op: Any) -> TensorHandle:
         if not _is_bf16(left.dtype):
