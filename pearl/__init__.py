@@ -3,6 +3,7 @@
 from pearl.errors import (
     ConfigurationError,
     EngineClosedError,
+    EngineInUseError,
     InvalidRequestError,
     ModelLoadError,
     PearlError,
@@ -18,6 +19,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigurationError",
     "EngineClosedError",
+    "EngineInUseError",
     "InvalidRequestError",
     "ModelLoadError",
     "PearlError",

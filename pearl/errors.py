@@ -29,5 +29,9 @@ class EngineClosedError(PearlError):
     """The engine was closed; build a new one."""
 
 
+class EngineInUseError(PearlError):
+    """Another thread is using the engine, or a round is under way; nothing was changed."""
+
+
 class RankError(PearlError):
     """A rank of a tensor-parallel model ended. The engine can only be closed."""

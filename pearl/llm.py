@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from pearl.config import EngineConfig
+from pearl.driver import Driver, Reader
 from pearl.engine.builder import connect
 from pearl.engine.engine import RoundRecord
 from pearl.engine.judge import Judge
@@ -19,8 +19,10 @@ from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request
 from pearl.errors import ConfigurationError, InvalidRequestError
-from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput, StreamChunk
+from pearl.gate import Gate, Turn
+from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
 from pearl.sampling_params import SamplingParams
+from pearl.stream import Stream
 
 Prompt = str | Sequence[int]
 WrapVerifier = Callable[[Judge], Judge]
@@ -30,8 +32,9 @@ class LLM:
     """A target model with a draft model that makes it faster, and never different.
 
     Keyword arguments are the fields of ``pearl.config.EngineConfig``; both models default to the bundled pair.
-    ``observer`` is called with a RoundRecord after every round. One thread at a time may use an LLM. It is a context
-    manager; ``close`` ends the worker threads.
+    ``observer`` is called with a RoundRecord after every round. One thread at a time may use an LLM, of the process
+    that built it: others get EngineInUseError, a forked process EngineClosedError. It is a context manager; ``close``
+    ends the worker threads.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class LLM:
     ) -> None:
         self._owned: LoadedModels | None = models
         try:
-            self._connect(config, models, observer, wrap_verifier)
+            self._connect(config, models, observer, wrap_verifier, Gate())
         except BaseException:
             models.close()
             raise
@@ -84,12 +87,13 @@ class LLM:
         models: LoadedModels,
         observer: Callable[[RoundRecord], None] | None,
         wrap_verifier: WrapVerifier | None,
+        gate: Gate,
     ) -> None:
         self.config, self.models, self._wrap_verifier = config, models, wrap_verifier
         self.engine = connect(config, models, observer, wrap_verifier)
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
+        self._driver = Driver(self.engine, gate)
         self._next_id = 0
-        self._mail: dict[int, deque[OutputDelta]] = {}  # by request: committed by the engine, not yet read
 
     def variant(self, observer: Callable[[RoundRecord], None] | None = None, **changes: Any) -> LLM:
         """Another LLM around the same weights and KV memory, with some options changed: to compare methods.
@@ -102,7 +106,7 @@ class LLM:
             raise ConfigurationError("variants share KV memory; build the first LLM with prefix_caching=False")
         other = LLM.__new__(LLM)
         other._owned = None
-        other._connect(config, self.models, observer, self._wrap_verifier)
+        other._connect(config, self.models, observer, self._wrap_verifier, self._driver.gate)
         return other
 
     def generate(
@@ -120,15 +124,45 @@ class LLM:
         """
         batch = _as_list(prompts)
         every = _params_for(batch, params)
-        outputs, owners = self._submit_all(batch, every)
-        with closing(self._follow(owners)) as deltas:
-            for delta in deltas:
-                owners[delta.request_id].extend(delta)
-                if on_output is not None:
-                    on_output(delta)
+        for one in every:
+            self._check_ids(one)
+        encoded = [self.encode(prompt) for prompt in batch]
+        reader, outputs = Reader(), []
+        completions: dict[int, CompletionOutput] = {}  # by request id
+        with self._driver.gate.enter() as turn:
+            try:
+                requests: list[Request] = []
+                for prompt, ids, one in zip(batch, encoded, every, strict=True):
+                    mine = self._requests(ids, one)
+                    own = [CompletionOutput(index, metrics=request.metrics) for index, request in enumerate(mine)]
+                    outputs.append(RequestOutput(prompt if isinstance(prompt, str) else None, ids, own))
+                    completions.update(zip((request.id for request in mine), own, strict=True))
+                    requests += mine
+                self._driver.submit(reader, requests)
+                self._read(reader, turn, completions, on_output)
+            finally:
+                self._driver.drop(reader, turn.inside)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamChunk, None, None]:
+    def _read(
+        self,
+        reader: Reader,
+        turn: Turn,
+        completions: Mapping[int, CompletionOutput],
+        on_output: Callable[[OutputDelta], None] | None,
+    ) -> None:
+        """Run the engine until the reader's requests have ended."""
+        while reader.unfinished:
+            turn.checkpoint()
+            self._driver.round()
+            while reader.mail:
+                delta = reader.mail.popleft()
+                completions[delta.request_id].extend(delta)
+                if on_output is not None:
+                    with turn.released():
+                        on_output(delta)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Yield text as it is committed; never a token that could still be taken back. Closing it aborts the request.
 
         The prompt is checked at the call; the request is queued when the first chunk is asked for. Streams may be
@@ -136,36 +170,8 @@ class LLM:
         """
         params = params or SamplingParams()
         self._check_ids(params)
-        return self._stream(self.encode(prompt), params)
-
-    def _stream(self, prompt: list[int], params: SamplingParams) -> Generator[StreamChunk, None, None]:
-        _, owners = self._submit_all([prompt], [params])
-        with closing(self._follow(owners)) as deltas:
-            for d in deltas:
-                index = owners[d.request_id].index
-                yield StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error)
-
-    def _follow(self, owners: dict[int, CompletionOutput]) -> Generator[OutputDelta, None, None]:
-        """Run the engine until these requests have ended; yields what is theirs, keeps the rest for its own readers.
-
-        Closing it aborts what has not ended.
-        """
-        try:
-            for request_id in owners:
-                self._mail[request_id] = deque()
-            while True:
-                for request_id in owners:
-                    while self._mail[request_id]:
-                        yield self._mail[request_id].popleft()
-                if not any(request_id in self.engine.scheduler.requests for request_id in owners):
-                    return
-                for delta in self.engine.step():
-                    if delta.request_id in self._mail:
-                        self._mail[delta.request_id].append(delta)
-        finally:
-            for request_id in owners:
-                self._mail.pop(request_id, None)
-            self._abort(owners)
+        ids = self.encode(prompt)
+        return Stream(self._driver, partial(self._requests, ids, params))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
@@ -181,29 +187,10 @@ class LLM:
             )
         return ids
 
-    def _submit_all(
-        self, prompts: Sequence[Prompt], every: Sequence[SamplingParams]
-    ) -> tuple[list[RequestOutput], dict[int, CompletionOutput]]:
-        """Check everything, then queue everything. ``owners`` maps request ids to the outputs that they fill."""
-        for params in every:
-            self._check_ids(params)
-        encoded = [self.encode(prompt) for prompt in prompts]
-        outputs: list[RequestOutput] = []
-        owners: dict[int, CompletionOutput] = {}
-        try:
-            for prompt, ids, params in zip(prompts, encoded, every, strict=True):
-                seed = self._seed(params)
-                completions = [CompletionOutput(index) for index in range(params.n)]
-                for completion in completions:
-                    request = self._request(ids, params, seed + completion.index)
-                    completion.metrics = request.metrics
-                    self.engine.add(request)
-                    owners[request.id] = completion
-                outputs.append(RequestOutput(prompt if isinstance(prompt, str) else None, ids, completions))
-        except BaseException:
-            self._abort(owners)
-            raise
-        return outputs, owners
+    def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
+        """One for each output of a prompt."""
+        seed = self._seed(params)
+        return [self._request(ids, params, seed + index) for index in range(params.n)]
 
     def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
@@ -226,15 +213,17 @@ class LLM:
                         f"{name} names token {token!r}, outside the vocabulary [0, {self.tokenizer.vocab_size})"
                     )
 
-    def _abort(self, request_ids: Iterable[int]) -> None:
-        for request_id in request_ids:
-            if request_id in self.engine.scheduler.requests:
-                self.engine.abort(request_id)
-
     def close(self) -> None:
-        self.engine.close()
-        if self._owned is not None:
-            self._owned.close()
+        """End what runs, the workers and their threads; streams are told so. Idempotent, and nothing in a fork.
+
+        Raises EngineInUseError while another thread uses the LLM.
+        """
+        if not self._driver.gate.is_ours:
+            return
+        with self._driver.gate.enter():
+            self._driver.close()
+            if self._owned is not None:
+                self._owned.close()
 
     def __enter__(self) -> LLM:
         return self

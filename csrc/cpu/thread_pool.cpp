@@ -1,5 +1,7 @@
 #include "cpu/thread_pool.h"
 
+#include <unistd.h>
+
 #include <chrono>
 
 namespace pearl {
@@ -35,24 +37,30 @@ bool spin_until(Done done) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int64_t threads) : shares_(static_cast<size_t>(threads)) {
+ThreadPool::ThreadPool(int64_t threads) : shares_(static_cast<size_t>(threads)), process_(getpid()) {
   try {
-    for (int64_t i = 1; i < threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+    for (int64_t i = 1; i < threads; ++i) threads_->helpers.emplace_back([this, i] { help(i); });
   } catch (...) {  // the system has no more threads
     close();
     throw;
   }
 }
 
-ThreadPool::~ThreadPool() { close(); }
+ThreadPool::~ThreadPool() {
+  if (getpid() == process_) {
+    close();
+  } else {
+    threads_.release();
+  }
+}
 
 void ThreadPool::close() {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(threads_->mutex);
     closed_ = true;
   }
-  helper_wakes_.notify_all();
-  for (std::thread& helper : helpers_) helper.join();
+  threads_->helper_wakes.notify_all();
+  for (std::thread& helper : threads_->helpers) helper.join();
 }
 
 void ThreadPool::run_stage(const Stage& stage) {
@@ -65,9 +73,9 @@ void ThreadPool::run_stage(const Stage& stage) {
   stages_.fetch_add(1);
   if (sleeping_helpers_ > 0) {
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(threads_->mutex);
     }
-    helper_wakes_.notify_all();
+    threads_->helper_wakes.notify_all();
   }
   work(0);
   wait_for_pieces(stage.pieces);
@@ -85,9 +93,9 @@ void ThreadPool::work(int64_t thread) {
     stage.call(stage.work, {piece * stage.items / stage.pieces, (piece + 1) * stage.items / stage.pieces}, thread);
     if (ended_.fetch_add(1) + 1 == stage.pieces && caller_sleeps_) {
       {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::mutex> lock(threads_->mutex);
       }
-      caller_wakes_.notify_one();
+      threads_->caller_wakes.notify_one();
     }
   }
 }
@@ -109,9 +117,9 @@ bool ThreadPool::take(Share& share, bool own, int64_t& piece) {
 void ThreadPool::wait_for_pieces(int64_t pieces) {
   const auto done = [&] { return ended_ == pieces; };
   if (spin_until(done)) return;
-  std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(threads_->mutex);
   caller_sleeps_ = true;
-  caller_wakes_.wait(lock, done);
+  threads_->caller_wakes.wait(lock, done);
   caller_sleeps_ = false;
 }
 
@@ -123,9 +131,9 @@ void ThreadPool::help(int64_t thread) {
 bool ThreadPool::wait_for_stage(uint64_t& seen) {
   const auto changed = [&] { return stages_ != seen; };
   if (!spin_until(changed)) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(threads_->mutex);
     ++sleeping_helpers_;
-    helper_wakes_.wait(lock, [&] { return closed_ || changed(); });
+    threads_->helper_wakes.wait(lock, [&] { return closed_ || changed(); });
     --sleeping_helpers_;
   }
   seen = stages_;

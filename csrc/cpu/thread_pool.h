@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -26,14 +27,14 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int64_t threads() const { return static_cast<int64_t>(helpers_.size()) + 1; }
+  int64_t threads() const { return static_cast<int64_t>(shares_.size()); }
 
   /// Calls work(range, thread) for [0, items) in at most `pieces` nearly equal parts; returns when all have ended. The
   /// threads' numbers begin with the caller's, 0. `work` must not throw.
   template <class Work>
   void run(int64_t items, int64_t pieces, const Work& work) {
     if (pieces > items) pieces = items;
-    if (pieces <= 1 || helpers_.empty()) {
+    if (pieces <= 1 || threads() == 1) {
       if (items > 0) work(Range{0, items}, int64_t{0});
       return;
     }
@@ -71,9 +72,15 @@ class ThreadPool {
   alignas(64) std::atomic<int64_t> sleeping_helpers_{0};
   std::atomic<bool> caller_sleeps_{false};
   std::atomic<bool> closed_{false};
-  std::mutex mutex_;
-  std::condition_variable helper_wakes_, caller_wakes_;
-  std::vector<std::thread> helpers_;
+
+  /// What waits for helpers when it is destroyed. In a forked process they are not there: it is left as it is.
+  struct Threads {
+    std::mutex mutex;
+    std::condition_variable helper_wakes, caller_wakes;
+    std::vector<std::thread> helpers;
+  };
+  std::unique_ptr<Threads> threads_ = std::make_unique<Threads>();
+  const int process_;
 };
 
 }  // namespace pearl

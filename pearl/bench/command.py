@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import typer
 
-from pearl.cli.interrupts import INTERRUPTED
 from pearl.errors import PearlError
+from pearl.interrupts import INTERRUPTED
 
 
 def run_command(function: Callable[..., None]) -> None:

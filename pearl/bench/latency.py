@@ -25,9 +25,9 @@ from pearl.bench.latency_report import Cell, Latencies, Report, tables, write_js
 from pearl.bench.report import check_output
 from pearl.bench.scripted_verdicts import check_rate, label
 from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, parse_shapes, random_decoders
-from pearl.cli.interrupts import INTERRUPTED, InterruptGuard
 from pearl.config import EngineConfig
 from pearl.errors import ConfigurationError
+from pearl.interrupts import INTERRUPTED, InterruptGuard
 from pearl.models import KVCache
 from pearl.models.weight_size import weight_bytes
 

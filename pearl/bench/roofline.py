@@ -34,10 +34,10 @@ from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import check_output
 from pearl.bench.roofline_forwards import ROUNDS, measure_forwards
 from pearl.bench.roofline_report import Generation, Report, draw, tables, write_json
-from pearl.cli.interrupts import INTERRUPTED, InterruptGuard
 from pearl.config import NGRAM
 from pearl.devices import cpu_cores
 from pearl.errors import ConfigurationError
+from pearl.interrupts import INTERRUPTED, InterruptGuard
 from pearl.llm import LLM
 from pearl.models import bundled_path
 

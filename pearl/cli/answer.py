@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 from pearl.cli.attribution import Attribution
-from pearl.cli.interrupts import InterruptGuard
 from pearl.cli.summary import Summary
 from pearl.cli.terminal import DRAFTED, OWN, Terminal
 from pearl.errors import PearlError
+from pearl.interrupts import InterruptGuard
 from pearl.llm import LLM
 from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.sampling_params import SamplingParams
@@ -96,7 +95,7 @@ def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, dis
     Raises PearlError if the engine gave up on the request; what was shown stays.
     """
     outputs = [CompletionOutput(index) for index in range(params.n)]
-    with InterruptGuard() as interrupt, closing(llm.stream(prompt, params)) as chunks:
+    with InterruptGuard() as interrupt, llm.stream(prompt, params) as chunks:
         for chunk in chunks:
             _extend(outputs[chunk.index], chunk)
             display.show(chunk)

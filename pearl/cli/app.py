@@ -12,9 +12,9 @@ from pearl.bench.throughput import throughput
 from pearl.cli.chat import chat
 from pearl.cli.generate import generate
 from pearl.cli.info import DISTRIBUTION, info, installed
-from pearl.cli.interrupts import INTERRUPTED
 from pearl.cli.terminal import Terminal
 from pearl.errors import PearlError
+from pearl.interrupts import INTERRUPTED
 
 REFUSED = 2
 

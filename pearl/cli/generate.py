@@ -12,11 +12,11 @@ import typer
 
 from pearl.cli.answer import Answer, Display, TextDisplay, generate_answer
 from pearl.cli.grouping import spread
-from pearl.cli.interrupts import INTERRUPTED
 from pearl.cli.loading import loaded
 from pearl.cli.options import EngineOptions, OutputOptions, SamplingOptions
 from pearl.cli.terminal import Terminal
 from pearl.errors import InvalidRequestError
+from pearl.interrupts import INTERRUPTED
 from pearl.outputs import CompletionOutput, RequestMetrics
 
 _MOST_AT_ONCE = 16

@@ -17,6 +17,7 @@ from pearl.engine.window import MeasuredRound, WindowPolicy
 from pearl.errors import EngineClosedError
 from pearl.messages import (
     Busy,
+    Decision,
     DraftPlan,
     DraftProposal,
     Interval,
@@ -27,6 +28,8 @@ from pearl.messages import (
 )
 from pearl.outputs import OutputDelta
 from pearl.workers import Reply, TargetRunner, Worker
+
+_CUT_IN_TWO = "a round was cut in two, so that this engine cannot go on; close it and build a new one"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Engine:
         self._draft_alone = draft_alone or draft_worker
         self._verifier, self._window = verifier, window
         self._closed = False
+        self._broken: str | None = None  # why no round can follow
+        self._outbox: list[OutputDelta] = []
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
         self._draft_logits: Tensor | None = None
 
@@ -78,24 +83,51 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """One round: plan, let both models work at the same time, meet once, commit or roll back.
 
-        An exception in a worker fails the requests of that round, each with an ``OutputDelta.error``; the others go on.
+        Returns what ``take`` does. An exception in a worker fails the requests of that round, one in the making of an
+        output that request alone, each with an ``OutputDelta.error``; the others go on. What an observer raises, and
+        an interruption, passes through; the outputs then wait for ``take``.
         """
+        if self._broken is not None:
+            raise EngineClosedError(self._broken)
         begin = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan: SchedulerOutput | None = None
         try:
+            plan = self.scheduler.schedule()
             proposal, target = self._run(plan)
             result = self._verifier.verify(plan, proposal, target)
             self._target.check()
-        except Exception as error:
-            return self._fail(plan, error)
-        committed = self.scheduler.update(plan, result)
-        outputs = [self._output(self.scheduler.requests[i], tokens, result) for i, tokens in committed.items()]
+        except BaseException as error:  # nothing of the round was applied
+            self._fail(plan, error)
+            if not isinstance(error, Exception):
+                raise
+            return self.take()
+        self._commit(plan, result)
         record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
         if self._window.learns:
             self._learn(record)
         if self.observer is not None:
             self.observer(record)
+        return self.take()
+
+    def take(self) -> list[OutputDelta]:
+        """What rounds, ``abort`` and ``close`` have added to outputs since the last call, in order."""
+        outputs, self._outbox = self._outbox, []
         return outputs
+
+    def _commit(self, plan: SchedulerOutput, result: VerifyResult) -> None:
+        """Apply the round to each of its requests, each by itself."""
+        self._broken = _CUT_IN_TWO
+        target = {work.state.request_id: work for work in plan.target.work}
+        draft = {work.forward.state.request_id: work for work in plan.draft.work}
+        for request_id in target.keys() | draft.keys() | result.decisions.keys():
+            try:
+                request = self.scheduler.requests[request_id]
+                committed = self.scheduler.update(request, target.get(request_id), draft.get(request_id), result)
+                if committed is not None:
+                    self._outbox.append(self._output(request, committed, result.decisions[request_id]))
+            except Exception as error:  # of this request; the others have their tokens all the same
+                self.abort(request_id, _sentence(error))
+        self._broken = None
 
     def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
         # The draft first: the target's worker may be this very thread.
@@ -134,9 +166,8 @@ class Engine:
         self._draft_worker.rest()
         return proposal
 
-    def _output(self, request: Request, committed: Sequence[int], result: VerifyResult) -> OutputDelta:
+    def _output(self, request: Request, committed: Sequence[int], decision: Decision) -> OutputDelta:
         """Turn committed tokens into the caller's output, cut at its end."""
-        decision = result.decisions[request.id]
         accepted = request.output.accept(committed)
         tokens = tuple(committed[: accepted.kept])
         metrics = request.metrics
@@ -144,12 +175,13 @@ class Engine:
         now = time.monotonic()
         if metrics.first_token_at is None:
             metrics.first_token_at = now
+        drafted = tuple(index < decision.accepted for index in range(len(tokens)))
+        logprobs = None if decision.logprobs is None else decision.logprobs[: len(tokens)]
+        delta = OutputDelta(request.id, tokens, drafted, accepted.text, logprobs, accepted.finish_reason, metrics)
         if accepted.finish_reason is not None:
             metrics.finished_at = now
             self.scheduler.finish(request.id)
-        drafted = tuple(index < decision.accepted for index in range(len(tokens)))
-        logprobs = None if decision.logprobs is None else decision.logprobs[: len(tokens)]
-        return OutputDelta(request.id, tokens, drafted, accepted.text, logprobs, accepted.finish_reason, metrics)
+        return delta
 
     def _learn(self, record: RoundRecord) -> None:
         plan, proposal = record.plan, record.proposal
@@ -171,24 +203,40 @@ class Engine:
             )
         )
 
-    def _fail(self, plan: SchedulerOutput, error: Exception) -> list[OutputDelta]:
+    def _fail(self, plan: SchedulerOutput | None, error: BaseException) -> None:
+        """End the requests of a round that was not applied; where none could be planned, all that run."""
+        self._broken = _CUT_IN_TWO
         for worker in filter(None, (self._target_worker, self._draft_worker)):
             with contextlib.suppress(Exception):  # of a device that failed, what failed there is raised again
                 worker.rest()
-        failed = {w.state.request_id for w in plan.target.work} | {w.forward.state.request_id for w in plan.draft.work}
-        return [self.abort(request_id, f"{type(error).__name__}: {error}") for request_id in sorted(failed)]
+        if plan is None:  # without one that runs it was the next to run
+            failed = {r.id for r in self.scheduler.running or list(self.scheduler.waiting)[:1]}
+        else:
+            failed = {w.state.request_id for w in plan.target.work} | {
+                w.forward.state.request_id for w in plan.draft.work
+            }
+        for request_id in sorted(failed):
+            self.abort(request_id, _sentence(error))
+        self._broken = None
 
     def abort(self, request_id: int, error: str | None = None) -> OutputDelta:
         """End a request now, whatever its state, and free what it holds. KeyError if it is not (or no longer) known."""
         request = self.scheduler.finish(request_id)
         request.metrics.finished_at = time.monotonic()
-        return OutputDelta(request_id, (), (), "", None, "abort", request.metrics, error)
+        delta = OutputDelta(request_id, (), (), "", None, "abort", request.metrics, error)
+        self._outbox.append(delta)
+        return delta
 
     def close(self) -> None:
         """Abort everything and end the workers. Idempotent."""
         self._closed = True
         for request_id in list(self.scheduler.requests):
-            self.abort(request_id)
+            self.abort(request_id, "the engine was closed before this output had ended")
         for worker in (self._target_worker, self._draft_worker):
             if worker is not None:
                 worker.close()
+
+
+def _sentence(error: BaseException) -> str:
+    words = str(error)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -186,8 +186,8 @@ class Scheduler:
             needed = -(-(request.length + 1) // self.target_kv.page_size)
             if self.running and any(kv.num_free_pages < needed for kv in pools):
                 return
-            self.waiting.popleft()
             cached = [kv.begin(request.id, request.tokens) for kv in pools]
+            self.waiting.popleft()
             request.start_running(self._free_lanes.pop(), cached[0], cached[1] if self.draft_kv else 0)
             self.running.append(request)
 
@@ -202,20 +202,14 @@ class Scheduler:
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             kv.free(request.id)
 
-    def update(self, plan: SchedulerOutput, result: VerifyResult) -> dict[int, tuple[int, ...]]:
-        """Commit and roll back. Returns the newly committed tokens of each request that was verified."""
-        target = {work.state.request_id: work for work in plan.target.work}
-        draft = {work.forward.state.request_id: work for work in plan.draft.work}
-        committed: dict[int, tuple[int, ...]] = {}
-        for request_id in target.keys() | draft.keys() | result.decisions.keys():
-            request = self.requests[request_id]
-            window = result.windows.get(request_id, ())
-            decision = result.decisions.get(request_id)
-            tokens = request.apply(target.get(request_id), draft.get(request_id), window, decision)
-            if decision is not None:
-                committed[request_id] = tokens
-            self._roll_back(request)
-        return committed
+    def update(
+        self, request: Request, target: ForwardWork | None, draft: DraftWork | None, result: VerifyResult
+    ) -> tuple[int, ...] | None:
+        """Commit and roll back what a round did for one request; its newly committed tokens, None without a verdict."""
+        decision = result.decisions.get(request.id)
+        committed = request.apply(target, draft, result.windows.get(request.id, ()), decision)
+        self._roll_back(request)
+        return None if decision is None else committed
 
     def _roll_back(self, request: Request) -> None:
         self.target_kv.truncate(request.id, request.target_computed)

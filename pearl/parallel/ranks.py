@@ -29,6 +29,7 @@ class Ranks:
 
     def __init__(self, specs: Sequence[RankSpec]) -> None:
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._failure: str | None = None
         self._failed = threading.Event()
         self._group: Group | None = None
@@ -84,7 +85,9 @@ class Ranks:
         return RankError(self._failure or "the ranks of the target lost each other")
 
     def close(self) -> None:
-        """End all ranks and wait for them. Idempotent."""
+        """End all ranks and wait for them. Idempotent; in a fork of the engine's process nothing is ended."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closed = True
         self._end(gently=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -75,10 +76,11 @@ class ThreadWorker:
 
     def __init__(self, name: str, intra_op_threads: int) -> None:
         self._calls: _Calls = SimpleQueue()
+        self._process = os.getpid()
         thread = threading.Thread(target=_run_calls, args=(self._calls,), name=f"pearl-{name}", daemon=True)
         thread.start()
         # Also where nobody closes it: when the worker is garbage, and before the interpreter ends.
-        self._end = weakref.finalize(self, _end, self._calls, thread)
+        self._end = weakref.finalize(self, _end, self._calls, thread, self._process)
         # torch.set_num_threads sets the calling thread's OpenMP team and, as a side effect, the default of threads
         # that have not used torch yet: put that default back, it belongs to the host program.
         default = torch.get_num_threads()
@@ -87,15 +89,18 @@ class ThreadWorker:
         torch.set_num_threads(default)
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Reply[T]:
-        """Raises EngineClosedError once the worker is closed."""
+        """Raises EngineClosedError once the worker is closed, and in a forked process, which has not got its thread."""
         if not self._end.alive:
             raise EngineClosedError("the worker is closed")
+        if os.getpid() != self._process:
+            raise EngineClosedError(f"the worker's thread is one of process {self._process}, not of its fork")
         reply: Reply[T] = Reply()
         self._calls.put((reply, partial(call, *args, **kwargs)))
         return reply
 
     def rest(self) -> None:
-        pass
+        """Also what an interrupted caller has not waited for is done then."""
+        self.submit(_nothing).result()
 
     def close(self) -> None:
         self._end()
@@ -113,7 +118,13 @@ def _run_calls(calls: _Calls) -> None:
             del waiting, reply, call  # what they hold may be large
 
 
-def _end(calls: _Calls, thread: threading.Thread) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _end(calls: _Calls, thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process:  # a fork: the queue's lock may be held by a thread that is not there
+        return
     with contextlib.suppress(Empty):
         while (waiting := calls.get_nowait()) is not None:
             waiting[0].fail(EngineClosedError("the worker was closed before this call began"))

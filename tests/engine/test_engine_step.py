@@ -176,6 +176,79 @@ def test_a_failing_round_ends_its_requests_with_the_error_and_no_others(rig: Rig
     rig.check_empty()
 
 
+def test_a_request_that_cannot_be_committed_ends_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.add(1, 2, 3)
+    rig.engine.step()
+    monkeypatch.setattr(rig.scheduler.requests[2], "apply", fail)
+    deltas = {delta.request_id: delta for delta in rig.engine.step()}
+    assert (deltas[2].finish_reason, deltas[2].error) == ("abort", "RuntimeError: out of luck")
+    assert deltas[1].token_ids == deltas[3].token_ids != ()
+    rest = rig.run()
+    assert len(tokens_of(rest[1])) == len(tokens_of(rest[3])) > 0
+    rig.check_empty()
+
+
+def test_a_round_that_cannot_be_planned_ends_what_runs_and_what_waits_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.scheduler._free_lanes = rig.scheduler._free_lanes[:1]
+    rig.add(1, 2)
+    rig.engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.scheduler, "_plan_batch", fail)
+        (delta,) = rig.engine.step()
+        assert (delta.request_id, delta.error) == (1, "RuntimeError: out of luck")
+    assert tokens_of(rig.run()[2]) == [TOKEN] * 9
+    rig.check_empty()
+
+
+def test_what_an_observer_raises_passes_through_and_loses_no_output(rig: Rig) -> None:
+    rig.add(1)
+    rig.engine.observer = fail
+    with pytest.raises(RuntimeError):
+        rig.engine.step()
+    (delta,) = rig.engine.take()
+    assert delta.token_ids == (TOKEN,)
+    assert rig.engine.take() == []
+
+
+@pytest.mark.parametrize("where", ["target", "drafter", "verifier"])
+def test_an_interruption_within_a_round_undoes_it(rig: Rig, where: str) -> None:
+    """Before anything was committed: its requests end with an error, and the engine goes on."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    rig.add(1)
+    rig.engine.step()
+    part = getattr(rig, where)
+    healthy, part.before = part.before, interrupt
+    with pytest.raises(KeyboardInterrupt):
+        rig.engine.step()
+    part.before = healthy
+    assert [(d.request_id, d.error) for d in rig.engine.take()] == [(1, "KeyboardInterrupt")]
+    rig.check_empty()
+    rig.add(2)
+    assert tokens_of(rig.run()[2]) == [TOKEN] * 9
+
+
+def test_an_interruption_of_a_commit_ends_the_engine(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C can do that. Nobody waits for ever, and nothing is computed on pages that nobody knows."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    rig.add(1)
+    rig.engine.step()
+    monkeypatch.setattr(rig.scheduler.requests[1], "apply", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rig.engine.step()
+    with pytest.raises(EngineClosedError, match="build a new one"):
+        rig.engine.step()
+    rig.engine.close()
+    assert [(d.request_id, d.finish_reason) for d in rig.engine.take()] == [(1, "abort")]
+
+
 def test_a_verdict_on_a_target_that_was_lost_meanwhile_is_not_believed(rig: Rig) -> None:
     rig.add(1)
     rig.engine.step()
