@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from pearl.admission import Admission, AnyParams, params_for
+from pearl.chat_messages import Message, read_conversation, read_conversations
 from pearl.config import EngineConfig
 from pearl.engine.builder import connect
 from pearl.engine.engine import RoundRecord
@@ -18,8 +21,9 @@ from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request
-from pearl.errors import ConfigurationError, InvalidRequestError
+from pearl.errors import ConfigurationError
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput, StreamChunk
+from pearl.prompts import AnyPrompts, ReadPrompt, read_prompts
 from pearl.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -36,16 +40,13 @@ class LLM:
 
     def __init__(
         self,
-        target: str | None = None,
-        draft: str | None = None,
+        target: str | PathLike[str] | None = None,
+        draft: str | PathLike[str] | None = None,
         *,
         observer: Callable[[RoundRecord], None] | None = None,
         **options: Any,
     ) -> None:
-        known = EngineConfig.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise ConfigurationError(f"unknown options {unknown}; known are {sorted(known)}")
-        config = EngineConfig(target=target, draft=draft, **options)
+        config = EngineConfig.from_options({"target": target, "draft": draft, **options})
         self._own(load_models(config), config, observer, None)
 
     @classmethod
@@ -88,6 +89,7 @@ class LLM:
         self.config, self.models, self._wrap_verifier = config, models, wrap_verifier
         self.engine = connect(config, models, observer, wrap_verifier)
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
+        self._admission = Admission(models.tokenizer, models.vocab_size, models.max_model_len)
         self._next_id = 0
         self._mail: dict[int, deque[OutputDelta]] = {}  # by request: committed by the engine, not yet read
 
@@ -107,20 +109,21 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: AnyPrompts,
+        params: AnyParams = None,
         on_output: Callable[[OutputDelta], None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; returns one RequestOutput for each, in order.
 
-        prompts: text or token ids, one or a list. params: one for all, or one for each prompt.
+        prompts: text or token ids, one or several; ``pearl.prompts`` tells all their forms. params: one for all, or
+        one for each prompt.
         on_output sees each step's additions to these outputs. If the engine fails, the outputs that it could not end
         say so in ``error``. All prompts are checked before any work starts
-        (InvalidRequestError); an interruption (Ctrl-C) drops what this call started and leaves the LLM usable.
+        (InvalidRequestError), and that there is room for all of them: max_num_seqs run at once and max_waiting may
+        wait (QueueFullError); an interruption (Ctrl-C) drops what this call started and leaves the LLM usable.
         """
-        batch = _as_list(prompts)
-        every = _params_for(batch, params)
-        outputs, owners = self._submit_all(batch, every)
+        batch = read_prompts(prompts)
+        outputs, owners = self._submit_all(batch, params_for(len(batch), params))
         with closing(self._follow(owners)) as deltas:
             for delta in deltas:
                 owners[delta.request_id].extend(delta)
@@ -128,15 +131,41 @@ class LLM:
                     on_output(delta)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamChunk, None, None]:
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: AnyParams = None,
+        on_output: Callable[[OutputDelta], None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list; otherwise as ``generate``.
+
+        messages: {"role", "content"} each (``pearl.chat_messages``), rendered by the model's chat template, which gets
+        ``chat_template_kwargs`` too. InvalidRequestError if there is no template or it refuses them.
+        """
+        rendered = [self.tokenizer.render_chat(m, chat_template_kwargs) for m in read_conversations(messages)]
+        return self.generate([ReadPrompt(token_ids=ids) for ids in rendered], params, on_output)
+
+    def stream(self, prompt: AnyPrompts, params: SamplingParams | None = None) -> Generator[StreamChunk, None, None]:
         """Yield text as it is committed; never a token that could still be taken back. Closing it aborts the request.
 
-        The prompt is checked at the call; the request is queued when the first chunk is asked for. Streams may be
-        read in turn, and ``generate`` be called between their chunks: each gets its own tokens.
+        The prompt, one in any of ``generate``'s forms, is checked at the call; the request is queued when the first
+        chunk is asked for. Streams may be read in turn, and ``generate`` be called between their chunks: each gets its
+        own tokens.
         """
-        params = params or SamplingParams()
-        self._check_ids(params)
-        return self._stream(self.encode(prompt), params)
+        (one,) = params_for(1, params)
+        self._admission.check(one)
+        return self._stream(self.encode(prompt), one)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Generator[StreamChunk, None, None]:
+        """The answer to one conversation, as ``chat`` gives it and ``stream`` yields it."""
+        ids = self.tokenizer.render_chat(read_conversation(messages), chat_template_kwargs)
+        return self.stream(ReadPrompt(token_ids=ids), params)
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Generator[StreamChunk, None, None]:
         _, owners = self._submit_all([prompt], [params])
@@ -167,27 +196,18 @@ class LLM:
                 self._mail.pop(request_id, None)
             self._abort(owners)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: AnyPrompts) -> list[int]:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise InvalidRequestError("the prompt is empty; give at least one token")
-        if bad := [i for i in ids if not isinstance(i, int) or not 0 <= i < self.tokenizer.vocab_size]:
-            raise InvalidRequestError(f"token id {bad[0]!r} is outside the vocabulary [0, {self.tokenizer.vocab_size})")
-        if len(ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.max_model_len} with at least one token of "
-                "output; shorten the prompt or raise max_model_len"
-            )
-        return ids
+        return self._admission.encode(prompt)
 
     def _submit_all(
-        self, prompts: Sequence[Prompt], every: Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt | ReadPrompt], every: Sequence[SamplingParams]
     ) -> tuple[list[RequestOutput], dict[int, CompletionOutput]]:
         """Check everything, then queue everything. ``owners`` maps request ids to the outputs that they fill."""
-        for params in every:
-            self._check_ids(params)
-        encoded = [self.encode(prompt) for prompt in prompts]
+        for params in {id(params): params for params in every}.values():
+            self._admission.check(params)
+        self.engine.scheduler.require_room(sum(params.n for params in every))
+        encoded = self._admission.encode_all(prompts)
         outputs: list[RequestOutput] = []
         owners: dict[int, CompletionOutput] = {}
         try:
@@ -199,7 +219,8 @@ class LLM:
                     completion.metrics = request.metrics
                     self.engine.add(request)
                     owners[request.id] = completion
-                outputs.append(RequestOutput(prompt if isinstance(prompt, str) else None, ids, completions))
+                text = prompt.text if isinstance(prompt, ReadPrompt) else None
+                outputs.append(RequestOutput(text, ids, completions))
         except BaseException:
             self._abort(owners)
             raise
@@ -218,14 +239,6 @@ class LLM:
         # Requests without a seed differ from each other, and between runs unless the engine has one.
         return secrets.randbits(63) if self.config.seed is None else self.config.seed + (self._next_id << 20)
 
-    def _check_ids(self, params: SamplingParams) -> None:
-        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
-            for token in ids:
-                if not isinstance(token, int) or not 0 <= token < self.tokenizer.vocab_size:
-                    raise InvalidRequestError(
-                        f"{name} names token {token!r}, outside the vocabulary [0, {self.tokenizer.vocab_size})"
-                    )
-
     def _abort(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:
             if request_id in self.engine.scheduler.requests:
@@ -243,17 +256,3 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(batch)
-    if len(params) != len(batch):
-        raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} SamplingParams; give one, or one for each")
-    return list(params)
