@@ -28,7 +28,7 @@ class Admission:
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             position, token = next(item for item in enumerate(ids) if not 0 <= item[1] < self._vocab_size)
             raise InvalidRequestError(
-                f"token id {token} at position {position} is outside the vocabulary [0, {self._vocab_size})"
+                f"token id {shown(token)} at position {position} is outside the vocabulary [0, {self._vocab_size})"
             )
         if len(ids) >= self._max_model_len:
             raise InvalidRequestError(
@@ -55,7 +55,7 @@ class Admission:
             for token in ids:
                 if not 0 <= token < self._vocab_size:
                     raise InvalidRequestError(
-                        f"{name} names token {token}, outside the vocabulary [0, {self._vocab_size})"
+                        f"{name} names token {shown(token)}, outside the vocabulary [0, {self._vocab_size})"
                     )
         if len(self._banned(params)) >= self._vocab_size:
             raise InvalidRequestError("logit_bias and min_tokens together ban every token; leave at least one")
@@ -85,5 +85,6 @@ def params_for(count: int, params: AnyParams) -> list[SamplingParams]:
         if not isinstance(one, SamplingParams):
             raise InvalidRequestError(f"params[{index}] must be SamplingParams, not {shown(one)}")
     if len(every) != count:
-        raise InvalidRequestError(f"{count} prompts but {len(every)} SamplingParams; give one, or one for each")
+        prompts = f"{count} prompt{'s' * (count != 1)}"
+        raise InvalidRequestError(f"{prompts} but {len(every)} SamplingParams; give one, or one for each")
     return every

@@ -21,21 +21,22 @@ Role = Literal["draft", "target"]
 NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The largest of each count: beyond it the engine would allocate without end for nothing. None: it costs nothing.
-_COUNTS: dict[str, int | None] = {
+_MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
+# The largest of each count: beyond it the engine would allocate without end for nothing.
+_COUNTS = {
     "max_window": 256,
     "max_num_seqs": 4096,
     "max_num_batched_tokens": 1 << 20,
     "page_size": 1024,
-    "max_waiting": None,
+    "max_waiting": 1 << 31,
     "target_parallel": 1024,
 }
-_OPTIONAL_COUNTS: dict[str, int | None] = {
-    "max_model_len": None,  # the models' own limit is checked when they are known
+_OPTIONAL_COUNTS = {
+    "max_model_len": 1 << 31,  # the models' own limit is checked when they are known
     "kv_cache_memory": 1 << 50,
     "draft_threads": 1024,
     "target_threads": 1024,
-    "draft_sms": None,
+    "draft_sms": 1024,
 }
 
 
@@ -158,6 +159,11 @@ class EngineConfig:
                 self._set(name, self._count(name, highest))
         if not (isinstance(self.window, str) and self.window == "auto"):
             self._set("window", self._count("window", _COUNTS["max_window"], '"auto" or '))
+        if self.max_num_seqs * self.largest_window > _MOST_PENDING:
+            raise ConfigurationError(
+                f"max_num_seqs={self.max_num_seqs} times a window of {self.largest_window} is more than the "
+                f"{_MOST_PENDING} drafted tokens whose logits are kept; lower one of them"
+            )
         if self.seed is not None:
             seed = as_integer(self.seed)
             if seed is None or not -(2**63) <= seed < 2**64:
@@ -169,12 +175,13 @@ class EngineConfig:
         if not isinstance(value, str) or value not in allowed:
             raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
 
-    def _count(self, name: str, highest: int | None, otherwise: str = "") -> int:
+    def _count(self, name: str, highest: int, otherwise: str = "") -> int:
         given = getattr(self, name)
         value = as_integer(given)
-        if value is None or value < 1 or (highest is not None and value > highest):
-            most = "" if highest is None else f" and at most {highest}"
-            raise ConfigurationError(f"{name} must be {otherwise}an integer >= 1{most}, not {shown(given)}")
+        if value is None or not 1 <= value <= highest:
+            raise ConfigurationError(
+                f"{name} must be {otherwise}an integer >= 1 and at most {highest}, not {shown(given)}"
+            )
         return value
 
     def _set(self, name: str, value: object) -> None:

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -21,10 +20,11 @@ from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request
-from pearl.errors import ConfigurationError
+from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput, StreamChunk
 from pearl.prompts import AnyPrompts, ReadPrompt, read_prompts
 from pearl.sampling_params import SamplingParams
+from pearl.user_values import shown
 
 Prompt = str | Sequence[int]
 WrapVerifier = Callable[[Judge], Judge]
@@ -99,7 +99,7 @@ class LLM:
         Only one of the two may be generating at a time, and both must have been built with prefix_caching=False
         (ConfigurationError), because each would find the other's keys in pages that it believes to know.
         """
-        config = replace(self.config, **changes)
+        config = EngineConfig.from_options({**vars(self.config), **changes})
         if self.config.prefix_caching or config.prefix_caching:
             raise ConfigurationError("variants share KV memory; build the first LLM with prefix_caching=False")
         other = LLM.__new__(LLM)
@@ -122,6 +122,8 @@ class LLM:
         (InvalidRequestError), and that there is room for all of them: max_num_seqs run at once and max_waiting may
         wait (QueueFullError); an interruption (Ctrl-C) drops what this call started and leaves the LLM usable.
         """
+        if on_output is not None and not callable(on_output):
+            raise InvalidRequestError(f"on_output must be a function, not {shown(on_output)}")
         batch = read_prompts(prompts)
         outputs, owners = self._submit_all(batch, params_for(len(batch), params))
         with closing(self._follow(owners)) as deltas:

@@ -177,7 +177,7 @@ def _listed(array: Any, where: str) -> list[Any]:
 
 def _has_dimensions(given: Any) -> bool:
     """Whether it is of numpy, torch, pandas or their like."""
-    return hasattr(given, "ndim")
+    return hasattr(given, "ndim") and not isinstance(given, memoryview)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
 _LONGEST_SHOWN = 80
+_MOST_ITEMS = 1 << 20
 
 
 def as_integer(value: object) -> int | None:
@@ -45,12 +47,15 @@ def as_flag(value: object) -> bool | None:
 
 
 def as_items(value: object) -> list[Any] | None:
-    """The items of anything that is several things. A generator is read once, arrays give Python's numbers."""
+    """The items of anything that is several things, but not without end. A generator is read once, arrays give Python's
+    numbers.
+    """
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(value, Iterable):
         return None
     if getattr(value, "ndim", 1) != 1:
         return None
-    return list(value.tolist() if hasattr(value, "tolist") else value)
+    items = list(islice(value.tolist() if hasattr(value, "tolist") else value, _MOST_ITEMS + 1))
+    return items if len(items) <= _MOST_ITEMS else None
 
 
 def lone_surrogate(text: str) -> int | None:
