@@ -115,7 +115,7 @@ class SamplingParams:
         if given is None and name in _MAY_BE_NONE:
             return
         value = read(given)
-        # Not "or": NaN fails every comparison.
+        # NaN fails both comparisons.
         self._require(name, value is not None and bounds.lowest <= value <= bounds.highest, bounds.expected)
         if value is not given:
             self._set(name, value)
