@@ -38,6 +38,7 @@ _MAY_BE_NONE = ("draft_temperature", "seed", "logprobs")
 _SMALLEST_TEMPERATURE = 1e-5
 _SMALLEST_TOP_P = 1e-7  # below 1 / vocabulary it keeps the likeliest token alone, however small
 _LARGEST_TOP_K = 2**31 - 1
+_MOST_STOPS = 1024
 _LARGEST_BIAS = 10_000.0  # in fp16 too
 
 
@@ -138,6 +139,8 @@ class SamplingParams:
             raise _refusal("stop", "a text or several texts", self.stop if texts is None else texts)
         if "" in texts:
             raise _refusal("stop", "without empty strings, which every text contains", self.stop)
+        if len(texts) > _MOST_STOPS:
+            raise _refusal("stop", f"at most {_MOST_STOPS} texts, each of which is looked for after every token", texts)
         return tuple(texts)
 
     def _checked_stop_token_ids(self) -> tuple[int, ...] | None:

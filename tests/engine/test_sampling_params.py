@@ -123,6 +123,12 @@ def test_a_refusal_is_one_short_sentence_whatever_was_given(value: Any) -> None:
         assert len(str(error.value)) < 300
 
 
+def test_a_list_of_stops_that_would_slow_every_round_is_refused() -> None:
+    SamplingParams(stop=[str(i) for i in range(1024)])
+    with pytest.raises(InvalidRequestError, match="stop must be at most 1024 texts"):
+        SamplingParams(stop=[str(i) for i in range(1025)])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
