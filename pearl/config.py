@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 
 from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
+from pearl.user_values import as_flag, as_integer, shown, unknown_names
 from pearl_kernels import WeightFormat
 
 MethodName = Literal["pearl", "speculative", "autoregressive"]
@@ -18,11 +21,31 @@ Role = Literal["draft", "target"]
 NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
+# The largest of each count: beyond it the engine would allocate without end for nothing.
+_COUNTS = {
+    "max_window": 256,
+    "max_num_seqs": 4096,
+    "max_num_batched_tokens": 1 << 20,
+    "page_size": 1024,
+    "max_waiting": 1 << 31,
+    "target_parallel": 1024,
+}
+_OPTIONAL_COUNTS = {
+    "max_model_len": 1 << 31,  # the models' own limit is checked when they are known
+    "kv_cache_memory": 1 << 50,
+    "draft_threads": 1024,
+    "target_threads": 1024,
+    "draft_sms": 1024,
+}
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Keyword arguments of ``pearl.LLM``.
+
+    Integers of numpy, whole floats, paths, ``torch.dtype`` and ``torch.device`` become what the fields hold; a number
+    is no bool and a bool no number. ConfigurationError names what cannot be used.
 
     target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
     method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
@@ -37,15 +60,17 @@ class EngineConfig:
     enforce_eager: on CUDA, launch every kernel from Python instead of replaying CUDA graphs; the same results.
     draft_sms: where both models share one GPU, how many multiprocessors the draft's kernels are confined to (a green
         context), so that they leave the others to the target. None: two streams share them all, the draft's first.
-    dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16".
+    dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16", or torch's.
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
         int8 draft leaves the target's output as it is.
-    max_num_seqs: requests that run at once. max_model_len: positions a sequence may use; None = the model's own.
+    max_num_seqs: requests that run at once. max_model_len: positions a sequence may use, at most (and if None) as many
+        as both models were made for.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
     kv_cache_memory: bytes for both models' KV; None = on CPU room for max_num_seqs full sequences, at most 1 GiB; on
         GPUs what is free after a profiling run.
-    max_waiting: requests that may wait; more are refused. seed: of requests without one; None = fresh ones.
+    max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
+        fresh ones.
     draft_threads, target_threads: intra-op CPU threads of each worker; None splits the cores.
     """
 
@@ -78,19 +103,21 @@ class EngineConfig:
     draft_threads: int | None = None
     target_threads: int | None = None
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From names that a user wrote; ConfigurationError about unknown ones tells the known ones."""
+        if sentence := unknown_names("options", options, [field.name for field in fields(cls)]):
+            raise ConfigurationError(sentence)
+        return cls(**options)
+
     def __post_init__(self) -> None:
-        self._one_of("method", get_args(MethodName))
-        self._one_of("verification", get_args(Verification))
-        self._one_of("window_rule", get_args(WindowRule))
-        self._one_of("dtype", ("auto", *_DTYPES))
-        if self.window != "auto" and (not isinstance(self.window, int) or self.window < 1):
-            raise ConfigurationError(f'window must be "auto" or an integer >= 1, not {self.window!r}')
-        counts = ("max_window", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting", "target_parallel")
-        for name in counts:
-            self._positive(name)
-        for name in ("max_model_len", "kv_cache_memory", "draft_threads", "target_threads", "draft_sms"):
-            if getattr(self, name) is not None:
-                self._positive(name)
+        self._check_texts()
+        self._check_counts()
+        for name in ("pre_verify", "post_verify", "enforce_eager", "prefix_caching"):
+            flag = as_flag(getattr(self, name))
+            if flag is None:
+                raise ConfigurationError(f"{name} must be True or False, not {shown(getattr(self, name))}")
+            self._set(name, flag)
         if self.method == "speculative" and not (self.pre_verify and self.post_verify):
             raise ConfigurationError("pre_verify and post_verify are PEARL's; method='speculative' has neither")
         for device in (self.device, self.draft_device, self.target_device):
@@ -110,14 +137,55 @@ class EngineConfig:
         if self.target_weights != "full" and self.target_parallel > 1:
             raise ConfigurationError(f"target_weights={self.target_weights!r} and target_parallel exclude each other")
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+    def _check_texts(self) -> None:
+        for name in ("target", "draft"):
+            self._set(name, _model_name(name, getattr(self, name)))
+        if isinstance(self.dtype, torch.dtype):
+            self._set("dtype", str(self.dtype).removeprefix("torch."))
+        self._one_of("method", get_args(MethodName))
+        self._one_of("verification", get_args(Verification))
+        self._one_of("window_rule", get_args(WindowRule))
+        self._one_of("dtype", ("auto", *_DTYPES))
+        for name in ("device", "draft_device", "target_device"):
+            device = getattr(self, name)
+            if isinstance(device, torch.device):
+                self._set(name, str(device))
+            elif not isinstance(device, str) and (device is not None or name == "device"):
+                raise ConfigurationError(f"{name} must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {shown(device)}")
 
-    def _positive(self, name: str) -> None:
+    def _check_counts(self) -> None:
+        for name, highest in (_COUNTS | _OPTIONAL_COUNTS).items():
+            if getattr(self, name) is not None or name in _COUNTS:
+                self._set(name, self._count(name, highest))
+        if not (isinstance(self.window, str) and self.window == "auto"):
+            self._set("window", self._count("window", _COUNTS["max_window"], '"auto" or '))
+        if self.max_num_seqs * self.largest_window > _MOST_PENDING:
+            raise ConfigurationError(
+                f"max_num_seqs={self.max_num_seqs} times a window of {self.largest_window} is more than the "
+                f"{_MOST_PENDING} drafted tokens whose logits are kept; lower one of them"
+            )
+        if self.seed is not None:
+            seed = as_integer(self.seed)
+            if seed is None or not -(2**63) <= seed < 2**64:
+                raise ConfigurationError(f"seed must be None or a 64-bit integer, not {shown(self.seed)}")
+            self._set("seed", seed)
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name} must be an integer >= 1, not {value!r}")
+        if not isinstance(value, str) or value not in allowed:
+            raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
+
+    def _count(self, name: str, highest: int, otherwise: str = "") -> int:
+        given = getattr(self, name)
+        value = as_integer(given)
+        if value is None or not 1 <= value <= highest:
+            raise ConfigurationError(
+                f"{name} must be {otherwise}an integer >= 1 and at most {highest}, not {shown(given)}"
+            )
+        return value
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def uses_draft(self) -> bool:
@@ -174,3 +242,13 @@ class EngineConfig:
         take_turns = self.method == "speculative"
         draft = self.draft_threads or (cores if take_turns else max(1, cores // 4))
         return draft, self.target_threads or (cores if take_turns else max(1, cores - draft))
+
+
+def _model_name(role: str, given: object) -> str | None:
+    """A folder or a hub id as text."""
+    if given is None:
+        return None
+    name = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(f"{role} must be a folder or a hub id, not {shown(given)}; None is the bundled model")
+    return os.path.join(".", name) if name == NGRAM and name is not given else name

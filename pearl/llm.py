@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from pearl.admission import Admission, AnyParams, params_for
+from pearl.chat_messages import Message, read_conversation, read_conversations
 from pearl.config import EngineConfig
 from pearl.driver import Driver, Reader
 from pearl.engine.builder import connect
@@ -21,8 +23,10 @@ from pearl.engine.request import Request
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.gate import Gate, Turn
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
+from pearl.prompts import AnyPrompts, ReadPrompt, read_prompts
 from pearl.sampling_params import SamplingParams
 from pearl.stream import Stream
+from pearl.user_values import shown
 
 Prompt = str | Sequence[int]
 WrapVerifier = Callable[[Judge], Judge]
@@ -39,16 +43,13 @@ class LLM:
 
     def __init__(
         self,
-        target: str | None = None,
-        draft: str | None = None,
+        target: str | PathLike[str] | None = None,
+        draft: str | PathLike[str] | None = None,
         *,
         observer: Callable[[RoundRecord], None] | None = None,
         **options: Any,
     ) -> None:
-        known = EngineConfig.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise ConfigurationError(f"unknown options {unknown}; known are {sorted(known)}")
-        config = EngineConfig(target=target, draft=draft, **options)
+        config = EngineConfig.from_options({"target": target, "draft": draft, **options})
         self._own(load_models(config), config, observer, None)
 
     @classmethod
@@ -93,6 +94,7 @@ class LLM:
         self.engine = connect(config, models, observer, wrap_verifier)
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
         self._driver = Driver(self.engine, gate)
+        self._admission = Admission(models.tokenizer, models.vocab_size, models.max_model_len)
         self._next_id = 0
 
     def variant(self, observer: Callable[[RoundRecord], None] | None = None, **changes: Any) -> LLM:
@@ -101,7 +103,7 @@ class LLM:
         Only one of the two may be generating at a time, and both must have been built with prefix_caching=False
         (ConfigurationError), because each would find the other's keys in pages that it believes to know.
         """
-        config = replace(self.config, **changes)
+        config = EngineConfig.from_options({**vars(self.config), **changes})
         if self.config.prefix_caching or config.prefix_caching:
             raise ConfigurationError("variants share KV memory; build the first LLM with prefix_caching=False")
         other = LLM.__new__(LLM)
@@ -111,22 +113,27 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: AnyPrompts,
+        params: AnyParams = None,
         on_output: Callable[[OutputDelta], None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; returns one RequestOutput for each, in order.
 
-        prompts: text or token ids, one or a list. params: one for all, or one for each prompt.
+        prompts: text or token ids, one or several; ``pearl.prompts`` tells all their forms. params: one for all, or
+        one for each prompt.
         on_output sees each step's additions to these outputs. If the engine fails, the outputs that it could not end
         say so in ``error``. All prompts are checked before any work starts
-        (InvalidRequestError); an interruption (Ctrl-C) drops what this call started and leaves the LLM usable.
+        (InvalidRequestError), and that there is room for all of them: max_num_seqs run at once and max_waiting may
+        wait (QueueFullError); an interruption (Ctrl-C) drops what this call started and leaves the LLM usable.
         """
-        batch = _as_list(prompts)
-        every = _params_for(batch, params)
-        for one in every:
-            self._check_ids(one)
-        encoded = [self.encode(prompt) for prompt in batch]
+        if on_output is not None and not callable(on_output):
+            raise InvalidRequestError(f"on_output must be a function, not {shown(on_output)}")
+        batch = read_prompts(prompts)
+        every = params_for(len(batch), params)
+        for one in {id(one): one for one in every}.values():
+            self._admission.check(one)
+        self.engine.scheduler.require_room(sum(one.n for one in every))
+        encoded = self._admission.encode_all(batch)
         reader, outputs = Reader(), []
         completions: dict[int, CompletionOutput] = {}  # by request id
         with self._driver.gate.enter() as turn:
@@ -135,7 +142,7 @@ class LLM:
                 for prompt, ids, one in zip(batch, encoded, every, strict=True):
                     mine = self._requests(ids, one)
                     own = [CompletionOutput(index, metrics=request.metrics) for index, request in enumerate(mine)]
-                    outputs.append(RequestOutput(prompt if isinstance(prompt, str) else None, ids, own))
+                    outputs.append(RequestOutput(prompt.text, ids, own))
                     completions.update(zip((request.id for request in mine), own, strict=True))
                     requests += mine
                 self._driver.submit(reader, requests)
@@ -162,30 +169,46 @@ class LLM:
                     with turn.released():
                         on_output(delta)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: AnyParams = None,
+        on_output: Callable[[OutputDelta], None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list; otherwise as ``generate``.
+
+        messages: {"role", "content"} each (``pearl.chat_messages``), rendered by the model's chat template, which gets
+        ``chat_template_kwargs`` too. InvalidRequestError if there is no template or it refuses them.
+        """
+        rendered = [self.tokenizer.render_chat(m, chat_template_kwargs) for m in read_conversations(messages)]
+        return self.generate([ReadPrompt(token_ids=ids) for ids in rendered], params, on_output)
+
+    def stream(self, prompt: AnyPrompts, params: SamplingParams | None = None) -> Stream:
         """Yield text as it is committed; never a token that could still be taken back. Closing it aborts the request.
 
-        The prompt is checked at the call; the request is queued when the first chunk is asked for. Streams may be
-        read in turn, and ``generate`` be called between their chunks: each gets its own tokens.
+        The prompt, one in any of ``generate``'s forms, is checked at the call; the request is queued when the first
+        chunk is asked for. Streams may be read in turn, and ``generate`` be called between their chunks: each gets its
+        own tokens.
         """
-        params = params or SamplingParams()
-        self._check_ids(params)
+        (one,) = params_for(1, params)
+        self._admission.check(one)
         ids = self.encode(prompt)
-        return Stream(self._driver, partial(self._requests, ids, params))
+        return Stream(self._driver, partial(self._requests, ids, one))
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Stream:
+        """The answer to one conversation, as ``chat`` gives it and ``stream`` yields it."""
+        ids = self.tokenizer.render_chat(read_conversation(messages), chat_template_kwargs)
+        return self.stream(ReadPrompt(token_ids=ids), params)
+
+    def encode(self, prompt: AnyPrompts) -> list[int]:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise InvalidRequestError("the prompt is empty; give at least one token")
-        if bad := [i for i in ids if not isinstance(i, int) or not 0 <= i < self.tokenizer.vocab_size]:
-            raise InvalidRequestError(f"token id {bad[0]!r} is outside the vocabulary [0, {self.tokenizer.vocab_size})")
-        if len(ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.max_model_len} with at least one token of "
-                "output; shorten the prompt or raise max_model_len"
-            )
-        return ids
+        return self._admission.encode(prompt)
 
     def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
         """One for each output of a prompt."""
@@ -204,14 +227,6 @@ class LLM:
             return params.seed
         # Requests without a seed differ from each other, and between runs unless the engine has one.
         return secrets.randbits(63) if self.config.seed is None else self.config.seed + (self._next_id << 20)
-
-    def _check_ids(self, params: SamplingParams) -> None:
-        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
-            for token in ids:
-                if not isinstance(token, int) or not 0 <= token < self.tokenizer.vocab_size:
-                    raise InvalidRequestError(
-                        f"{name} names token {token!r}, outside the vocabulary [0, {self.tokenizer.vocab_size})"
-                    )
 
     def close(self) -> None:
         """End what runs, the workers and their threads; streams are told so. Idempotent, and nothing in a fork.
@@ -232,17 +247,3 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(batch)
-    if len(params) != len(batch):
-        raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} SamplingParams; give one, or one for each")
-    return list(params)

@@ -113,6 +113,11 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
                 "choose a draft made for this tokenizer"
             )
     max_model_len = config.max_model_len or longest
+    if max_model_len > longest:
+        raise ConfigurationError(
+            f"max_model_len={max_model_len} is more than the models were made for; lower it to at most {longest}, the "
+            "smaller max_position_embeddings of the two, or leave it out"
+        )
     return Pair(target, draft, tokenizer, vocab_size, max_model_len)
 
 

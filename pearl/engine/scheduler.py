@@ -76,10 +76,22 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def require_room(self, count: int) -> None:
+        """QueueFullError unless ``count`` more requests may be added: on free lanes they do not wait."""
+        lanes, waiting = len(self._free_lanes), len(self.waiting)
+        room = max(0, lanes + self._max_waiting - waiting)
+        if count <= room:
+            return
+        if count == 1:
+            raise QueueFullError(f"{waiting - lanes} requests are waiting, the limit (max_waiting); try again later")
+        raise QueueFullError(
+            f"{count} requests at once, but there is room for {room}: {lanes} lanes are free, and {self._max_waiting} "
+            "may wait (max_waiting); bring fewer at a time or raise max_waiting"
+        )
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError, or InvalidRequestError if it could never fit in the KV cache."""
-        if len(self.waiting) >= self._max_waiting:
-            raise QueueFullError(f"{len(self.waiting)} requests are waiting, the limit (max_waiting); try again later")
+        self.require_room(1)
         needed = request.prompt_length + request.max_tokens
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             if needed > kv.num_pages * kv.page_size:

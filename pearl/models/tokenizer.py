@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from pearl.errors import ConfigurationError, InvalidRequestError, ModelLoadError
+from pearl.user_values import lone_surrogate
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
 _REMEMBERED_TEXTS = 16_384  # of one or two tokens
@@ -55,9 +56,12 @@ class Tokenizer:
         """For text that continues the prompt."""
         return IncrementalDetokenizer(self, prompt_ids)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a conversation ({"role", "content"} messages) that ends where the assistant's answer begins.
 
+        ``variables`` are the template's own, such as Qwen3's enable_thinking.
         Raises InvalidRequestError if the tokenizer has no chat template, or the template refuses the messages.
         """
         if not self._tokenizer.chat_template:
@@ -65,9 +69,13 @@ class Tokenizer:
                 "this model's tokenizer has no chat template; use a chat model, or plain text with `pearl generate`"
             )
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), **{"add_generation_prompt": True, **(variables or {}), "tokenize": False}
+            )
         except Exception as error:  # templates raise whatever they like, jinja2's errors among it
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
+        if lone_surrogate(text) is not None:
+            raise InvalidRequestError("the messages have half a character (a lone surrogate); read them as UTF-8")
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
         return ids
 

@@ -172,12 +172,31 @@ def test_a_kv_budget_that_cannot_hold_one_request(llama: Pair) -> None:
 
 
 def test_the_waiting_queue_has_a_limit(llama: Pair, open_llm: OpenLLM) -> None:
-    batch = prompts((5, 6, 7, 8), seed=42)
+    batch = prompts((5, 6, 7, 8, 9), seed=42)
     llm = open_llm(llama, window=2, max_num_seqs=1, max_waiting=3)
-    with pytest.raises(QueueFullError, match="max_waiting"):
+    with pytest.raises(QueueFullError, match=r"5 requests at once, but there is room for 4: .* raise max_waiting"):
         llm.generate(batch, PARAMS)
-    assert_at_rest(llm)  # all or nothing: what was queued of that call is gone again
-    assert token_ids(llm.generate(batch[:3], PARAMS)) == [llama.greedy(prompt, 16) for prompt in batch[:3]]
+    with pytest.raises(QueueFullError, match="10000 requests at once"):
+        llm.generate(batch[0], SamplingParams(n=10_000))
+    assert_at_rest(llm)  # all or nothing, before anything is queued
+    assert token_ids(llm.generate(batch[:4], PARAMS)) == [llama.greedy(prompt, 16) for prompt in batch[:4]]
+
+
+def test_what_runs_at_once_does_not_wait(llama: Pair, open_llm: OpenLLM) -> None:
+    batch = prompts((5, 6, 7, 8, 9), seed=42)
+    llm = open_llm(llama, window=2, max_num_seqs=5, max_waiting=2)
+    assert token_ids(llm.generate(batch, PARAMS)) == [llama.greedy(prompt, 16) for prompt in batch]
+
+
+def test_more_positions_than_the_models_were_made_for(llama: Pair, tmp_path: Path) -> None:
+    llama.llm(max_model_len=512).close()
+    with pytest.raises(ConfigurationError, match=r"max_model_len=513 is more than .*; lower it to at most 512"):
+        llama.llm(max_model_len=513)
+    shutil.copytree(llama.draft, tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 100}))
+    with pytest.raises(ConfigurationError, match="at most 100"):
+        llama.llm(draft=tmp_path / "short", max_model_len=101)
 
 
 def test_a_refused_request_takes_nothing_from_one_that_runs(llama: Pair, open_llm: OpenLLM) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pearl.config import EngineConfig
 from pearl.errors import ConfigurationError
@@ -32,7 +38,34 @@ from pearl.llm import LLM
         ({"page_size": 0}, ["page_size must be an integer >= 1"]),
         ({"max_waiting": 0}, ["max_waiting must be an integer >= 1"]),
         ({"max_model_len": 0}, ["max_model_len must be an integer >= 1"]),
-        ({"kv_cache_memory": 1.5e9}, ["kv_cache_memory must be an integer >= 1"]),
+        ({"kv_cache_memory": 1.5}, ["kv_cache_memory must be an integer >= 1", "1.5"]),
+        ({"window": True}, ['window must be "auto" or an integer >= 1', "True"]),
+        ({"window": 10**9}, ["at most 256", "1000000000"]),
+        ({"max_window": 10**9}, ["at most 256"]),
+        ({"max_num_seqs": 10**9}, ["at most 4096"]),
+        ({"max_num_seqs": 1024, "window": 65}, ["max_num_seqs=1024 times a window of 65", "lower one of them"]),
+        ({"max_num_seqs": True}, ["max_num_seqs must be an integer >= 1"]),
+        ({"max_num_batched_tokens": 10**9}, ["at most 1048576"]),
+        ({"page_size": 10**9}, ["at most 1024"]),
+        ({"target_parallel": 10**9}, ["at most 1024"]),
+        ({"target_threads": 10**9}, ["at most 1024"]),
+        ({"kv_cache_memory": 10**18}, ["at most"]),
+        ({"max_model_len": "2048"}, ["max_model_len must be an integer >= 1", "'2048'"]),
+        ({"max_model_len": math.nan}, ["max_model_len must be an integer >= 1", "nan"]),
+        ({"seed": 1.5}, ["seed must be None or a 64-bit integer", "1.5"]),
+        ({"seed": 2**64}, ["seed must be None or a 64-bit integer"]),
+        ({"seed": True}, ["seed must be None or a 64-bit integer"]),
+        ({"pre_verify": 1}, ["pre_verify must be True or False", "1"]),
+        ({"prefix_caching": None}, ["prefix_caching must be True or False"]),
+        ({"enforce_eager": "no"}, ["enforce_eager must be True or False"]),
+        ({"method": np.array(["pearl", "pearl"])}, ["method must be one of"]),
+        ({"dtype": torch.float64}, ["dtype must be one of auto, float32, bfloat16, float16", "float64"]),
+        ({"dtype": None}, ["dtype must be one of"]),
+        ({"device": 0}, ["device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not 0"]),
+        ({"device": None}, ["device must be 'auto'"]),
+        ({"target": ""}, ["target must be a folder or a hub id", "None is the bundled model"]),
+        ({"draft": b"model"}, ["draft must be a folder or a hub id"]),
+        ({"draft": 5}, ["draft must be a folder or a hub id, not 5"]),
         ({"draft_threads": 0}, ["draft_threads must be an integer >= 1"]),
         ({"target_threads": -2}, ["target_threads must be an integer >= 1", "-2"]),
         ({"method": "speculative", "pre_verify": False}, ["pre_verify and post_verify are PEARL's"]),
@@ -47,6 +80,73 @@ def test_bad_option_says_what_is_wrong_and_what_would_be_right(options: dict[str
         EngineConfig(**options)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("window", np.int64(3), 3),
+        ("window", 3.0, 3),
+        ("max_num_seqs", np.uint16(4), 4),
+        ("kv_cache_memory", 1.5e9, 1_500_000_000),
+        ("seed", np.int32(-1), -1),
+        ("pre_verify", np.bool_(False), False),
+        ("dtype", torch.bfloat16, "bfloat16"),
+        ("device", torch.device("cpu"), "cpu"),
+        ("target", Path("/models/x"), "/models/x"),
+        ("draft", Path("ngram"), "./ngram"),  # a folder of that name
+        ("draft", "ngram", "ngram"),
+    ],
+)
+def test_what_is_meant_becomes_the_fields_own_type(name: str, value: Any, wanted: Any) -> None:
+    held = getattr(EngineConfig(**{name: value}), name)
+    assert held == wanted
+    assert type(held) is type(wanted)
+
+
+_EDGES = [
+    0,
+    1,
+    -1,
+    2,
+    16,
+    257,
+    1 << 20,
+    2**31,
+    2**63,
+    2**64,
+    10**5000,
+    0.5,
+    4.0,
+    -0.0,
+    math.inf,
+    math.nan,
+    1e300,
+    5e-324,
+]
+_THINGS = [
+    None, True, False, "", "auto", "cpu", "ngram", "int8", "\ud800", b"auto", [], {}, [1], 1j, object(), np.int64(3),
+    np.bool_(True), np.float32(2), np.array([1, 2]), np.array(3), torch.tensor(2), torch.float16, torch.device("meta"),
+    Path("x"), EngineConfig,
+]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(sorted(EngineConfig.__dataclass_fields__)), st.sampled_from(_EDGES + _THINGS)))
+@example({"target_parallel": 257.0, "target_threads": np.int64(3)})
+def test_any_value_of_any_option_is_refused_in_a_sentence_or_can_be_used(options: dict[str, Any]) -> None:
+    options.setdefault("device", "cpu")
+    refusal = None
+    try:
+        config = EngineConfig(**options)
+    except ConfigurationError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert 20 < len(refusal) < 400
+        return
+    assert all(type(getattr(config, name)) in (str, int, bool, type(None)) for name in options)
+    assert config == dataclasses.replace(config)
+    assert len(config.resolve_target_devices()) == config.target_parallel
+    assert min(*config.resolve_threads(), config.largest_window) >= 1
 
 
 @pytest.mark.parametrize("name", ["device", "draft_device", "target_device"])
@@ -65,7 +165,7 @@ def test_cuda_index_past_the_last_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_option_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigurationError, match=r"unknown options \['windw'\]; known are .*'window'"):
+    with pytest.raises(ConfigurationError, match=r"unknown options \['windw'\] \(did you mean 'window'\?\); known are"):
         LLM("/nowhere", "/nowhere", windw=3)
 
 

@@ -124,14 +124,16 @@ def test_on_two_gpus_each_limits_on_its_own(target_room: int, draft_room: int, e
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
-def test_a_model_on_the_cpu_has_its_gibibyte(role: str) -> None:
-    """Whichever of the two is tighter: 2**20 / 2**19 pages on the CPU, or what the GPU has."""
-    config = options(**{f"{role}_device": "cpu"}, max_num_seqs=2**20)
+def test_a_model_on_the_cpu_has_its_gibibyte(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the two is tighter: what the CPU has (here 1 MiB, 2**9 / 2**10 pages), or what the GPU has."""
+    assert DEFAULT_BYTES == GIB
+    monkeypatch.setattr("pearl.engine.kv_budget.DEFAULT_BYTES", 2**20)
+    config = options(**{f"{role}_device": "cpu"}, max_num_seqs=2**10)
     page_bytes = {"draft": DRAFT_PAGE, "target": TARGET_PAGE}
     gpu_page = page_bytes["target" if role == "draft" else "draft"]
-    assert pages(config, FakeMeter({"cuda:0": 64 * GIB}, {"cuda:0": 0})) == DEFAULT_BYTES // page_bytes[role]
-    ring = (2 * WINDOW * 2**20 + 1) * VOCAB * 2
-    logprobs = (2**20 + 2) * (WINDOW + 1) * VOCAB * 4 if role == "draft" else 0
+    assert pages(config, FakeMeter({"cuda:0": 64 * GIB}, {"cuda:0": 0})) == 2**20 // page_bytes[role]
+    ring = (2 * WINDOW * 2**10 + 1) * VOCAB * 2
+    logprobs = (2**10 + 2) * (WINDOW + 1) * VOCAB * 4 if role == "draft" else 0
     meter = FakeMeter({"cuda:0": ring + logprobs + ALONE + 50 * gpu_page}, {"cuda:0": 0})
     assert pages(config, meter) == 50
 

@@ -216,13 +216,32 @@ def test_first_come_first_served() -> None:
 
 def test_waiting_limit() -> None:
     simulation = simulate("pearl", lanes=1, max_waiting=2)
-    simulation.add(request_of(1, prompt(3)), request_of(2, prompt(3)))
+    simulation.add(*(request_of(i, prompt(3)) for i in (1, 2, 3)))  # the first will not wait
     with pytest.raises(QueueFullError, match=r"2 requests are waiting, the limit \(max_waiting\); try again later"):
-        simulation.engine.add(request_of(3, prompt(3)))
-    simulation.step()  # one of them runs now
+        simulation.engine.add(request_of(4, prompt(3)))
+    simulation.step()  # takes the first, as was counted on
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        simulation.engine.add(request_of(4, prompt(3)))
+    while 1 in simulation.scheduler.requests:
+        simulation.step()
     simulation.add(request_of(4, prompt(3)))
-    assert set(simulation.run()) == {1, 2, 4}
+    assert set(simulation.run()) == {1, 2, 3, 4}
     simulation.check_empty()
+
+
+def test_requests_that_can_run_at_once_do_not_wait() -> None:
+    simulation = simulate("pearl", lanes=5, max_waiting=2)
+    simulation.scheduler.require_room(7)
+    with pytest.raises(
+        QueueFullError, match=r"8 requests at once, but there is room for 7: 5 lanes are free, and 2 may"
+    ):
+        simulation.scheduler.require_room(8)
+    simulation.add(*(request_of(i, prompt(3, i)) for i in range(1, 6)))
+    simulation.step()
+    with pytest.raises(QueueFullError, match="room for 2: 0 lanes are free"):
+        simulation.scheduler.require_room(3)
+    simulation.add(request_of(6, prompt(3)), request_of(7, prompt(3)))
+    assert set(simulation.run()) == set(range(1, 8))
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:

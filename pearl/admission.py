@@ -1,0 +1,90 @@
+"""What a request must be before it is queued, so that whatever one brings fails that one alone, before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pearl.errors import InvalidRequestError
+from pearl.models import Tokenizer
+from pearl.prompts import AnyPrompts, read_prompt
+from pearl.sampling_params import SamplingParams
+from pearl.user_values import as_items, shown
+
+AnyParams = SamplingParams | Iterable[SamplingParams] | None
+
+
+class Admission:
+    """Checks prompts and parameters against the models' limits."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+        self._tokenizer, self._vocab_size, self._max_model_len = tokenizer, vocab_size, max_model_len
+
+    def encode(self, prompt: AnyPrompts) -> list[int]:
+        """Token ids of one prompt in any form. InvalidRequestError: empty, unknown ids, too long for the context."""
+        read = read_prompt(prompt)
+        ids = self._tokenizer.encode(read.text or "") if read.token_ids is None else list(read.token_ids)
+        if not ids:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            position, token = next(item for item in enumerate(ids) if not 0 <= item[1] < self._vocab_size)
+            raise InvalidRequestError(
+                f"token id {shown(token)} at position {position} is outside the vocabulary [0, {self._vocab_size})"
+            )
+        if len(ids) >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(ids)} tokens, the context holds {self._max_model_len} with at least one token of "
+                "output; shorten the prompt or raise max_model_len"
+            )
+        return ids
+
+    def encode_all(self, prompts: Sequence[AnyPrompts]) -> list[list[int]]:
+        """``encode`` of each; where there are several, the error says which."""
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded.append(self.encode(prompt))
+            except InvalidRequestError as error:
+                if len(prompts) == 1:
+                    raise
+                raise InvalidRequestError(f"prompts[{index}]: {error}") from error
+        return encoded
+
+    def check(self, params: SamplingParams) -> None:
+        """InvalidRequestError: ids outside the vocabulary, nothing left to choose, more alternatives than tokens."""
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
+            for token in ids:
+                if not 0 <= token < self._vocab_size:
+                    raise InvalidRequestError(
+                        f"{name} names token {shown(token)}, outside the vocabulary [0, {self._vocab_size})"
+                    )
+        if len(self._banned(params)) >= self._vocab_size:
+            raise InvalidRequestError("logit_bias and min_tokens together ban every token; leave at least one")
+        if (params.logprobs or 0) > self._vocab_size:
+            raise InvalidRequestError(f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens")
+
+    def _banned(self, params: SamplingParams) -> set[int]:
+        """What may not be chosen, at least for some time."""
+        banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -float("inf")}
+        if params.min_tokens:
+            banned.update(params.stop_token_ids or ())
+            banned.update(() if params.ignore_eos else self._tokenizer.eos_ids)
+        return banned
+
+
+def params_for(count: int, params: AnyParams) -> list[SamplingParams]:
+    """One for each of ``count`` prompts. Raises InvalidRequestError for anything but SamplingParams."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    every = as_items(params)
+    if every is None:
+        raise InvalidRequestError(
+            f"params must be SamplingParams, or one for each prompt, not {shown(params)}; "
+            "SamplingParams.from_mapping makes them from a dict"
+        )
+    for index, one in enumerate(every):
+        if not isinstance(one, SamplingParams):
+            raise InvalidRequestError(f"params[{index}] must be SamplingParams, not {shown(one)}")
+    if len(every) != count:
+        prompts = f"{count} prompt{'s' * (count != 1)}"
+        raise InvalidRequestError(f"{prompts} but {len(every)} SamplingParams; give one, or one for each")
+    return every

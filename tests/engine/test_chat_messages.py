@@ -1,0 +1,70 @@
+"""Chat messages: which conversations a template gets, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pearl.chat_messages import read_conversation, read_conversations
+from pearl.errors import InvalidRequestError
+
+USER = {"role": "user", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([SYSTEM, USER], [[SYSTEM, USER]]),
+        ((USER,), [[USER]]),
+        ([[USER], (SYSTEM, USER)], [[USER], [SYSTEM, USER]]),
+        ([{**USER, "name": "Ada"}], [[{**USER, "name": "Ada"}]]),
+        ([{"role": "pirate", "content": ""}], [[{"role": "pirate", "content": ""}]]),  # the template's matter
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+            [[{"role": "user", "content": "a\nb"}]],
+        ),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
+            [[{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]],
+        ),
+    ],
+)
+def test_conversations(given: Any, wanted: list[list[dict[str, Any]]]) -> None:
+    assert read_conversations(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("Hello", 'a list of messages such as {"role": "user", "content": "Hello"}, not'),
+        (USER, "a list of messages such as"),
+        (None, "not None"),
+        ([], "messages is empty"),
+        ([[USER], []], "messages[1] is empty"),
+        ([5], "messages[0] is 5"),
+        ([USER, "Hello"], "messages[1] is 'Hello'"),
+        ([[USER], USER], "messages[1] is {'role'"),
+        ([["Hello"]], "messages[0][0] is 'Hello'"),
+        ([{"content": "Hello"}], 'messages[0] has no "role" that is a text'),
+        ([{"role": 1, "content": "Hello"}], 'messages[0] has no "role" that is a text'),
+        ([USER, {"role": "user"}], 'messages[1] has no "content" that is a text'),
+        ([{"role": "user", "content": b"Hello"}], 'messages[0] has no "content" that is a text'),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "messages[0].content[0] is no text ('image_url')",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0] is no text"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(given: Any, says: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        read_conversations(given)
+    assert says in str(error.value)
+
+
+def test_where_one_is_wanted_several_are_refused() -> None:
+    assert read_conversation([USER]) == read_conversation([[USER]]) == [USER]
+    with pytest.raises(InvalidRequestError, match="one conversation is wanted here, these are 2"):
+        read_conversation([[USER], [USER]])
