@@ -1,5 +1,6 @@
 """Draw when each model works, method by method, from one measured run: `python bench/timeline.py docs/timeline.png`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,15 +8,62 @@ import typer
 
 from pearl import LLM, SamplingParams
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.timeline import draw_timeline
 from pearl.engine.engine import RoundRecord
 
+TARGET_COLOUR, DRAFT_COLOUR, ACCEPTED_COLOUR, OWN_COLOUR = "#3b5b92", "#e08e45", "#4d9a6a", "#b0413e"
 _RUNS: dict[str, dict[str, Any]] = {
     "autoregressive": {"method": "autoregressive"},
     "speculative": {"method": "speculative"},
     "pearl": {"method": "pearl"},
     "pearl, window rule fastest": {"method": "pearl", "window_rule": "fastest"},
 }
+
+
+def draw_timeline(runs: Mapping[str, Sequence[RoundRecord]], path: Path, milliseconds: float) -> None:
+    """Draw the first ``milliseconds`` of each run, one panel a method, on one time axis, into a PNG or SVG.
+
+    Bars are measured times of the two models. A dot is a committed token, at the end of its round: green if it was
+    drafted and accepted, red if the target supplied it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    figure, panels = pyplot.subplots(len(runs), 1, figsize=(10, 1.5 * len(runs) + 0.9), sharex=True, squeeze=False)
+    for axis, (name, rounds) in zip(panels[:, 0], runs.items(), strict=True):
+        start = rounds[0].whole.begin
+        tokens = 0
+        for record in rounds:
+            end = (record.whole.begin + record.whole.seconds - start) * 1e3
+            if end > milliseconds:
+                break
+            for lane, busy, colour in ((1, record.target, TARGET_COLOUR), (0, record.proposal.busy, DRAFT_COLOUR)):
+                if busy.seconds:
+                    span = ((busy.begin - start) * 1e3, busy.seconds * 1e3)
+                    axis.broken_barh([span], (lane - 0.32, 0.64), facecolors=colour, edgecolor="white", linewidth=0.4)
+            for decision in record.result.decisions.values():
+                for index in range(len(decision.committed)):
+                    colour = ACCEPTED_COLOUR if index < decision.accepted else OWN_COLOUR
+                    axis.plot(end, 1.65 + 0.28 * index, "o", color=colour, markersize=3.2)
+                tokens += len(decision.committed)
+        axis.set_yticks([0, 1], ["draft", "target"])
+        axis.set_ylim(-0.5, 4.2)
+        axis.set_title(f"{name}: {tokens} tokens", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlim(0, milliseconds)
+    panels[-1, 0].set_xlabel("milliseconds")
+    dots = [
+        Line2D([], [], marker="o", linestyle="", color=ACCEPTED_COLOUR, label="token: drafted, accepted"),
+        Line2D([], [], marker="o", linestyle="", color=OWN_COLOUR, label="token: the target's own"),
+    ]
+    bars = [Patch(color=TARGET_COLOUR, label="target works"), Patch(color=DRAFT_COLOUR, label="draft works")]
+    figure.legend(handles=[*bars, *dots], loc="upper right", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def main(

@@ -10,15 +10,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pearl_kernels import packaged_attention
-
-if TYPE_CHECKING:
-    from pearl_kernels.registry import Situation
+from pearl_kernels.provider import Situation
 
 PAGE_SIZE = 256  # a page of the cache holds a multiple of so many tokens
 

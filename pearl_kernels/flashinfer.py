@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pearl_kernels import packaged_attention
 from pearl_kernels.operands import AttentionSizes
-
-if TYPE_CHECKING:
-    from pearl_kernels.registry import Situation
+from pearl_kernels.provider import Situation
 
 _HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 128 << 20  # what its documentation recommends

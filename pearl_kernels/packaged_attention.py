@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pearl_kernels.checks import Checks
 from pearl_kernels.operands import AttentionSizes, check_attention
-
-if TYPE_CHECKING:
-    from pearl_kernels.registry import Situation
+from pearl_kernels.provider import Situation
 
 DTYPES = (torch.bfloat16, torch.float16)
 

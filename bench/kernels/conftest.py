@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_bench import Bench, Limits, providers
+
+from bench.kernels.kernel_bench import Bench, Limits, providers
 
 
 def _device(config: pytest.Config) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_bench import HEAD_DIM, Bench, Call, Contender, close, rival
 from torch import Tensor
+
+from bench.kernels.kernel_bench import HEAD_DIM, Bench, Call, Contender, close, rival
 
 KV_HEADS, GROUP = 8, 4
 
@@ -58,7 +59,7 @@ def torch_sdpa(
     )
     position = torch.arange(context - rows, context, device=q.device)[:, None]
     mask = None if rows == 1 else torch.arange(context, device=q.device) <= position
-    queries = q.unflatten(0, (batch, rows)).transpose(1, 2)
+    queries = q.unflatten(0, (batch, rows)).transpose(1, 2)  # type: ignore[no-untyped-call]
 
     def call() -> Tensor:
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
@@ -78,7 +79,7 @@ def flash_attn_kvcache(
 ) -> Call:
     """With equally many rows for all sequences, which the operator's arguments do not promise."""
     function = importlib.import_module("flash_attn").flash_attn_with_kvcache
-    queries = q.unflatten(0, (len(context_lens), -1))
+    queries = q.unflatten(0, (len(context_lens), -1))  # type: ignore[no-untyped-call]
 
     def call() -> Tensor:
         out: Tensor = function(

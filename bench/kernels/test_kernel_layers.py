@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_bench import HEAD_DIM, Bench, Contender, close, plain, rival
 from torch import Tensor
+
+from bench.kernels.kernel_bench import HEAD_DIM, Bench, Contender, close, plain, rival
 
 EPS = 1e-5
 MAX_POSITION = 8192
@@ -156,7 +157,7 @@ def test_rope_and_cache(bench: Bench, shape: Heads, contender: Contender) -> Non
         angles = torch.rand(MAX_POSITION, HEAD_DIM // 2, device=bench.device) * 6
         caches = [bench.randn(pages, 16, shape.kv_heads, HEAD_DIM) for _ in range(2)]
         return (
-            *qkv.split((shape.query_heads, shape.kv_heads, shape.kv_heads), dim=1),
+            *qkv.split((shape.query_heads, shape.kv_heads, shape.kv_heads), dim=1),  # type: ignore[no-untyped-call]
             torch.randint(MAX_POSITION, (shape.rows,), device=bench.device),
             torch.cat((angles.cos(), angles.sin()), dim=-1),
             *caches,

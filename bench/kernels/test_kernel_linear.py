@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_bench import Bench, Contender, close, plain, rival
 from torch import Tensor
+
+from bench.kernels.kernel_bench import Bench, Contender, close, plain, rival
 
 
 @dataclass(frozen=True)

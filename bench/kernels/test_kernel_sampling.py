@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_bench import Bench, Call, Contender, rival
 from torch import Tensor
 
+from bench.kernels.kernel_bench import Bench, Call, Contender, rival
 from pearl_kernels import Sampled, SamplingTensors, Stream, Verdict, reference
 from pearl_kernels.reference.philox import gumbel
 from pearl_kernels.reference.sampling import log_probabilities
@@ -105,12 +105,12 @@ def torch_verify(
     drafted = draft_tokens.view(requests, -1)[:, :-1, None]
 
     def call() -> tuple[Tensor, Tensor]:
-        p = (logits.float() / TEMPERATURE).softmax(-1).unflatten(0, (requests, -1))
+        p = (logits.float() / TEMPERATURE).softmax(-1).unflatten(0, (requests, -1))  # type: ignore[no-untyped-call]
         if rule == "coupled":
             drawn = p.flatten(0, 1).multinomial(1).view(requests, -1)
             accepted = (drawn[:, :-1] == drafted[..., 0]).int().cumprod(1).sum(1)
             return accepted, drawn.gather(1, accepted[:, None])
-        q = (draft_logits.float() / TEMPERATURE).softmax(-1).unflatten(0, (requests, -1))
+        q = (draft_logits.float() / TEMPERATURE).softmax(-1).unflatten(0, (requests, -1))  # type: ignore[no-untyped-call]
         ratio = (p[:, :-1].gather(-1, drafted) / q.gather(-1, drafted))[..., 0]
         accepted = (torch.rand_like(ratio) < ratio).int().cumprod(1).sum(1)
         p[:, :-1].sub_(q).clamp_(min=0)

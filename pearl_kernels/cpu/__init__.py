@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-import torch
-
-from pearl_kernels.checks import Checks
-
-if TYPE_CHECKING:
-    from pearl_kernels.registry import Situation
+from pearl_kernels.cpu.checks import CHECKS
+from pearl_kernels.provider import Situation
 
 _NAMES = (
     "rms_norm",
@@ -29,7 +25,6 @@ _NAMES = (
     "verify",
     "copy_blocks",
 )
-CHECKS = Checks("cpu", (torch.float32, torch.bfloat16))
 _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
 
 
@@ -61,7 +56,7 @@ def refuses(op: str, situation: Situation) -> str | None:
     _core.isa()  # a wrong PEARL_CPU_ISA must not become a silent fallback
     if situation.device != "cpu":
         return f"runs on cpu, not on {situation.device}"
-    if situation.dtype not in (torch.float32, torch.bfloat16):
+    if situation.dtype not in CHECKS.dtypes:
         return f"computes float32 and bfloat16, not {situation.dtype}"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pearl_kernels.cpu import CHECKS, _core
+from pearl_kernels.cpu import _core
+from pearl_kernels.cpu.checks import CHECKS
 from pearl_kernels.native import NativeLayers
 
 _NATIVE = NativeLayers(_core, CHECKS)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pearl_kernels.checks import matrix
-from pearl_kernels.cpu import CHECKS, _core
+from pearl_kernels.cpu import _core
+from pearl_kernels.cpu.checks import CHECKS
 from pearl_kernels.reference import LinearWeight, WeightFormat
 from pearl_kernels.reference import pack_linear as reference_pack
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pearl_kernels.cpu import CHECKS, _core
+from pearl_kernels.cpu import _core
+from pearl_kernels.cpu.checks import CHECKS
 from pearl_kernels.native import NativeSampling
 from pearl_kernels.operands import check_logits, check_sampling
 from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream

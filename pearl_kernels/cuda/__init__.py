@@ -7,14 +7,11 @@ were built with.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 import torch
 
 from pearl_kernels.lazy import LazyOperators
-
-if TYPE_CHECKING:
-    from pearl_kernels.registry import Situation
+from pearl_kernels.provider import Situation
 
 OPERATORS = LazyOperators(
     {

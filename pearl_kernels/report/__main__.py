@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pearl_kernels.registry import Situation
+from pearl_kernels.provider import Situation
 from pearl_kernels.report.cuda_compile import SOURCES, cuda_jobs
 from pearl_kernels.report.jobs import Job, run
 from pearl_kernels.report.providers import provider_table, resolve

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from pearl_kernels.registry import OPERATORS, Situation, Status, explain
+from pearl_kernels.provider import Situation
+from pearl_kernels.registry import OPERATORS, Status, explain
 
 
 def resolve(situation: Situation) -> dict[str, list[Status]]:

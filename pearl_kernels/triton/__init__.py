@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
 
 from pearl_kernels.checks import DTYPE_CODES, Checks
 from pearl_kernels.lazy import LazyOperators
-
-if TYPE_CHECKING:
-    from pearl_kernels.registry import Situation
+from pearl_kernels.provider import Situation
 
 MODULES = {
     "rms_norm": "pearl_kernels.triton.norm",

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pearl.bench.latency_cell import Interrupted, Load
-from pearl.bench.latency_report import Latencies
+from bench.round_latency.cell import Interrupted, Load
+from bench.round_latency.report import Latencies
 
 LABEL = "synthetic acceptance 0.80: real forwards, scripted verdicts"
 TINY = ("--shapes", "tiny-target:tiny-draft", "--device", "cpu")

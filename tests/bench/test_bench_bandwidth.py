@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from pearl.bench import bandwidth
-from pearl.bench.bandwidth import CpuStream, last_level_cache, read_bandwidth
+from bench.shared import bandwidth
+from bench.shared.bandwidth import CpuStream, last_level_cache, read_bandwidth
 from pearl.errors import PearlError
 from pearl_kernels.checks import DTYPE_CODES
 from pearl_kernels.cpu import _core

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.roofline.forwards import ForwardBench, OperatorTime, operator_bytes
+from bench.roofline.generators import intra_op_threads
 from pearl import LLM
-from pearl.bench.forwards import ForwardBench, OperatorTime, operator_bytes
-from pearl.bench.generators import intra_op_threads
 from pearl.models import bundled_path
 from pearl_kernels import LinearWeight
 

@@ -15,8 +15,8 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
+from bench.roofline.gguf_export import write_gguf
 from pearl import ConfigurationError
-from pearl.bench.gguf_export import write_gguf
 from pearl.models import bundled_path
 
 DRAFT = Path(bundled_path("draft"))

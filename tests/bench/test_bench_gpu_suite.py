@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from bench_support import ROOT
 
-from pearl.bench.gpu_suite.process import run_limited
-from pearl.bench.gpu_suite.report import CUT_OFF, FAILED, OK, SKIPPED
-from pearl.bench.gpu_suite.stages import Command, Place, Stage
-from pearl.bench.gpu_suite.suite import Stop, run_stage
+from bench.gpu_suite.process import run_limited
+from bench.gpu_suite.report import CUT_OFF, FAILED, OK, SKIPPED
+from bench.gpu_suite.stages import Command, Place, Stage
+from bench.gpu_suite.suite import Stop, run_stage
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ sys.exit(suite.main(["--dry-run", "--stages", "slow,later"]))
 def test_a_signal_ends_what_runs_and_writes_the_summary(tmp_path: Path, number: signal.Signals, status: int) -> None:
     file = tmp_path / "part.json"
     process = subprocess.Popen(
-        [sys.executable, "-c", SUITE, SLOW, str(file)], cwd=ROOT / "pearl", env={**os.environ, "OUT": str(tmp_path)},
+        [sys.executable, "-c", SUITE, SLOW, str(file)], cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     until(file.exists)
@@ -213,7 +213,7 @@ def test_the_suite_starts_where_no_package_works(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('broken')")
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHONPATH": str(tmp_path)}
-    path = str(ROOT / "pearl")
+    path = str(ROOT)
     code = f"import sys; sys.path.append({path!r}); import bench.gpu_suite.suite; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from bench_support import ROOT
 
-from pearl.bench.gpu_suite import suite
-from pearl.bench.gpu_suite.stages import Place, Stage, stages
-from pearl.bench.gpu_suite.suite import RESERVE, Budget, Stop, why_not
+from bench.gpu_suite import suite
+from bench.gpu_suite.stages import Place, Stage, stages
+from bench.gpu_suite.suite import RESERVE, Budget, Stop, why_not
 
 
 @pytest.fixture

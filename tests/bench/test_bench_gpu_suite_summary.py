@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from bench_support import ROOT
 
-from pearl.bench.gpu_suite.latency import SYNTHETIC, round_bars
-from pearl.bench.gpu_suite.markdown import number, table
-from pearl.bench.gpu_suite.report import CUT_OFF, OK, SKIPPED, Outcome, Summary, write
-from pearl.bench.gpu_suite.results import best_kernels, numbers
-from pearl.bench.gpu_suite.stages import Place
+from bench.gpu_suite.latency import SYNTHETIC, round_bars
+from bench.gpu_suite.markdown import number, table
+from bench.gpu_suite.report import CUT_OFF, OK, SKIPPED, Outcome, Summary, write
+from bench.gpu_suite.results import best_kernels, numbers
+from bench.gpu_suite.stages import Place
 
 LABEL = "8b:1b, random weights; synthetic acceptance 0.80: real forwards, scripted verdicts"
 TESTS = """<testsuites><testsuite>
@@ -209,7 +209,7 @@ def test_pictures_are_drawn_of_what_there_is(summary: Summary) -> None:
     out = summary.place.out
     write(summary)
     command = [sys.executable, "-m", "bench.gpu_suite.pictures", str(out), "round.png", "kernels.png"]
-    subprocess.run(command, cwd=ROOT / "pearl", check=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
     for picture in ("round.png", "kernels.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     write(summary)

@@ -1,4 +1,4 @@
-"""``pearl.bench.greedy_agreement``: a tie is told from a real difference."""
+"""``bench/greedy_agreement.py``: a tie is told from a real difference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from bench_support import ROOT
 
-from pearl.bench import greedy_agreement
-from pearl.bench.greedy_agreement import TIES, Run, compare, describe, first_difference, generate
+from bench import greedy_agreement
+from bench.greedy_agreement import TIES, Run, compare, describe, first_difference, generate
 from pearl.bench.prompt_sets import load_prompts
 from pearl.errors import ConfigurationError, PearlError
 from pearl.messages import TokenLogprobs
@@ -134,7 +134,7 @@ def test_a_real_difference_is_no_tie(real: list[Run]) -> None:
 
 def test_the_command_compares_dtypes_and_methods_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "greedy.json"
-    line = [sys.executable, "-m", "pearl.bench.greedy_agreement", "--device", "cpu", "--prompts", "1"]
+    line = [sys.executable, "bench/greedy_agreement.py", "--device", "cpu", "--prompts", "1"]
     done = subprocess.run(
         [*line, "--max-tokens", "6", "--json", str(file)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,

@@ -79,8 +79,8 @@ def test_only_kernels_are_collected() -> None:
 
 WRONG = """
 import pytest
-from kernel_bench import plain, rival
-from test_kernel_layers import Rows, test_rms_norm as real
+from bench.kernels.kernel_bench import plain, rival
+from bench.kernels.test_kernel_layers import Rows, test_rms_norm as real
 
 def off_by_one(x, weight, eps):
     return x + 1
@@ -92,7 +92,7 @@ def test_wrong(bench, shape, contender):
 
 
 def test_a_wrong_result_is_no_measurement(tmp_path: Path) -> None:
-    for name in ("conftest.py", "kernels/conftest.py", "kernels/kernel_bench.py", "kernels/test_kernel_layers.py"):
+    for name in ("conftest.py", "kernels/conftest.py"):
         copy = tmp_path / name
         copy.parent.mkdir(exist_ok=True)
         copy.write_text((ROOT / "bench" / name).read_text())

@@ -14,9 +14,9 @@ import torch
 from bench_support import Finished, hand_made_round
 from latency_support import LABEL, METHODS, TINY, cells_of, numbers
 
-from pearl.bench import latency, latency_cell
-from pearl.bench.latency_cell import Interrupted, Load, cache_prompts, expected_tokens, measure, summarise
-from pearl.bench.latency_report import Latencies
+from bench.round_latency import program
+from bench.round_latency.cell import Interrupted, Load, cache_prompts, expected_tokens, measure, summarise
+from bench.round_latency.report import Latencies
 from pearl.bench.shapes import SHAPES, forward_bytes, load_shapes, random_prompts
 from pearl.config import EngineConfig
 from pearl.errors import PearlError
@@ -32,13 +32,13 @@ SCRIPT = "latency.py"
 @pytest.fixture(autouse=True)
 def a_known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring memory takes a second, and is tested elsewhere."""
-    monkeypatch.setattr(latency, "read_bandwidth", lambda size, device, threads: 20.0)
+    monkeypatch.setattr(program, "read_bandwidth", lambda size, device, threads: 20.0)
 
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("read_bandwidth", "random_decoders"):
-        monkeypatch.setattr(latency, name, lambda *_: pytest.fail("something ran"))
+        monkeypatch.setattr(program, name, lambda *_: pytest.fail("something ran"))
 
 
 def test_the_report_has_every_cell_and_number(script: Script, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_without_being_asked_a_cpu_is_not_measured_eagerly(
         configs.append(config)
         return numbers()
 
-    monkeypatch.setattr(latency, "measure", found)
+    monkeypatch.setattr(program, "measure", found)
     out = tmp_path / "latency.json"
     for option, wanted in ((), [False]), (("--eager-too",), [False, True]):
         configs.clear()
@@ -169,7 +169,7 @@ def test_prompts_are_found_in_the_cache() -> None:
 
 
 def test_a_prompt_that_had_to_be_computed_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_cell, "cache_prompts", lambda *_: None)
+    monkeypatch.setattr("bench.round_latency.cell.cache_prompts", lambda *_: None)
     load = Load(batch=1, context=32, window=2, rounds=3, acceptance=0.8)
     config = load.config(CONFIG)
     with pytest.raises(PearlError, match="not found in the prefix cache"):

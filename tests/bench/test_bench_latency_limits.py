@@ -14,10 +14,10 @@ import torch
 from bench_support import Finished
 from latency_support import LABEL, TINY, Measurements, cells_of, failing, numbers
 
-from pearl.bench import latency, latency_memory
-from pearl.bench.latency_cell import RoundFailed
-from pearl.bench.latency_memory import DoesNotFit, explaining_what_does_not_fit, free_host_bytes
-from pearl.bench.latency_report import Cell, Report, write_json
+from bench.round_latency import memory, program
+from bench.round_latency.cell import RoundFailed
+from bench.round_latency.memory import DoesNotFit, explaining_what_does_not_fit, free_host_bytes
+from bench.round_latency.report import Cell, Report, write_json
 from pearl.errors import ConfigurationError
 
 Script = Callable[..., Finished]
@@ -27,7 +27,7 @@ SCRIPT = "latency.py"
 @pytest.fixture(autouse=True)
 def a_known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring memory takes a second, and is tested elsewhere."""
-    monkeypatch.setattr(latency, "read_bandwidth", lambda size, device, threads: 20.0)
+    monkeypatch.setattr(program, "read_bandwidth", lambda size, device, threads: 20.0)
 
 
 GRID = (*TINY, "--batch", "1,2", "--context", "32,64", "--rounds", "2")
@@ -36,7 +36,7 @@ GRID = (*TINY, "--batch", "1,2", "--context", "32,64", "--rounds", "2")
 def test_an_interruption_keeps_the_cells_that_are_done(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "measure", Measurements(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    monkeypatch.setattr(program, "measure", Measurements(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
     out = tmp_path / "latency.json"
     finished = script(*GRID, "--json", str(out))
     assert finished.code == 130
@@ -52,8 +52,8 @@ def test_an_interruption_while_weights_are_made_measures_nothing(
     def interrupted(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(latency, "random_decoders", interrupted)
-    monkeypatch.setattr(latency, "assemble_shapes", lambda *_: pytest.fail("a cell was begun"))
+    monkeypatch.setattr(program, "random_decoders", interrupted)
+    monkeypatch.setattr(program, "assemble_shapes", lambda *_: pytest.fail("a cell was begun"))
     out = tmp_path / "latency.json"
     assert script(*GRID, "--json", str(out)).code == 130
     assert cells_of(out) == []
@@ -66,7 +66,7 @@ def test_a_second_interruption_ends_at_once_and_keeps_the_file(
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(latency, "measure", Measurements(2, twice))
+    monkeypatch.setattr(program, "measure", Measurements(2, twice))
     out = tmp_path / "latency.json"
     assert script(*GRID, "--json", str(out)).code == 130
     assert [(c["batch"], c["context"]) for c in cells_of(out)] == [(1, 32)]
@@ -85,7 +85,7 @@ def test_a_second_interruption_ends_at_once_and_keeps_the_file(
 def test_a_cell_without_memory_is_skipped_and_the_others_measured(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(latency, "measure", Measurements(2, failing(error)))
+    monkeypatch.setattr(program, "measure", Measurements(2, failing(error)))
     out = tmp_path / "latency.json"
     finished = script(*GRID, "--json", str(out))
     assert finished.code == 0
@@ -101,7 +101,7 @@ def test_any_other_failure_ends_the_run_and_keeps_the_file(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = RoundFailed("RuntimeError: CUDA error: an illegal memory access was encountered")
-    monkeypatch.setattr(latency, "measure", Measurements(2, failing(error)))
+    monkeypatch.setattr(program, "measure", Measurements(2, failing(error)))
     out = tmp_path / "latency.json"
     finished = script(*GRID, "--json", str(out))
     assert finished.code == 1
@@ -112,8 +112,8 @@ def test_any_other_failure_ends_the_run_and_keeps_the_file(
 def test_cells_larger_than_the_machine_are_skipped_before_they_are_made(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_memory, "free_host_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(latency, "measure", Measurements(0, lambda: None))
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 8 << 20)
+    monkeypatch.setattr(program, "measure", Measurements(0, lambda: None))
     out = tmp_path / "latency.json"
     assert script(*TINY, "--batch", "1,64", "--context", "1024", "--json", str(out)).code == 0
     small, large = cells_of(out)
@@ -126,8 +126,8 @@ def test_cells_larger_than_the_machine_are_skipped_before_they_are_made(
 def test_weights_larger_than_the_machine_skip_every_cell(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_memory, "free_host_bytes", lambda: 1 << 30)
-    monkeypatch.setattr(latency, "random_decoders", lambda *_: pytest.fail("weights were made"))
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(program, "random_decoders", lambda *_: pytest.fail("weights were made"))
     out = tmp_path / "latency.json"
     finished = script("--shapes", "70b:1b", "--device", "cpu", "--batch", "1", "--context", "32,64", "--json", str(out))
     assert finished.code == 0

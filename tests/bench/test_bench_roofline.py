@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from bench_support import Finished, run_script
 
-from pearl.bench import roofline
-from pearl.bench.generators import Contender, LeftOut, compare
-from pearl.bench.roofline_report import Bandwidth, Forward, Generation, Operator, Report, draw, write_json
+from bench.roofline import program
+from bench.roofline.generators import Contender, LeftOut, compare
+from bench.roofline.report import Bandwidth, Forward, Generation, Operator, Report, draw, write_json
 from pearl.errors import ConfigurationError
 
 Script = Callable[..., Finished]
@@ -39,9 +39,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     out, picture = folder / "report.json", folder / "roofline.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "llama_cpp", None)  # type: ignore[arg-type]  # makes its import fail
-        patch.setattr(roofline, "cpu_cores", lambda: 2)
+        patch.setattr(program, "cpu_cores", lambda: 2)
         patch.setattr(sys, "argv", ["bench/cpu_roofline.py", "--quick"])
-        shown = _capture(lambda: roofline.roofline(quick=True, json_out=out, plot=picture, **DEFAULTS))
+        shown = _capture(lambda: program.roofline(quick=True, json_out=out, plot=picture, **DEFAULTS))
     return shown, json.loads(out.read_text()), picture
 
 
@@ -59,7 +59,7 @@ def _capture(call: Callable[[], None]) -> str:
 
     text = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "Console", lambda: Console(file=text, width=80))
+        patch.setattr(program, "Console", lambda: Console(file=text, width=80))
         call()
     return text.getvalue()
 
@@ -175,8 +175,8 @@ def test_an_interruption_keeps_what_was_measured(
     generated: set[str],
 ) -> None:
     # Asked before each of three rounds of forwards, before generating, and before each of three warm-ups and runs.
-    monkeypatch.setattr(roofline, "InterruptGuard", lambda: FakeGuard(after))
-    monkeypatch.setattr(roofline, "cpu_cores", lambda: 1)
+    monkeypatch.setattr(program, "InterruptGuard", lambda: FakeGuard(after))
+    monkeypatch.setattr(program, "cpu_cores", lambda: 1)
     out = tmp_path / "report.json"
     finished = script("--quick", "--engines", "pearl", "--rows", "1", "--json", str(out), "--plot", f"{out}.svg")
     assert finished.code == 130
@@ -220,7 +220,7 @@ def test_other_tokens_than_autoregressive_decoding_are_an_error() -> None:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "LLM", lambda **_: pytest.fail("models were loaded"))
+    monkeypatch.setattr(program, "LLM", lambda **_: pytest.fail("models were loaded"))
 
 
 @pytest.mark.usefixtures("no_work")
@@ -268,9 +268,9 @@ def test_what_the_models_do_not_allow_is_refused(script: Script, arguments: tupl
 def test_plot_says_what_to_install(
     script: Script, monkeypatch: pytest.MonkeyPatch, no_work: None, tmp_path: Path
 ) -> None:
-    find = roofline.importlib.util.find_spec
+    find = program.importlib.util.find_spec
     monkeypatch.setattr(
-        roofline.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+        program.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )  # fmt: skip
     finished = script("--plot", str(tmp_path / "out.png"))
     assert "pip install matplotlib" in finished.err

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.roofline.forwards import ForwardBench
 from pearl import LLM, SamplingParams
 from pearl.bench import shapes
-from pearl.bench.forwards import ForwardBench
 from pearl.bench.shapes import (
     SHAPES,
     assemble_shapes,

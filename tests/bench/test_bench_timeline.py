@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bench_support import hand_made_round
 
-from pearl.bench.timeline import draw_timeline
+from bench.timeline import draw_timeline
 from pearl.engine.engine import RoundRecord
 from pearl.messages import Busy
 

@@ -12,7 +12,8 @@ import pytest
 
 from pearl_kernels import reference, triton
 from pearl_kernels.native import NativeLayers, NativeSampling
-from pearl_kernels.registry import PROVIDERS, Provider
+from pearl_kernels.provider import Provider
+from pearl_kernels.registry import PROVIDERS
 
 every_provided = pytest.mark.parametrize(
     ("provider", "op"), [pytest.param(p, op, id=f"{p.name}-{op}") for p in PROVIDERS for op in p.operators]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pearl_kernels import KernelSet, Situation, cpu, reference, registry
-from pearl_kernels.registry import OPERATORS, PROVIDERS, Provider, Status, explain, preferred, select
+from pearl_kernels.provider import Provider
+from pearl_kernels.registry import OPERATORS, PROVIDERS, Status, explain, preferred, select
 
 every_operator = pytest.mark.parametrize("op", OPERATORS)
 HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")

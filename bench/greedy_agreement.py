@@ -4,7 +4,7 @@ Two forwards of different shapes, kernels or dtypes round differently, so that t
 way. Such a *tie* is told from a bug by the log-probabilities of both runs at the first position where they differ: each
 run must hold its own token and the other's for equal up to TIES of the dtype.
 
-    python -m pearl.bench.greedy_agreement --device cuda --json greedy.json
+    python bench/greedy_agreement.py --device cuda --json greedy.json
 """
 
 from __future__ import annotations

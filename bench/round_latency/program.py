@@ -17,11 +17,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pearl.bench.bandwidth import last_level_cache, read_bandwidth
+from bench.round_latency.cell import Interrupted, Load, measure
+from bench.round_latency.memory import DoesNotFit, explaining_what_does_not_fit, require_host_room
+from bench.round_latency.report import Cell, Latencies, Report, tables, write_json, write_markdown
+from bench.shared.bandwidth import last_level_cache, read_bandwidth
 from pearl.bench.command import run_command
-from pearl.bench.latency_cell import Interrupted, Load, measure
-from pearl.bench.latency_memory import DoesNotFit, explaining_what_does_not_fit, require_host_room
-from pearl.bench.latency_report import Cell, Latencies, Report, tables, write_json, write_markdown
 from pearl.bench.report import check_output
 from pearl.bench.scripted_verdicts import check_rate, label
 from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, parse_shapes, random_decoders

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from .environment import commit, gpus
-from .process import Ended, run_limited
-from .report import CUT_OFF, FAILED, OK, SKIPPED, Outcome, Summary, write
-from .results import complaint, sees_cuda
-from .stages import DRY, Command, Place, Stage, has_module, stages
+from bench.gpu_suite.environment import commit, gpus
+from bench.gpu_suite.process import Ended, run_limited
+from bench.gpu_suite.report import CUT_OFF, FAILED, OK, SKIPPED, Outcome, Summary, write
+from bench.gpu_suite.results import complaint, sees_cuda
+from bench.gpu_suite.stages import DRY, Command, Place, Stage, has_module, stages
 
 BUDGET, DRY_BUDGET = 525.0, 240.0  # seconds; a GPU machine is asked for less than 9 minutes
 LEAST_BUDGET = 5.0
@@ -90,7 +90,7 @@ def run_stage(stage: Stage, limit: float, place: Place, stop: Stop) -> Outcome:
         if command.instead:
             failed, _ = done.pop()
             instead = f"{failed.name} could not (see the log): {command.name}"
-        where, share = place.root / command.folder, command.share * left
+        share, where = command.share * left, place.root
         done.append((command, run_limited(command.argv, log, share, cwd=where, environment=environment, stopped=stop)))
     return _outcome(stage, done, time.monotonic() - begin, place, instead)
 
@@ -174,7 +174,7 @@ def draw(summary: Summary, budget: Budget, stop: Stop) -> None:
     limit = max(2.0, budget.seconds - budget.spent - 2)
     log = place.out / "logs" / "pictures.log"
     log.write_text(f"{DRY}\n" if place.dry else "")
-    ended = run_limited(argv, log, limit, cwd=place.root / "pearl", environment=os.environ, stopped=stop)
+    ended = run_limited(argv, log, limit, cwd=place.root, environment=os.environ, stopped=stop)
     if not ended.ok:
         summary.notes.append(f"no pictures: {ended.cut_off or _last_line(log)}")
 
@@ -205,7 +205,7 @@ def options(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
     chosen = options(arguments, [stage.name for stage in stages(Place(root, root))])
     default = root / "bench" / "results"
     out = Path(os.environ.get("OUT") or (default / "dry-run" if chosen.dry_run else default))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from pearl.bench.latency_report import Latencies
+from bench.round_latency.report import Latencies
 from pearl.bench.measure import seconds_alone
 from pearl.bench.scripted_verdicts import scripted
 from pearl.bench.shapes import random_prompts

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from pearl.bench.generators import LeftOut
+from bench.roofline.generators import LeftOut
 from pearl.bench.report import machine, provenance
 
 MEMORY = "memory"  # the buffer that no cache holds

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .markdown import number, share, table
+from bench.gpu_suite.markdown import number, share, table
 
 READ_AIM, ROUND_AIM = 0.75, 1.1  # a decode step's share of the weight-reading limit; a round over its longer forward
 SYNTHETIC = "synthetic acceptance: real forwards, scripted verdicts"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pearl.bench.latency_cell import RoundFailed
+from bench.round_latency.cell import RoundFailed
 from pearl.engine.memory import gib
 from pearl.errors import ConfigurationError
 

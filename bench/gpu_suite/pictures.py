@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .latency import SYNTHETIC, RoundBars, round_bars
-from .stages import DRY
+from bench.gpu_suite.latency import SYNTHETIC, RoundBars, round_bars
+from bench.gpu_suite.stages import DRY
 
 _REACHED, _MISSED, _OTHER = "#2f855a", "#c53030", "#a0aec0"
 _INCHES = 0.24  # of a bar

@@ -122,7 +122,7 @@ def llama_cpp_contenders(
     """llama.cpp's plain greedy decoding of the target, converted to GGUF; it has no draft model here."""
     try:
         package = importlib.import_module("llama_cpp")
-        from pearl.bench.gguf_export import write_gguf
+        from bench.roofline.gguf_export import write_gguf
     except ImportError as error:
         return LeftOut("llama.cpp", f"not installed ({error}): pip install llama-cpp-python gguf")
     dtype = llm.models.target.model.weights.embedding.dtype

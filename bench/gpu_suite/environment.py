@@ -75,6 +75,6 @@ def environment(root: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = environment(Path(__file__).resolve().parents[3])
+    found = environment(Path(__file__).resolve().parents[2])
     Path(sys.argv[1]).write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))

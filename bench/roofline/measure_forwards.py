@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pearl.bench.bandwidth import CpuStream, last_level_cache
-from pearl.bench.forwards import ForwardBench, OperatorTime
-from pearl.bench.roofline_report import MEMORY, Bandwidth, Forward, Operator, Report
+from bench.roofline.forwards import ForwardBench, OperatorTime
+from bench.roofline.report import MEMORY, Bandwidth, Forward, Operator, Report
+from bench.shared.bandwidth import CpuStream, last_level_cache
 from pearl.llm import LLM
 from pearl_kernels.checks import DTYPE_CODES
 

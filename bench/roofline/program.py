@@ -19,8 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pearl.bench.command import run_command
-from pearl.bench.generators import (
+from bench.roofline.generators import (
     Contender,
     LeftOut,
     Tokens,
@@ -30,10 +29,11 @@ from pearl.bench.generators import (
     pearl_contenders,
     transformers_contenders,
 )
+from bench.roofline.measure_forwards import ROUNDS, measure_forwards
+from bench.roofline.report import Generation, Report, draw, tables, write_json
+from pearl.bench.command import run_command
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import check_output
-from pearl.bench.roofline_forwards import ROUNDS, measure_forwards
-from pearl.bench.roofline_report import Generation, Report, draw, tables, write_json
 from pearl.config import NGRAM
 from pearl.devices import cpu_cores
 from pearl.errors import ConfigurationError

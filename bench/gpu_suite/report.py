@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .latency import latency_sections
-from .markdown import number, share, table
-from .process import Ended
-from .results import AIM, MALFORMED, UNREADABLE, numbers
-from .stages import DRY, Place
+from bench.gpu_suite.latency import latency_sections
+from bench.gpu_suite.markdown import number, share, table
+from bench.gpu_suite.process import Ended
+from bench.gpu_suite.results import AIM, MALFORMED, UNREADABLE, numbers
+from bench.gpu_suite.stages import DRY, Place
 
 Section = Callable[[Mapping[str, Any]], list[str]]  # the numbers of a stage to paragraphs of markdown
 OK, FAILED, SKIPPED, CUT_OFF = "ok", "failed", "skipped", "cut off"

@@ -14,15 +14,12 @@ CUDA_HOME = Path("/usr/local/cuda")  # where a toolkit that is not on PATH usual
 
 @dataclass(frozen=True)
 class Command:
-    """``share``: of what is left of the stage's time. ``instead``: it runs only if the command before it failed.
-    ``folder``: where, below the checkout.
-    """
+    """``share``: of what is left of the stage's time. ``instead``: it runs only if the command before it failed."""
 
     name: str
     argv: tuple[str, ...]
     share: float = 1.0
     instead: bool = False
-    folder: str = "."
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ def stages(place: Place, compute_capability: str = "") -> tuple[Stage, ...]:
     return (*every, _end_to_end(place))
 
 
-def _python(name: str, *arguments: str, share: float = 1.0, folder: str = ".") -> Command:
-    return Command(name, (sys.executable, *arguments), share, folder=folder)
+def _python(name: str, *arguments: str, share: float = 1.0) -> Command:
+    return Command(name, (sys.executable, *arguments), share)
 
 
 _CMAKE_ALONE = """
@@ -102,14 +99,7 @@ def _build(place: Place, compute_capability: str) -> Stage:
 def _environment(place: Place) -> Stage:
     """The first command needs no torch that works; the second says why each provider does or does not run."""
     commands = (
-        _python(
-            "machine",
-            "-m",
-            "bench.gpu_suite.environment",
-            str(place.file("environment.json")),
-            folder="pearl",
-            share=0.6,
-        ),
+        _python("machine", "-m", "bench.gpu_suite.environment", str(place.file("environment.json")), share=0.6),
         _python("providers", "-m", "pearl_kernels.report", "--no-compile", "--json", str(place.file("providers.json"))),
     )
     return Stage("environment", 30.0, commands, ("environment.json", "providers.json"), on_gpu=False, least=5.0)
@@ -197,14 +187,8 @@ def _end_to_end(place: Place) -> Stage:
     files = [str(place.file(name)) for name in names]
     commands = (
         _python(
-            "greedy agreement",
-            "-m",
-            "pearl.bench.greedy_agreement",
-            "--device",
-            device,
-            *greedy.split(),
-            "--json",
-            files[0],
+            *("greedy agreement", "bench/greedy_agreement.py"),
+            *("--device", device, *greedy.split(), "--json", files[0]),
             share=0.5,
         ),
         _python("throughput", "bench/throughput.py", "--device", device, *throughput.split(), "--json", files[1]),

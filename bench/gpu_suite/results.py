@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .latency import measured
-from .stages import Place, Stage
+from bench.gpu_suite.latency import measured
+from bench.gpu_suite.stages import Place, Stage
 
 AIM = 0.8  # share of the measured bandwidth
 _AIMED = {"verify_attention": (r"(\d+) keys", 8192), "sample": (r"x(\d+)", 128_000), "verify": (r"x(\d{4,})", 128_000)}

@@ -1,0 +1,1 @@
+"""Every operator, of every provider, beside what a user would call instead."""

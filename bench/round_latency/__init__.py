@@ -1,0 +1,1 @@
+"""How long forwards and rounds of real model shapes take, under scripted verdicts."""

@@ -1,5 +1,0 @@
-import sys
-
-from .suite import main
-
-sys.exit(main())

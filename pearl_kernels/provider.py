@@ -1,0 +1,40 @@
+"""What a provider must offer, and the situation that it is asked about: for the registry and for providers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pearl_kernels.reference import WeightFormat
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a provider may make its support depend on."""
+
+    device: str = "cpu"  # torch device type
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 64
+    threads: int = 1  # intra-op threads of the worker
+    page_size: int = 16  # tokens of a KV page
+    weights: WeightFormat = "full"  # what pack_linear makes of a matrix
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``operators`` by name; ``refuses(op, situation)`` is None, or the reason why the provider cannot run there.
+
+    ``bind(op, situation)`` is the operator for one worker where the situation decides more than whether it runs.
+    """
+
+    name: str
+    operators: Mapping[str, Callable[..., Any]]
+    refuses: Callable[[str, Situation], str | None]
+    bind: Callable[[str, Situation], Callable[..., Any]] | None = None
+    verify_numbers: Callable[..., Any] | None = None
+
+    def for_worker(self, op: str, situation: Situation) -> Callable[..., Any]:
+        return self.bind(op, situation) if self.bind else self.operators[op]
