@@ -27,11 +27,12 @@ PLACES: list[dict[str, Any]] = [
 ]
 
 
+def unread(*arguments: object, **_: object) -> Decoder:
+    raise AssertionError(f"weights were read: {arguments}")
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unread(*arguments: object, **_: object) -> Decoder:
-        raise AssertionError(f"weights were read: {arguments}")
-
     monkeypatch.setattr(model_loading, "load_model", unread)
     monkeypatch.setattr(model_loading, "make_parallel_runner", unread)
 
@@ -77,8 +78,11 @@ def test_a_tensor_that_nothing_reads(place: dict[str, Any], folder: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "autoregressive"}, {"target_parallel": 2}], ids=str)
-def test_a_default_kv_cache_that_a_model_on_cpu_outgrows(options: dict[str, Any], folder: Path) -> None:
-    """The sum that would do is named."""
+def test_a_default_kv_cache_that_a_model_on_cpu_outgrows(
+    options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are even fetched. The sum that would do is named."""
+    monkeypatch.setattr(model_loading, "fetch_weights", unread)
     edit_config(folder, max_position_embeddings=1 << 22)
     with pytest.raises(
         ConfigurationError, match=r"one sequence of 4194304 .* the default on cpu is 1024\.0 MiB"

@@ -108,11 +108,15 @@ def test_a_quantised_model_is_refused_before_its_weights_are_fetched(name: str, 
 def test_what_the_repository_has_instead_is_named_and_not_fetched(there: FakeHub) -> None:
     """Its folders are not looked into: onnx/model.safetensors is no weights of this model."""
     there.add("config.json", "{}")
-    for name in ("consolidated.safetensors", "adapter_model.safetensors", *there.repository.glob("model.fp16*")):
-        (there.repository / name).unlink()
+    for path in there.repository.glob("*.*"):
+        if path.suffix in {".safetensors", ".h5"}:
+            path.unlink()
     with pytest.raises(
         ModelLoadError, match=r"'org/model' holds no model\.safetensors.*pickled \(pytorch_model\.bin\)"
     ):
+        fetch_weights("org/model")
+    (there.repository / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelLoadError, match="there are no weights"):
         fetch_weights("org/model")
     assert there.fetched() == {"config.json"}
 
