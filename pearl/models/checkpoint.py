@@ -25,7 +25,7 @@ _COMPARED = 1 << 22  # numbers of two matrices that are compared at a time
 
 
 def stored_config(folder: Path, config: ModelConfig) -> ModelConfig:
-    """Check a checkpoint without reading its weights; returns ``Checkpoint.config``. Raises as ``Checkpoint`` does."""
+    """Check a checkpoint by its files' headers; returns ``Checkpoint.config``. Raises as ``Checkpoint`` does."""
     with ExitStack() as stack:
         return Checkpoint(folder, config, stack).config
 
@@ -34,8 +34,8 @@ class Checkpoint:
     """The decoder's tensors by their names, whichever file each lies in. Files stay open until ``stack`` closes.
 
     ``config`` is the model's configuration as its files fulfil it: a head that is to be tied but is stored with other
-    numbers than the embedding is a head of its own, as in transformers. What transformers fills in the same way every
-    time (biases with 0, norms with 1) may be missing, with a warning.
+    numbers than the embedding is a head of its own, as in transformers. These two are compared; nothing else is read.
+    What transformers fills in the same way every time (biases with 0, norms with 1) may be missing, with a warning.
 
     Raises ModelLoadError: files or tensors are missing, shapes contradict the configuration, or there are tensors under
     the decoder's layers or head that it does not read. UnsupportedModelError: what is stored is quantised.
