@@ -10,7 +10,7 @@ class ConfigurationError(PearlError, ValueError):
 
 
 class UnsupportedModelError(ConfigurationError):
-    """The model belongs to a family that the decoder does not implement."""
+    """The model belongs to a family that the decoder does not implement, or its weights are quantised."""
 
 
 class ModelLoadError(ConfigurationError):

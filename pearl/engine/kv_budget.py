@@ -45,6 +45,18 @@ class Purse:
         return max(0, self.bytes) // self.page_bytes
 
 
+def require_one_sequence(config: EngineConfig, shares: Shares, max_model_len: int, meter: MemoryMeter) -> None:
+    """Refuse, before any weight is read, what could not hold one sequence of max_model_len tokens afterwards.
+
+    Raises ConfigurationError. What forwards take of a GPU is not known yet and not counted; ``decide_pages`` does.
+    """
+    purses = _given_purses(config, shares, max_model_len)
+    if purses is None:
+        working = {share: share.weight_bytes + _kept(config, shares, share) for share in shares.all if share.on_gpu}
+        purses = _purses(shares, working, meter, "weights")
+    count_pages(config, purses, max_model_len)
+
+
 def decide_pages(
     config: EngineConfig,
     shares: Shares,
@@ -57,17 +69,16 @@ def decide_pages(
 
     ConfigurationError if a device cannot hold one sequence of max_model_len tokens.
     """
-    if config.kv_cache_memory or not by_gpu(shares.all):
-        page_bytes = sum(share.page_bytes for share in shares.all)
-        budget = config.kv_cache_memory or DEFAULT_BYTES
-        return count_pages(config, [Purse("kv_cache_memory allows", budget, page_bytes, "raise it")], max_model_len)
-    working = _working_sets(config, shares, target, draft, max_model_len, meter)
-    return count_pages(config, _purses(shares, working, meter), max_model_len)
+    purses = _given_purses(config, shares, max_model_len)
+    if purses is None:
+        working = _working_sets(config, shares, target, draft, max_model_len, meter)
+        purses = _purses(shares, working, meter, "weights and forwards")
+    return count_pages(config, purses, max_model_len)
 
 
 def count_pages(config: EngineConfig, purses: Sequence[Purse], max_model_len: int) -> int:
     """What the tightest purse pays, at most room for max_num_seqs full sequences; ConfigurationError if not one."""
-    pages_per_sequence = -(-max_model_len // config.page_size)
+    pages_per_sequence = _pages_per_sequence(config, max_model_len)
     tightest = min(purses, key=lambda purse: purse.pages)
     if tightest.pages < pages_per_sequence:
         longest = tightest.pages * config.page_size
@@ -78,6 +89,21 @@ def count_pages(config: EngineConfig, purses: Sequence[Purse], max_model_len: in
             f"{tightest.holder} {_mib(max(0, tightest.bytes))}; {tightest.remedy}, or {lower}"
         )
     return min(tightest.pages, pages_per_sequence * config.max_num_seqs)
+
+
+def _given_purses(config: EngineConfig, shares: Shares, max_model_len: int) -> list[Purse] | None:
+    """One sum for both models, where it is known without looking at a device."""
+    page_bytes = sum(share.page_bytes for share in shares.all)
+    if config.kv_cache_memory:
+        return [Purse("kv_cache_memory allows", config.kv_cache_memory, page_bytes, "raise it")]
+    if by_gpu(shares.all):
+        return None
+    remedy = f"give kv_cache_memory={_pages_per_sequence(config, max_model_len) * page_bytes} or more"
+    return [Purse("the default on cpu is", DEFAULT_BYTES, page_bytes, remedy)]
+
+
+def _pages_per_sequence(config: EngineConfig, max_model_len: int) -> int:
+    return -(-max_model_len // config.page_size)
 
 
 def _working_sets(
@@ -93,7 +119,7 @@ def _working_sets(
     if draft is not None and shares.draft is not None and shares.draft.on_gpu:
         largest = Largest.of(config, "draft", max_model_len)
         measured = measured_bytes(config, draft, shares.draft, largest, meter)
-        working[shares.draft] = measured + verdict_bytes(config, "draft", shares.draft, shares.draft)
+        working[shares.draft] = measured + _kept(config, shares, shares.draft)
     largest = Largest.of(config, "target", max_model_len)
     for share in shares.target:
         if share.on_gpu:
@@ -102,18 +128,23 @@ def _working_sets(
                 if target is not None
                 else estimated_bytes(config, share, largest) + share.weight_bytes + RANK_BYTES
             )
-            working[share] = forward + verdict_bytes(config, "target", share, shares.draft)
+            working[share] = forward + _kept(config, shares, share)
     return working
 
 
-def _purses(shares: Shares, working: Mapping[Share, int], meter: MemoryMeter) -> list[Purse]:
+def _kept(config: EngineConfig, shares: Shares, share: Share) -> int:
+    return verdict_bytes(config, "draft" if share is shares.draft else "target", share, shares.draft)
+
+
+def _purses(shares: Shares, working: Mapping[Share, int], meter: MemoryMeter, beside: str) -> list[Purse]:
+    """``beside``: what is taken off, for errors."""
     purses = []
     for device, group in by_gpu(shares.all).items():
         margin = MARGIN_BYTES * len(group) + int(MARGIN_SHARE * meter.total_bytes(device))
         left = meter.free_bytes(device) - margin - sum(working[share] for share in group)
         remedy = "lower max_num_batched_tokens, max_num_seqs or max_window, place a model on another device"
         page_bytes = sum(share.page_bytes for share in group)
-        purses.append(Purse(f"{device} has beside weights and forwards", left, page_bytes, remedy))
+        purses.append(Purse(f"{device} has beside {beside}", left, page_bytes, remedy))
     if on_cpu := sum(share.page_bytes for share in shares.all if not share.on_gpu):
         purses.append(Purse("a model on cpu gets", DEFAULT_BYTES, on_cpu, "say kv_cache_memory"))
     return purses

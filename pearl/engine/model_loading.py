@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pearl.config import EngineConfig, Role
 from pearl.devices import require_supported_gpus
-from pearl.engine.kv_budget import decide_pages
+from pearl.engine.kv_budget import decide_pages, require_one_sequence
 from pearl.engine.memory import (
     CudaMeter,
     MemoryMeter,
@@ -22,6 +22,9 @@ from pearl.engine.memory import (
 from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
+from pearl.models.checkpoint import stored_config
+from pearl.models.hub import fetch_description, fetch_weights
+from pearl.models.quantization import refuse_quantized
 from pearl.parallel import ParallelRunner
 from pearl.workers import ModelRunner
 
@@ -67,10 +70,14 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
     require_supported_gpus(config.resolve_target_devices())
     if config.uses_draft_model:
         require_supported_gpus([config.resolve_device("draft")])
+    for path in (target_path, draft_path):
+        if path is not None:
+            refuse_quantized(fetch_description(path))
     pair = _check_pair(config, target_path, draft_path)
     meter = meter or CudaMeter()
-    shares = shares_of(config, pair.target, pair.draft)
-    require_room_for_weights(shares, meter)
+    _require_room(config, pair, meter)  # before weights are fetched
+    target_path, draft_path, pair = _check_weights(target_path, draft_path, pair)
+    shares = _require_room(config, pair, meter)
     draft = None
     if draft_path is not None and shares.draft is not None:
         with explaining_out_of_memory(shares.draft, meter):
@@ -119,6 +126,24 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
             "smaller max_position_embeddings of the two, or leave it out"
         )
     return Pair(target, draft, tokenizer, vocab_size, max_model_len)
+
+
+def _require_room(config: EngineConfig, pair: Pair, meter: MemoryMeter) -> Shares:
+    """Refuse what the devices cannot hold, as far as it is known before weights are there."""
+    shares = shares_of(config, pair.target, pair.draft)
+    require_room_for_weights(shares, meter)
+    require_one_sequence(config, shares, pair.max_model_len, meter)
+    return shares
+
+
+def _check_weights(target_path: str, draft_path: str | None, pair: Pair) -> tuple[str, str | None, Pair]:
+    """Both models' folders with their weights, and the pair as these are, checked without reading one."""
+    target_folder = fetch_weights(target_path)
+    pair = replace(pair, target=stored_config(target_folder, pair.target))
+    if draft_path is None or pair.draft is None:
+        return str(target_folder), None, pair
+    draft_folder = fetch_weights(draft_path)
+    return str(target_folder), str(draft_folder), replace(pair, draft=stored_config(draft_folder, pair.draft))
 
 
 def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair) -> Decoder:

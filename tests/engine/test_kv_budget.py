@@ -12,7 +12,14 @@ import torch
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
 from pearl.engine import model_loading
-from pearl.engine.kv_budget import DEFAULT_BYTES, MARGIN_BYTES, MARGIN_SHARE, RANK_BYTES, decide_pages
+from pearl.engine.kv_budget import (
+    DEFAULT_BYTES,
+    MARGIN_BYTES,
+    MARGIN_SHARE,
+    RANK_BYTES,
+    decide_pages,
+    require_one_sequence,
+)
 from pearl.engine.memory import CudaMeter, explaining_out_of_memory, shares_of
 from pearl.engine.model_loading import load_models
 from pearl.engine.profiling import Largest, estimated_bytes, measured_bytes
@@ -138,6 +145,15 @@ def test_a_model_on_the_cpu_has_its_gibibyte(role: str, monkeypatch: pytest.Monk
     assert pages(config, meter) == 50
 
 
+def test_before_weights_are_read_the_cpu_is_asked_even_beside_a_gpu() -> None:
+    config = options(draft_device="cpu")
+    shares, meter = shares_of(config, TARGET, DRAFT), FakeMeter({"cuda:0": 64 * GIB})
+    longest = PAGE * (DEFAULT_BYTES // DRAFT_PAGE)
+    require_one_sequence(config, shares, longest, meter)
+    with pytest.raises(ConfigurationError, match=rf"a model on cpu gets 1024\.0 MiB; .* at most {longest}"):
+        require_one_sequence(config, shares, longest + 1, meter)
+
+
 def test_no_more_than_all_sequences_can_fill() -> None:
     config = options(max_num_seqs=5)
     assert pages(config, FakeMeter({"cuda:0": 8 * GIB}, {"cuda:0": 0})) == 5 * CONTEXT // PAGE
@@ -251,8 +267,15 @@ def test_weights_that_fit_alone_but_not_together(monkeypatch: pytest.MonkeyPatch
     both = target.weight_bytes + draft.weight_bytes
     with pytest.raises(ConfigurationError, match=r"the target does not fit on cuda:0: .* of weights before it"):
         load_models(options(), FakeMeter({"cuda:0": both - 1}))
+    # And nothing is left for KV: what a verdict keeps, the margins, and one sequence of 2,048 tokens.
+    largest = max(size.vocab_size for size in sizes)
+    kept = (RING * 2 + LOGPROBS) * largest // VOCAB  # the bundled pair is in bf16, as these are in fp16
+    page = sum(share.page_bytes for share in (target, draft))
+    needed = both + kept - RING * largest // VOCAB + SHARED + 128 * page
+    with pytest.raises(ConfigurationError, match=r"one sequence of 2048 tokens .* cuda:0 has beside weights .* 2032"):
+        load_models(options(), FakeMeter({"cuda:0": needed - 1}))
     with pytest.raises(AssertionError, match="were read"):
-        load_models(options(), FakeMeter({"cuda:0": both}))
+        load_models(options(), FakeMeter({"cuda:0": needed}))
 
 
 def test_running_out_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +284,7 @@ def test_running_out_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(model_loading, "load_model", exhausted)
     with pytest.raises(ConfigurationError, match=r"the draft '.*draft' does not fit on cuda:0: its weights need"):
-        load_models(options(draft=str(bundled_path("draft"))), FakeMeter({"cuda:0": GIB}))
+        load_models(options(draft=str(bundled_path("draft"))), FakeMeter({"cuda:0": 4 * GIB}))
 
 
 def test_running_out_while_profiling() -> None:

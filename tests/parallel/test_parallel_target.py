@@ -167,7 +167,7 @@ def rank_children(known: set[str]) -> set[str]:
 def test_a_rank_that_cannot_load_says_why_and_nothing_is_left_running(tmp_path: Path) -> None:
     path, before = save("llama", tmp_path), rank_children(set())
     (tmp_path / "model.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(ConfigurationError, match=r"holds neither model\.safetensors"):
+    with pytest.raises(ConfigurationError, match=r"holds no model\.safetensors"):
         start_parallel(spec(path, 2), ["cpu"] * 2, HostQueue(CPU))
     with pytest.raises(RankError, match="rank 1 of 2 failed: "):  # only its device does not exist
         start_parallel(spec(save("llama", tmp_path), 2), ["cpu", "mps"], HostQueue(CPU))

@@ -1,0 +1,135 @@
+"""A model's tensors in its files, checked against its configuration before any of them is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pearl.errors import ModelLoadError
+from pearl.models.decoder_tensors import EMBEDDING, HEAD, StoredTensor, canonical_name, decoder_tensors, is_decoders
+from pearl.models.json_object import LFS_ADVICE, is_lfs_pointer
+from pearl.models.model_config import ModelConfig
+from pearl.models.quantization import refuse_quantized_tensors
+from pearl.models.sharding import Span
+from pearl.models.weight_files import weight_files
+
+_COMPARED = 1 << 22  # numbers of two matrices that are compared at a time
+
+
+def stored_config(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Check a checkpoint by its files' headers; returns ``Checkpoint.config``. Raises as ``Checkpoint`` does."""
+    with ExitStack() as stack:
+        return Checkpoint(folder, config, stack).config
+
+
+class Checkpoint:
+    """The decoder's tensors by their names, whichever file each lies in. Files stay open until ``stack`` closes.
+
+    ``config`` is the model's configuration as its files fulfil it: a head that is to be tied but is stored with other
+    numbers than the embedding is a head of its own, as in transformers. These two are compared; nothing else is read.
+    What transformers fills in the same way every time (biases with 0, norms with 1) may be missing, with a warning.
+
+    Raises ModelLoadError: files or tensors are missing, shapes contradict the configuration, or there are tensors under
+    the decoder's layers or head that it does not read. UnsupportedModelError: what is stored is quantised.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, stack: ExitStack) -> None:
+        self._folder = folder
+        self._table = decoder_tensors(config)
+        self._stored, others = _open(folder, self._table, stack)
+        own = sorted(name for name in others if is_decoders(name))
+        refuse_quantized_tensors(folder, {name: slice_.get_dtype() for name, slice_ in self._stored.items()}, own)
+        self._require_shapes()
+        self.config = self._tie(config)
+        self._require_all()
+        if own:
+            raise ModelLoadError(
+                f"{folder} holds {_listed(own)}, of which a {config.architecture} with this config.json makes no use: "
+                "its output would be wrong; check model_type and the numbers of layers and biases there"
+            )
+
+    def read(self, name: str, *spans: Span) -> Tensor:
+        """The tensor ``name``; of its leading dimensions only the spans, unpadded."""
+        part = tuple(slice(span.begin, span.end) for span in spans)
+        if name not in self._stored:
+            wanted = self._table[name]
+            assert wanted.default is not None  # or the checkpoint would have been refused
+            return torch.full(wanted.shape, wanted.default)[part or ...]
+        tensor: Tensor = self._stored[name][part or ...]
+        return tensor
+
+    def _require_shapes(self) -> None:
+        for name, stored in self._stored.items():
+            shape, wanted = tuple(stored.get_shape()), self._table[name].shape
+            if shape != wanted:
+                raise ModelLoadError(f"{self._folder}: {name!r} has shape {shape}, its config.json calls for {wanted}")
+
+    def _tie(self, config: ModelConfig) -> ModelConfig:
+        if not config.tied:
+            return config
+        embedding, head = self._stored.get(EMBEDDING), self._stored.get(HEAD)
+        if embedding is not None and head is not None:
+            return config if _equal(embedding, head, self._table[HEAD].shape) else replace(config, tied=False)
+        either = embedding if embedding is not None else head
+        if either is not None:  # one name, or the other, for both
+            self._stored.update({EMBEDDING: either, HEAD: either})
+        return config
+
+    def _require_all(self) -> None:
+        missing = [name for name in self._table if name not in self._stored]
+        if needed := [name for name in missing if self._table[name].default is None]:
+            hint = "; its tie_word_embeddings is false" if needed == [HEAD] else ""
+            raise ModelLoadError(
+                f"{self._folder} has no tensor {_listed(needed)}, which its config.json calls for{hint}"
+            )
+        if missing:
+            warnings.warn(
+                f"{self._folder} has no tensor {_listed(missing)}; taken as transformers does: biases are 0, norms 1",
+                stacklevel=2,
+            )
+
+
+def _open(folder: Path, table: Mapping[str, StoredTensor], stack: ExitStack) -> tuple[dict[str, Any], list[str]]:
+    """Slices of the decoder's tensors by its names, and the names of all other tensors. Reads the files' headers."""
+    stored: dict[str, Any] = {}
+    names_of: dict[str, str] = {}
+    others: list[str] = []
+    for path in weight_files(folder):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            reason = LFS_ADVICE if is_lfs_pointer(path) else f"it is missing or damaged ({error}); download it again"
+            raise ModelLoadError(f"{path} cannot be read: {reason}") from error
+        for name in names:
+            known = canonical_name(name, table)
+            if known not in table:
+                others.append(name)
+            elif names_of.setdefault(known, name) != name:
+                raise ModelLoadError(f"{folder} holds {names_of[known]!r} and {name!r}, which are the same tensor")
+            else:
+                stored[known] = file.get_slice(name)
+    return stored, others
+
+
+def _equal(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
+    """Whether two stored matrices hold the same numbers; a part of each is in memory at a time."""
+    rows = max(1, _COMPARED // shape[1])
+    for begin in range(0, shape[0], rows):
+        a, b = one[begin : begin + rows], other[begin : begin + rows]
+        same = torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.double(), b.double())
+        if not same:
+            return False
+    return True
+
+
+def _listed(names: list[str]) -> str:
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

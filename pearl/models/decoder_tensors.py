@@ -1,0 +1,80 @@
+"""Names and shapes of the tensors that a decoder is made of, as transformers stores them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pearl.models.model_config import ModelConfig
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_BASE = "model."
+_OWN = {"embed_tokens", "layers", "norm", "lm_head"}
+# Constants that old checkpoints carry along. Of our families' classes transformers declares the first harmless; the
+# others are computed from it.
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """``default``: with what transformers fills the tensor if a checkpoint lacks it; None: with random numbers."""
+
+    shape: tuple[int, ...]
+    default: float | None = None
+
+
+def layer_prefix(index: int) -> str:
+    return f"{_BASE}layers.{index}."
+
+
+def decoder_tensors(config: ModelConfig) -> Mapping[str, StoredTensor]:
+    """All that the whole model has, whichever ranks read them. Of tied models the head too: it may be stored."""
+    table = {EMBEDDING: StoredTensor((config.vocab_size, config.hidden)), NORM: _norm(config.hidden)}
+    for index in range(config.layers):
+        prefix = layer_prefix(index)
+        table.update((prefix + name, tensor) for name, tensor in _layer(config))
+    return {**table, HEAD: table[EMBEDDING]}
+
+
+def canonical_name(stored: str, table: Mapping[str, StoredTensor]) -> str:
+    """The decoder's name of a tensor: base models are saved without ``model.``, wrapped ones with one too many."""
+    if stored.startswith(_BASE) and stored.removeprefix(_BASE) in table:
+        return stored.removeprefix(_BASE)
+    return _BASE + stored if _BASE + stored in table else stored
+
+
+def is_decoders(name: str) -> bool:
+    """Whether a tensor lies under the decoder's layers or head, constants aside.
+
+    Others (a vision tower, a value or classification head, ...) have no part in its logits: they are ignored, as
+    transformers ignores them.
+    """
+    while name.startswith(_BASE):
+        name = name.removeprefix(_BASE)
+    return name.split(".", 1)[0] in _OWN and not _HARMLESS.search(name)
+
+
+def _norm(size: int) -> StoredTensor:
+    return StoredTensor((size,), 1.0)
+
+
+def _layer(config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
+    d, f, q, kv = config.hidden, config.ffn, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    yield "input_layernorm.weight", _norm(d)
+    yield "post_attention_layernorm.weight", _norm(d)
+    for name, outputs, inputs, biased in (
+        ("self_attn.q_proj", q, d, config.qkv_bias),
+        ("self_attn.k_proj", kv, d, config.qkv_bias),
+        ("self_attn.v_proj", kv, d, config.qkv_bias),
+        ("self_attn.o_proj", d, q, config.output_bias),
+        ("mlp.gate_proj", f, d, config.mlp_bias),
+        ("mlp.up_proj", f, d, config.mlp_bias),
+        ("mlp.down_proj", d, f, config.mlp_bias),
+    ):
+        yield f"{name}.weight", StoredTensor((outputs, inputs))
+        if biased:
+            yield f"{name}.bias", StoredTensor((outputs,), 0.0)
+    if config.qk_norm:
+        yield "self_attn.q_norm.weight", _norm(config.head_dim)
+        yield "self_attn.k_norm.weight", _norm(config.head_dim)

@@ -1,0 +1,51 @@
+"""A model's files on this machine. From the hub come those that are read: no other formats, variants or subfolders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+
+from huggingface_hub import list_repo_files, snapshot_download
+
+from pearl.errors import ModelLoadError
+from pearl.models.quantization import HF_QUANT_CONFIG
+from pearl.models.weight_files import CONFIG, entries, files_of, no_weights
+
+
+def fetch_description(path: str) -> Path:
+    """The folder with a model's config.json and what stands beside it to explain the weights. ModelLoadError."""
+    return Path(path) if Path(path).is_dir() else _fetch(path, [CONFIG, HF_QUANT_CONFIG])
+
+
+def fetch_weights(path: str) -> Path:
+    """The folder with a model's config.json and weights, nothing of which is read yet. ModelLoadError."""
+    if Path(path).is_dir():
+        return Path(path)
+    folder = fetch_description(path)
+    revision = folder.name  # the commit: files of one model do not come from two
+    for entry in entries(folder):
+        _fetch(path, [entry], revision)
+        if (folder / entry).is_file():
+            _fetch(path, files_of(folder, entry), revision)
+            return folder
+    raise no_weights(repr(path), _names(path, revision), entries(folder))
+
+
+def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path:
+    try:
+        # Patterns, of which "*" would match folders too: these match the names themselves.
+        return Path(snapshot_download(path, revision=revision, allow_patterns=[escape(name) for name in names]))
+    except Exception as error:  # the hub client raises many kinds, offline ones among them
+        raise ModelLoadError(
+            f"{path!r} is no folder, and the hub could not provide it: give a folder with a config.json, or a hub id "
+            f"that is reachable or cached ({error})"
+        ) from error
+
+
+def _names(path: str, revision: str) -> list[str]:
+    """What the repository has at its top; nothing if it cannot be asked."""
+    try:
+        return [name for name in list_repo_files(path, revision=revision) if "/" not in name]
+    except Exception:  # as above; the caller has something to say without it
+        return []
