@@ -38,7 +38,7 @@ def load_model(
     is a second copy of the embedding. Raises ModelLoadError (missing files, missing tensors, shapes that contradict
     the configuration) or UnsupportedModelError.
     """
-    config = ModelConfig.from_pretrained(str(path))
+    config = ModelConfig.from_pretrained(str(path), dtype)
     with ExitStack() as stack:
         checkpoint = _Checkpoint(_resolve(str(path)), stack)
         sharding = sharding or shard(config, 0, 1)
