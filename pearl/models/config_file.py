@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PretrainedConfig
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.families import family_of
-from pearl.models.model_files import first_line, read_json
+from pearl.models.model_files import download, first_line, read_json
 from pearl.models.rope import check_parameters
 
 _CONFIG = "config.json"
@@ -31,13 +30,15 @@ def read_config(path: str) -> tuple[Mapping[str, Any], PretrainedConfig]:
 
     Its dtype is left to ``model_dtype``. No code of the folder is run. Raises ModelLoadError or UnsupportedModelError.
     """
-    read_json(_locate(path))
+    file = _locate(path)
+    read_json(file)
+    folder = file.parent  # of a hub id its place in the cache: the hub need not be asked again
     with naming_config(path):
         try:
-            fields = PretrainedConfig.get_config_dict(path)[0]
+            fields = PretrainedConfig.get_config_dict(folder)[0]
             _check(fields)
             # A dtype that is given is the only one that transformers does not refuse for its name.
-            return fields, AutoConfig.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
+            return fields, AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
         except PearlError:
             raise
         except Exception as error:  # transformers' validation raises whatever a wrong value runs into
@@ -69,7 +70,7 @@ def _locate(path: str) -> Path:
             raise ModelLoadError(f"{path!r} has no {_CONFIG}: give a folder with a model's configuration and weights")
         return file
     try:
-        return Path(hf_hub_download(path, _CONFIG))
+        return download(path, _CONFIG)
     except Exception as error:  # the hub client raises many kinds, offline ones among them
         raise ModelLoadError(
             f"{path!r} is no folder, and the hub could not provide its {_CONFIG} ({first_line(error)}); "

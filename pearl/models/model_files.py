@@ -13,17 +13,19 @@ from pearl.errors import ModelLoadError
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def find_file(path: str, name: str, download: bool = True) -> Path | None:
-    """The file ``name`` of a local folder or a hub id; None if it has none, or the hub cannot be asked.
+def download(model_id: str, name: str, *, cached_only: bool = False) -> Path:
+    """A file of the hub, in its cache. Raises what the hub's client raises, which is of many kinds."""
+    return Path(hf_hub_download(model_id, name, local_files_only=cached_only))
 
-    ``download=False``: of a hub id only what is in the cache.
-    """
+
+def find_file(path: str, name: str, *, cached_only: bool = False) -> Path | None:
+    """The file ``name`` of a local folder or a hub id; None if it has none, or the hub cannot be asked."""
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.exists() else None
     try:
-        return Path(hf_hub_download(path, name, local_files_only=not download))
-    except Exception:  # the hub client raises many kinds: no such file, no such model, no network
+        return download(path, name, cached_only=cached_only)
+    except Exception:  # no such file, no such model, no network
         return None
 
 

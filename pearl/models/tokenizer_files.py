@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pearl.errors import ModelLoadError
@@ -47,7 +46,7 @@ def end_of_text_ids(path: str, tokenizer: Any) -> frozenset[int]:
             named = True
     if config is not None and generation is None and not named:
         try:
-            default = AutoConfig.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).eos_token_id
+            default = AutoConfig.from_pretrained(config.parent, trust_remote_code=False).eos_token_id
         except Exception:  # ModelConfig says what is wrong with a configuration
             default = None
         found |= _ids(default, str(config))
@@ -65,13 +64,13 @@ def _explain(path: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"it is Python code in the model's folder, and this engine never runs code from there; {_ADVICE}"
     for name in _SETTINGS:
-        if (file := find_file(path, name, download=False)) is not None:
+        if (file := find_file(path, name, cached_only=True)) is not None:
             try:
                 read_json(file)
             except ModelLoadError as damage:
                 return str(damage)
     for name in _VOCABULARIES:
-        if (file := find_file(path, name, download=False)) is not None:
+        if (file := find_file(path, name, cached_only=True)) is not None:
             return _explain_file(file, error)
     return _no_vocabulary() if Path(path).is_dir() else first_line(error)
 

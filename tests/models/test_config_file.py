@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
-from pearl.models import ModelConfig
+from pearl.models import ModelConfig, model_files
 from pearl.models.rope import frequencies
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -204,6 +204,24 @@ def test_a_config_that_cannot_be_read_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelLoadError, match=r"config\.json cannot be read: Is a directory"):
         ModelConfig.from_pretrained(str(tmp_path))
+
+
+def test_a_hub_id_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no network each question takes the hub's client half a minute."""
+    asked = []
+
+    def hub(model_id: str, name: str, **_: object) -> str:
+        asked.append((model_id, name))
+        if len(asked) > 1:
+            raise OSError("no network\nand more")
+        return str(tmp_path / name)
+
+    write_config(tmp_path, dtype="bfloat16")
+    monkeypatch.setattr(model_files, "hf_hub_download", hub)
+    assert ModelConfig.from_pretrained("some/model").dtype == torch.bfloat16
+    assert asked == [("some/model", "config.json")]
+    with pytest.raises(ModelLoadError, match=r"'some/model' is no folder, .* its config\.json \(no network\); give"):
+        ModelConfig.from_pretrained("some/model")
 
 
 @pytest.mark.parametrize(
