@@ -67,8 +67,6 @@ class ModelConfig:
         family = family_of({"model_type": config.model_type})
         check_sizes(vars(config))
         config.standardize_rope_params()  # as the model's class does: some keys count only now
-        if "rope_type" not in config.rope_parameters:
-            raise UnsupportedModelError("rope_parameters of their own for each of layer_types are not supported")
         heads = config.num_attention_heads
         attention_bias = bool(getattr(config, "attention_bias", False))
         shape = cls(

@@ -81,6 +81,10 @@ def check_parameters(rope: Mapping[str, Any]) -> None:
 
     Raises UnsupportedModelError or ModelLoadError.
     """
+    if own := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise UnsupportedModelError(
+            f"rope_parameters of their own for some layers ({', '.join(own)}) are not supported"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _NUMBERS:
         raise UnsupportedModelError(f"RoPE scaling {kind!r} is not supported; known are {', '.join(_NUMBERS)}")

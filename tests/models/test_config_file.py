@@ -56,7 +56,6 @@ LOADED: list[dict[str, Any]] = [
     windowed("qwen2", sliding_window=5, use_sliding_window=True, max_window_layers=-1),
     windowed("qwen3", sliding_window=None, use_sliding_window=True, max_window_layers=1),
     windowed("qwen3", sliding_window=5, use_sliding_window=True, layer_types=PER_LAYER),
-    windowed("qwen3", layer_types=["attention", "full_attention"]),  # an older name
     {"rope_theta": 500.0},
     {"rope_parameters": {"rope_theta": 500.0}},
     {"rope_parameters": None},
@@ -117,7 +116,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 2, "model_type": "qwen2"}, "head_dim .*, not 0"),
     ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
     ({"num_key_value_heads": 8}, "num_attention_heads=4 is not a multiple of num_key_value_heads=8"),
-    ({"head_dim": 7}, "`head_dim`=7"),
+    ({"head_dim": 7}, "head_dim.*7"),
     ({"head_dim": 3}, "head_dim .*must be even .*, not 3"),
     ({"head_dim": 2**20}, "head_dim .*at most|head_dim .*, not 1048576"),
     ({"rms_norm_eps": 1}, "'rms_norm_eps' expected float, got int .value: 1"),
@@ -164,7 +163,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *((rope(kind, factor=2.0), "RoPE scaling .* is not supported; known are default, linear")
       for kind in ("su", "mrope", None, 5, ["linear"])),
     ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2,
-      "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "rope_parameters of their own"),
+      "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
+     r"of their own for some layers \(full_att"),
 ]  # fmt: skip
 
 
@@ -224,9 +224,7 @@ def test_a_hub_id_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ModelConfig.from_pretrained("some/model")
 
 
-@pytest.mark.parametrize(
-    "architectures", [ABSENT, None, [], ["MistralForCausalLM"], ["LlamaModel"], "x", [5]], ids=repr
-)
+@pytest.mark.parametrize("architectures", [ABSENT, None, [], ["MistralForCausalLM"], ["LlamaModel"]], ids=repr)
 def test_the_family_is_the_model_types(tmp_path: Path, architectures: Any) -> None:
     """Also beside another family's name, or a class without a head: transformers goes by model_type."""
     llama = write_config(tmp_path, architectures=architectures, attention_bias=True)
