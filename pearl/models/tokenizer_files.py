@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pearl.errors import ModelLoadError
@@ -23,7 +24,7 @@ _EXTRA = "pip install 'pearl-engine[sentencepiece]'"
 def load_tokenizer(path: str) -> Any:
     """transformers' tokenizer of a local folder or a hub id. No code of the folder is run. Raises ModelLoadError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=_config(path), trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub client raise many kinds
         raise ModelLoadError(f"no tokenizer could be loaded from {path!r}: {_explain(path, error)}") from error
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # special tokens without a vocabulary
@@ -45,12 +46,17 @@ def end_of_text_ids(path: str, tokenizer: Any) -> frozenset[int]:
             found |= _ids(fields["eos_token_id"], str(file))
             named = True
     if config is not None and generation is None and not named:
-        try:
-            default = AutoConfig.from_pretrained(config.parent, trust_remote_code=False).eos_token_id
-        except Exception:  # ModelConfig says what is wrong with a configuration
-            default = None
-        found |= _ids(default, str(config))
+        default = _config(str(config.parent))
+        found |= _ids(getattr(default, "eos_token_id", None), str(config))
     return found
+
+
+def _config(path: str) -> Any:
+    """What AutoTokenizer would read itself, but without a word about its dtype; None where it would do without."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
+    except (OSError, ValueError):
+        return None
 
 
 def _ids(value: Any, source: str) -> frozenset[int]:

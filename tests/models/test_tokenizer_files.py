@@ -115,6 +115,14 @@ def test_no_vocabulary_at_all(tmp_path: Path, model_type: str, settings: dict[st
     assert "has none of tokenizer.json, tokenizer.model, " in message(write_config(tmp_path, model_type=model_type))
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_a_dtype_of_the_configuration_is_no_matter_of_the_tokenizer(tmp_path: Path, dtype: str) -> None:
+    """transformers reads the configuration for its tokenizer, and would stumble over the name."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_path("target") / name, tmp_path)
+    assert Tokenizer.from_pretrained(write_config(tmp_path, dtype=dtype)).encode("def f():")
+
+
 ENDS: list[tuple[Any, Any, set[int]]] = [
     (7, ABSENT, {0, 7}),
     ([7, 8], ABSENT, {0, 7, 8}),
