@@ -86,7 +86,9 @@ def transformers_contenders(llm: LLM, target: str, draft: str, thread_counts: Se
 
     dtype = llm.models.target.model.weights.embedding.dtype
     with _silent_transformers():
-        model, assistant = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (target, draft))
+        model, assistant = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False) for path in (target, draft)
+        )
     eos_ids = llm.tokenizer.eos_ids
 
     def generator(threads: int, **options: Any) -> Generate:

@@ -105,13 +105,13 @@ def assemble(
 
 
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
-    target = ModelConfig.from_pretrained(target_path)
+    target = ModelConfig.from_pretrained(target_path, config.torch_dtype)
     tokenizer = Tokenizer.from_pretrained(target_path)
     vocab_size = min(tokenizer.vocab_size, target.vocab_size)
     longest = target.max_position_embeddings
     draft = None
     if draft_path is not None:
-        draft = ModelConfig.from_pretrained(draft_path)
+        draft = ModelConfig.from_pretrained(draft_path, config.torch_dtype)
         tokenizer.require_same_vocabulary(Tokenizer.from_pretrained(draft_path))
         longest = min(longest, draft.max_position_embeddings)
         if draft.vocab_size < vocab_size:
@@ -120,6 +120,9 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
                 "choose a draft made for this tokenizer"
             )
     max_model_len = config.max_model_len or longest
+    for model in (target, draft):
+        if model is not None:
+            model.require_length(max_model_len)
     if max_model_len > longest:
         raise ConfigurationError(
             f"max_model_len={max_model_len} is more than the models were made for; lower it to at most {longest}, the "

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pearl.errors import ModelLoadError
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, StoredTensor, canonical_name, decoder_tensors, is_decoders
-from pearl.models.json_object import LFS_ADVICE, is_lfs_pointer
 from pearl.models.model_config import ModelConfig
+from pearl.models.model_files import LFS_ADVICE, is_lfs_pointer
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.sharding import Span
 from pearl.models.weight_files import weight_files
@@ -107,8 +107,8 @@ def _open(folder: Path, table: Mapping[str, StoredTensor], stack: ExitStack) -> 
             file = stack.enter_context(safe_open(path, framework="pt"))
             names = list(file.keys())
         except (OSError, SafetensorError) as error:
-            reason = LFS_ADVICE if is_lfs_pointer(path) else f"it is missing or damaged ({error}); download it again"
-            raise ModelLoadError(f"{path} cannot be read: {reason}") from error
+            reason = LFS_ADVICE if is_lfs_pointer(path) else f"is missing or damaged ({error}); download it again"
+            raise ModelLoadError(f"{path} {reason}") from error
         for name in names:
             known = canonical_name(name, table)
             if known not in table:

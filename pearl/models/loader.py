@@ -38,7 +38,7 @@ def load_model(
     """
     folder = fetch_description(str(path))
     refuse_quantized(folder)
-    config = ModelConfig.from_pretrained(str(folder))
+    config = ModelConfig.from_pretrained(str(folder), dtype)
     sharding = sharding or shard(config, 0, 1)
     with ExitStack() as stack:
         checkpoint = Checkpoint(fetch_weights(str(path)), config, stack)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
+from pearl.models.config_file import check_sizes, naming_config, read_config
+from pearl.models.families import Family, family_of
+from pearl.models.model_dtype import checkpoint_dtype
+from pearl.models.rope import frequencies, require_fixed_frequencies
 
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-
-@dataclass(frozen=True)
-class _Family:
-    qkv_bias: bool | None = None  # None: what the configuration's attention_bias says
-    output_bias: bool | None = None
-    qk_norm: bool = False
-
-
-# CodeLlama and DeepSeek-Coder are Llama shapes.
-FAMILIES: Mapping[str, _Family] = {
-    "LlamaForCausalLM": _Family(),
-    "MistralForCausalLM": _Family(qkv_bias=False, output_bias=False),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, output_bias=False),
-    "Qwen3ForCausalLM": _Family(qk_norm=True),
-}
+_ACTIVATIONS = ("silu", "swish")  # two names of one function
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 4096
 
 
 @dataclass(frozen=True)
@@ -54,68 +46,96 @@ class ModelConfig:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def from_pretrained(cls, path: str) -> ModelConfig:
-        """Read ``config.json`` of a local folder or a hub id. Raises ModelLoadError or UnsupportedModelError."""
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(
-                f"no model configuration could be read from {path!r}: give a folder with a config.json, "
-                f"or a hub id that is reachable or cached ({_first_line(error)})"
-            ) from error
-        return cls.from_transformers(config)
+    def from_pretrained(cls, path: str, dtype: torch.dtype | None = None) -> ModelConfig:
+        """Read ``config.json`` of a local folder or a hub id. dtype: to compute in; None: what the checkpoint says.
+
+        Raises ModelLoadError or UnsupportedModelError; each names the field and its value.
+        """
+        fields, config = read_config(path)
+        with naming_config(path):
+            shape = cls.from_transformers(config)
+            return replace(shape, dtype=dtype or checkpoint_dtype(path, fields))
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig) -> ModelConfig:
-        architecture = (config.architectures or [type(config).__name__])[0]
-        family = FAMILIES.get(architecture)
-        if family is None:
-            raise UnsupportedModelError(
-                f"{architecture} is not supported; the decoder knows {', '.join(sorted(FAMILIES))}"
-            )
-        if config.hidden_act != "silu":
-            raise UnsupportedModelError(f"activation {config.hidden_act!r} is not supported; the decoder knows 'silu'")
+        """The shape that transformers' own class would have. Raises ModelLoadError or UnsupportedModelError.
+
+        Windows are those that the family's class uses: Mistral's sliding_window, and for Qwen2, Qwen3 and Ministral
+        the layers of layer_types. Llama ignores such a key, and so do we: attention is full.
+        """
+        config = copy.deepcopy(config)
+        family = family_of({"model_type": config.model_type})
+        check_sizes(vars(config))
+        config.standardize_rope_params()  # as the model's class does: some keys count only now
+        heads = config.num_attention_heads
         attention_bias = bool(getattr(config, "attention_bias", False))
-        dtype = config.dtype if config.dtype in _DTYPES else torch.float32
-        return cls(
-            architecture=architecture,
+        shape = cls(
+            architecture=family.architecture,
             vocab_size=config.vocab_size,
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             ffn=config.intermediate_size,
             eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             output_bias=attention_bias if family.output_bias is None else family.output_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            mlp_bias=bool(getattr(config, "mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias,
             qk_norm=family.qk_norm,
-            windows=_windows(config),
+            windows=_windows(config, family),
             max_position_embeddings=config.max_position_embeddings,
-            rope=_rope(config),
-            dtype=dtype,
+            rope=dict(config.rope_parameters),
+            dtype=config.dtype if config.dtype in _DTYPES else torch.float32,
         )
+        shape._check(config.hidden_act)
+        return shape
+
+    def require_length(self, max_model_len: int) -> None:
+        """ConfigurationError if the model cannot be run exactly on that many positions."""
+        require_fixed_frequencies(self.rope, self.max_position_embeddings, max_model_len)
+
+    def _check(self, activation: object) -> None:
+        if activation not in _ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"activation {activation!r} (hidden_act) is not supported; the decoder knows 'silu'"
+            )
+        if self.heads % self.kv_heads:
+            raise ModelLoadError(
+                f"num_attention_heads={self.heads} is not a multiple of num_key_value_heads={self.kv_heads}"
+            )
+        if self.head_dim % 2 or not 2 <= self.head_dim <= _MAX_HEAD_DIM:
+            raise ModelLoadError(
+                f"head_dim (hidden_size / num_attention_heads where it is not given) must be even and from 2 to "
+                f"{_MAX_HEAD_DIM}, not {self.head_dim}"
+            )
+        if not 0 <= self.eps < math.inf:
+            raise ModelLoadError(f"rms_norm_eps must be a finite number >= 0, not {self.eps!r}")
+        frequencies(self.rope, self.head_dim, self.max_position_embeddings)
 
 
-def _windows(config: PretrainedConfig) -> tuple[int, ...]:
-    window: int = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # Mistral: all layers; Llama has no window
-        layers: int = config.num_hidden_layers
-        return (window,) * layers
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+def _windows(config: PretrainedConfig, family: Family) -> tuple[int, ...]:
+    layers: int = config.num_hidden_layers
+    if family.windows == "none":
+        return (0,) * layers
+    window: int | None = config.sliding_window
+    if family.windows == "all":
+        return (0 if window is None else _checked_window(window),) * layers
+    return tuple(_window_of(kind, window) for kind in config.layer_types)
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """One form for transformers 5's rope_parameters and the older rope_theta with rope_scaling."""
-    parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    parameters["rope_type"] = parameters.get("rope_type") or parameters.pop("type", None) or "default"
-    if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = getattr(config, "rope_theta", None) or 10000.0
-    return parameters
+def _window_of(kind: str, window: int | None) -> int:
+    if kind == "full_attention":
+        return 0
+    if kind != "sliding_attention":
+        raise UnsupportedModelError(
+            f"layer_types has {kind!r}, which is not supported; the decoder knows full_attention and sliding_attention"
+        )
+    return _checked_window(window)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _checked_window(window: int | None) -> int:
+    if window is None or window < 1:
+        raise ModelLoadError(f"sliding_window must be at least 1 where a layer uses it, not {window!r}")
+    return window

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.errors import UnsupportedModelError
-from pearl.models.json_object import read_json_object
+from pearl.models.model_files import read_json_if_there
 from pearl.models.weight_files import CONFIG
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's
@@ -26,11 +26,11 @@ _ADVICE = (
 
 def refuse_quantized(folder: Path) -> None:
     """Raises UnsupportedModelError with the method's name if a model's description says that it is quantised."""
-    settings = read_json_object(folder / CONFIG)
+    settings = read_json_if_there(folder / CONFIG)
     for key in ("quantization_config", "compression_config"):  # the second: compressed-tensors, at first
         if settings.get(key):
             raise _refusal(f"{folder} is quantised with {_method(settings[key])} ({key} of its {CONFIG})")
-    quantization = read_json_object(folder / HF_QUANT_CONFIG).get("quantization")
+    quantization = read_json_if_there(folder / HF_QUANT_CONFIG).get("quantization")
     algorithm = quantization.get("quant_algo") if isinstance(quantization, dict) else quantization
     if algorithm:  # without one only the KV cache is meant
         raise _refusal(f"{folder} is quantised with ModelOpt's {algorithm} ({HF_QUANT_CONFIG})")

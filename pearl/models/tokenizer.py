@@ -6,9 +6,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-from pearl.errors import ConfigurationError, InvalidRequestError, ModelLoadError
+from pearl.errors import ConfigurationError, InvalidRequestError
+from pearl.models.tokenizer_files import end_of_text_ids, load_tokenizer
 from pearl.user_values import lone_surrogate
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
@@ -29,11 +28,8 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str) -> Tokenizer:
         """Load from a local folder or a hub id. Raises ModelLoadError."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(f"no tokenizer could be loaded from {path!r}: {error}") from error
-        return cls(tokenizer, _eos_ids(path, tokenizer))
+        tokenizer = load_tokenizer(path)
+        return cls(tokenizer, end_of_text_ids(path, tokenizer))
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text)
@@ -123,17 +119,3 @@ class IncrementalDetokenizer:
             self._context = self._done  # between characters: decoding may start there
         self._done = len(self._ids)
         return text[len(known) :]
-
-
-def _eos_ids(path: str, tokenizer: Any) -> frozenset[int]:
-    """All ids that end a text, from the tokenizer, the model's configuration and its generation configuration."""
-    found: set[int] = set()
-    sources: list[Any] = [tokenizer.eos_token_id]
-    for load in (AutoConfig.from_pretrained, GenerationConfig.from_pretrained):
-        try:
-            sources.append(load(path).eos_token_id)
-        except (OSError, ValueError, AttributeError):  # either file may be missing
-            continue
-    for ids in sources:
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pearl.errors import ModelLoadError
-from pearl.models.json_object import read_json_object
+from pearl.models.model_files import read_json_if_there
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -44,7 +44,7 @@ _OTHERS = (
 
 def entries(folder: Path) -> tuple[str, ...]:
     """Files that may say where the weights are, by precedence: a file with all of them, or the index of its shards."""
-    named = read_json_object(folder / CONFIG).get("transformers_weights")
+    named = read_json_if_there(folder / CONFIG).get("transformers_weights")
     if named is None:
         return SINGLE, INDEX
     if not isinstance(named, str) or ".." in Path(named).parts or not named.endswith((".safetensors", _INDEX_SUFFIX)):
@@ -60,7 +60,7 @@ def files_of(folder: Path, entry: str) -> tuple[str, ...]:
     if not entry.endswith(_INDEX_SUFFIX):
         return (entry,)
     index = folder / entry
-    shards = read_json_object(index).get("weight_map")
+    shards = read_json_if_there(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelLoadError(
             f"{index} has no weight_map that says in which file each tensor lies; download it again, or delete it if "

@@ -37,7 +37,7 @@ def join(spec: RankSpec, store: dist.TCPStore) -> Group:  # type: ignore[name-de
 
 def load_rank(spec: RankSpec, group: Group) -> tuple[Decoder, KVCache]:
     """The rank's weights and KV tensors. Raises what ``load_model`` and ``shard`` raise."""
-    whole = ModelConfig.from_pretrained(spec.path)
+    whole = ModelConfig.from_pretrained(spec.path, spec.dtype)
     sharding = shard(whole, spec.rank, spec.ranks)
     device = torch.device(spec.device)
     kernels = select(Situation(device.type, spec.dtype, whole.head_dim, spec.threads, spec.page_size))

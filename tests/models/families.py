@@ -10,6 +10,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -53,12 +55,21 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "llama-wide-heads": lambda: llama(head_dim=24),
     "llama-one-kv-head": lambda: llama(num_key_value_heads=1),
+    "llama-left-over-window": lambda: llama(sliding_window=5),
     "llama-linear": lambda: llama(**rope("linear", factor=2.0)),
     "llama-dynamic": lambda: llama(**rope("dynamic", factor=2.0)),
     "llama-llama3": lambda: llama(**LLAMA3),
     "llama-yarn": lambda: llama(**YARN),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=11)),
     "mistral-full": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=8, sliding_window=None)),
+    "ministral-layers": lambda: MinistralForCausalLM(
+        MinistralConfig(
+            **SHAPE,
+            head_dim=8,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen2-sliding-layers": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)

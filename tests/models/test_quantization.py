@@ -50,7 +50,7 @@ def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"ModelOpt's FP8 \(hf_quant_config\.json\)"):
         load(tmp_path)
     (tmp_path / "hf_quant_config.json").write_text("[]")
-    with pytest.raises(ModelLoadError, match=r"hf_quant_config\.json holds a JSON list"):
+    with pytest.raises(ModelLoadError, match=r"hf_quant_config\.json must hold a JSON object, not a list"):
         load(tmp_path)
 
 

@@ -10,7 +10,7 @@ from families import CONTEXT, LLAMA3, SHAPE, YARN, rope
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pearl.errors import UnsupportedModelError
+from pearl.errors import ConfigurationError, UnsupportedModelError
 from pearl.models import ModelConfig
 from pearl.models.rope import cos_sin_table
 
@@ -35,15 +35,15 @@ def test_table_equals_transformers(kind: str) -> None:
     torch.testing.assert_close(table, torch.cat((cos[0, :, :16], sin[0, :, :16]), -1), rtol=1e-5, atol=1e-5)
 
 
-def test_dynamic_scaling_is_fixed_for_the_longest_sequence() -> None:
-    """A pure function of position: what is cached for a position never contradicts what is computed later."""
+def test_dynamic_scaling_changes_nothing_up_to_the_original_length_and_is_refused_beyond() -> None:
+    """Beyond it frequencies would change with every token: cached keys would contradict new ones."""
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    short, long = (cos_sin_table(parameters, 32, 64, length) for length in (64, 256))
-    assert torch.equal(short, cos_sin_table({"rope_type": "default", "rope_theta": 1e4}, 32, 64, 64))
-    assert not torch.allclose(short, long[:64])
-    stretched = 1e4 * (2.0 * 256 / 64 - 1.0) ** (32 / 30)
-    expected = cos_sin_table({"rope_type": "default", "rope_theta": stretched}, 32, 256, 256)
-    torch.testing.assert_close(long, expected)
+    default = cos_sin_table({"rope_type": "default", "rope_theta": 1e4}, 32, 64, 64)
+    assert torch.equal(cos_sin_table(parameters, 32, 64, 64), default)
+    with pytest.raises(
+        ConfigurationError, match=r"max_model_len=65 is above the 64 positions .* give max_model_len=64"
+    ):
+        cos_sin_table(parameters, 32, 64, 65)
 
 
 def test_unknown_scaling_is_refused() -> None:

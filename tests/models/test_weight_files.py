@@ -66,11 +66,11 @@ def test_a_file_that_the_configuration_names_wrongly(named: object, message: str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (POINTER, "is not valid JSON: it is a Git LFS pointer.*git lfs pull"),
-        ("", "is not valid JSON: .*download it again"),
-        ("\xff\x00", "is not valid JSON"),
-        ("[1, 2]", "holds a JSON list, not an object"),
-        ("null", "holds a JSON NoneType, not an object"),
+        (POINTER, "is a Git LFS pointer.*git lfs pull"),
+        ("", "is not JSON in UTF-8: .*download it again"),
+        ("\xff\x00", "is not JSON in UTF-8"),
+        ("[1, 2]", "must hold a JSON object, not a list"),
+        ("null", "must hold a JSON object, not a NoneType"),
         ("{}", r"has no weight_map .*name that model\.safetensors"),
         ('{"weight_map": {}}', "has no weight_map"),
         ('{"weight_map": ["a.safetensors"]}', "has no weight_map"),
@@ -93,7 +93,7 @@ def test_an_index_that_cannot_be_used_is_a_sentence(text: str, message: str, tmp
 def test_weights_that_are_a_pointer(tmp_path: Path) -> None:
     save("llama", tmp_path)
     (tmp_path / SINGLE).write_text(POINTER)
-    with pytest.raises(ModelLoadError, match=r"model\.safetensors cannot be read: it is a Git LFS pointer"):
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is a Git LFS pointer"):
         load(tmp_path)
 
 

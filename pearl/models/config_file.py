@@ -1,0 +1,101 @@
+"""Reads config.json: transformers' configuration object, or a sentence that names the field that is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
+from pearl.models.families import family_of
+from pearl.models.model_files import download, first_line, read_json
+from pearl.models.rope import check_parameters
+
+_CONFIG = "config.json"
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 10_000  # transformers and the decoder keep a list of them
+
+
+def read_config(path: str) -> tuple[Mapping[str, Any], PretrainedConfig]:
+    """What config.json of a local folder or a hub id says, and transformers' configuration made of it.
+
+    Its dtype is left to ``model_dtype``. No code of the folder is run. Raises ModelLoadError or UnsupportedModelError.
+    """
+    file = _locate(path)
+    read_json(file)
+    folder = file.parent  # of a hub id its place in the cache: the hub need not be asked again
+    with naming_config(path):
+        try:
+            fields = PretrainedConfig.get_config_dict(folder)[0]
+            _check(fields)
+            # A dtype that is given is the only one that transformers does not refuse for its name.
+            return fields, AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+        except PearlError:
+            raise
+        except Exception as error:  # transformers' validation raises whatever a wrong value runs into
+            raise ModelLoadError(f"transformers refuses it: {_reason(error)}") from error
+
+
+@contextmanager
+def naming_config(path: str) -> Iterator[None]:
+    """Errors raised inside say whose config.json is wrong."""
+    try:
+        yield
+    except (ModelLoadError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}/{_CONFIG}: {error}") from error
+
+
+def check_sizes(fields: Mapping[str, Any]) -> None:
+    """ModelLoadError unless the sizes that are there are integers that a tensor can have."""
+    for name in _SIZES:
+        value = fields.get(name)
+        most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise ModelLoadError(f"{name} must be an integer from 1 to {most}, not {value!r}")
+
+
+def _locate(path: str) -> Path:
+    if Path(path).is_dir():
+        file = Path(path) / _CONFIG
+        if not file.exists():
+            raise ModelLoadError(f"{path!r} has no {_CONFIG}: give a folder with a model's configuration and weights")
+        return file
+    try:
+        return download(path, _CONFIG)
+    except Exception as error:  # the hub client raises many kinds, offline ones among them
+        raise ModelLoadError(
+            f"{path!r} is no folder, and the hub could not provide its {_CONFIG} ({first_line(error)}); "
+            "give a folder with a config.json, or a hub id that is reachable or cached"
+        ) from error
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+    """What transformers would not refuse, or not by the field's name."""
+    family_of(fields)
+    check_sizes(fields)
+    if not isinstance(fields.get("layer_types", []), list | None):
+        raise ModelLoadError(f"layer_types must be a list with a name for each layer, not {fields['layer_types']!r}")
+    if fields.get("per_layer_config"):
+        raise UnsupportedModelError("layers that differ (per_layer_config) are not supported")
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        check_parameters(rope)
+
+
+def _reason(error: Exception) -> str:
+    """A validation's message in one line, in words of JSON, without the validator's name and its second guesses."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error).strip()
+    text = re.sub(r"^(Class v|V)alidation error for [^\n]*\n\s*(\w+Error: )?", "", text)
+    text = re.sub(r"\. Errors: .*", "", text, flags=re.DOTALL)
+    text = re.sub(r"must be in \([^)]*\) but got", "are not all known:", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null")
+    return " ".join(text.split())[:400] or type(error).__name__

@@ -1,0 +1,65 @@
+"""The small files of a model, in a local folder or on the hub: where they lie, and their JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from pearl.errors import ModelLoadError
+
+LFS_ADVICE = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def download(model_id: str, name: str, *, cached_only: bool = False) -> Path:
+    """A file of the hub, in its cache. Raises what the hub's client raises, which is of many kinds."""
+    return Path(hf_hub_download(model_id, name, local_files_only=cached_only))
+
+
+def find_file(path: str, name: str, *, cached_only: bool = False) -> Path | None:
+    """The file ``name`` of a local folder or a hub id; None if it has none, or the hub cannot be asked."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.exists() else None
+    try:
+        return download(path, name, cached_only=cached_only)
+    except Exception:  # no such file, no such model, no network
+        return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ModelLoadError."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ModelLoadError(f"{file} cannot be read: {error.strerror or error}") from error
+    if content.startswith(_LFS_POINTER):
+        raise ModelLoadError(f"{file} {LFS_ADVICE}")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{file} is not JSON in UTF-8: {first_line(error)}; write or download it again") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{file} must hold a JSON object, not a {type(value).__name__}; download it again")
+    return value
+
+
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """As ``read_json``; {} if there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a clone without Git LFS left a pointer in place of the file."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
