@@ -172,8 +172,9 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequestError("the prompt is empty; give at least one token")
-        if bad := [i for i in ids if not isinstance(i, int) or not 0 <= i < self.tokenizer.vocab_size]:
-            raise InvalidRequestError(f"token id {bad[0]!r} is outside the vocabulary [0, {self.tokenizer.vocab_size})")
+        count = self.models.vocab_size
+        if bad := [i for i in ids if not isinstance(i, int) or not 0 <= i < count]:
+            raise InvalidRequestError(f"the prompt has token {self.tokenizer.vocabulary.outside(bad[0], count)}")
         if len(ids) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(ids)} tokens, the context holds {self.max_model_len} with at least one token of "
@@ -219,12 +220,11 @@ class LLM:
         return secrets.randbits(63) if self.config.seed is None else self.config.seed + (self._next_id << 20)
 
     def _check_ids(self, params: SamplingParams) -> None:
+        count = self.models.vocab_size
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
             for token in ids:
-                if not isinstance(token, int) or not 0 <= token < self.tokenizer.vocab_size:
-                    raise InvalidRequestError(
-                        f"{name} names token {token!r}, outside the vocabulary [0, {self.tokenizer.vocab_size})"
-                    )
+                if not isinstance(token, int) or not 0 <= token < count:
+                    raise InvalidRequestError(f"{name} names token {self.tokenizer.vocabulary.outside(token, count)}")
 
     def _abort(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:

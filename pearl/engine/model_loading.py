@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,8 +20,8 @@ from pearl.engine.memory import (
     shares_of,
 )
 from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
-from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
+from pearl.models.vocabulary import require_common_core, usable_ids
 from pearl.parallel import ParallelRunner
 from pearl.workers import ModelRunner
 
@@ -33,7 +33,7 @@ class LoadedModels:
     target: ModelRunner
     draft: ModelRunner | None
     tokenizer: Tokenizer
-    vocab_size: int  # tokens that have a meaning; both models' padding lies behind
+    vocab_size: int  # ids that requests may name and the models draw; padding lies behind
     max_model_len: int
     num_pages: int  # of each model
 
@@ -45,7 +45,7 @@ class LoadedModels:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models' shapes, checked to fit each other."""
+    """Both models' shapes, checked to fit each other; the draft's with room for all ids that are used."""
 
     target: ModelConfig
     draft: ModelConfig | None
@@ -100,18 +100,15 @@ def assemble(
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
     target = ModelConfig.from_pretrained(target_path)
     tokenizer = Tokenizer.from_pretrained(target_path)
-    vocab_size = min(tokenizer.vocab_size, target.vocab_size)
+    vocab_size = usable_ids(tokenizer.vocab_size, tokenizer.eos_ids, target.vocab_size)
     longest = target.max_position_embeddings
     draft = None
     if draft_path is not None:
         draft = ModelConfig.from_pretrained(draft_path)
-        tokenizer.require_same_vocabulary(Tokenizer.from_pretrained(draft_path))
+        drafts = Tokenizer.from_pretrained(draft_path).vocabulary
+        require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
         longest = min(longest, draft.max_position_embeddings)
-        if draft.vocab_size < vocab_size:
-            raise ConfigurationError(
-                f"the draft model has logits for {draft.vocab_size} tokens, the tokenizer has {vocab_size}; "
-                "choose a draft made for this tokenizer"
-            )
+        draft = replace(draft, vocab_size=max(draft.vocab_size, vocab_size))
     max_model_len = config.max_model_len or longest
     return Pair(target, draft, tokenizer, vocab_size, max_model_len)
 
@@ -124,6 +121,7 @@ def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair)
             dtype=share.dtype,
             max_model_len=pair.max_model_len,
             kernels=kernels_for(config, role, share.config),
+            vocab_size=pair.vocab_size if role == "draft" else 0,
         )
 
 

@@ -232,7 +232,7 @@ def _read(proposal: DraftProposal) -> DraftProposal:
 
 
 def _pick(logprobs: Tensor, count: int, committed: Sequence[int]) -> tuple[TokenLogprobs, ...]:
-    values, ids = logprobs.topk(count, dim=-1)
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
     return tuple(
         TokenLogprobs(logprobs[row, token].item(), tuple(zip(ids[row].tolist(), values[row].tolist(), strict=True)))
         for row, token in enumerate(committed)

@@ -17,6 +17,7 @@ from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights
 from pearl.models.model_config import ModelConfig
 from pearl.models.rope import cos_sin_table
 from pearl.models.sharding import Sharding, Span, shard
+from pearl.models.widening import bias_of_missing, widen, widen_embedding
 from pearl_kernels import KernelSet, LinearWeight
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -29,11 +30,13 @@ def load_model(
     dtype: torch.dtype,
     max_model_len: int,
     kernels: KernelSet,
+    vocab_size: int = 0,
     sharding: Sharding | None = None,
     collective: Collective | None = None,
 ) -> Decoder:
     """Load a model from a local folder or a hub id; with ``sharding`` the part of one tensor-parallel rank.
 
+    ``vocab_size``: ids that a whole model must take; those that it lacks are never its own choice (``widening``).
     One matrix, as stored and as packed, is in memory beside the model at any time. A tied head that a provider packs
     is a second copy of the embedding. Raises ModelLoadError (missing files, missing tensors, shapes that contradict
     the configuration) or UnsupportedModelError.
@@ -41,7 +44,7 @@ def load_model(
     config = ModelConfig.from_pretrained(str(path))
     with ExitStack() as stack:
         checkpoint = _Checkpoint(_resolve(str(path)), stack)
-        sharding = sharding or shard(config, 0, 1)
+        sharding = sharding or widen(shard(config, 0, 1), vocab_size)
         weights = _Assembler(config, sharding, checkpoint, dtype, device, kernels).decoder()
     cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
     return Decoder(sharding.config, weights, cos_sin.to(device), kernels, collective)
@@ -113,12 +116,14 @@ class _Assembler:
     def decoder(self) -> DecoderWeights:
         config, vocab = self._config, self._sharding.vocab
         embedding = self._read("model.embed_tokens.weight", config.vocab_size, config.hidden)
+        embedding = widen_embedding(embedding, vocab.size)
+        bias = bias_of_missing(config.vocab_size, vocab.size, embedding)
         layers = tuple(self._layer(f"model.layers.{index}.") for index in range(config.layers))
         norm = self._read("model.norm.weight", config.hidden)
-        if config.tied and vocab.size == config.vocab_size:
-            return DecoderWeights(embedding, layers, norm, self._kernels.pack_linear(embedding))
+        if config.tied and vocab.size >= config.vocab_size:
+            return DecoderWeights(embedding, layers, norm, self._kernels.pack_linear(embedding), bias)
         head = ("model.embed_tokens" if config.tied else "lm_head", config.vocab_size, vocab)
-        return DecoderWeights(embedding, layers, norm, self._columns([head], config.hidden))
+        return DecoderWeights(embedding, layers, norm, self._columns([head], config.hidden), bias)
 
     def _layer(self, prefix: str) -> LayerWeights:
         config, sharding = self._config, self._sharding
