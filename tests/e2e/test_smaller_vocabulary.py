@@ -6,51 +6,18 @@ what is not written there must not be read.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from e2e_support import (
-    DRAFTING_SETTINGS,
-    FAMILIES,
-    Pair,
-    acceptance,
-    assert_at_rest,
-    byte_tokenizer,
-    perturbed,
-    prompts,
-    random_model,
-    save,
-    token_ids,
-)
+from e2e_support import DRAFTING_SETTINGS, KNOWN, Pair, acceptance, assert_at_rest, poison_ring, prompts, token_ids
 from joint_frequencies import ALARM, DEPTH, PROMPT, V, exact_joint, params_of, small_pair, smallest_p
 
 from pearl import LLM, SamplingParams
 
 OpenLLM = Callable[..., LLM]
-KNOWN, TOKENS = 258, 24
+TOKENS = 24
 LENGTHS = (1, 2, 3, 16, 17, 40, 70)
-
-
-@pytest.fixture(scope="module")
-def narrow(pairs: dict[str, Pair], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    """Qwen2's head is its embedding; Mistral's target has padding."""
-    built = {}
-    for name in ("llama", "qwen2", "mistral"):
-        draft = perturbed(random_model(FAMILIES[name], seed=0), 0.03)
-        draft.resize_token_embeddings(KNOWN)
-        path = save(draft, byte_tokenizer(KNOWN), tmp_path_factory.mktemp(name))
-        built[name] = dataclasses.replace(pairs[name], draft=path)
-    return built
-
-
-def poison(llm: LLM) -> LLM:
-    drafter = llm.engine._drafter
-    weights = drafter._runner.model.weights
-    drafter._ring.allocate(weights.embedding.shape[0], weights.embedding.dtype).fill_(torch.nan)
-    return llm
 
 
 def lacks(tokens: list[int]) -> list[int]:
@@ -140,7 +107,8 @@ def test_joint_frequencies_are_the_targets(small: Pair, open_llm: OpenLLM, case:
     params = params_of(**{"n": 1000, "max_tokens": DEPTH, **values})
     joint = exact_joint(small, params)
     assert joint.sum((1, 2, 3, 4))[V - 2 :].sum() > 0.05
-    llm = poison(open_llm(small, **options, max_num_seqs=64))
+    llm = open_llm(small, **options, max_num_seqs=64)
+    poison_ring(llm)
     outputs = llm.generate([PROMPT], params)
     assert smallest_p(token_ids(outputs), joint) > ALARM
     assert 0.1 < acceptance(outputs) < 0.98

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as backends
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from pearl.errors import InvalidRequestError
 from pearl.models import Tokenizer, bundled_path
@@ -83,6 +85,37 @@ def test_special_tokens_have_no_text(bundled: Tokenizer) -> None:
 def test_vocabulary_size_and_ends_of_text(bundled: Tokenizer) -> None:
     assert bundled.vocab_size == 4096
     assert bundled.eos_ids == {0}
+
+
+class Slow(PythonBackend):
+    """Without a Rust backend; ids 2 and 3 are a gap."""
+
+    tokens: ClassVar = {"a": 0, "b": 1, "c": 4}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self.tokens, **self.added_tokens_encoder}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    def _tokenize(self, text: str, **_: object) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.tokens[token]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return {i: token for token, i in self.tokens.items()}[index]
+
+
+def test_ids_in_a_gap_have_no_text_and_lie_within_the_vocabulary() -> None:
+    backend = Backend(backends.BPE({"a": 0, "b": 1, "c": 4}, []))
+    backend.decoder = decoders.Fuse()
+    for plain in (PreTrainedTokenizerFast(tokenizer_object=backend), Slow()):
+        tokenizer = Tokenizer(plain, frozenset())
+        assert (len(plain), tokenizer.vocab_size) == (3, 5)
+        assert "".join(pieces(tokenizer, [3, 0], [1, 2, 3, 4, 2])).replace(" ", "") == "bc"
 
 
 def test_a_missing_chat_template_is_an_error_that_says_so() -> None:
