@@ -27,9 +27,7 @@ class Admission:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             position, token = next(item for item in enumerate(ids) if not 0 <= item[1] < self._vocab_size)
-            raise InvalidRequestError(
-                f"token id {shown(token)} at position {position} is outside the vocabulary [0, {self._vocab_size})"
-            )
+            raise InvalidRequestError(f"the prompt has token {self._outside(token)}, at position {position}")
         if len(ids) >= self._max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(ids)} tokens, the context holds {self._max_model_len} with at least one token of "
@@ -54,13 +52,14 @@ class Admission:
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
             for token in ids:
                 if not 0 <= token < self._vocab_size:
-                    raise InvalidRequestError(
-                        f"{name} names token {shown(token)}, outside the vocabulary [0, {self._vocab_size})"
-                    )
+                    raise InvalidRequestError(f"{name} names token {self._outside(token)}")
         if len(self._banned(params)) >= self._vocab_size:
             raise InvalidRequestError("logit_bias and min_tokens together ban every token; leave at least one")
         if (params.logprobs or 0) > self._vocab_size:
             raise InvalidRequestError(f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens")
+
+    def _outside(self, token: int) -> str:
+        return self._tokenizer.vocabulary.outside(token, self._vocab_size)
 
     def _banned(self, params: SamplingParams) -> set[int]:
         """What may not be chosen, at least for some time."""
@@ -68,7 +67,7 @@ class Admission:
         if params.min_tokens:
             banned.update(params.stop_token_ids or ())
             banned.update(() if params.ignore_eos else self._tokenizer.eos_ids)
-        return banned
+        return {token for token in banned if 0 <= token < self._vocab_size}
 
 
 def params_for(count: int, params: AnyParams) -> list[SamplingParams]:

@@ -92,6 +92,7 @@ class Repl:
         """One turn. A refused message leaves the conversation as it was."""
         try:
             prompt = self._conversation.ask(question)
+            self._llm.encode(prompt.token_ids)  # the text may name tokens that the model has no row for
         except InvalidRequestError as error:
             self._terminal.error(str(error))
             return

@@ -40,7 +40,8 @@ def connect(
 
     ``wrap_verifier`` puts something between the verifier and the engine: benchmarks script verdicts.
     """
-    eos_ids = models.tokenizer.eos_ids
+    # One that the model has no row for can never be drawn, nor its logit be changed.
+    eos_ids = frozenset(token for token in models.tokenizer.eos_ids if 0 <= token < models.vocab_size)
     drafter: Drafter | None = None
     draft_kv: KVCacheManager | None = None
     if config.uses_draft_model:

@@ -25,6 +25,7 @@ from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path,
 from pearl.models.checkpoint import stored_config
 from pearl.models.hub import fetch_description, fetch_weights
 from pearl.models.quantization import refuse_quantized
+from pearl.models.vocabulary import require_common_core, usable_ids
 from pearl.parallel import ParallelRunner
 from pearl.workers import ModelRunner
 
@@ -36,7 +37,7 @@ class LoadedModels:
     target: ModelRunner
     draft: ModelRunner | None
     tokenizer: Tokenizer
-    vocab_size: int  # tokens that have a meaning; both models' padding lies behind
+    vocab_size: int  # ids that requests may name and the models draw; padding lies behind
     max_model_len: int
     num_pages: int  # of each model
 
@@ -48,7 +49,7 @@ class LoadedModels:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models' shapes, checked to fit each other."""
+    """Both models' shapes, checked to fit each other; the draft's with room for all ids that are used."""
 
     target: ModelConfig
     draft: ModelConfig | None
@@ -107,18 +108,14 @@ def assemble(
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
     target = ModelConfig.from_pretrained(target_path, config.torch_dtype)
     tokenizer = Tokenizer.from_pretrained(target_path)
-    vocab_size = min(tokenizer.vocab_size, target.vocab_size)
+    vocab_size = usable_ids(tokenizer.vocab_size, tokenizer.eos_ids, target.vocab_size)
     longest = target.max_position_embeddings
     draft = None
     if draft_path is not None:
         draft = ModelConfig.from_pretrained(draft_path, config.torch_dtype)
-        tokenizer.require_same_vocabulary(Tokenizer.from_pretrained(draft_path))
+        drafts = Tokenizer.from_pretrained(draft_path).vocabulary
+        require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
         longest = min(longest, draft.max_position_embeddings)
-        if draft.vocab_size < vocab_size:
-            raise ConfigurationError(
-                f"the draft model has logits for {draft.vocab_size} tokens, the tokenizer has {vocab_size}; "
-                "choose a draft made for this tokenizer"
-            )
     max_model_len = config.max_model_len or longest
     for model in (target, draft):
         if model is not None:
@@ -146,7 +143,9 @@ def _check_weights(target_path: str, draft_path: str | None, pair: Pair) -> tupl
     if draft_path is None or pair.draft is None:
         return str(target_folder), None, pair
     draft_folder = fetch_weights(draft_path)
-    return str(target_folder), str(draft_folder), replace(pair, draft=stored_config(draft_folder, pair.draft))
+    draft = stored_config(draft_folder, pair.draft)
+    draft = replace(draft, vocab_size=max(draft.vocab_size, pair.vocab_size))  # it is loaded so (models.widening)
+    return str(target_folder), str(draft_folder), replace(pair, draft=draft)
 
 
 def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair) -> Decoder:
@@ -157,6 +156,7 @@ def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair)
             dtype=share.dtype,
             max_model_len=pair.max_model_len,
             kernels=kernels_for(config, role, share.config),
+            vocab_size=pair.vocab_size if role == "draft" else 0,
         )
 
 

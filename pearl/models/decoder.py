@@ -37,6 +37,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
     head: LinearWeight  # [V, D]; made from the embedding where they are tied
+    head_bias: Tensor | None = None  # [V], of a widened vocabulary
 
 
 class Decoder:
@@ -74,7 +75,8 @@ class Decoder:
             return x.new_empty(0, self.weights.embedding.shape[0])
         if rows.shape[0] < x.shape[0]:
             x, residual = x[rows], residual[rows]
-        logits: Tensor = kernels.linear(kernels.add_rms_norm(x, residual, self.weights.norm, eps), self.weights.head)
+        normed = kernels.add_rms_norm(x, residual, self.weights.norm, eps)
+        logits: Tensor = kernels.linear(normed, self.weights.head, self.weights.head_bias)
         return logits if self.collective is None else self.collective.gather_logits(logits)
 
     def _add_up(self, part: Tensor) -> Tensor:

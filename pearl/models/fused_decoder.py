@@ -52,8 +52,8 @@ class FusedDecoder:
             for layer, keys_values, window in zip(weights.layers, cache.layers, config.windows, strict=True)
         ]
         self._decoder = _core.Decoder(
-            shape, layers, _address(weights.embedding), _address(weights.norm), _matrix(weights.head, None),
-            _address(model.cos_sin), threads,
+            shape, layers, _address(weights.embedding), _address(weights.norm),
+            _matrix(weights.head, weights.head_bias), _address(model.cos_sin), threads,
         )  # fmt: skip
 
     @property

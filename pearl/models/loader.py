@@ -17,6 +17,7 @@ from pearl.models.model_config import ModelConfig
 from pearl.models.quantization import refuse_quantized
 from pearl.models.rope import cos_sin_table
 from pearl.models.sharding import Sharding, Span, shard
+from pearl.models.widening import bias_of_missing, widen, widen_embedding
 from pearl_kernels import KernelSet, LinearWeight
 
 
@@ -27,11 +28,13 @@ def load_model(
     dtype: torch.dtype,
     max_model_len: int,
     kernels: KernelSet,
+    vocab_size: int = 0,
     sharding: Sharding | None = None,
     collective: Collective | None = None,
 ) -> Decoder:
     """Load a model from a local folder or a hub id; with ``sharding`` the part of one tensor-parallel rank.
 
+    ``vocab_size``: ids that a whole model must take; those that it lacks are never its own choice (``widening``).
     One matrix, as stored and as packed, is in memory beside the model at any time. A tied head that a provider packs
     is a second copy of the embedding. Raises ModelLoadError or UnsupportedModelError, as ``Checkpoint`` does, before
     any weight is read.
@@ -39,9 +42,9 @@ def load_model(
     folder = fetch_description(str(path))
     refuse_quantized(folder)
     config = ModelConfig.from_pretrained(str(folder), dtype)
-    sharding = sharding or shard(config, 0, 1)
     with ExitStack() as stack:
         checkpoint = Checkpoint(fetch_weights(str(path)), config, stack)
+        sharding = sharding or widen(shard(config, 0, 1), vocab_size)
         weights = _Assembler(checkpoint, sharding, dtype, device, kernels).decoder()
     cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
     return Decoder(sharding.config, weights, cos_sin.to(device), kernels, collective)
@@ -66,13 +69,14 @@ class _Assembler:
 
     def decoder(self) -> DecoderWeights:
         config, vocab = self._checkpoint.config, self._sharding.vocab
-        embedding = self._read(EMBEDDING)
+        embedding = widen_embedding(self._read(EMBEDDING), vocab.size)
+        bias = bias_of_missing(config.vocab_size, vocab.size, embedding)
         layers = tuple(self._layer(layer_prefix(index)) for index in range(config.layers))
         norm = self._read(NORM)
-        if config.tied and vocab.size == config.vocab_size:
-            return DecoderWeights(embedding, layers, norm, self._kernels.pack_linear(embedding))
+        if config.tied and vocab.size >= config.vocab_size:
+            return DecoderWeights(embedding, layers, norm, self._kernels.pack_linear(embedding), bias)
         head = (EMBEDDING if config.tied else HEAD).removesuffix(".weight")
-        return DecoderWeights(embedding, layers, norm, self._columns([(head, vocab)], config.hidden))
+        return DecoderWeights(embedding, layers, norm, self._columns([(head, vocab)], config.hidden), bias)
 
     def _layer(self, prefix: str) -> LayerWeights:
         config, sharding = self._checkpoint.config, self._sharding

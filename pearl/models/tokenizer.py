@@ -6,8 +6,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pearl.errors import ConfigurationError, InvalidRequestError
+from pearl.errors import InvalidRequestError
 from pearl.models.tokenizer_files import end_of_text_ids, load_tokenizer
+from pearl.models.vocabulary import Vocabulary
 from pearl.user_values import lone_surrogate
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
@@ -16,14 +17,17 @@ _CONTEXT_TOKENS = 8  # of the prompt, so that a first token's leading space is d
 
 
 class Tokenizer:
-    """Wraps a transformers tokenizer. ``vocab_size`` counts the tokens that mean something, without padding."""
+    """Wraps a transformers tokenizer. ``vocab_size`` is one more than the highest id that means something; a model may
+    have rows for more ids, or for fewer.
+    """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode_few = functools.lru_cache(_REMEMBERED_TEXTS)(self._decode)
         self.eos_ids = eos_ids
-        self.vocab_size = len(tokenizer)
+        self.vocabulary = Vocabulary.of(tokenizer)
+        self.vocab_size = self.vocabulary.size
 
     @classmethod
     def from_pretrained(cls, path: str) -> Tokenizer:
@@ -36,7 +40,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, without special tokens."""
+        """Text of the ids, without special tokens and without ids in the vocabulary's gaps, which have none."""
         # A round decodes each of its tokens alone, after the one before, and again as the one before.
         return self._decode_few(tuple(ids)) if len(ids) <= 2 else self._decode(ids)
 
@@ -45,7 +49,8 @@ class Tokenizer:
         if self._backend is not None:
             text: str = self._backend.decode(list(ids), skip_special_tokens=True)
             return text
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = [i for i in ids if i in self.vocabulary.tokens]  # others are an error to some of the Python ones
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> IncrementalDetokenizer:
@@ -74,17 +79,6 @@ class Tokenizer:
             raise InvalidRequestError("the messages have half a character (a lone surrogate); read them as UTF-8")
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
         return ids
-
-    def require_same_vocabulary(self, other: Tokenizer) -> None:
-        """ConfigurationError unless both give every token the same id; drafted ids would mean something else."""
-        mine, theirs = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
-        if mine == theirs:
-            return
-        token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), key=str)
-        raise ConfigurationError(
-            f"the draft's tokenizer differs from the target's: {len(theirs)} and {len(mine)} tokens; {token!r} is "
-            f"{theirs.get(token, 'missing')} there and {mine.get(token, 'missing')} here; choose a draft of its family"
-        )
 
 
 class IncrementalDetokenizer:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cli_pty import PtyProcess
 from cli_support import SETTLED
+from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner
 
 from pearl.cli.app import application, run
@@ -58,6 +59,26 @@ def test_a_piped_conversation_forgets_the_oldest_turns(chat_model: Path) -> None
     ):
         assert said in result.stderr
     assert "never" not in result.stdout
+
+
+def test_a_message_with_a_token_that_the_model_lacks_leaves_the_conversation_as_it_was(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    for file in chat_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").unlink()
+    backend = Backend.from_file(str(chat_model / "tokenizer.json"))
+    backend.add_special_tokens(["<PRE>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    result = CliRunner().invoke(
+        application(),
+        ["chat", "--target", str(tmp_path), "--max-tokens", "4", *SETTLED],
+        input="x = 1\n<PRE>\ny = 2\n/exit\n",
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0
+    assert "token 4096 ('<PRE>'), outside the vocabulary [0, 4096)" in result.stderr
+    assert result.stderr.count(CLOSING) == 2
 
 
 def test_a_model_without_a_template_is_refused(mute_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from e2e_support import FAMILIES, VOCAB, Pair, byte_tokenizer, perturbed, random_model, save
+from e2e_support import FAMILIES, KNOWN, VOCAB, Pair, byte_tokenizer, perturbed, random_model, save
 
 from pearl import LLM
 
@@ -32,6 +33,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 @pytest.fixture(scope="session")
 def llama(pairs: dict[str, Pair]) -> Pair:
     return pairs["llama"]
+
+
+@pytest.fixture(scope="session")
+def narrow(pairs: dict[str, Pair], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """Drafts that lack the ids from KNOWN on. Qwen2's head is its embedding; Mistral's target has padding."""
+    built = {}
+    for name in ("llama", "qwen2", "mistral"):
+        draft = perturbed(pairs[name].judge, 0.03)
+        draft.resize_token_embeddings(KNOWN)
+        path = save(draft, byte_tokenizer(KNOWN), tmp_path_factory.mktemp(name))
+        built[name] = replace(pairs[name], draft=path)
+    return built
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,12 @@ from transformers import (
 )
 
 from pearl import LLM
+from pearl.drafting import ModelDrafter
 from pearl.engine.engine import RoundRecord
 from pearl.outputs import RequestOutput
 
 VOCAB = 300  # ids that the tokenizer knows; models may have more columns
+KNOWN = 258  # ids that a draft of a smaller vocabulary knows
 EOS = 0
 # fp32 logits of two implementations differ by about 1e-5; a wider margin is decided the same way by both.
 DECISIVE_MARGIN = 1e-4
@@ -166,10 +168,9 @@ def greedy_reference(
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=count,
-            suppress_tokens=padding or None,
             return_dict_in_generate=True,
             output_scores=True,
-            **{"eos_token_id": None, **options},
+            **{"eos_token_id": None, "suppress_tokens": padding or None, **options},
         )
     tokens = out.sequences[0, ids.shape[1] :].tolist()
     best = torch.cat(out.scores).topk(2).values
@@ -207,6 +208,14 @@ def assert_at_rest(llm: LLM) -> None:
     for kv in filter(None, (scheduler.target_kv, scheduler.draft_kv)):
         kv.check_integrity()
         assert kv.num_free_pages == kv.num_pages
+
+
+def poison_ring(llm: LLM) -> None:
+    """NaN wherever drafted tokens' logits will be kept: what is not written must not be read."""
+    drafter = llm.engine._drafter
+    assert isinstance(drafter, ModelDrafter)
+    embedding = drafter._runner.model.weights.embedding
+    drafter._ring.allocate(embedding.shape[0], embedding.dtype, embedding.device).fill_(torch.nan)
 
 
 class Rounds(list[RoundRecord]):

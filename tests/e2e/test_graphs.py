@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from e2e_support import ALL_SETTINGS, Pair, Rounds, acceptance, assert_at_rest, prompts, token_ids
+from e2e_support import ALL_SETTINGS, KNOWN, Pair, Rounds, acceptance, assert_at_rest, poison_ring, prompts, token_ids
 from recording_queue import Looked, RecordingQueue
 from torch import Tensor
 
@@ -189,6 +189,19 @@ def test_requests_that_need_the_host_for_each_token_draft_eagerly(llama: Pair, o
             for work in record.plan.draft.work
             if not work.forward.state.params.changes_logits and work.num_draft
         }
+
+
+@pytest.mark.parametrize("on", PLACES)
+def test_a_draft_of_a_smaller_vocabulary(narrow: dict[str, Pair], open_graphed: OpenGraphed, on: str) -> None:
+    batch = prompts(LENGTHS, seed=6)
+    with narrow["llama"].llm(window=4) as eager:
+        expected = eager.generate(batch, SAMPLED)
+    graphed = open_graphed(narrow["llama"], on, window=4)
+    poison_ring(graphed.llm)
+    outputs = graphed.llm.generate(batch, SAMPLED)
+    assert token_ids(outputs) == token_ids(expected)
+    assert acceptance(outputs) == acceptance(expected) > 0.1
+    assert any(max(tokens[:-1]) >= KNOWN for tokens in token_ids(outputs))
 
 
 def test_preempted_requests_and_shared_pages(llama: Pair, open_graphed: OpenGraphed) -> None:

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 
 from pearl.admission import Admission, params_for
 from pearl.errors import InvalidRequestError
+from pearl.models.vocabulary import Vocabulary
 from pearl.sampling_params import SamplingParams
 from pearl_kernels import select
 
 EOS = 1
-ADMISSION = Admission(SimpleNamespace(eos_ids=frozenset({EOS})), VOCAB, 64)  # type: ignore[arg-type]
+NO_WORDS = Vocabulary({}, frozenset())
+ADMISSION = Admission(SimpleNamespace(eos_ids={EOS}, vocabulary=NO_WORDS), VOCAB, 64)  # type: ignore[arg-type]
 KERNELS = select()
 BYSTANDER, BROUGHT = 1, 2
 
@@ -173,7 +175,7 @@ def test_one_token_that_is_left_is_chosen() -> None:
 
 
 def test_more_alternatives_than_tokens_are_refused() -> None:
-    small = Admission(SimpleNamespace(eos_ids=frozenset()), 10, 64)  # type: ignore[arg-type]
+    small = Admission(SimpleNamespace(eos_ids=frozenset(), vocabulary=NO_WORDS), 10, 64)  # type: ignore[arg-type]
     small.check(SamplingParams(logprobs=10))
     with pytest.raises(InvalidRequestError, match="logprobs=11, but the vocabulary has 10 tokens"):
         small.check(SamplingParams(logprobs=11))
@@ -181,11 +183,15 @@ def test_more_alternatives_than_tokens_are_refused() -> None:
 
 def test_ids_outside_the_vocabulary_are_named_with_their_place() -> None:
     assert ADMISSION.encode_all([[0, VOCAB - 1], np.array([5])]) == [[0, VOCAB - 1], [5]]
-    with pytest.raises(InvalidRequestError, match=rf"^token id {VOCAB} at position 1 is outside the vocabulary"):
+    with pytest.raises(
+        InvalidRequestError, match=rf"^the prompt has token {VOCAB}, outside the vocabulary .*, at position 1$"
+    ):
         ADMISSION.encode_all([[0, VOCAB]])
-    with pytest.raises(InvalidRequestError, match=r"^prompts\[1\]: token id -3 at position 0 is outside"):
+    with pytest.raises(
+        InvalidRequestError, match=r"^prompts\[1\]: the prompt has token -3, outside .*, at position 0$"
+    ):
         ADMISSION.encode_all([[0], [-3, VOCAB]])
-    with pytest.raises(InvalidRequestError, match="token id a value of type int at position 0 is outside"):
+    with pytest.raises(InvalidRequestError, match=r"token a value of type int, outside .*, at position 0$"):
         ADMISSION.encode([10**5000])
 
 

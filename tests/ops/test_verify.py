@@ -17,7 +17,7 @@ from ops_support import (
     sampling,
 )
 from scipy.stats import chisquare
-from verify_support import acceptance_rows, assert_same, check, one_row_each, ragged, requests_of
+from verify_support import acceptance_rows, assert_same, check, decided_requests, one_row_each, ragged, requests_of
 
 from pearl_kernels import SamplingTensors, reference
 from pearl_kernels.cpu import OPERATORS as CPU
@@ -47,6 +47,17 @@ def test_ragged_batches_match_reference(
 ) -> None:
     """The draft's dtype need not be the target's."""
     check(verify, ragged(rule, vocab_size, dtype, q_dtype))
+
+
+@emulated_too
+def test_a_draft_without_some_tokens_matches_reference(verify: Implementation) -> None:
+    """Their logits are -inf: q is 0, and a residual is p."""
+    case = ragged("rejection", 40, F32, BF16, requests=9, known=25)
+    expected, ours = reference.verify(**case), verify(**case)
+    clear = decided_requests(case, expected.accepted)
+    assert_same(Verdict(*(field[clear] for field in ours)), Verdict(*(field[clear] for field in expected)))
+    assert (expected.accepted > 0).any()
+    assert (expected.next_token[clear] >= 25).any()
 
 
 @everyone

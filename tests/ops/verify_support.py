@@ -27,8 +27,13 @@ def drafter_of(case: Case) -> SamplingTensors:
     return SamplingTensors(case["draft_temperature"], p.top_k, p.top_p, p.min_p, p.seed)
 
 
-def ragged(rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype, requests: int = 44) -> Case:
-    """Requests of 0 to 9 rows, half of them with a bonus row, drafted by a model that resembles the target."""
+def ragged(
+    rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype, requests: int = 44, known: int | None = None
+) -> Case:
+    """Requests of 0 to 9 rows, half of them with a bonus row, drafted by a model that resembles the target.
+
+    ``known``: tokens that this model gives a probability; None: all.
+    """
     sizes = torch.cat((torch.tensor([0, 1, 9, 0]), torch.randint(0, 10, (requests - 4,))))
     starts = torch.cat((torch.zeros(1), sizes.cumsum(0))).int()
     n = int(starts[-1])
@@ -37,6 +42,7 @@ def ragged(rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype
     draft_logits = padded_logits(n + 7, vocab_size, vocab_size + 70, q_dtype, torch.inf)
     noisy = logits[:, :vocab_size].float() + 0.5 * torch.randn(n, vocab_size)
     draft_logits[draft_rows, :vocab_size] = noisy.to(draft_logits.dtype)
+    draft_logits[:, known or vocab_size : vocab_size] = -torch.inf
     params = mixed_sampling(len(sizes))
     temperature = torch.where(torch.rand(len(sizes)) < 0.2, 0.0, params.temperature * 0.8 + 0.1)
     case: Case = {"params": params, "row_start": starts, "draft_temperature": temperature}
