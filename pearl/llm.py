@@ -143,7 +143,7 @@ class LLM:
         with closing(self._follow(owners)) as deltas:
             for d in deltas:
                 index = owners[d.request_id].index
-                yield StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error)
+                yield StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs)
 
     def _follow(self, owners: dict[int, CompletionOutput]) -> Generator[OutputDelta, None, None]:
         """Run the engine until these requests have ended; yields what is theirs, keeps the rest for its own readers.
@@ -207,7 +207,9 @@ class LLM:
 
     def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        output = OutputProcessor(self.tokenizer.detokenizer(ids), params, max_tokens, self.tokenizer.eos_ids)
+        output = OutputProcessor(
+            self.tokenizer.detokenizer(ids), params, max_tokens, self.tokenizer.eos_ids, self.tokenizer.special_texts
+        )
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
         return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics)

@@ -137,10 +137,12 @@ class Engine:
     def _output(self, request: Request, committed: Sequence[int], result: VerifyResult) -> OutputDelta:
         """Turn committed tokens into the caller's output, cut at its end."""
         decision = result.decisions[request.id]
+        if decision.error is not None:
+            return self.abort(request.id, decision.error)
         accepted = request.output.accept(committed)
         tokens = tuple(committed[: accepted.kept])
         metrics = request.metrics
-        metrics.output_tokens += len(tokens)
+        request.count(decision, len(tokens))
         now = time.monotonic()
         if metrics.first_token_at is None:
             metrics.first_token_at = now
