@@ -143,7 +143,9 @@ class LLM:
         with closing(self._follow(owners)) as deltas:
             for d in deltas:
                 index = owners[d.request_id].index
-                yield StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs)
+                yield StreamChunk(
+                    index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs
+                )
 
     def _follow(self, owners: dict[int, CompletionOutput]) -> Generator[OutputDelta, None, None]:
         """Run the engine until these requests have ended; yields what is theirs, keeps the rest for its own readers.

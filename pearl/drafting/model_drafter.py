@@ -108,10 +108,8 @@ class ModelDrafter:
             windows[state.request_id].append(Drafted(tokens[row], logprobs[row], index))
         return tokens
 
-    def _process(
-        self, active: Sequence[DraftWork], logits: Tensor, windows: Mapping[int, Sequence[Drafted]]
-    ) -> Tensor:
-        """The rows to draw from. In fp32 where any are changed, but such as the ring can keep: q is what was drawn from."""
+    def _process(self, active: Sequence[DraftWork], logits: Tensor, windows: Mapping[int, Sequence[Drafted]]) -> Tensor:
+        """The rows to draw from: in fp32 where any are changed, but as the ring can keep q, which was drawn from."""
         dtype = logits.dtype
         changed = [row for row, item in enumerate(active) if item.forward.state.params.changes_logits]
         if changed:

@@ -43,7 +43,7 @@ def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_i
 def process_rows(
     logits: Tensor, state: SequenceState, continuation: Sequence[int], eos_ids: Collection[int], committed: int
 ) -> None:
-    """fp32 rows of one request's window ``[m, V]``: row i follows the first ``committed`` tokens and continuation[:i]."""
+    """A request's window ``[m, V]`` in fp32: row i follows the first ``committed`` tokens and continuation[:i]."""
     assert state.history is not None
     for index in range(logits.shape[0]):
         process_row(logits[index], state, (*state.history[:committed], *continuation[:index]), eos_ids)

@@ -83,7 +83,9 @@ class OutputProcessor:
 
     def _find_stop(self) -> int | None:
         found = [
-            at for stop in self._stop_strings if (at := self._held.find(stop, max(0, self._exempt + 1 - len(stop)))) >= 0
+            at
+            for stop in self._stop_strings
+            if (at := self._held.find(stop, max(0, self._exempt + 1 - len(stop)))) >= 0
         ]
         return min(found, default=None)
 

@@ -80,7 +80,9 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
     if role == "draft":
         return ring + processed
     logprobs = (config.max_num_seqs + 2) * share.vocab_size * 4
-    return (logprobs + processed) * _judged(config) + (ring if draft is not None and draft.device != share.device else 0)
+    return (logprobs + processed) * _judged(config) + (
+        ring if draft is not None and draft.device != share.device else 0
+    )
 
 
 def _pools(config: EngineConfig) -> int:

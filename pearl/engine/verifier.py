@@ -221,7 +221,6 @@ class Verifier:
         with torch.inference_mode():
             return logits[rows.begin : rows.end, : self._vocab_size].float().log_softmax(-1), count
 
-
     def _decision(
         self, logits: Tensor, rows: _Rows, accepted: int, next_token: int, top: tuple[Tensor, int] | None
     ) -> Decision:

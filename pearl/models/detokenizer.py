@@ -33,7 +33,7 @@ class IncrementalDetokenizer(Protocol):
 
 
 class ByteDetokenizer:
-    """For decoders that work on bytes: a character is given out with its last byte, a byte that belongs to none at once.
+    """For decoders that work on bytes: a character is given out with its last byte, a byte that is of none at once.
 
     Byte-fallback decoders turn a whole run of byte tokens into U+FFFD if any of it is no character; here the characters
     before it, which have been given out, stay.

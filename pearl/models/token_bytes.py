@@ -14,11 +14,11 @@ _FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class TokenBytes:
-    """Of a tokenizer in Rust. ``[token]`` is b"" for a token without text, None for one whose text is whole characters
-    (beside byte tokens, whose bytes are given).
+    """Of a tokenizer in Rust. ``[token]`` is b"" for a token without text; where only some tokens are bytes, it is None
+    for the others, whose text is whole characters.
 
-    ``replaces_each``: what is no character decodes to a U+FFFD for each byte; otherwise to one for each stretch of bytes
-    that could have begun a character.
+    ``replaces_each``: bytes that are no character decode to a U+FFFD each; otherwise a stretch of them that could have
+    begun a character decodes to one.
     """
 
     def __init__(self, backend: Any, special: Collection[int], byte_level: bool) -> None:

@@ -5,8 +5,8 @@ scaled logit reaches one cutoff, the largest that top-k, top-p and min-p ask for
 the point mass on the (first) largest logit. Columns at or past ``vocab_size`` are padding and have no probability; nor
 has a NaN. All arithmetic is in fp32, whatever the logits' dtype.
 
-A row without a finite logit, or with an infinite one, is no distribution: token 0 is drawn, with log-probability NaN (at
-temperature 0 the infinite one, or token 0). A draft's row that is none counts as q = 0.
+A row without a finite logit, or with an infinite one, is no distribution: token 0 is drawn, with log-probability NaN
+(at temperature 0 the infinite one, if there is one, else token 0). A draft's row that is none counts as q = 0.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Rule = Literal["rejection", "coupled"]
 class SamplingTensors:
     """Sampling parameters, one entry per row (``sample``) or per request (``verify``), on the logits' device.
 
-    temperature fp32 >= 0, so large that logits / temperature are finite; top_k int32, 0 = off; top_p fp32 in (0, 1], 1 = off; min_p fp32 in [0, 1], 0 = off;
-    seed int64 (any 64-bit pattern).
+    temperature fp32, 0 or so large that logits / temperature are finite; top_k int32, 0 = off; top_p fp32 in (0, 1],
+    1 = off; min_p fp32 in [0, 1], 0 = off; seed int64 (any 64-bit pattern).
     """
 
     temperature: Tensor

@@ -85,7 +85,9 @@ def test_text_of_the_first_min_tokens_is_never_searched(others: Sequence[str], s
     assert run(output, tokens, sizes) == (tokens[:8], "a ofba ofaa", "stop")
 
 
-@pytest.mark.parametrize(("min_tokens", "kept", "text"), [(1, 2, "x"), (2, 4, "xabc"), (3, 4, "xabc"), (4, 6, "xabcabc")])
+@pytest.mark.parametrize(
+    ("min_tokens", "kept", "text"), [(1, 2, "x"), (2, 4, "xabc"), (3, 4, "xabc"), (4, 6, "xabcabc")]
+)
 def test_a_stop_string_counts_if_it_ends_after_min_tokens(min_tokens: int, kept: int, text: str) -> None:
     """As in vLLM: what it begins with may be of the first ones, whose text it then takes away."""
     tokens = [0, 1, 2, 1, 2, 1]
