@@ -55,7 +55,8 @@ class OutputProcessor:
             self._count += 1
             if token in self._ending_ids and self._count > self._min_tokens:
                 return Accepted(index + 1, "".join(text) + self._close()[0], "stop")
-            self._held += self._marks.get(token) or self._detokenizer.feed(token)
+            mark = self._marks.get(token)
+            self._held += self._detokenizer.feed(token) if mark is None else self._detokenizer.flush() + mark
             if self._count <= self._min_tokens:
                 self._exempt = len(self._held)
             elif (found := self._find_stop()) is not None:

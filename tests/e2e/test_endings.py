@@ -157,6 +157,18 @@ def test_min_tokens_holds_the_end_back(llama: Pair, open_llm: OpenLLM, setting: 
     assert output.text
 
 
+@pytest.mark.parametrize("setting", ["autoregressive", "pearl-3"])
+def test_a_special_tokens_text_as_a_stop_string_is_the_token(llama: Pair, open_llm: OpenLLM, setting: str) -> None:
+    """Which has no text in the output: as text it would never be found."""
+    prompt = prompts([8], seed=14)[0]
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop="<|endoftext|>", logit_bias={EOS: 6.0})
+    reference = greedy_reference(llama.judge, prompt, 30, sequence_bias=[[[EOS], 6.0]], eos_token_id=EOS).tokens
+    assert 2 < len(reference) < 30
+    output = open_llm(llama, **ALL_SETTINGS[setting]).generate(prompt, params)[0].outputs[0]
+    assert (output.token_ids, output.finish_reason) == (reference, "stop")
+    assert output.text == llama.tokenizer.decode(reference[:-1])
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_metrics_count_what_was_returned(llama: Pair, open_llm: OpenLLM, setting: str) -> None:
     """Wherever in a verdict the output ends: by a stop token, a stop string or max_tokens."""

@@ -213,6 +213,11 @@ def test_it_is_its_text_as_well_and_not_before_min_tokens() -> None:
     )  # fmt: skip
 
 
+def test_bytes_before_a_special_token_that_stops_are_given_out() -> None:
+    output = OutputProcessor(Utf8Detokenizer(), SamplingParams(stop="<|end|>"), 9, (), {7: "<|end|>"})
+    assert run(output, (0x61, 0xE8, 7, 0x61)) == ([0x61, 0xE8, 7], "a\ufffd", "stop")
+
+
 def test_held_back_marks_of_special_tokens_are_never_given_out() -> None:
     output = processor(["0", "1", "", "", "", "", "", ""], stop="1<|end|>0", special=SPECIAL, max_tokens=4)
     assert run(output, (1, 7, 7, 1)) == ([1, 7, 7, 1], "11", "length")
