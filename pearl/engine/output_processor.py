@@ -105,7 +105,8 @@ def _mark_special(
     stop_strings: Sequence[str], special_texts: Mapping[int, str]
 ) -> tuple[tuple[str, ...], dict[int, str]]:
     """The strings as they are and, where they contain texts of special tokens, with marks for those; the marks."""
-    marked, marks = list(stop_strings), {}
+    marked = list(stop_strings)
+    marks: dict[int, str] = {}
     for token, text in sorted(special_texts.items(), key=lambda item: -len(item[1])):
         if text and any(text in stop for stop in marked):
             marks[token] = mark = chr(_FIRST_MARK + len(marks))

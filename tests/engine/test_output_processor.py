@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ def processor(
     pieces: Sequence[str] = "0123456789",
     max_tokens: int = 100,
     tail: str = "",
-    special: dict[int, str] | None = None,
+    special: Mapping[int, str] | None = None,
     **params: Any,
 ) -> OutputProcessor:
     settings = SamplingParams(**{"max_tokens": 100, **params})
