@@ -217,7 +217,9 @@ class LLM:
 
     def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        output = OutputProcessor(self.tokenizer.detokenizer(ids), params, max_tokens, self.tokenizer.eos_ids)
+        output = OutputProcessor(
+            self.tokenizer.detokenizer(ids), params, max_tokens, self.tokenizer.eos_ids, self.tokenizer.special_texts
+        )
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
         return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics)

@@ -193,6 +193,7 @@ class Decision:
     accepted: int
     next_token: int | None  # correction or bonus token
     logprobs: tuple[TokenLogprobs, ...] | None  # of each committed token, where asked for
+    error: str | None = None  # why the request cannot go on: nothing of the verdict is an output
 
     @property
     def committed(self) -> tuple[int, ...]:

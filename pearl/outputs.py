@@ -13,14 +13,19 @@ FinishReason = Literal["stop", "length", "abort"]
 @dataclass
 class RequestMetrics:
     """Counters of one output. A *run* is a stretch of accepted drafted tokens: in PEARL it ends with a rejection,
-    in the methods that verify window by window also with its window."""
+    in the methods that verify window by window also with its window.
+
+    Rounds, forwards and drafted tokens are what was worked. Tested and accepted tokens and runs are what became the
+    output: what a verdict says about tokens behind the output's end is not counted, so that accepted <= output_tokens
+    and accepted <= tested <= drafted.
+    """
 
     rounds: int = 0
     target_forwards: int = 0
     draft_forwards: int = 0
     drafted: int = 0  # tokens the drafter proposed
-    tested: int = 0  # of them, tokens that verification reached
-    accepted: int = 0  # of them, tokens that it accepted
+    tested: int = 0  # of them, tokens in whose place verification put a returned token
+    accepted: int = 0  # of them, returned tokens
     runs: int = 0
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
@@ -105,7 +110,8 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """A piece of a streamed output. Concatenating ``text`` gives exactly the text that ``generate`` returns."""
+    """A piece of a streamed output. Concatenating ``text`` gives exactly the text that ``generate`` returns; so do
+    ``token_ids`` and ``logprobs``, of which there is one for each token, where asked for."""
 
     index: int
     text: str
@@ -114,3 +120,4 @@ class StreamChunk:
     finish_reason: FinishReason | None
     metrics: RequestMetrics
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None

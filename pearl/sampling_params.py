@@ -72,8 +72,10 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, once / per occurrence.
     logit_bias: token id -> added to its logit, at most 10000; -inf bans the token, as does anything below -10000.
     seed: 64-bit; None draws a fresh one. Equal seeds give equal outputs whatever else is in the batch.
-    stop: text(s) that end the output, not returned. stop_token_ids: ids that end it, returned as its last token.
-    ignore_eos: do not stop at the model's end-of-text. min_tokens: no end before that many tokens.
+    stop: text(s) that end the output, not returned; a special token's text stands for the token too, which has no text
+        in the output. stop_token_ids: ids that end it, returned as its last token.
+    ignore_eos: do not stop at the model's end-of-text. min_tokens: that many tokens end nothing, what ends the output
+        comes after them (unless max_tokens does), as vLLM and transformers count.
     max_tokens: most tokens returned. logprobs: report that many alternatives of each token; None = off.
     n: outputs for the prompt; output i uses seed + i.
     draft_temperature: the draft's own temperature; None = the same. It changes speed, never the output's distribution.

@@ -56,7 +56,7 @@ class Stream:
 
     def _chunk(self, d: OutputDelta) -> StreamChunk:
         return StreamChunk(
-            self._indices[d.request_id], d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error
+            self._indices[d.request_id], d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs
         )
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from pearl.models.tokenizer import IncrementalDetokenizer
+from pearl.models import IncrementalDetokenizer
 from pearl.outputs import StreamChunk
 
 

@@ -80,7 +80,7 @@ class SamplingOptions:
     presence_penalty: Annotated[float, _sampling(help="Against tokens of the output, once each; 0: off.")] = 0.0
     frequency_penalty: Annotated[float, _sampling(help="Against tokens of the output, each time; 0: off.")] = 0.0
     max_tokens: Annotated[int, _sampling("--max-tokens", "-m", help="Most tokens of output.")] = 128
-    min_tokens: Annotated[int, _sampling(help="No end before that many.")] = 0
+    min_tokens: Annotated[int, _sampling(help="That many end nothing.")] = 0
     stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="Ends the output; may be repeated.")] = None
     ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on past the end of text.")] = False
     seed: Annotated[int | None, _sampling(help="Equal seeds give equal output. Default: a fresh one.")] = None

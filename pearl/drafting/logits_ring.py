@@ -17,7 +17,8 @@ def keeps_logits(params: SamplingParams, rule: Rule) -> bool:
 
 
 class LogitsRing:
-    """Raw logits of drafted tokens until they are decided: the rejection rule needs q where it rejects.
+    """Logits of drafted tokens, as they were drawn from, until they are decided: the rejection rule needs q where it
+    rejects. In the draft model's dtype.
 
     Token at position p of lane l lives in row ``l * size + p % size``. At most ``window`` tokens are pending while as
     many are being drafted, so ``size = 2 * window`` never overwrites a live row. Greedy and coupled requests need no

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -94,12 +94,8 @@ class ModelDrafter:
         windows: dict[int, list[Drafted]],
     ) -> list[int]:
         """Draw one token for each row and append it to its window."""
-        for row, item in enumerate(active):
-            state = item.forward.state
-            if state.params.changes_logits:
-                assert state.history is not None
-                drafted = (d.token for d in windows[state.request_id])
-                process_row(logits[row], state, (*state.history, *drafted), self._eos_ids)
+        dtype = logits.dtype
+        logits = self._process(active, logits, windows)
         where = from_numbers(positions, torch.int64, self._device)
         sampled = self._runner.kernels.sample(logits, params, where, self._vocab_size, self._stream)
         tokens: list[int] = sampled.tokens.tolist()
@@ -108,6 +104,21 @@ class ModelDrafter:
             state = item.forward.state
             index = -1
             if keeps_logits(state.params, self._rule):
-                index = self._ring.store(state.lane, positions[row], logits[row])
+                index = self._ring.store(state.lane, positions[row], logits[row].to(dtype))
             windows[state.request_id].append(Drafted(tokens[row], logprobs[row], index))
         return tokens
+
+    def _process(self, active: Sequence[DraftWork], logits: Tensor, windows: Mapping[int, Sequence[Drafted]]) -> Tensor:
+        """The rows to draw from: in fp32 where any are changed, but as the ring can keep q, which was drawn from."""
+        dtype = logits.dtype
+        changed = [row for row, item in enumerate(active) if item.forward.state.params.changes_logits]
+        if changed:
+            logits = logits.float()
+        for row in changed:
+            state = active[row].forward.state
+            assert state.history is not None
+            drafted = (d.token for d in windows[state.request_id])
+            process_row(logits[row], state, (*state.history, *drafted), self._eos_ids)
+            if keeps_logits(state.params, self._rule):
+                logits[row] = logits[row].to(dtype)
+        return logits

@@ -121,10 +121,14 @@ class Engine:
         draft = {work.forward.state.request_id: work for work in plan.draft.work}
         for request_id in target.keys() | draft.keys() | result.decisions.keys():
             try:
-                request = self.scheduler.requests[request_id]
+                request, decision = self.scheduler.requests[request_id], result.decisions.get(request_id)
                 committed = self.scheduler.update(request, target.get(request_id), draft.get(request_id), result)
-                if committed is not None:
-                    self._outbox.append(self._output(request, committed, result.decisions[request_id]))
+                if decision is None:
+                    continue
+                if decision.error is not None:
+                    self.abort(request_id, decision.error)
+                else:
+                    self._outbox.append(self._output(request, committed, decision))
             except Exception as error:  # of this request; the others have their tokens all the same
                 self.abort(request_id, _sentence(error))
         self._broken = None
@@ -171,7 +175,7 @@ class Engine:
         accepted = request.output.accept(committed)
         tokens = tuple(committed[: accepted.kept])
         metrics = request.metrics
-        metrics.output_tokens += len(tokens)
+        request.count(decision, len(tokens))
         now = time.monotonic()
         if metrics.first_token_at is None:
             metrics.first_token_at = now

@@ -1,7 +1,7 @@
 """Penalties, biases and minimum length: what changes logits depending on the tokens so far.
 
 Both models apply it to their own logits before sampling, so p and q are always distributions *after* it; only rows of
-requests that ask for any of it are touched.
+requests that ask for any of it are touched. It is done in fp32: a bf16 logit of 20 has no neighbour nearer than 0.125.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pearl.messages import SequenceState
 
 
 def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_ids: Collection[int]) -> None:
-    """Change one logits row ``[V]`` in place for the token that follows ``history`` (prompt, then output so far).
+    """Change one fp32 logits row ``[V]`` in place for the token that follows ``history`` (prompt, then output so far).
 
     repetition_penalty: Keskar et al. 2019, over prompt and output. presence and frequency: over the output only.
     """
+    assert row.dtype is torch.float32
     params = state.params
     output = history[state.prompt_length :]
     if params.repetition_penalty != 1:
@@ -30,11 +31,11 @@ def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_i
         counts = Counter(output)
         tokens = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), device=row.device, dtype=torch.float32)
-        row[tokens] -= (params.presence_penalty + params.frequency_penalty * times).to(row.dtype)
+        row[tokens] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
         tokens = torch.tensor(list(params.logit_bias), device=row.device)
-        row[tokens] += torch.tensor(list(params.logit_bias.values()), device=row.device).to(row.dtype)
-    if len(output) + 1 < params.min_tokens:
+        row[tokens] += torch.tensor(list(params.logit_bias.values()), device=row.device, dtype=torch.float32)
+    if len(output) < params.min_tokens:
         ending = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(eos_ids))
         row[torch.tensor(sorted(ending), device=row.device, dtype=torch.int64)] = -torch.inf
 
@@ -42,7 +43,7 @@ def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_i
 def process_rows(
     logits: Tensor, state: SequenceState, continuation: Sequence[int], eos_ids: Collection[int], committed: int
 ) -> None:
-    """Rows of one request's window ``[m, V]``: row i follows the first ``committed`` tokens and continuation[:i]."""
+    """A request's window ``[m, V]`` in fp32: row i follows the first ``committed`` tokens and continuation[:i]."""
     assert state.history is not None
     for index in range(logits.shape[0]):
         process_row(logits[index], state, (*state.history[:committed], *continuation[:index]), eos_ids)

@@ -1,17 +1,20 @@
 """Committed tokens in, text out; decides where an output ends. One instance for each output.
 
 The output is cut at the first of: end of text, stop token, stop string, max_tokens. Tokens past the cut were
-committed by the same verdict but are never returned, streamed or counted.
+committed by the same verdict but are never returned, streamed or counted. The first min_tokens tokens end nothing: an
+ending token counts after them, a stop string if its last character comes after them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from pearl.models.tokenizer import IncrementalDetokenizer
+from pearl.models import IncrementalDetokenizer
 from pearl.outputs import FinishReason
 from pearl.sampling_params import SamplingParams
+
+_FIRST_MARK = 0xD800  # surrogates alone, which no decoded text contains, stand for special tokens
 
 
 class Accepted(NamedTuple):
@@ -21,7 +24,10 @@ class Accepted(NamedTuple):
 
 
 class OutputProcessor:
-    """``eos_ids`` end the output unless params.ignore_eos; the ending token is returned, its text is not."""
+    """``eos_ids`` end the output unless params.ignore_eos; the ending token is returned, its text is not.
+
+    ``special_texts`` are of tokens that have no text in the output; in a stop string they mean these tokens too.
+    """
 
     def __init__(
         self,
@@ -29,15 +35,17 @@ class OutputProcessor:
         params: SamplingParams,
         max_tokens: int,
         eos_ids: Collection[int],
+        special_texts: Mapping[int, str] | None = None,
     ) -> None:
         self._detokenizer = detokenizer
         self._max_tokens = max_tokens
         self._min_tokens = params.min_tokens
-        self._stop_strings = params.stop_strings
+        self._stop_strings, self._marks = _mark_special(params.stop_strings, special_texts or {})
         self._ending_ids = frozenset(params.stop_token_ids or ()) | (
             frozenset() if params.ignore_eos else frozenset(eos_ids)
         )
-        self._held = ""  # decoded text that may still turn out to begin a stop string
+        self._held = ""  # text that may still turn out to begin a stop string, with marks
+        self._exempt = 0  # characters at its begin that the first min_tokens tokens gave
         self._count = 0
 
     def accept(self, tokens: Sequence[int]) -> Accepted:
@@ -45,29 +53,41 @@ class OutputProcessor:
         text: list[str] = []
         for index, token in enumerate(tokens):
             self._count += 1
-            if token in self._ending_ids and self._count >= self._min_tokens:
+            if token in self._ending_ids and self._count > self._min_tokens:
                 return Accepted(index + 1, "".join(text) + self._close()[0], "stop")
-            self._held += self._detokenizer.feed(token)
-            if (found := self._find_stop()) is not None:
-                return Accepted(index + 1, "".join(text) + self._held[:found], "stop")
+            mark = self._marks.get(token)
+            self._held += self._detokenizer.feed(token) if mark is None else self._detokenizer.flush() + mark
+            if self._count <= self._min_tokens:
+                self._exempt = len(self._held)
+            elif (found := self._find_stop()) is not None:
+                return Accepted(index + 1, "".join(text) + self._give_out(found), "stop")
             if self._count >= self._max_tokens:
                 rest, stopped = self._close()
                 return Accepted(index + 1, "".join(text) + rest, "stop" if stopped else "length")
-            safe = len(self._held) - self._longest_stop_prefix()
-            text.append(self._held[:safe])
-            self._held = self._held[safe:]
+            text.append(self._give_out(len(self._held) - self._longest_stop_prefix()))
         return Accepted(len(tokens), "".join(text), None)
 
     def _close(self) -> tuple[str, bool]:
         """The text still held, cut at a stop string that its last bytes complete; and whether there was one."""
         self._held += self._detokenizer.flush()
+        if self._count <= self._min_tokens:
+            self._exempt = len(self._held)
         found = self._find_stop()
-        return self._held[:found], found is not None
+        return self._give_out(len(self._held) if found is None else found), found is not None
+
+    def _give_out(self, size: int) -> str:
+        text, self._held = self._held[:size], self._held[size:]
+        self._exempt = max(0, self._exempt - size)
+        for mark in self._marks.values():
+            text = text.replace(mark, "")
+        return text
 
     def _find_stop(self) -> int | None:
-        if self._count < self._min_tokens:
-            return None
-        found = [at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
+        found = [
+            at
+            for stop in self._stop_strings
+            if (at := self._held.find(stop, max(0, self._exempt + 1 - len(stop)))) >= 0
+        ]
         return min(found, default=None)
 
     def _longest_stop_prefix(self) -> int:
@@ -79,3 +99,16 @@ class OutputProcessor:
                     longest = size
                     break
         return longest
+
+
+def _mark_special(
+    stop_strings: Sequence[str], special_texts: Mapping[int, str]
+) -> tuple[tuple[str, ...], dict[int, str]]:
+    """The strings as they are and, where they contain texts of special tokens, with marks for those; the marks."""
+    marked = list(stop_strings)
+    marks: dict[int, str] = {}
+    for token, text in sorted(special_texts.items(), key=lambda item: -len(item[1])):
+        if text and any(text in stop for stop in marked):
+            marks[token] = mark = chr(_FIRST_MARK + len(marks))
+            marked = [stop.replace(text, mark) for stop in marked]
+    return tuple(dict.fromkeys((*stop_strings, *marked))), marks

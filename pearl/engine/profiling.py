@@ -70,16 +70,19 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
 
     Of the draft its ring of logits (``LogitsRing``), of which rows are sent to a target on another device, at most as
     many as it has. Of the target, where every request asks for logprobs, the log-softmax of its rows in fp32, two more
-    while one is computed.
+    while one is computed. Of both, where a request changes logits, a forward's rows in fp32.
     """
     ring = 0
     if draft is not None and config.verification == "rejection":
         rows = 2 * config.largest_window * config.max_num_seqs + 1
         ring = rows * draft.vocab_size * draft.dtype.itemsize
+    processed = 0 if share.dtype is torch.float32 else config.max_num_seqs * share.vocab_size * 4
     if role == "draft":
-        return ring
-    rows = (config.max_num_seqs + 2) * _judged(config)
-    return rows * share.vocab_size * 4 + (ring if draft is not None and draft.device != share.device else 0)
+        return ring + processed
+    logprobs = (config.max_num_seqs + 2) * share.vocab_size * 4
+    return (logprobs + processed) * _judged(config) + (
+        ring if draft is not None and draft.device != share.device else 0
+    )
 
 
 def _pools(config: EngineConfig) -> int:

@@ -117,15 +117,17 @@ class Request:
         continues = not decision.rejected and decision.next_token is None
         self.pending = window[1:] if continues else ()
         self.tokens.extend(committed)
-        self._count(decision, ended=not continues)
         return committed
 
-    def _count(self, decision: Decision, ended: bool) -> None:
+    def count(self, decision: Decision, kept: int) -> None:
+        """Add to the metrics what of a verdict is returned: its first ``kept`` committed tokens."""
         metrics = self.metrics
-        metrics.tested += min(decision.accepted + 1, len(decision.tested))
-        metrics.accepted += decision.accepted
-        self.run_length += decision.accepted
-        if ended and decision.tested:
+        accepted = min(decision.accepted, kept)
+        metrics.output_tokens += kept
+        metrics.tested += min(kept, len(decision.tested))
+        metrics.accepted += accepted
+        self.run_length += accepted
+        if kept > accepted and decision.tested:  # a correction or a bonus token
             metrics.runs += 1
             self.run_length = 0
 

@@ -216,12 +216,12 @@ class Scheduler:
 
     def update(
         self, request: Request, target: ForwardWork | None, draft: DraftWork | None, result: VerifyResult
-    ) -> tuple[int, ...] | None:
-        """Commit and roll back what a round did for one request; its newly committed tokens, None without a verdict."""
-        decision = result.decisions.get(request.id)
-        committed = request.apply(target, draft, result.windows.get(request.id, ()), decision)
+    ) -> tuple[int, ...]:
+        """Commit and roll back what a round did for one request. Returns its newly committed tokens."""
+        window, decision = result.windows.get(request.id, ()), result.decisions.get(request.id)
+        committed = request.apply(target, draft, window, decision)
         self._roll_back(request)
-        return None if decision is None else committed
+        return committed
 
     def _roll_back(self, request: Request) -> None:
         self.target_kv.truncate(request.id, request.target_computed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from pearl.workers.queue import DeviceQueue
 from pearl_kernels import KernelSet, Rule
 
 _BONUS = Drafted(-1, 0.0, -1)
+_OF_NO_DISTRIBUTION = 0  # what the operators draw from a row without one, and seldom from others
 _DTYPES = {
     "draft_tokens": torch.int64,
     "row_start": torch.int32,
@@ -96,16 +99,14 @@ class Verifier:
             requests = self._align(plan, proposal.windows if late is None else proposal.windows | late.outlines())
             # Log-softmax of raw rows, before any processing changes them in place.
             logprobs = [self._top_logprobs(target.logits, rows) for rows in requests]
-            for rows in requests:
-                if rows.forward.state.params.changes_logits:
-                    self._process(target.logits, rows)
-            read_verdict = self._judge(requests, target.logits, proposal)
+            logits = self._process(target.logits, requests)
+            read_verdict = self._judge(requests, logits, proposal)
             self._queue.mark().wait()
         if late is not None:
             proposal = _read(proposal)
             requests = self._align(plan, proposal.windows)
         accepted, next_tokens = read_verdict()
-        decisions = map(_decision, requests, accepted, next_tokens, logprobs)
+        decisions = map(partial(self._decision, logits), requests, accepted, next_tokens, logprobs)
         ids = [rows.work.request_id for rows in requests]
         return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows)
 
@@ -203,9 +204,15 @@ class Verifier:
         return near, [place.get(row, -1) for row in rows]
 
     @torch.inference_mode()
-    def _process(self, logits: Tensor, rows: _Rows) -> None:
-        window = logits[rows.begin : rows.end]
-        process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+    def _process(self, logits: Tensor, requests: Sequence[_Rows]) -> Tensor:
+        """The rows as they are to be judged. In fp32 where any are changed: the others mean the same in it."""
+        changed = [rows for rows in requests if rows.forward.state.params.changes_logits]
+        if changed:
+            logits = logits.float()
+        for rows in changed:
+            window = logits[rows.begin : rows.end]
+            process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+        return logits
 
     def _top_logprobs(self, logits: Tensor, rows: _Rows) -> tuple[Tensor, int] | None:
         count = rows.forward.state.params.logprobs
@@ -214,10 +221,29 @@ class Verifier:
         with torch.inference_mode():
             return logits[rows.begin : rows.end, : self._vocab_size].float().log_softmax(-1), count
 
+    def _decision(
+        self, logits: Tensor, rows: _Rows, accepted: int, next_token: int, top: tuple[Tensor, int] | None
+    ) -> Decision:
+        decision = Decision(rows.tested, accepted, next_token if next_token >= 0 else None, None)
+        committed = decision.committed
+        if _OF_NO_DISTRIBUTION in committed and (error := self._nothing_to_draw(logits, rows, committed)):
+            return replace(decision, error=error)
+        return decision if top is None else replace(decision, logprobs=_pick(*top, committed))
 
-def _decision(rows: _Rows, accepted: int, next_token: int, top: tuple[Tensor, int] | None) -> Decision:
-    decision = Decision(rows.tested, accepted, next_token if next_token >= 0 else None, None)
-    return decision if top is None else replace(decision, logprobs=_pick(*top, decision.committed))
+    @torch.inference_mode()
+    def _nothing_to_draw(self, logits: Tensor, rows: _Rows, committed: Sequence[int]) -> str | None:
+        """What is wrong with a row that the committed tokens are from, if it is no distribution."""
+        for index, token in enumerate(committed):
+            if token == _OF_NO_DISTRIBUTION:
+                peak = logits[rows.begin + index, : self._vocab_size].max().item()
+                if peak == -math.inf:
+                    return "no token is left to draw: logit_bias, or min_tokens, bans all of them; ban fewer"
+                if not math.isfinite(peak):
+                    return (
+                        "the target's logits are NaN or infinite; its weights, or a dtype that is too narrow for them, "
+                        "are at fault: try dtype='float32'"
+                    )
+        return None
 
 
 def _reads_tokens(plan: SchedulerOutput) -> bool:

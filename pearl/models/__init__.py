@@ -2,12 +2,13 @@
 
 from pearl.models.bundled import bundled_path
 from pearl.models.decoder import Decoder
+from pearl.models.detokenizer import IncrementalDetokenizer
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.fused_decoder import FusedDecoder, can_fuse
 from pearl.models.kv_cache import KVCache
 from pearl.models.loader import load_model
 from pearl.models.model_config import ModelConfig
-from pearl.models.tokenizer import IncrementalDetokenizer, Tokenizer
+from pearl.models.tokenizer import Tokenizer
 
 __all__ = [
     "Decoder",

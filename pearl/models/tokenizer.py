@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pearl.errors import InvalidRequestError
+from pearl.models.detokenizer import ByteDetokenizer, IncrementalDetokenizer, TextDetokenizer
+from pearl.models.token_bytes import TokenBytes
 from pearl.models.tokenizer_files import end_of_text_ids, load_tokenizer
 from pearl.models.vocabulary import Vocabulary
 from pearl.user_values import lone_surrogate
 
-_REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
 _REMEMBERED_TEXTS = 16_384  # of one or two tokens
-_CONTEXT_TOKENS = 8  # of the prompt, so that a first token's leading space is decoded as in the middle of a text
 
 
 class Tokenizer:
     """Wraps a transformers tokenizer. ``vocab_size`` is one more than the highest id that means something; a model may
-    have rows for more ids, or for fewer.
+    have rows for more ids, or for fewer. ``special_texts``: of the ids that ``decode`` leaves out.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
@@ -28,6 +28,8 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.vocabulary = Vocabulary.of(tokenizer)
         self.vocab_size = self.vocabulary.size
+        self.special_texts = _special_texts(tokenizer, self._backend)
+        self._token_bytes = TokenBytes.of(self._backend, self.special_texts)
 
     @classmethod
     def from_pretrained(cls, path: str) -> Tokenizer:
@@ -55,7 +57,9 @@ class Tokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> IncrementalDetokenizer:
         """For text that continues the prompt."""
-        return IncrementalDetokenizer(self, prompt_ids)
+        if self._token_bytes is not None:
+            return ByteDetokenizer(self.decode, self._token_bytes, prompt_ids)
+        return TextDetokenizer(self.decode, self.special_texts, prompt_ids)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
@@ -81,35 +85,8 @@ class Tokenizer:
         return ids
 
 
-class IncrementalDetokenizer:
-    """Feeds on tokens, gives text that will not change any more. The pieces joined are the text of all the tokens.
-
-    ids[context:done] has been given out already. A piece is given out once the text of ids[context:] no longer ends
-    in an incomplete character; the cost of a token does not grow with the output.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        self._context, self._done = 0, len(self._ids)
-
-    def feed(self, token: int) -> str:
-        """Add a token; returns the text that is now certain, often its own, sometimes none."""
-        self._ids.append(token)
-        return self._advance(at_end=False)
-
-    def flush(self) -> str:
-        """The rest, incomplete characters as U+FFFD: at the end of an output."""
-        return self._advance(at_end=True)
-
-    def _advance(self, at_end: bool) -> str:
-        given = self._tokenizer.decode(self._ids[self._context : self._done])
-        text = self._tokenizer.decode(self._ids[self._context :])
-        # A prompt may end inside a character: what completes it belongs to the output, what does not was given before.
-        known = given if text.startswith(given) else given.rstrip(_REPLACEMENT)
-        if not at_end and (len(text) <= len(known) or text.endswith(_REPLACEMENT)):
-            return ""
-        if not given.endswith(_REPLACEMENT):
-            self._context = self._done  # between characters: decoding may start there
-        self._done = len(self._ids)
-        return text[len(known) :]
+def _special_texts(tokenizer: Any, backend: Any) -> dict[int, str]:
+    if backend is None:
+        ids, texts = (getattr(tokenizer, name, ()) for name in ("all_special_ids", "all_special_tokens"))
+        return dict(zip(ids, texts, strict=True))
+    return {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}

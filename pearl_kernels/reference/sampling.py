@@ -2,7 +2,11 @@
 
 A request's distribution over the V logits of a row is ``softmax(logits / temperature)`` cut to the tokens whose
 scaled logit reaches one cutoff, the largest that top-k, top-p and min-p ask for, and renormalised. Temperature 0 is
-the point mass on the (first) largest logit. Columns at or past ``vocab_size`` are padding and have no probability.
+the point mass on the (first) largest logit. Columns at or past ``vocab_size`` are padding and have no probability; nor
+has a NaN. All arithmetic is in fp32, whatever the logits' dtype.
+
+A row without a finite logit, or with an infinite one, is no distribution: token 0 is drawn, with log-probability NaN
+(at temperature 0 the infinite one, if there is one, else token 0). A draft's row that is none counts as q = 0.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ Rule = Literal["rejection", "coupled"]
 class SamplingTensors:
     """Sampling parameters, one entry per row (``sample``) or per request (``verify``), on the logits' device.
 
-    temperature fp32 >= 0; top_k int32, 0 = off; top_p fp32 in (0, 1], 1 = off; min_p fp32 in [0, 1], 0 = off;
-    seed int64 (any 64-bit pattern).
+    temperature fp32, 0 or so large that logits / temperature are finite; top_k int32, 0 = off; top_p fp32 in (0, 1],
+    1 = off; min_p fp32 in [0, 1], 0 = off; seed int64 (any 64-bit pattern).
     """
 
     temperature: Tensor
@@ -78,7 +82,8 @@ def log_probabilities(logits: Tensor, params: SamplingTensors, vocab_size: int) 
     mass, after top-k, reaches top_p, and what ties with its last member; min-p keeps p >= min_p * max(p).
     """
     greedy = params.temperature <= 0
-    z = logits[:, :vocab_size].float() / params.temperature.masked_fill(greedy, 1.0)[:, None]
+    z = logits[:, :vocab_size].float()
+    z = z.masked_fill(z.isnan(), -torch.inf) / params.temperature.masked_fill(greedy, 1.0)[:, None]
     z = z - z.amax(-1, keepdim=True)
     descending = z.sort(-1, descending=True).values
     k = torch.where(params.top_k > 0, params.top_k.clamp(max=vocab_size), vocab_size).long()
@@ -169,7 +174,7 @@ def verify(
                             draft_temperature[r : r + 1], request.top_k, request.top_p, request.min_p, request.seed
                         )
                         q = log_probabilities(draft_logits[draft_rows[row]][None], drafter, vocab_size)[0].exp()
-                    residual = (p - q).clamp(min=0)
+                    residual = (p - q).clamp(min=0).nan_to_num(0.0)
                     if not residual.any():
                         residual = p
                     noise = gumbel(request.seed, positions[here], Stream.RESIDUAL, vocab_size)[0]

@@ -58,13 +58,13 @@ def ints_of(ints, slot, SPAN: tl.constexpr):
 
 @triton.jit
 def load_tile(row, first, vocab_size, WIDTH: tl.constexpr):
-    """fp32 [WIDTH]: logits from ``first``; -inf, which has no probability, past the vocabulary."""
+    """fp32 [WIDTH]: logits from ``first``; -inf, which has no probability, past the vocabulary and for NaN."""
     token = first + tl.arange(0, WIDTH)
     if first + WIDTH <= vocab_size:  # no mask, which would split vector loads where vocab_size is odd
         value = tl.load(row + token).to(tl.float32)
     else:
         value = tl.load(row + token, token < vocab_size, float("-inf")).to(tl.float32)
-    return value
+    return tl.where(value == value, value, float("-inf"))
 
 
 @triton.jit

@@ -178,13 +178,6 @@ def greedy_reference(
     return Reference(tokens, narrow[0] if narrow else len(tokens))
 
 
-def cut(tokens: Sequence[int], max_tokens: int, ending: Sequence[int] = ()) -> list[int]:
-    """What ``generate`` returns of a continuation: up to max_tokens, and up to the first ending token."""
-    kept = list(tokens[:max_tokens])
-    ends = [index for index, token in enumerate(kept) if token in ending]
-    return kept[: ends[0] + 1] if ends else kept
-
-
 def prompts(lengths: Sequence[int], seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, vocab, (length,), generator=generator).tolist() for length in lengths]

@@ -12,7 +12,6 @@ from e2e_support import (
     Pair,
     Rounds,
     assert_at_rest,
-    cut,
     greedy_reference,
     prompts,
     save,
@@ -143,19 +142,45 @@ def test_the_models_own_eos_ends_the_output(llama: Pair, open_llm: OpenLLM, tmp_
 
 
 @pytest.mark.parametrize("setting", ["autoregressive", "pearl-1", "pearl-5", "pearl-neither-4", "speculative-5"])
-def test_min_tokens_holds_the_end_back(llama: Pair, open_llm: OpenLLM, setting: str) -> None:
-    """Below min_tokens an ending token cannot be drawn; transformers' min_new_tokens does the same to EOS."""
+@pytest.mark.parametrize("min_tokens", [1, 12])
+def test_min_tokens_holds_the_end_back(llama: Pair, open_llm: OpenLLM, setting: str, min_tokens: int) -> None:
+    """Below min_tokens an ending token cannot be drawn: transformers' min_new_tokens."""
     prompt = prompts([8], seed=14)[0]
-    stop = llama.greedy(prompt, 3)[2]
-    expected = min_tokens_reference(llama, prompt, stop, 12)
+    stop = llama.greedy(prompt, 3)[0 if min_tokens == 1 else 2]
+    reference = greedy_reference(llama.judge, prompt, 30, eos_token_id=stop, min_new_tokens=min_tokens)
     llm = open_llm(llama, **ALL_SETTINGS[setting])
-    params = SamplingParams(max_tokens=30, min_tokens=12, ignore_eos=True, stop_token_ids=[stop])
-    assert llm.generate(prompt, params)[0].outputs[0].token_ids == expected
-    assert stop not in expected[:11]
-    assert expected[:3] != llama.greedy(prompt, 3)
+    params = SamplingParams(max_tokens=30, min_tokens=min_tokens, ignore_eos=True, stop_token_ids=[stop])
+    output = llm.generate(prompt, params)[0].outputs[0]
+    assert output.token_ids == reference.tokens
+    assert stop not in output.token_ids[:min_tokens]
+    assert output.token_ids != llama.greedy(prompt, 30)[: len(output.token_ids)]
+    assert output.text
 
 
-def min_tokens_reference(pair: Pair, prompt: list[int], stop: int, min_tokens: int) -> list[int]:
-    """transformers never draws a suppressed token: first min_tokens - 1 without ``stop``, then freely."""
-    head = greedy_reference(pair.judge, prompt, min_tokens - 1, bad_words_ids=[[stop]]).tokens
-    return cut(head + greedy_reference(pair.judge, prompt + head, 31 - min_tokens).tokens, 30, [stop])
+@pytest.mark.parametrize("setting", ["autoregressive", "pearl-3"])
+def test_a_special_tokens_text_as_a_stop_string_is_the_token(llama: Pair, open_llm: OpenLLM, setting: str) -> None:
+    """Which has no text in the output: as text it would never be found."""
+    prompt = prompts([8], seed=14)[0]
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop="<|endoftext|>", logit_bias={EOS: 6.0})
+    reference = greedy_reference(llama.judge, prompt, 30, sequence_bias=[[[EOS], 6.0]], eos_token_id=EOS).tokens
+    assert 2 < len(reference) < 30
+    output = open_llm(llama, **ALL_SETTINGS[setting]).generate(prompt, params)[0].outputs[0]
+    assert (output.token_ids, output.finish_reason) == (reference, "stop")
+    assert output.text == llama.tokenizer.decode(reference[:-1])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_metrics_count_what_was_returned(llama: Pair, open_llm: OpenLLM, setting: str) -> None:
+    """Wherever in a verdict the output ends: by a stop token, a stop string or max_tokens."""
+    prompt = prompts([6], seed=12)[0]
+    tokens = llama.greedy(prompt, 22)
+    every = [SamplingParams(max_tokens=n, ignore_eos=True) for n in range(1, 12)]
+    every += [SamplingParams(max_tokens=22, ignore_eos=True, stop_token_ids=[token]) for token in tokens[:11]]
+    llm = open_llm(llama, **ALL_SETTINGS[setting], max_num_seqs=8)
+    for output in llm.generate([prompt] * len(every), every):
+        completion, metrics = output.outputs[0], output.metrics
+        assert metrics.accepted == sum(completion.drafted)
+        assert metrics.accepted <= metrics.output_tokens == len(completion.token_ids)
+        assert metrics.accepted <= metrics.tested <= min(metrics.drafted, metrics.output_tokens)
+        assert metrics.runs <= metrics.rounds
+    assert_at_rest(llm)

@@ -34,8 +34,10 @@ class ToyRunner:
     ``blur`` is how far the model is from the target (0: the target itself). Padding columns are large on purpose.
     """
 
-    def __init__(self, page_size: int, blur: float = 0.0, kernels: KernelSet = KERNELS) -> None:
-        self.kernels, self.queue, self.fused = kernels, QUEUE, None
+    def __init__(
+        self, page_size: int, blur: float = 0.0, kernels: KernelSet = KERNELS, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.kernels, self.queue, self.fused, self._dtype = kernels, QUEUE, None, dtype
         self._memory, self._blur = PagedMemory(page_size), blur
         self.batches: list[int] = []  # sequences in each forward
 
@@ -53,7 +55,7 @@ class ToyRunner:
         for item in work:
             prefix = self._memory.read(item.block_table, item.end)
             rows += [self.logits(prefix[:end]) for end in range(item.end - item.num_logits + 1, item.end + 1)]
-        return torch.stack(rows) if rows else torch.empty(0, COLUMNS)
+        return torch.stack(rows) if rows else torch.empty(0, COLUMNS, dtype=self._dtype)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:
         self.batches.append(len(tokens))
@@ -67,7 +69,9 @@ class ToyRunner:
         row = 2.0 * torch.randn(COLUMNS, generator=generator)
         row += self._blur * torch.randn(COLUMNS, generator=generator)
         row[VOCAB:] = 50.0
-        return row
+        if self._dtype is torch.float32:
+            return row
+        return (row + 200).to(self._dtype)  # bf16 tells apart what differs by one
 
 
 class Toy:
@@ -84,9 +88,11 @@ class Toy:
         blur: float = 0.6,
         ngram: bool = False,
         kernels: KernelSet = KERNELS,
+        dtype: torch.dtype = torch.float32,
         worker: Callable[[], Worker] = lambda: InlineWorker(QUEUE),
     ) -> None:
-        self.target, self.draft = ToyRunner(page_size, kernels=kernels), ToyRunner(page_size, blur, kernels)
+        self.target = ToyRunner(page_size, kernels=kernels, dtype=dtype)
+        self.draft = ToyRunner(page_size, blur, kernels, dtype)
         self.ring = LogitsRing(lanes, window)
         drafts = not isinstance(METHODS[method], Autoregressive)
         drafter: Drafter = NGramDrafter()
@@ -116,15 +122,22 @@ class Toy:
 
     def generate(self, *prompts: Sequence[int], max_tokens: int = 10, seed: int = 7, **params: Any) -> list[list[int]]:
         """Outputs of the prompts, batched; request i has seed ``seed + i``."""
-        settings = SamplingParams(max_tokens=max_tokens, **params)
-        outputs: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            outputs[i] = []
-            self.engine.add(request_of(i, prompt, max_tokens, params=settings, eos_ids=(), seed=seed + i))
+        outputs, errors = self.run(prompts, [SamplingParams(max_tokens=max_tokens, **params)] * len(prompts), seed)
+        assert not any(errors), errors
+        return outputs
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], every: Sequence[SamplingParams], seed: int = 7
+    ) -> tuple[list[list[int]], list[str | None]]:
+        """Outputs and errors of the prompts, each with its parameters."""
+        outputs: list[list[int]] = [[] for _ in prompts]
+        errors: list[str | None] = [None for _ in prompts]
+        for i, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
+            self.engine.add(request_of(i, prompt, params.max_tokens, params=params, eos_ids=(), seed=seed + i))
         for _ in range(1000):
             if not self.engine.has_work:
-                return list(outputs.values())
+                return outputs, errors
             for delta in self.engine.step():
-                assert delta.error is None, delta.error
                 outputs[delta.request_id] += delta.token_ids
+                errors[delta.request_id] = delta.error
         raise AssertionError("not finished after 1000 rounds")

@@ -36,8 +36,9 @@ TARGET = ModelConfig(
 DRAFT = replace(TARGET, layers=1, windows=(0,))
 TARGET_PAGE, DRAFT_PAGE = 2048, 1024  # bytes: 16 tokens, keys and values, layers, 2 heads of 8, two bytes each
 SEQUENCES, WINDOW = 1000, 3
-LOGPROBS = (SEQUENCES + 2) * (WINDOW + 1) * VOCAB * 4
+LOGPROBS = (2 * SEQUENCES + 2) * (WINDOW + 1) * VOCAB * 4  # and the rows in fp32, where penalties change them
 RING = (2 * WINDOW * SEQUENCES + 1) * VOCAB * 2
+DRAWN = SEQUENCES * VOCAB * 4  # the draft's rows in fp32, likewise
 TOTAL = 10 * GIB
 ALONE = MARGIN_BYTES + int(MARGIN_SHARE * TOTAL)  # the margin of one model on a GPU, and of two
 SHARED = MARGIN_BYTES + ALONE
@@ -102,19 +103,19 @@ def test_cpus_get_one_gibibyte() -> None:
 
 
 def test_on_one_gpu_the_models_add_up() -> None:
-    needed = 2 * 7000 + LOGPROBS + RING + SHARED  # each model's forward takes 7000
+    needed = 2 * 7000 + LOGPROBS + RING + DRAWN + SHARED  # each model's forward takes 7000
     room = 100 * (TARGET_PAGE + DRAFT_PAGE)
     assert pages(options(), FakeMeter({"cuda:0": needed + room}, {"cuda:0": 7000})) == 100
     assert pages(options(), FakeMeter({"cuda:0": needed + room - 1}, {"cuda:0": 7000})) == 99
     coupled = options(verification="coupled")  # keeps no logits of the draft
     assert pages(coupled, FakeMeter({"cuda:0": needed - RING + room}, {"cuda:0": 7000})) == 100
     alone = options(method="autoregressive")
-    logprobs = (SEQUENCES + 2) * VOCAB * 4
+    logprobs = (2 * SEQUENCES + 2) * VOCAB * 4
     assert pages(alone, FakeMeter({"cuda:0": 7000 + logprobs + ALONE + room}, {"cuda:0": 7000})) == 150
 
 
 def test_graphs_hold_a_second_working_set() -> None:
-    free = {"cuda:0": 2 * 7000 + LOGPROBS + RING + SHARED + 100 * (TARGET_PAGE + DRAFT_PAGE)}
+    free = {"cuda:0": 2 * 7000 + LOGPROBS + RING + DRAWN + SHARED + 100 * (TARGET_PAGE + DRAFT_PAGE)}
     more = {"cuda:0": free["cuda:0"] + 2 * 7000}
     assert pages(options(enforce_eager=False), FakeMeter(more, {"cuda:0": 7000})) == 100
     assert pages(options(enforce_eager=False), FakeMeter(free, {"cuda:0": 7000})) < 100
@@ -124,7 +125,7 @@ def test_graphs_hold_a_second_working_set() -> None:
 def test_on_two_gpus_each_limits_on_its_own(target_room: int, draft_room: int, expected: int) -> None:
     config = options(draft_device="cuda:1", target_device="cuda:3")
     free = {
-        "cuda:1": 5000 + RING + ALONE + draft_room * DRAFT_PAGE,
+        "cuda:1": 5000 + RING + DRAWN + ALONE + draft_room * DRAFT_PAGE,
         "cuda:3": 9000 + RING + LOGPROBS + ALONE + target_room * TARGET_PAGE,  # the draft's logits come as a copy
     }
     assert pages(config, FakeMeter(free, {"cuda:1": 5000, "cuda:3": 9000})) == expected
@@ -140,8 +141,9 @@ def test_a_model_on_the_cpu_has_its_gibibyte(role: str, monkeypatch: pytest.Monk
     gpu_page = page_bytes["target" if role == "draft" else "draft"]
     assert pages(config, FakeMeter({"cuda:0": 64 * GIB}, {"cuda:0": 0})) == 2**20 // page_bytes[role]
     ring = (2 * WINDOW * 2**10 + 1) * VOCAB * 2
-    logprobs = (2**10 + 2) * (WINDOW + 1) * VOCAB * 4 if role == "draft" else 0
-    meter = FakeMeter({"cuda:0": ring + logprobs + ALONE + 50 * gpu_page}, {"cuda:0": 0})
+    # What a verdict takes in fp32 on the GPU of the other one.
+    rows = (2 * 2**10 + 2) * (WINDOW + 1) if role == "draft" else 2**10
+    meter = FakeMeter({"cuda:0": ring + rows * VOCAB * 4 + ALONE + 50 * gpu_page}, {"cuda:0": 0})
     assert pages(config, meter) == 50
 
 
@@ -160,7 +162,7 @@ def test_no_more_than_all_sequences_can_fill() -> None:
 
 
 def test_one_sequence_does_not_fit_and_what_would() -> None:
-    needed = LOGPROBS + RING + SHARED
+    needed = LOGPROBS + RING + DRAWN + SHARED
     with pytest.raises(ConfigurationError) as error:
         pages(options(), FakeMeter({"cuda:0": needed + 3 * (TARGET_PAGE + DRAFT_PAGE)}, {"cuda:0": 0}))
     assert str(error.value) == (
@@ -179,7 +181,7 @@ def test_ranks_are_estimated_before_they_load() -> None:
     config = options(target_parallel=2, draft_device="cuda:1")
     rank = shares_of(config, TARGET, DRAFT).target[1]
     estimated = rank.weight_bytes + RANK_BYTES + estimated_bytes(config, rank, Largest.of(config, "target", CONTEXT))
-    shared = 5000 + RING + LOGPROBS + SHARED + estimated
+    shared = 5000 + RING + DRAWN + LOGPROBS + SHARED + estimated
     free = {"cuda:0": 9 * GIB, "cuda:1": shared + 70 * (TARGET_PAGE // 2 + DRAFT_PAGE)}
     assert pages(config, FakeMeter(free, {"cuda:1": 5000})) == 70
 

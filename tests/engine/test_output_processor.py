@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,10 +18,14 @@ END, OTHER_END = 9, 8
 
 
 def processor(
-    pieces: Sequence[str] = "0123456789", max_tokens: int = 100, tail: str = "", **params: Any
+    pieces: Sequence[str] = "0123456789",
+    max_tokens: int = 100,
+    tail: str = "",
+    special: Mapping[int, str] | None = None,
+    **params: Any,
 ) -> OutputProcessor:
     settings = SamplingParams(**{"max_tokens": 100, **params})
-    return OutputProcessor(PieceDetokenizer(pieces, tail), settings, max_tokens, {END, OTHER_END})
+    return OutputProcessor(PieceDetokenizer(pieces, tail), settings, max_tokens, {END, OTHER_END}, special)
 
 
 def run(output: OutputProcessor, tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[list[int], str, str | None]:
@@ -64,14 +68,31 @@ def test_ignore_eos_still_honours_stop_token_ids() -> None:
     assert output.accept((2, 3, 4)) == (2, "2", "stop")
 
 
-def test_no_end_before_min_tokens() -> None:
-    output = processor(min_tokens=3, stop="1")
+def test_no_end_in_the_first_min_tokens() -> None:
+    output = processor(min_tokens=2, stop="1")
     assert output.accept((1, END)) == (2, "19", None)
     assert output.accept((END, 2)) == (1, "", "stop")  # the third token may end it
+    assert processor(min_tokens=1).accept((END, END)) == (2, "9", "stop")
 
 
-def test_stop_string_counts_from_min_tokens_on() -> None:
-    assert run(processor(min_tokens=3, stop="1"), (1, 1, 1, 1)) == ([1, 1, 1], "11", "stop")
+@pytest.mark.parametrize("others", [(), ("ofx",), ("x", " ofy", "fz")])
+@pytest.mark.parametrize("sizes", [(), (3, 2, 5), (10,)])
+def test_text_of_the_first_min_tokens_is_never_searched(others: Sequence[str], sizes: Sequence[int]) -> None:
+    """Nor when it was held back as the begin of another stop string."""
+    pieces = ("a", " of", "b")
+    tokens = [0, 1, 2, 0, 1, 0, 0, 1, 2]
+    output = processor(pieces, min_tokens=5, stop=[" of", *others])
+    assert run(output, tokens, sizes) == (tokens[:8], "a ofba ofaa", "stop")
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "kept", "text"), [(1, 2, "x"), (2, 4, "xabc"), (3, 4, "xabc"), (4, 6, "xabcabc")]
+)
+def test_a_stop_string_counts_if_it_ends_after_min_tokens(min_tokens: int, kept: int, text: str) -> None:
+    """As in vLLM: what it begins with may be of the first ones, whose text it then takes away."""
+    tokens = [0, 1, 2, 1, 2, 1]
+    output = processor(("xab", "c", "ab"), min_tokens=min_tokens, stop="abc")
+    assert run(output, tokens) == (tokens[:kept], text, "stop")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -131,33 +152,75 @@ def test_flushed_remainder_and_held_text_are_given_out_at_the_end(last: int, rea
     assert run(output, (0, 1, last)) == ([0, 1, last], text, reason)
 
 
-def cut(text: str, stops: Sequence[str], tokens: Sequence[str]) -> str:
-    """The specification: the text up to the first token after which it contains a stop string, cut at the earliest."""
-    seen = ""
-    for piece in tokens:
-        seen += piece
-        found = [at for stop in stops if (at := seen.find(stop)) >= 0]
+def cut(stops: Sequence[str], pieces: Sequence[str], min_tokens: int) -> str:
+    """The specification: the text up to the first token after which it contains a stop string that counts, cut at the
+    earliest."""
+    exempt = len("".join(pieces[:min_tokens]))
+    for count in range(min_tokens + 1, len(pieces) + 1):
+        seen = "".join(pieces[:count])
+        found = [at for stop in stops for at in range(len(seen)) if seen[at:].startswith(stop)
+                 and at + len(stop) > exempt]  # fmt: skip
         if found:
             return seen[: min(found)]
-    return text
+    return "".join(pieces)
 
 
 @given(
     pieces=st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=8),
     data=st.data(),
     stops=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3),
+    min_tokens=st.integers(0, 6),
 )
 def test_streamed_text_is_the_full_text_cut_at_the_stop(
-    pieces: list[str], data: st.DataObject, stops: list[str]
+    pieces: list[str], data: st.DataObject, stops: list[str], min_tokens: int
 ) -> None:
     tokens = data.draw(st.lists(st.integers(0, len(pieces) - 1), min_size=1, max_size=20))
     sizes = data.draw(st.lists(st.integers(1, 5), max_size=20))
-    output = processor(pieces, max_tokens=len(tokens), stop=stops)
+    output = processor(pieces, max_tokens=len(tokens), stop=stops, min_tokens=min_tokens)
     kept, text, _ = run(output, tokens, sizes)
-    used = [pieces[token] for token in tokens]
-    assert text == cut("".join(used), stops, used)
+    assert text == cut(stops, [pieces[token] for token in tokens], min_tokens)
     assert "".join(pieces[token] for token in kept).startswith(text)
-    assert not any(stop in text for stop in stops)
+    assert min_tokens > 0 or not any(stop in text for stop in stops)
+
+
+SPECIAL = {7: "<|end|>", 6: "<|", 5: "<|start|>"}  # without text in the output
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "kept", "text"),
+    [
+        ("<|end|>", (1, 7, 2), 2, "1"),
+        ("<|end|>", (5, 1, 6, 7), 4, "1"),  # others are left out as ever
+        ("2<|end|>", (7, 2, 1, 2, 7, 1), 5, "21"),
+        ("<|end|>1<|start|>", (7, 1, 2, 7, 1, 5), 6, "12"),
+        (["x", "<|end|>", "12"], (7, 1, 2), 1, ""),
+        (["<|end|>3", "12"], (1, 7, 7, 1, 2), 5, "1"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(), (2, 3), (6,)])
+def test_a_special_tokens_text_in_a_stop_string_is_the_token(
+    stop: str | list[str], tokens: tuple[int, ...], kept: int, text: str, sizes: Sequence[int]
+) -> None:
+    pieces = ["0", "1", "2", "3", "4", "", "", "", "8", "9"]
+    assert run(processor(pieces, stop=stop, special=SPECIAL), tokens, sizes) == (list(tokens[:kept]), text, "stop")
+
+
+def test_it_is_its_text_as_well_and_not_before_min_tokens() -> None:
+    pieces = ["<|e", "nd|>", "2", "3", "4", "", "", ""]
+    assert run(processor(pieces, stop="<|end|>", special=SPECIAL), (2, 0, 1)) == ([2, 0, 1], "2", "stop")
+    assert run(processor(pieces, stop="<|end|>", special=SPECIAL, min_tokens=2), (7, 2, 3, 7)) == (
+        [7, 2, 3, 7], "23", "stop",
+    )  # fmt: skip
+
+
+def test_bytes_before_a_special_token_that_stops_are_given_out() -> None:
+    output = OutputProcessor(Utf8Detokenizer(), SamplingParams(stop="<|end|>"), 9, (), {7: "<|end|>"})
+    assert run(output, (0x61, 0xE8, 7, 0x61)) == ([0x61, 0xE8, 7], "a\ufffd", "stop")
+
+
+def test_held_back_marks_of_special_tokens_are_never_given_out() -> None:
+    output = processor(["0", "1", "", "", "", "", "", ""], stop="1<|end|>0", special=SPECIAL, max_tokens=4)
+    assert run(output, (1, 7, 7, 1)) == ([1, 7, 7, 1], "11", "length")
 
 
 class Utf8Detokenizer:

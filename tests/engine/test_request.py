@@ -28,10 +28,12 @@ def play(
     next_token: int | None = None,
     rows: int | None = None,
     num_draft: int | None = None,
+    kept: int | None = None,
 ) -> tuple[int, ...]:
     """One round in which both models work as the scheduler would plan it. ``window=None``: the draft rests.
 
     ``rows``: how many rows are judged; None: the pending tokens and one more; 0: the target rests.
+    ``kept``: how many committed tokens are the output's; None: all.
     """
     k = len(request.pending)
     rows = k + 1 if rows is None else rows
@@ -49,6 +51,8 @@ def play(
         tested = tuple(d.token for d in (*request.pending, *drafted(*(window or ())[:1])))[:rows]
         decision = Decision(tested, accepted, next_token, None)
     committed = request.apply(target, draft, drafted(*(window or ())), decision)
+    if decision is not None:
+        request.count(decision, len(committed) if kept is None else kept)
     assert 0 <= request.target_computed < request.length
     assert 0 <= request.draft_computed < request.length + len(request.pending)
     return committed
@@ -201,6 +205,25 @@ def test_tokens_after_a_rejection_were_not_tested() -> None:
     request = running(drafted(10, 11, 12))
     play(request, window=(13, 14), accepted=1, next_token=20)
     assert (request.metrics.tested, request.metrics.accepted, request.metrics.runs) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "tested", "accepted"),
+    [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 2)],  # of two accepted tokens and the correction
+)
+def test_what_lies_behind_the_end_is_not_counted(kept: int, tested: int, accepted: int) -> None:
+    request = running(drafted(10, 11, 12))
+    play(request, window=(13, 14), accepted=2, next_token=20, kept=kept)
+    request.finish()
+    metrics = request.metrics
+    assert (metrics.output_tokens, metrics.tested, metrics.accepted) == (kept, tested, accepted)
+    assert metrics.runs == min(1, kept)
+
+
+def test_a_bonus_token_behind_the_end_is_not_counted() -> None:
+    request = running(drafted(10, 11))
+    play(request, accepted=2, next_token=30, kept=2)
+    assert (request.metrics.output_tokens, request.metrics.tested, request.metrics.accepted) == (2, 2, 2)
 
 
 def test_a_rejected_first_token_is_a_run_of_length_zero() -> None:

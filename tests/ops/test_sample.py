@@ -199,6 +199,31 @@ def test_a_row_without_a_distribution_harms_nothing(sample: Implementation, valu
 
 
 @emulated_too
+@pytest.mark.parametrize("cut", [{}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.9}])
+def test_a_nan_is_no_token(sample: Implementation, cut: dict[str, Any]) -> None:
+    n, vocab_size = 4 if sample.emulated else 40, 300
+    logits, params = padded_logits(n, vocab_size, vocab_size, torch.float32, 0.0), sampling(n, **cut)
+    sick = torch.rand(n, vocab_size) < 0.5
+    sick[torch.arange(n), logits.argmax(-1)] = True
+    check(sample, logits.masked_fill(sick, torch.nan), params, vocab_size)
+    tokens, logprobs = sample(logits.masked_fill(sick, torch.nan), params, torch.arange(n), vocab_size)
+    expected = sample(logits.masked_fill(sick, -torch.inf), params, torch.arange(n), vocab_size)
+    assert torch.equal(tokens, expected.tokens)
+    torch.testing.assert_close(logprobs, expected.logprobs)
+
+
+@emulated_too
+def test_equal_logits_in_a_wider_dtype_draw_the_same(sample: Implementation) -> None:
+    """A round whose penalties need fp32 rows must not change what its other requests get."""
+    n, vocab_size = 5 if sample.emulated else 60, 300
+    logits, params = padded_logits(n, vocab_size, vocab_size + 3, torch.bfloat16, torch.nan), mixed_sampling(n)
+    narrow = sample(logits, params, torch.arange(n), vocab_size)
+    wide = sample(logits.float(), params, torch.arange(n), vocab_size)
+    assert torch.equal(narrow.tokens, wide.tokens)
+    torch.testing.assert_close(narrow.logprobs, wide.logprobs)
+
+
+@emulated_too
 def test_no_rows(sample: Implementation) -> None:
     tokens, logprobs = sample(torch.zeros(0, 50), sampling(0), torch.zeros(0, dtype=torch.int64), 50)
     assert (tokens.shape, tokens.dtype) == ((0,), torch.int64)

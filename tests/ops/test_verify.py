@@ -149,6 +149,29 @@ def test_a_zero_residual_falls_back_to_p(
     assert torch.equal(next_token[clear], drawn[clear])
 
 
+@emulated_too
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_draft_that_is_broken_changes_no_distribution(verify: Implementation, value: float) -> None:
+    """Its tokens have no q: they are rejected, and p is drawn from whole."""
+    n, vocab_size = 4 if verify.emulated else 60, 50
+    logits, params = padded_logits(n, vocab_size, vocab_size, F32, 0.0), sampling(n, temperature=0.8)
+    q = {"draft_logits": torch.full((1, vocab_size), value), "draft_rows": torch.zeros(n, dtype=torch.int32)}
+    q |= {"draft_logprobs": torch.full((n,), torch.nan), "draft_temperature": torch.ones(n)}
+    case = one_row_each(logits, params, torch.zeros(n, dtype=torch.int64), **q)
+    accepted, next_token = verify(**case)
+    assert accepted.sum() == 0
+    drawn = reference.sample(logits, params, case["positions"], vocab_size, Stream.RESIDUAL).tokens
+    clear = decided(logits, params, case["positions"], vocab_size, Stream.RESIDUAL)
+    assert torch.equal(next_token[clear], drawn[clear])
+
+
+@emulated_too
+@both_rules
+def test_equal_logits_in_a_wider_dtype_are_judged_alike(verify: Implementation, rule: Rule) -> None:
+    case = ragged(rule, 40, BF16, BF16, requests=6 if verify.emulated else 44)
+    assert_same(verify(**case), verify(**(case | {"logits": case["logits"].float()})))
+
+
 @pytest.mark.parametrize("provider", ["cpu", "reference"])
 @both_dtypes
 def test_coupled_returns_what_sample_draws(provider: str, dtype: torch.dtype) -> None:
