@@ -7,13 +7,11 @@ from typing import Literal, get_args
 
 import torch
 
+from pearl.choices import MethodName, Verification, WindowRule
 from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
 from pearl_kernels import WeightFormat
 
-MethodName = Literal["pearl", "speculative", "autoregressive"]
-Verification = Literal["rejection", "coupled"]
-WindowRule = Literal["balanced", "fastest"]
 Role = Literal["draft", "target"]
 NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pearl.config import MethodName, Verification
+from pearl.choices import MethodName, Verification
 from pearl.errors import ConfigurationError
 from pearl.sampling_params import SamplingParams
 
