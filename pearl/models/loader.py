@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -50,6 +49,8 @@ def load_model(
 def _resolve(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
+    from huggingface_hub import snapshot_download
+
     try:
         patterns = ["*.safetensors", _INDEX, "*.json"]
         return Path(snapshot_download(path, allow_patterns=patterns))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
+from pearl.models.plain_files import PlainConfig, plain_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -56,6 +59,10 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, path: str) -> ModelConfig:
         """Read ``config.json`` of a local folder or a hub id. Raises ModelLoadError or UnsupportedModelError."""
+        if (plain := plain_config(path)) is not None:
+            return cls.from_transformers(plain)
+        from transformers import AutoConfig
+
         try:
             config = AutoConfig.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
@@ -66,7 +73,7 @@ class ModelConfig:
         return cls.from_transformers(config)
 
     @classmethod
-    def from_transformers(cls, config: PretrainedConfig) -> ModelConfig:
+    def from_transformers(cls, config: PretrainedConfig | PlainConfig) -> ModelConfig:
         architecture = (config.architectures or [type(config).__name__])[0]
         family = FAMILIES.get(architecture)
         if family is None:
@@ -99,7 +106,7 @@ class ModelConfig:
         )
 
 
-def _windows(config: PretrainedConfig) -> tuple[int, ...]:
+def _windows(config: PretrainedConfig | PlainConfig) -> tuple[int, ...]:
     window: int = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
     if kinds is None:  # Mistral: all layers; Llama has no window
@@ -108,7 +115,7 @@ def _windows(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
+def _rope(config: PretrainedConfig | PlainConfig) -> dict[str, Any]:
     """One form for transformers 5's rope_parameters and the older rope_theta with rope_scaling."""
     parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     parameters["rope_type"] = parameters.get("rope_type") or parameters.pop("type", None) or "default"

@@ -6,9 +6,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
 from pearl.errors import ConfigurationError, InvalidRequestError, ModelLoadError
+from pearl.models.plain_files import plain_end_ids, plain_tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no complete character
 _REMEMBERED_TEXTS = 16_384  # of one or two tokens
@@ -28,6 +27,10 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str) -> Tokenizer:
         """Load from a local folder or a hub id. Raises ModelLoadError."""
+        if (plain := plain_tokenizer(path)) is not None:
+            return cls(plain, _eos_ids(path, plain))
+        from transformers import AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
@@ -119,6 +122,10 @@ class IncrementalDetokenizer:
 
 def _eos_ids(path: str, tokenizer: Any) -> frozenset[int]:
     """All ids that end a text, from the tokenizer, the model's configuration and its generation configuration."""
+    if (plain := plain_end_ids(path)) is not None:
+        return plain.union(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    from transformers import AutoConfig, GenerationConfig
+
     found: set[int] = set()
     sources: list[Any] = [tokenizer.eos_token_id]
     for load in (AutoConfig.from_pretrained, GenerationConfig.from_pretrained):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_pty import ROOT
+from cli_support import PROMPT, SETTLED
 
 # Runs a command line and writes down what was imported.
 PROGRAM = """
@@ -43,3 +44,17 @@ def test_help_and_refusals_wait_for_no_model_code(arguments: list[str], code: in
     exit_code, modules = imported(arguments, tmp_path / "modules.json")
     assert exit_code == code
     assert not modules & {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub", "pearl.llm"}
+
+
+HEAVY = {
+    "transformers", "huggingface_hub", "sympy", "torch.distributed.tensor", "triton", "PIL", "matplotlib", "scipy",
+    "flash_attn", "flashinfer", "datasets", "pearl.bench", "pearl_kernels.report",
+}  # fmt: skip
+
+
+def test_generating_imports_what_it_works_with(tmp_path: Path) -> None:
+    """With the bundled pair; other models' configurations and tokenizers are transformers'."""
+    exit_code, modules = imported(["generate", PROMPT, "--max-tokens", "1", *SETTLED], tmp_path / "modules.json")
+    assert exit_code == 0
+    assert "torch" in modules
+    assert sorted(modules & HEAVY) == []
