@@ -34,6 +34,9 @@ from pearl.cli import app
         (["chat", "--target", "/no/such/model"], "/no/such/model"),
         (["info", "--dtype", "int3"], "int3"),
         (["dance"], "dance"),
+        (["bench", "--methods", "pearl,pearl"], "--methods"),
+        (["bench", "--no-such-option"], "--no-such-option"),
+        (["bench", "--json", "/no/such/folder/report.json"], "/no/such/folder"),
     ],
 )
 def test_refusal(
