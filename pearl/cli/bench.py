@@ -12,7 +12,9 @@ def bench(context: typer.Context) -> None:
     """Tokens per second of the decoding methods, interleaved, on the same prompts; medians."""
     from pearl.bench.throughput import throughput
 
-    app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
     app.command()(throughput)
     if code := app(context.args, prog_name=context.command_path, standalone_mode=False):
         raise typer.Exit(code)

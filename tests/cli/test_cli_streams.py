@@ -70,11 +70,6 @@ def test_a_report_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err == "error: /dev/full: No space left on device\n"
 
 
-def test_bench_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["bench", "--help"]) == 0
-    assert "--batch-size" in capsys.readouterr().out
-
-
 def test_a_reader_that_has_enough_is_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
