@@ -1,5 +1,7 @@
 """PEARL: parallel speculative decoding. Faster answers from a large language model, with exactly its output."""
 
+from typing import TYPE_CHECKING, Any
+
 from pearl.errors import (
     ConfigurationError,
     EngineClosedError,
@@ -10,9 +12,11 @@ from pearl.errors import (
     QueueFullError,
     UnsupportedModelError,
 )
-from pearl.llm import LLM
-from pearl.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
 from pearl.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pearl.llm import LLM
+    from pearl.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
 
 __all__ = [
     "LLM",
@@ -30,3 +34,22 @@ __all__ = [
     "StreamChunk",
     "UnsupportedModelError",
 ]
+
+# What needs torch is imported when it is first asked for: `pearl --help` does not wait for it.
+_MODULES = {"LLM": "llm"} | dict.fromkeys(
+    ("CompletionOutput", "RequestMetrics", "RequestOutput", "StreamChunk"), "outputs"
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,14 +9,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from pearl.choices import MethodName, Verification, WindowRule
 from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
 from pearl.user_values import as_flag, as_integer, shown, unknown_names
 from pearl_kernels import WeightFormat
 
-MethodName = Literal["pearl", "speculative", "autoregressive"]
-Verification = Literal["rejection", "coupled"]
-WindowRule = Literal["balanced", "fastest"]
 Role = Literal["draft", "target"]
 NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of a model
 

@@ -15,7 +15,8 @@ from bench.round_latency.report import Latencies
 from pearl.bench.measure import seconds_alone
 from pearl.bench.scripted_verdicts import scripted
 from pearl.bench.shapes import random_prompts
-from pearl.config import EngineConfig, MethodName
+from pearl.choices import MethodName
+from pearl.config import EngineConfig
 from pearl.engine.engine import RoundRecord
 from pearl.engine.model_loading import LoadedModels
 from pearl.errors import PearlError

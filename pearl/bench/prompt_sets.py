@@ -34,9 +34,11 @@ def load_prompts(name: str, limit: int | None = None) -> list[str]:
     path = Path(folder) / f"{name}.jsonl" if folder and name in HUB_SETS else Path(name)
     if path.is_file():
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"{path} is not UTF-8 text: {error}") from error
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
         return _parse(text, str(path))[:limit]
     if name in HUB_SETS:
         return [_text(row, name) for row in _from_hub(name)][:limit]
@@ -62,8 +64,12 @@ def _text(row: Any, source: str) -> str:
     key = next((key for key in _TEXT_KEYS if isinstance(row, dict) and row.get(key)), None)
     if key is None:
         raise ConfigurationError(f"{source} has none of the keys {', '.join(_TEXT_KEYS)}")
-    value = row[key]
-    return str(value[0] if isinstance(value, list) else value)
+    value = row[key][0] if isinstance(row[key], list) else row[key]
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{source}: {key} is {type(value).__name__}, not text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigurationError(f"{source}: {key} holds half a surrogate pair, which is no character")
+    return value
 
 
 def _from_hub(name: str) -> Any:

@@ -92,4 +92,7 @@ def write_json(path: Path, results: Sequence[MethodResult], settings: dict[str, 
         "settings": settings,
         "results": [asdict(result) for result in results],
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:  # a full disk does not say whose
+        raise OSError(error.errno, error.strerror, str(path)) from error

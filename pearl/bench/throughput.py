@@ -18,7 +18,8 @@ from pearl.bench.report import check_output, table, write_json
 from pearl.bench.scripted_verdicts import check_rate, scripted
 from pearl.bench.scripted_verdicts import label as synthetic_label
 from pearl.bench.shapes import SHAPES, load_shapes, parse_shapes, random_prompts
-from pearl.config import EngineConfig, MethodName
+from pearl.choices import MethodName
+from pearl.config import EngineConfig
 from pearl.engine.model_loading import load_models
 from pearl.errors import ConfigurationError
 from pearl.llm import LLM, Prompt

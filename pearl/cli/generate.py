@@ -6,18 +6,22 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pearl.cli.answer import Answer, Display, TextDisplay, generate_answer
+from pearl.cli.exits import FAILED
 from pearl.cli.grouping import spread
-from pearl.cli.loading import loaded
 from pearl.cli.options import EngineOptions, OutputOptions, SamplingOptions
+from pearl.cli.streams import require_output
 from pearl.cli.terminal import Terminal
+from pearl.cli.text_input import checked_text, read_text
 from pearl.errors import InvalidRequestError
 from pearl.interrupts import INTERRUPTED
-from pearl.outputs import CompletionOutput, RequestMetrics
+
+if TYPE_CHECKING:
+    from pearl.cli.answer import Answer
+    from pearl.outputs import CompletionOutput, RequestMetrics
 
 _MOST_AT_ONCE = 16
 
@@ -45,6 +49,10 @@ def generate(
     params = sampling.params(n)
     text = read_prompt(prompt, file)
     terminal = Terminal.open(output.no_color)
+    require_output()
+    from pearl.cli.answer import Display, TextDisplay, generate_answer
+    from pearl.cli.loading import loaded
+
     with loaded(engine, terminal, max_num_seqs=min(n, _MOST_AT_ONCE)) as llm:
         ids = llm.encode(text)
         display = Display() if as_json else TextDisplay(terminal, llm, ids, n)
@@ -56,6 +64,8 @@ def generate(
         terminal.legend()
     if answer.interrupted:
         raise typer.Exit(INTERRUPTED)
+    if terminal.escaped:
+        raise typer.Exit(FAILED)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -66,22 +76,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     """
     if file is not None and prompt is not None:
         raise InvalidRequestError("give the prompt as an argument or with --file, not both")
-    if file is None and prompt is None and sys.stdin.isatty():
+    if file is None and prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InvalidRequestError('no prompt; write pearl generate "PROMPT", name a --file or pipe the text in')
-    text = _read(file) if prompt is None or prompt == "-" else prompt
+    given = None if prompt is None or prompt == "-" else prompt
+    text = read_text(file).removesuffix("\n") if given is None else checked_text(given, "the prompt")
     if not text:
         raise InvalidRequestError("the prompt is empty; give at least one character")
     return text
-
-
-def _read(file: Path | None) -> str:
-    """The text of a file; None is standard input."""
-    try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InvalidRequestError(f"cannot read the prompt from {file or 'standard input'}: {reason}") from error
-    return text.removesuffix("\n")
 
 
 def as_object(answer: Answer) -> dict[str, Any]:

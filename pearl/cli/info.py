@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.table import Table
 
 from pearl.cli.terminal import Terminal
-from pearl.config import EngineConfig
-from pearl_kernels import Situation
-from pearl_kernels.report.providers import provider_table, resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pearl.config import EngineConfig
 
 DISTRIBUTION = "pearl-engine"
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
 def installed(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -32,6 +33,12 @@ def info(
     head_dim: Annotated[int, typer.Option(help="Size of an attention head.")] = 64,
 ) -> None:
     """Show versions, devices, threads, and which provider runs each operator and why the others do not."""
+    import torch
+
+    from pearl.config import EngineConfig
+    from pearl_kernels import Situation
+    from pearl_kernels.report.providers import provider_table, resolve
+
     config = EngineConfig(device=device, dtype=dtype)
     situation = Situation(
         config.resolve_device("target").type,
@@ -45,6 +52,8 @@ def info(
 
 
 def _machine_table(config: EngineConfig) -> Table:
+    from rich.table import Table
+
     table = Table(show_header=False, box=None, pad_edge=False)
     draft_threads, target_threads = config.resolve_threads()
     table.add_row("pearl", installed(DISTRIBUTION))
@@ -58,6 +67,8 @@ def _machine_table(config: EngineConfig) -> Table:
 
 
 def _cuda() -> str:
+    import torch
+
     if not torch.cuda.is_available():
         return f"not available (torch is built {f'for {torch.version.cuda}' if torch.version.cuda else 'without it'})"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

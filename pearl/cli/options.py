@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pearl.config import MethodName, Verification
+from pearl.choices import MethodName, Verification
+from pearl.cli.text_input import checked_text
 from pearl.errors import ConfigurationError
 from pearl.sampling_params import SamplingParams
 
@@ -90,6 +91,8 @@ class SamplingOptions:
 
     def params(self, n: int = 1) -> SamplingParams:
         """Raises InvalidRequestError for a value out of range."""
+        for text in self.stop or ():
+            checked_text(text, "--stop")
         return SamplingParams(**asdict(self), n=n)
 
 

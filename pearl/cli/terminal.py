@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rich.color import ColorSystem
@@ -18,12 +18,16 @@ _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\
 _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Terminal:
-    """Standard output for the text, standard error for everything that is about it."""
+    """Standard output for the text, standard error for everything that is about it.
+
+    ``escaped``: standard output's encoding lacked characters of the text.
+    """
 
     out: Console
     err: Console
+    escaped: bool = False
 
     @classmethod
     def open(cls, no_color: bool = False) -> Terminal:
@@ -46,14 +50,31 @@ class Terminal:
         """
         if self.interactive:
             text = text.translate(_VISIBLE)
+        text = self._encodable(text)
         if style is not None and self.colored:
             text = style.render(text, color_system=ColorSystem.STANDARD)
         self.out.file.write(text)
         self.out.file.flush()
 
+    def _encodable(self, text: str) -> str:
+        """With escapes for characters that the output's encoding lacks; said once."""
+        encoding = getattr(self.out.file, "encoding", None) or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            if not self.escaped:
+                self.escaped = True
+                self.error(
+                    f"standard output is {encoding}, which lacks characters of the text: they are written as escapes; "
+                    "set PYTHONIOENCODING=utf-8"
+                )
+            return text.encode(encoding, "backslashreplace").decode(encoding)
+        return text
+
     def note(self, text: str, style: str = "dim") -> None:
         """A line about the output, on standard error."""
-        self.err.print(text, style=style, markup=False, soft_wrap=True)
+        with suppress(OSError):  # the output does not depend on what is said about it
+            self.err.print(text, style=style, markup=False, soft_wrap=True)
 
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
@@ -68,9 +89,11 @@ class Terminal:
         """What the colours mean, where there are any."""
         if self.colored:
             legend = Text.assemble(("■", DRAFTED), (" drafted  ", "dim"), ("■", OWN), (" target's own", "dim"))
-            self.err.print(legend, soft_wrap=True)
+            with suppress(OSError):
+                self.err.print(legend, soft_wrap=True)
 
     def error(self, message: str) -> None:
         """One line on standard error, red where it can be."""
         line = Text.assemble(("error: ", "bold red"), (" ".join(message.split()), "red"))
-        self.err.print(line, soft_wrap=True)
+        with suppress(OSError):
+            self.err.print(line, soft_wrap=True)

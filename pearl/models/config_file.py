@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.families import family_of
 from pearl.models.model_files import download, first_line, read_json
+from pearl.models.plain_files import PlainConfig, plain_config
 from pearl.models.rope import check_parameters
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CONFIG = "config.json"
 _SIZES = (
@@ -25,13 +28,17 @@ _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000  # transformers and the decoder keep a list of them
 
 
-def read_config(path: str) -> tuple[Mapping[str, Any], PretrainedConfig]:
+def read_config(path: str) -> tuple[Mapping[str, Any], PretrainedConfig | PlainConfig]:
     """What config.json of a local folder or a hub id says, and transformers' configuration made of it.
 
     Its dtype is left to ``model_dtype``. No code of the folder is run. Raises ModelLoadError or UnsupportedModelError.
     """
     file = _locate(path)
-    read_json(file)
+    values = read_json(file)
+    if (plain := plain_config(str(file.parent))) is not None:
+        return values, plain
+    from transformers import AutoConfig, PretrainedConfig
+
     folder = file.parent  # of a hub id its place in the cache: the hub need not be asked again
     with naming_config(path):
         try:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 
-from huggingface_hub import list_repo_files, snapshot_download
-
 from pearl.errors import ModelLoadError
 from pearl.models.quantization import HF_QUANT_CONFIG
 from pearl.models.weight_files import CONFIG, entries, files_of, no_weights
@@ -33,6 +31,8 @@ def fetch_weights(path: str) -> Path:
 
 
 def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         # Patterns, of which "*" would match folders too: these match the names themselves.
         return Path(snapshot_download(path, revision=revision, allow_patterns=[escape(name) for name in names]))
@@ -45,6 +45,8 @@ def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path
 
 def _names(path: str, revision: str) -> list[str]:
     """What the repository has at its top; nothing if it cannot be asked."""
+    from huggingface_hub import list_repo_files
+
     try:
         return [name for name in list_repo_files(path, revision=revision) if "/" not in name]
     except Exception:  # as above; the caller has something to say without it

@@ -6,16 +6,20 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models.config_file import check_sizes, naming_config, read_config
 from pearl.models.families import Family, family_of
 from pearl.models.model_dtype import checkpoint_dtype
 from pearl.models.rope import frequencies, require_fixed_frequencies
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from pearl.models.plain_files import PlainConfig
 
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +61,7 @@ class ModelConfig:
             return replace(shape, dtype=dtype or checkpoint_dtype(path, fields))
 
     @classmethod
-    def from_transformers(cls, config: PretrainedConfig) -> ModelConfig:
+    def from_transformers(cls, config: PretrainedConfig | PlainConfig) -> ModelConfig:
         """The shape that transformers' own class would have. Raises ModelLoadError or UnsupportedModelError.
 
         Windows are those that the family's class uses: Mistral's sliding_window, and for Qwen2, Qwen3 and Ministral
@@ -115,7 +119,7 @@ class ModelConfig:
         frequencies(self.rope, self.head_dim, self.max_position_embeddings)
 
 
-def _windows(config: PretrainedConfig, family: Family) -> tuple[int, ...]:
+def _windows(config: PretrainedConfig | PlainConfig, family: Family) -> tuple[int, ...]:
     layers: int = config.num_hidden_layers
     if family.windows == "none":
         return (0,) * layers

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-
 from pearl.errors import ModelLoadError
 
 LFS_ADVICE = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
@@ -16,6 +14,8 @@ _LFS_POINTER = b"version https://git-lfs"
 
 def download(model_id: str, name: str, *, cached_only: bool = False) -> Path:
     """A file of the hub, in its cache. Raises what the hub's client raises, which is of many kinds."""
+    from huggingface_hub import hf_hub_download
+
     return Path(hf_hub_download(model_id, name, local_files_only=cached_only))
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from pearl.errors import ModelLoadError
 from pearl.models.model_files import LFS_ADVICE, find_file, first_line, is_lfs_pointer, read_json
+from pearl.models.plain_files import plain_tokenizer
 
 _SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")
@@ -23,6 +23,10 @@ _EXTRA = "pip install 'pearl-engine[sentencepiece]'"
 
 def load_tokenizer(path: str) -> Any:
     """transformers' tokenizer of a local folder or a hub id. No code of the folder is run. Raises ModelLoadError."""
+    if (plain := plain_tokenizer(path)) is not None:
+        return plain
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, config=_config(path), trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub client raise many kinds
@@ -53,6 +57,8 @@ def end_of_text_ids(path: str, tokenizer: Any) -> frozenset[int]:
 
 def _config(path: str) -> Any:
     """What AutoTokenizer would read itself, but without a word about its dtype; None where it would do without."""
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError):

@@ -92,6 +92,27 @@ def test_a_path_is_not_looked_up_in_the_data_folder(tmp_path: Path, monkeypatch:
     assert load_prompts(str(path)) == ["of the path"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"prompt": "a"}\n', "utf-8-sig")
+    assert load_prompts(str(path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": 5}', "line 1: prompt is int, not text"),
+        ('{"turns": [["a"]]}', "line 1: turns is list, not text"),
+        (r'{"text": "a\ud83d"}', "line 1: text holds half a surrogate pair"),
+    ],
+)
+def test_what_is_no_text(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(line)
+    with pytest.raises(ConfigurationError, match=message):
+        load_prompts(str(path))
+
+
 def hub(monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
 

@@ -11,7 +11,8 @@ import pytest
 from pearl import LLM, SamplingParams
 from pearl.bench.scripted_verdicts import ScriptedVerifier, check_rate, label, scripted
 from pearl.bench.shapes import load_shapes, random_prompts
-from pearl.config import EngineConfig, MethodName
+from pearl.choices import MethodName
+from pearl.config import EngineConfig
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels
 from pearl.errors import ConfigurationError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cli_support import SETTLED
 from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner
 
-from pearl.cli.app import application, run
+from pearl.cli.app import application, main, run
 
 CLOSING = "per target forward"
 
@@ -79,6 +80,29 @@ def test_a_message_with_a_token_that_the_model_lacks_leaves_the_conversation_as_
     assert result.exit_code == 0
     assert "token 4096 ('<PRE>'), outside the vocabulary [0, 4096)" in result.stderr
     assert result.stderr.count(CLOSING) == 2
+
+
+def test_only_a_single_word_can_be_an_unknown_command(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question may begin with a path; a line that is no text is refused alone; no line has a byte order mark."""
+    typed = b"\xef\xbb\xbf/help\n/etc/passwd is what?\r\n/etc/passwd\ncaf\xe9\n/sing\n/\n/stats\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    monkeypatch.setattr("sys.argv", ["pearl", "chat", "--target", str(chat_model), "--max-tokens", "4", *SETTLED])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    told = capsys.readouterr().err
+    assert "/reset  forget" in told
+    assert "turns in the conversation: 2" in told
+    assert "error: the line is not UTF-8 text: byte 0xe9 after 3 characters" in told
+    assert "/sing is not a command" in told
+    assert "/ is not a command" in told
+
+
+def test_a_system_message_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["chat", "--system", "\udce9"]) == 2
+    assert "the system message is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_is_refused(mute_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

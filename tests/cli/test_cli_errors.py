@@ -25,12 +25,18 @@ from pearl.cli import app
         (["generate", "x", "--target", "/no/such/model"], "/no/such/model"),
         (["generate", ""], "empty"),
         (["generate", "-"], "empty"),
+        (["generate", "caf\udce9"], "the prompt is not UTF-8 text: byte 0xe9 after 3 characters"),
+        (["generate", "x\ud800"], "the lone surrogate U+D800 after 1 characters"),
+        (["generate", "x", "--stop", "\udce9"], "--stop is not UTF-8 text"),
         (["generate", "x", "--file", "y"], "not both"),
         (["generate", "--file", "/no/such/prompt"], "/no/such/prompt"),
         (["chat", "--max-tokens", "0"], "max_tokens"),
         (["chat", "--target", "/no/such/model"], "/no/such/model"),
         (["info", "--dtype", "int3"], "int3"),
         (["dance"], "dance"),
+        (["bench", "--methods", "pearl,pearl"], "--methods"),
+        (["bench", "--no-such-option"], "--no-such-option"),
+        (["bench", "--json", "/no/such/folder/report.json"], "/no/such/folder"),
     ],
 )
 def test_refusal(

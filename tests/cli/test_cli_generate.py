@@ -9,6 +9,7 @@ import pytest
 from cli_support import PROMPT, invoke
 
 from pearl import LLM, SamplingParams
+from pearl.cli.generate import read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,13 @@ def test_prompt_from_a_file(tmp_path: Path, expected: str) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT + "\n")
     assert invoke("--file", str(file), "--max-tokens", "24").stdout == expected
+
+
+def test_what_editors_add_to_a_file_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    """A byte order mark, and line ends of another system."""
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfdef f():\r\n    return 1\r\n")
+    assert read_prompt(None, file) == "def f():\n    return 1"
 
 
 def test_json_is_one_object(llm: LLM) -> None:

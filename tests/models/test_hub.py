@@ -12,7 +12,6 @@ from families import build, load
 from huggingface_hub.utils import filter_repo_objects
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
-from pearl.models import hub
 from pearl.models.hub import fetch_weights
 
 NOISE = [
@@ -57,8 +56,8 @@ class FakeHub:
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot)
-    monkeypatch.setattr(hub, "list_repo_files", fake.names)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake.snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fake.names)
     return fake
 
 
