@@ -271,9 +271,9 @@ def test_weights_that_fit_alone_but_not_together(monkeypatch: pytest.MonkeyPatch
         load_models(options(), FakeMeter({"cuda:0": both - 1}))
     # And nothing is left for KV: what a verdict keeps, the margins, and one sequence of 2,048 tokens.
     largest = max(size.vocab_size for size in sizes)
-    kept = (RING * 2 + LOGPROBS) * largest // VOCAB  # the bundled pair is in bf16, as these are in fp16
+    kept = (RING + LOGPROBS + DRAWN) * largest // VOCAB  # the bundled pair is in bf16, as these are in fp16
     page = sum(share.page_bytes for share in (target, draft))
-    needed = both + kept - RING * largest // VOCAB + SHARED + 128 * page
+    needed = both + kept + SHARED + 128 * page
     with pytest.raises(ConfigurationError, match=r"one sequence of 2048 tokens .* cuda:0 has beside weights .* 2032"):
         load_models(options(), FakeMeter({"cuda:0": needed - 1}))
     with pytest.raises(AssertionError, match="were read"):

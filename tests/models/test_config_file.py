@@ -217,7 +217,7 @@ def test_a_hub_id_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return str(tmp_path / name)
 
     write_config(tmp_path, dtype="bfloat16")
-    monkeypatch.setattr(model_files, "hf_hub_download", hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     assert ModelConfig.from_pretrained("some/model").dtype == torch.bfloat16
     assert asked == [("some/model", "config.json")]
     with pytest.raises(ModelLoadError, match=r"'some/model' is no folder, .* its config\.json \(no network\); give"):
