@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
-from pearl.models import ModelConfig, model_files
+from pearl.models import ModelConfig
 from pearl.models.rope import frequencies
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
