@@ -153,6 +153,34 @@ def test_an_observer_may_not_use_the_llm_a_callback_may(llama: Pair, open_llm: O
     assert_at_rest(llm)
 
 
+def test_what_a_callback_raises_comes_out_though_another_thread_came_first(llama: Pair, open_llm: OpenLLM) -> None:
+    mine, other = prompts((7, 9), seed=76)
+    inside, done = threading.Event(), threading.Event()
+    others: list[list[list[int]]] = []
+
+    def observer(record: RoundRecord) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            assert done.wait(60)
+
+    def callback(delta: OutputDelta) -> None:
+        thread.start()
+        assert inside.wait(60)
+        raise KeyboardInterrupt
+
+    llm = open_llm(llama, window=3, observer=observer)
+    thread = threading.Thread(target=lambda: others.append(token_ids(llm.generate(other, PARAMS))))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(mine, PARAMS, callback)
+    finally:
+        done.set()
+    thread.join(60)
+    assert others == [[llama.greedy(other, TOKENS)]]
+    assert token_ids(llm.generate(mine, PARAMS)) == [llama.greedy(mine, TOKENS)]
+    assert_at_rest(llm)
+
+
 def test_threads_may_take_turns(llama: Pair, open_llm: OpenLLM) -> None:
     prompt = prompts([10], seed=75)[0]
     llm = open_llm(llama, window=3)
