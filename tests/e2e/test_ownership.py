@@ -57,7 +57,9 @@ def test_an_output_that_fails_ends_its_request_alone(
     assert_at_rest(llm)
 
 
-def test_what_an_observer_raises_costs_no_other_call_a_token(llama: Pair, open_llm: OpenLLM) -> None:
+@pytest.mark.parametrize("times", [2, TOKENS])
+def test_what_an_observer_raises_costs_no_other_call_a_token(llama: Pair, open_llm: OpenLLM, times: int) -> None:
+    """The other call's last ones neither, which no later round would bring."""
     mine, other = prompts((8, 11), seed=72)
     raises: list[bool] = []
 
@@ -69,7 +71,7 @@ def test_what_an_observer_raises_costs_no_other_call_a_token(llama: Pair, open_l
     stream = llm.stream(other, PARAMS)
     tokens = list(next(stream).token_ids)
     raises.append(True)
-    for _ in range(2):
+    for _ in range(times):
         with pytest.raises(RuntimeError, match="fell asleep"):
             llm.generate(mine, PARAMS)
     raises.clear()
