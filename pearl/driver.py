@@ -17,7 +17,8 @@ from pearl.outputs import OutputDelta
 class Reader:
     """One call's requests: which have not ended, and what the engine has committed of them but nobody has read.
 
-    A reader is known as long as its call holds it.
+    A reader is known as long as its call holds it and its requests have not ended. What has ended is forgotten inside a
+    turn: where a reader's own end does it, later, that happens in Python, and an interruption meanwhile would be lost.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,7 @@ class Driver:
     def _reap(self) -> None:
         while self._dropped:
             request_id = self._dropped.popleft()
+            self._readers.pop(request_id, None)
             if request_id in self.engine.scheduler.requests:
                 self.engine.abort(request_id)
 
@@ -88,6 +90,7 @@ class Driver:
 
     def _distribute(self, outputs: Iterable[OutputDelta]) -> None:
         for delta in outputs:
-            reader = self._readers.get(delta.request_id)
+            ended = delta.finish_reason is not None
+            reader = (self._readers.pop if ended else self._readers.get)(delta.request_id, None)
             if reader is not None:
                 reader.receive(delta)

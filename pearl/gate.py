@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 from pearl.errors import EngineClosedError, EngineInUseError
 from pearl.interrupts import InterruptGuard
+
+T = TypeVar("T")
 
 
 class Gate:
@@ -33,7 +35,8 @@ class Gate:
         if not self.is_ours:
             raise EngineClosedError(
                 f"this engine belongs to process {self._process}, of which process {os.getpid()} is a fork; "
-                "build the LLM in the process that uses it"
+                "build the LLM in the process that uses it, and start that one with multiprocessing's 'spawn': torch's "
+                "threads do not survive a fork either"
             )
         if not self._lock.acquire(blocking=False):
             raise EngineInUseError(
@@ -47,7 +50,7 @@ class Gate:
 
 
 class Turn:
-    """One use of the engine. Ctrl-C has no effect but at a ``checkpoint``, while ``released``, and when it ends."""
+    """One use of the engine. Ctrl-C has no effect but at a ``checkpoint``, ``outside``, and when it ends."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate, self._guard = gate, InterruptGuard()
@@ -65,6 +68,7 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._guard.hold()
         self._leave()
         self._guard.__exit__(kind, value, traceback)
         self._guard.deliver()
@@ -73,21 +77,21 @@ class Turn:
         """Between two rounds: an interruption takes effect here."""
         self._guard.deliver()
 
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """For a caller's own code between two rounds: it may be interrupted, and may use the engine itself.
+    def outside(self, call: Callable[[T], object], argument: T) -> None:
+        """Call a caller's own code between two rounds: it may be interrupted, and may use the engine itself.
 
-        Afterwards the turn may not be ``inside`` again: another thread came first (EngineInUseError), or an
-        interruption was quicker.
+        After it another thread may be at the engine: EngineInUseError. Where it raises, the turn is not ``inside`` any
+        more. It is no context manager of a generator's: one that an interruption leaves unfinished would take the gate
+        when it is collected.
         """
         self._guard.deliver()
         self._leave()
         self._guard.release()
         try:
-            yield
+            call(argument)
         finally:
             self._guard.hold()
-            self._take()
+        self._take()
 
     def _take(self) -> None:
         self._gate.take()

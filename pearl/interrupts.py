@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 INTERRUPTED = 130  # exit status of a program that Ctrl-C ended: 128 + SIGINT, as shells report it
+_PATIENCE = 1.0  # seconds
 
 
 class InterruptGuard:
-    """While entered, the first Ctrl-C only sets ``requested``; a second one is passed on at once.
+    """While entered, the first Ctrl-C only sets ``requested``. One that comes a second later, where nobody has asked by
+    then, is passed on at once; a key that is held down, or hit twice, is not.
 
     An exception in the middle of a round would leave the engine between two states. The one who generates asks
     ``requested`` between rounds instead, and stops there. A guard does nothing where an outer one holds already, and
@@ -21,6 +24,7 @@ class InterruptGuard:
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0  # time.monotonic() of the request
         self._holds = True
         self._previous: Any = None  # the handler in whose place this one stands
 
@@ -52,7 +56,8 @@ class InterruptGuard:
             self._previous(signal.SIGINT, sys._getframe())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self._holds:
+        now = time.monotonic()
+        if not self._holds or (self.requested and now - self._since >= _PATIENCE):
             self._previous(number, frame)
-        else:
-            self.requested = True
+        elif not self.requested:
+            self.requested, self._since = True, now

@@ -166,8 +166,7 @@ class LLM:
                 delta = reader.mail.popleft()
                 completions[delta.request_id].extend(delta)
                 if on_output is not None:
-                    with turn.released():
-                        on_output(delta)
+                    turn.outside(on_output, delta)
 
     def chat(
         self,

@@ -194,7 +194,8 @@ def acceptance(outputs: Sequence[RequestOutput]) -> float:
 
 
 def assert_at_rest(llm: LLM) -> None:
-    """No request, no page and no lane is held, and the page tables are sound."""
+    """No request, no reader, no page and no lane is held, and the page tables are sound."""
+    assert not llm._driver._readers
     scheduler = llm.engine.scheduler
     assert not scheduler.has_work
     assert not scheduler.requests

@@ -174,11 +174,12 @@ def test_metrics_count_what_was_returned(llama: Pair, open_llm: OpenLLM, setting
     """Wherever in a verdict the output ends: by a stop token, a stop string or max_tokens."""
     prompt = prompts([6], seed=12)[0]
     tokens = llama.greedy(prompt, 22)
-    every = [SamplingParams(max_tokens=n, ignore_eos=True) for n in range(1, 12)]
+    every = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0) for n in range(1, 12)]
     every += [SamplingParams(max_tokens=22, ignore_eos=True, stop_token_ids=[token]) for token in tokens[:11]]
     llm = open_llm(llama, **ALL_SETTINGS[setting], max_num_seqs=8)
     for output in llm.generate([prompt] * len(every), every):
         completion, metrics = output.outputs[0], output.metrics
+        assert completion.logprobs is None or len(completion.logprobs) == len(completion.token_ids)
         assert metrics.accepted == sum(completion.drafted)
         assert metrics.accepted <= metrics.output_tokens == len(completion.token_ids)
         assert metrics.accepted <= metrics.tested <= min(metrics.drafted, metrics.output_tokens)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,14 +26,16 @@ EVERY = 83  # lines: a sample; with 1 all of them, which takes minutes
 
 
 @contextmanager
-def ctrl_c_at_line(number: int) -> Iterator[list[int]]:
-    """The signal arrives when the library executes its ``number``-th line; yields the count of lines so far."""
+def ctrl_c_at_line(number: int, where: Sequence[str] = (LIBRARY,), returns: bool = False) -> Iterator[list[int]]:
+    """The signal arrives when files that begin with ``where`` execute their ``number``-th line, or also leave a
+    function; yields the count so far.
+    """
     count = [0]
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(LIBRARY):
+        if not frame.f_code.co_filename.startswith(tuple(where)):
             return None
-        if event == "line":
+        if event == "line" or (returns and event == "return"):
             count[0] += 1
             if count[0] == number:
                 signal.raise_signal(signal.SIGINT)
@@ -73,6 +77,27 @@ def test_ctrl_c_at_any_line_of_generate(llama: Pair, open_llm: OpenLLM, lanes: i
         assert_at_rest(llm)
         assert token_ids(llm.generate(batch[:1], PARAMS)) == expected[:1]
     assert token_ids(llm.generate(batch, PARAMS)) == expected
+
+
+def test_ctrl_c_around_a_callback(llama: Pair, open_llm: OpenLLM) -> None:
+    """Wherever the callback's turn begins and ends, the context managers of Python's own library among it."""
+    prompt = prompts([5], seed=61)[0]
+    llm = open_llm(llama, window=2)
+    places = [LIBRARY + "/" + name for name in ("gate.py", "interrupts.py")] + [contextlib.__file__]
+
+    def call() -> None:
+        llm.generate(prompt, PARAMS, on_output=lambda delta: None)
+
+    call()
+    with ctrl_c_at_line(-1, places, returns=True) as count:
+        call()
+    for line in range(1, count[0] + 1):
+        with contextlib.suppress(KeyboardInterrupt), ctrl_c_at_line(line, places, returns=True):
+            call()
+        gc.collect()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert token_ids(llm.generate(prompt, PARAMS)) == [llama.greedy(prompt, TOKENS)]
+    assert_at_rest(llm)
 
 
 def test_ctrl_c_at_any_line_of_a_stream_leaves_another_whole(llama: Pair, open_llm: OpenLLM) -> None:

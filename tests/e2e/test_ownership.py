@@ -57,7 +57,9 @@ def test_an_output_that_fails_ends_its_request_alone(
     assert_at_rest(llm)
 
 
-def test_what_an_observer_raises_costs_no_other_call_a_token(llama: Pair, open_llm: OpenLLM) -> None:
+@pytest.mark.parametrize("times", [2, TOKENS])
+def test_what_an_observer_raises_costs_no_other_call_a_token(llama: Pair, open_llm: OpenLLM, times: int) -> None:
+    """The other call's last ones neither, which no later round would bring."""
     mine, other = prompts((8, 11), seed=72)
     raises: list[bool] = []
 
@@ -69,7 +71,7 @@ def test_what_an_observer_raises_costs_no_other_call_a_token(llama: Pair, open_l
     stream = llm.stream(other, PARAMS)
     tokens = list(next(stream).token_ids)
     raises.append(True)
-    for _ in range(2):
+    for _ in range(times):
         with pytest.raises(RuntimeError, match="fell asleep"):
             llm.generate(mine, PARAMS)
     raises.clear()
@@ -150,6 +152,34 @@ def test_an_observer_may_not_use_the_llm_a_callback_may(llama: Pair, open_llm: O
     assert token_ids(llm.generate(mine, PARAMS, callback)) == [llama.greedy(mine, TOKENS)]
     assert outputs == [[llama.greedy(nested, TOKENS)]]
     assert refused
+    assert_at_rest(llm)
+
+
+def test_what_a_callback_raises_comes_out_though_another_thread_came_first(llama: Pair, open_llm: OpenLLM) -> None:
+    mine, other = prompts((7, 9), seed=76)
+    inside, done = threading.Event(), threading.Event()
+    others: list[list[list[int]]] = []
+
+    def observer(record: RoundRecord) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            assert done.wait(60)
+
+    def callback(delta: OutputDelta) -> None:
+        thread.start()
+        assert inside.wait(60)
+        raise KeyboardInterrupt
+
+    llm = open_llm(llama, window=3, observer=observer)
+    thread = threading.Thread(target=lambda: others.append(token_ids(llm.generate(other, PARAMS))))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(mine, PARAMS, callback)
+    finally:
+        done.set()
+    thread.join(60)
+    assert others == [[llama.greedy(other, TOKENS)]]
+    assert token_ids(llm.generate(mine, PARAMS)) == [llama.greedy(mine, TOKENS)]
     assert_at_rest(llm)
 
 

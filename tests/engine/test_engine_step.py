@@ -176,6 +176,20 @@ def test_a_failing_round_ends_its_requests_with_the_error_and_no_others(rig: Rig
     rig.check_empty()
 
 
+@pytest.mark.parametrize("broken", ["target", "drafter"])
+def test_a_failing_round_of_one_model_alone_ends_its_requests(broken: str) -> None:
+    rig = Rig("speculative")  # where they take turns
+    try:
+        rig.add(1)
+        rig.engine.step()
+        getattr(rig, broken).before = fail
+        errors = [(d.request_id, d.error) for _ in range(3) for d in rig.engine.step() if d.error]
+        assert errors == [(1, "RuntimeError: out of luck")]
+        rig.check_empty()
+    finally:
+        rig.engine.close()
+
+
 def test_a_request_that_cannot_be_committed_ends_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.add(1, 2, 3)
     rig.engine.step()

@@ -23,14 +23,45 @@ def usual_handler() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_first_is_requested_the_second_is_passed_on() -> None:
+class Clock:
+    """In the place of the module ``time``."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("pearl.interrupts.time", clock)
+    return clock
+
+
+def test_the_first_is_requested_one_a_second_later_is_passed_on(clock: Clock) -> None:
     with InterruptGuard() as guard:
         ctrl_c()
         assert guard.requested
+        clock.now += 1.0
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
     with pytest.raises(KeyboardInterrupt):
         ctrl_c()
+
+
+def test_a_key_that_is_held_down_is_one_request(clock: Clock) -> None:
+    """Terminals repeat it 30 times a second; a round that was cut in two by the second would end the engine."""
+    with InterruptGuard() as guard:
+        for _ in range(20):
+            ctrl_c()
+            clock.now += 0.04
+        with pytest.raises(KeyboardInterrupt):
+            guard.deliver()
+        ctrl_c()  # a new request, with its own patience
+        clock.now += 0.9
+        ctrl_c()
+        assert guard.requested
 
 
 def test_delivered_once() -> None:
@@ -52,13 +83,14 @@ def test_released_it_has_its_usual_effect() -> None:
         assert guard.requested
 
 
-def test_only_the_outer_one_holds_unless_it_is_released() -> None:
-    """So a second Ctrl-C is passed on at once however deep it arrives."""
+def test_only_the_outer_one_holds_unless_it_is_released(clock: Clock) -> None:
+    """So a later Ctrl-C is passed on at once however deep it arrives."""
     with InterruptGuard() as outer:
         with InterruptGuard() as inner:
             ctrl_c()
             assert (outer.requested, inner.requested) == (True, False)
             inner.deliver()
+            clock.now += 1.0
             with pytest.raises(KeyboardInterrupt):
                 ctrl_c()
         outer.release()
