@@ -57,6 +57,8 @@ def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
 def test_what_says_that_nothing_is_quantised(tmp_path: Path) -> None:
     save("llama", tmp_path)
     edit_config(tmp_path, quantization_config=None)
+    scales = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "k_proj.output_scale", "v_proj.output_scale")
+    rewrite(tmp_path, {f"model.layers.1.self_attn.{name}": torch.full((1,), 2.0) for name in scales})
     kv_only = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": kv_only}))
     assert_as_transformers(tmp_path)
