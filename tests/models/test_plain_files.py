@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from pearl.models import ModelConfig, bundled_path
+from pearl.errors import ModelLoadError
+from pearl.models import ModelConfig, Tokenizer, bundled_path
 from pearl.models.plain_files import plain_config, plain_tokenizer
 
 ROLES = ("target", "draft")
@@ -55,7 +56,10 @@ def test_a_plain_configuration(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_plain_tokenizer(role: str) -> None:
     path = str(bundled_path(role))  # type: ignore[arg-type]
-    plain, whole = plain_tokenizer(path), AutoTokenizer.from_pretrained(path)
+    plain, whole = (
+        plain_tokenizer(path, lambda: AutoTokenizer.from_pretrained(path)),
+        AutoTokenizer.from_pretrained(path),
+    )
     assert plain is not None
     assert plain.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
     for text in TEXTS:
@@ -83,6 +87,10 @@ def test_a_plain_tokenizer(role: str) -> None:
         {"num_hidden_layers": "8"},
         {"num_hidden_layers": True},
         {"dtype": "auto"},
+        {"dtype": {"": "bfloat16"}},
+        {"dtype": ["bfloat16"]},
+        {"pretraining_tp": 1.0},
+        {"pretraining_tp": True},
         {"quantization_config": {"quant_method": "fp8"}},
         {"sliding_window": 16},
         {"eos_token_id": [0, 1]},
@@ -91,7 +99,7 @@ def test_a_plain_tokenizer(role: str) -> None:
 def test_a_configuration_that_only_transformers_understands(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "config.json", lambda values: values.update(change))
     assert plain_config(str(folder)) is None
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
 
 
 def test_a_missing_field_has_transformers_default(folder: Path) -> None:
@@ -112,7 +120,7 @@ def test_a_missing_field_has_transformers_default(folder: Path) -> None:
 )
 def test_a_tokenizer_that_only_transformers_understands(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "tokenizer_config.json", lambda values: values.update(change))
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
 
 
 @pytest.mark.parametrize(
@@ -124,12 +132,21 @@ def test_a_tokenizer_that_only_transformers_understands(folder: Path, change: di
 )
 def test_a_tokenizer_json_that_transformers_changes(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "tokenizer.json", lambda values: values.update(change))
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
 
 
 def test_a_folder_with_more_tokenizer_files(folder: Path) -> None:
     (folder / "added_tokens.json").write_text("{}")
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
+
+
+def test_a_chat_template_that_cannot_be_read_is_a_sentence(folder: Path) -> None:
+    """It is read when it is asked for: generating does not need it."""
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    tokenizer = Tokenizer.from_pretrained(str(folder))
+    assert tokenizer.encode("x")
+    with pytest.raises(ModelLoadError, match=r"no tokenizer could be loaded .*can't decode byte 0xff"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
 
 
 def test_dtypes_are_torch_s(folder: Path) -> None:
