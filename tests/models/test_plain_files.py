@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pearl.errors import ModelLoadError
-from pearl.models import ModelConfig, Tokenizer, bundled_path
+from pearl.models import ModelConfig, Tokenizer, bundled_path, plain_files
 from pearl.models.plain_files import plain_config, plain_tokenizer
 
 ROLES = ("target", "draft")
@@ -83,6 +83,8 @@ def test_a_plain_tokenizer(role: str) -> None:
         {"architectures": ["Qwen2ForCausalLM"]},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
+        {"hidden_act": "gelu"},
         {"hidden_size": 383},
         {"num_hidden_layers": "8"},
         {"num_hidden_layers": True},
@@ -127,11 +129,28 @@ def test_a_tokenizer_that_only_transformers_understands(folder: Path, change: di
     "change",
     [
         {"post_processor": None},
+        {
+            "padding": {
+                "strategy": {"Fixed": 9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<|endoftext|>",
+            }
+        },
         {"truncation": {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}},
     ],
 )
 def test_a_tokenizer_json_that_transformers_changes(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "tokenizer.json", lambda values: values.update(change))
+    assert plain_tokenizer(str(folder), object) is None
+
+
+def test_a_vocabulary_so_large_that_transformers_may_mend_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_files, "_MOST_TOKENS", 4096)
+    assert plain_tokenizer(str(folder), object) is not None
+    monkeypatch.setattr(plain_files, "_MOST_TOKENS", 4095)
     assert plain_tokenizer(str(folder), object) is None
 
 
