@@ -47,6 +47,11 @@ UNREAD: Mapping[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
         },
         r"holds 'layers\.0\.mlp\.up_proj\.bias'",
     ),
+    "a bias below one model. too many": (
+        "llama",
+        lambda t: {**t, "model.model.layers.0.mlp.up_proj.bias": tensor(80)},
+        r"holds 'model\.model\.layers\.0\.mlp\.up_proj\.bias'",
+    ),
     "an adapter": (
         "qwen2",
         lambda t: {**t, "model.layers.0.self_attn.q_proj.lora_A.default.weight": tensor(4, 48)},

@@ -165,7 +165,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**rope("linear", factor=2.0), "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     *((rope(kind, factor=2.0), "RoPE scaling .* is not supported; known are default, linear")
       for kind in ("su", "mrope", None, 5, ["linear"])),
-    ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "RoPE scaling 'su' is not supported; known are"),
+    ({"rope_parameters": {"rope_type": ["linear"], "rope_theta": 1e4}}, r"RoPE scaling \['linear'\] is not supported"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2,
       "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
      r"of their own for some layers \(full_att"),

@@ -139,3 +139,6 @@ def test_a_link_whose_file_is_gone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to(tmp_path / "blobs" / "0123")
     with pytest.raises(ModelLoadError, match=r": model\.safetensors\S* is there, but is no file, or a link to one"):
         weight_files(tmp_path)
+    (tmp_path / "blobs" / "0123").mkdir(parents=True)
+    with pytest.raises(ModelLoadError, match=r": model\.safetensors\S* is there, but is no file, or a link to one"):
+        weight_files(tmp_path)
