@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.families import family_of
-from pearl.models.model_files import download, first_line, read_json
+from pearl.models.hub import fetch_description
+from pearl.models.model_files import read_json
 from pearl.models.plain_files import PlainConfig, plain_config
 from pearl.models.rope import check_parameters
+from pearl.models.weight_files import CONFIG
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_CONFIG = "config.json"
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -33,13 +33,14 @@ def read_config(path: str) -> tuple[Mapping[str, Any], PretrainedConfig | PlainC
 
     Its dtype is left to ``model_dtype``. No code of the folder is run. Raises ModelLoadError or UnsupportedModelError.
     """
-    file = _locate(path)
-    values = read_json(file)
-    if (plain := plain_config(str(file.parent))) is not None:
+    folder = fetch_description(path)  # of a hub id its place in the cache
+    if not (folder / CONFIG).exists():
+        raise ModelLoadError(f"{path!r} has no {CONFIG}: give a folder with a model's configuration and weights")
+    values = read_json(folder / CONFIG)
+    if (plain := plain_config(str(folder))) is not None:
         return values, plain
     from transformers import AutoConfig, PretrainedConfig
 
-    folder = file.parent  # of a hub id its place in the cache: the hub need not be asked again
     with naming_config(path):
         try:
             fields = PretrainedConfig.get_config_dict(folder)[0]
@@ -58,7 +59,7 @@ def naming_config(path: str) -> Iterator[None]:
     try:
         yield
     except (ModelLoadError, UnsupportedModelError) as error:
-        raise type(error)(f"{path}/{_CONFIG}: {error}") from error
+        raise type(error)(f"{path}/{CONFIG}: {error}") from error
 
 
 def check_sizes(fields: Mapping[str, Any]) -> None:
@@ -68,21 +69,6 @@ def check_sizes(fields: Mapping[str, Any]) -> None:
         most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
             raise ModelLoadError(f"{name} must be an integer from 1 to {most}, not {value!r}")
-
-
-def _locate(path: str) -> Path:
-    if Path(path).is_dir():
-        file = Path(path) / _CONFIG
-        if not file.exists():
-            raise ModelLoadError(f"{path!r} has no {_CONFIG}: give a folder with a model's configuration and weights")
-        return file
-    try:
-        return download(path, _CONFIG)
-    except Exception as error:  # the hub client raises many kinds, offline ones among them
-        raise ModelLoadError(
-            f"{path!r} is no folder, and the hub could not provide its {_CONFIG} ({first_line(error)}); "
-            "give a folder with a config.json, or a hub id that is reachable or cached"
-        ) from error
 
 
 def _check(fields: Mapping[str, Any]) -> None:

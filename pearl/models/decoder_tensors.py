@@ -11,9 +11,12 @@ from pearl.models.model_config import ModelConfig
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _BASE = "model."
 _OWN = {"embed_tokens", "layers", "norm", "lm_head"}
-# Constants that old checkpoints carry along. Of our families' classes transformers declares the first harmless; the
-# others are computed from it.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+# Constants that old checkpoints carry along: of our families' classes transformers declares the first harmless; the
+# others are computed from it. And scales of a quantised KV cache, which ours is not.
+_HARMLESS = re.compile(
+    r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
+    r"|self_attn\.(k_scale|v_scale|k_proj\.k_scale|v_proj\.v_scale|[kv]_proj\.output_scale)$"
+)
 
 
 @dataclass(frozen=True)

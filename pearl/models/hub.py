@@ -7,6 +7,7 @@ from glob import escape
 from pathlib import Path
 
 from pearl.errors import ModelLoadError
+from pearl.models.model_files import first_line
 from pearl.models.quantization import HF_QUANT_CONFIG
 from pearl.models.weight_files import CONFIG, entries, files_of, no_weights
 
@@ -39,7 +40,7 @@ def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path
     except Exception as error:  # the hub client raises many kinds, offline ones among them
         raise ModelLoadError(
             f"{path!r} is no folder, and the hub could not provide it: give a folder with a config.json, or a hub id "
-            f"that is reachable or cached ({error})"
+            f"that is reachable or cached ({first_line(error)})"
         ) from error
 
 

@@ -65,7 +65,8 @@ class ModelConfig:
         """The shape that transformers' own class would have. Raises ModelLoadError or UnsupportedModelError.
 
         Windows are those that the family's class uses: Mistral's sliding_window, and for Qwen2, Qwen3 and Ministral
-        the layers of layer_types. Llama ignores such a key, and so do we: attention is full.
+        the layers of layer_types. Llama's class ignores such a key, and so do we: attention is full. transformers'
+        ``generate`` cuts the cache by it all the same: it differs from its own class unless use_cache=False.
         """
         config = copy.deepcopy(config)
         family = family_of({"model_type": config.model_type})

@@ -12,20 +12,15 @@ LFS_ADVICE = "is a Git LFS pointer, not the file itself; run `git lfs pull` in i
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def download(model_id: str, name: str, *, cached_only: bool = False) -> Path:
-    """A file of the hub, in its cache. Raises what the hub's client raises, which is of many kinds."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(model_id, name, local_files_only=cached_only))
-
-
 def find_file(path: str, name: str, *, cached_only: bool = False) -> Path | None:
     """The file ``name`` of a local folder or a hub id; None if it has none, or the hub cannot be asked."""
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.exists() else None
+    from huggingface_hub import hf_hub_download
+
     try:
-        return download(path, name, cached_only=cached_only)
+        return Path(hf_hub_download(path, name, local_files_only=cached_only))
     except Exception:  # no such file, no such model, no network
         return None
 

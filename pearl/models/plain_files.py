@@ -8,14 +8,17 @@ and no conversion applies. Anything else is left to transformers, and the tests 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer as Backend
+
+from pearl.errors import ModelLoadError
+from pearl.models.model_files import read_json
+from pearl.models.weight_files import CONFIG
 
 # Fields of transformers' LlamaConfig, all of which must be there, with the types that need no conversion.
 _SIZES = (
@@ -44,7 +47,7 @@ class PlainConfig(SimpleNamespace):
 
 def plain_config(path: str) -> PlainConfig | None:
     """The configuration of a local folder; None if only transformers can tell what it means."""
-    values = _object(Path(path) / "config.json")
+    values = _object(Path(path) / CONFIG)
     if values is None or values.keys() != {*_SIZES, *_FLAGS, *_FLOATS, *_IDS, *_OTHERS}:
         return None
     plain = (
@@ -55,7 +58,9 @@ def plain_config(path: str) -> PlainConfig | None:
         and values["model_type"] == "llama"
         and values["architectures"] == ["LlamaForCausalLM"]
         and values["hidden_act"] == "silu"
+        and type(values["pretraining_tp"]) is int
         and values["pretraining_tp"] == 1
+        and isinstance(values["dtype"], str)
         and values["dtype"] in _DTYPES
         and values["hidden_size"] % values["num_attention_heads"] == 0
         and values["num_attention_heads"] % values["num_key_value_heads"] == 0
@@ -74,8 +79,8 @@ class PlainTokenizer:
     """What transformers' TokenizersBackend is around a tokenizer.json. The rest of it (chat templates, ...) is
     transformers' own object, loaded when it is asked for."""
 
-    def __init__(self, path: str, backend: Backend, named: Mapping[str, str]) -> None:
-        self._path, self._named = path, named
+    def __init__(self, backend: Backend, named: Mapping[str, str], load_complete: Callable[[], Any]) -> None:
+        self._named, self._load_complete = named, load_complete
         self.backend_tokenizer = backend
         self.added_tokens_decoder = backend.get_added_tokens_decoder()
         self.all_special_tokens = list(dict.fromkeys(named.values()))
@@ -101,9 +106,7 @@ class PlainTokenizer:
     @functools.cached_property
     def complete(self) -> Any:
         """transformers' tokenizer of the same folder."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._path, trust_remote_code=False)
+        return self._load_complete()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -111,8 +114,11 @@ class PlainTokenizer:
         return getattr(self.complete, name)
 
 
-def plain_tokenizer(path: str) -> PlainTokenizer | None:
-    """The tokenizer of a local folder; None if only transformers can tell how it works."""
+def plain_tokenizer(path: str, load_complete: Callable[[], Any]) -> PlainTokenizer | None:
+    """The tokenizer of a local folder; None if only transformers can tell how it works.
+
+    ``load_complete`` gives transformers' tokenizer of the folder.
+    """
     folder = Path(path)
     settings = _object(folder / "tokenizer_config.json")
     if settings is None or not settings.keys() - {"chat_template"} <= _TOKENIZER_KEYS:
@@ -131,13 +137,12 @@ def plain_tokenizer(path: str) -> PlainTokenizer | None:
         return None
     if backend.truncation or backend.padding or backend.post_processor is None:
         return None
-    return PlainTokenizer(path, backend, named) if backend.get_vocab_size() <= _MOST_TOKENS else None
+    return PlainTokenizer(backend, named, load_complete) if backend.get_vocab_size() <= _MOST_TOKENS else None
 
 
 def _object(file: Path) -> dict[str, Any] | None:
     """What a JSON file holds; None if it is not there, or anything but an object."""
     try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except ModelLoadError:
         return None
-    return value if isinstance(value, dict) else None

@@ -37,8 +37,12 @@ class Tokenizer:
         tokenizer = load_tokenizer(path)
         return cls(tokenizer, end_of_text_ids(path, tokenizer))
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises InvalidRequestError: a tokenizer without an unknown token, and the like, cannot encode every text."""
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise InvalidRequestError(f"the model's tokenizer cannot encode this text: {error}") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -81,8 +85,7 @@ class Tokenizer:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
         if lone_surrogate(text) is not None:
             raise InvalidRequestError("the messages have half a character (a lone surrogate); read them as UTF-8")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
-        return ids
+        return self.encode(text, add_special_tokens=False)  # the template writes them itself
 
 
 def _special_texts(tokenizer: Any, backend: Any) -> dict[int, str]:

@@ -13,8 +13,9 @@ import torch
 from pearl.errors import ModelLoadError
 from pearl.models.model_files import LFS_ADVICE, find_file, first_line, is_lfs_pointer, read_json
 from pearl.models.plain_files import plain_tokenizer
+from pearl.models.weight_files import CONFIG
 
-_SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+_SETTINGS = (CONFIG, "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 _ADVICE = "give a folder with a tokenizer.json"
@@ -23,8 +24,11 @@ _EXTRA = "pip install 'pearl-engine[sentencepiece]'"
 
 def load_tokenizer(path: str) -> Any:
     """transformers' tokenizer of a local folder or a hub id. No code of the folder is run. Raises ModelLoadError."""
-    if (plain := plain_tokenizer(path)) is not None:
-        return plain
+    plain = plain_tokenizer(path, lambda: _load_with_transformers(path))
+    return _load_with_transformers(path) if plain is None else plain
+
+
+def _load_with_transformers(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -43,7 +47,7 @@ def end_of_text_ids(path: str, tokenizer: Any) -> frozenset[int]:
     names none and there is no generation_config.json. Raises ModelLoadError for ids that are no integers.
     """
     found = _ids(tokenizer.eos_token_id, "the tokenizer")
-    config, generation = (find_file(path, name) for name in ("config.json", "generation_config.json"))
+    config, generation = (find_file(path, name) for name in (CONFIG, "generation_config.json"))
     named = False
     for file in (config, generation):
         if file is not None and "eos_token_id" in (fields := read_json(file)):

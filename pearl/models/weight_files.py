@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pearl.errors import ModelLoadError
 from pearl.models.model_files import read_json_if_there
@@ -47,7 +48,7 @@ def entries(folder: Path) -> tuple[str, ...]:
     named = read_json_if_there(folder / CONFIG).get("transformers_weights")
     if named is None:
         return SINGLE, INDEX
-    if not isinstance(named, str) or ".." in Path(named).parts or not named.endswith((".safetensors", _INDEX_SUFFIX)):
+    if not _is_inside(named) or not named.endswith((".safetensors", _INDEX_SUFFIX)):
         raise ModelLoadError(
             f"{folder / CONFIG}: transformers_weights is {named!r}; it must name a safetensors file of the folder, or "
             "an index of them"
@@ -67,9 +68,16 @@ def files_of(folder: Path, entry: str) -> tuple[str, ...]:
             f"the weights are in one file, and name that {SINGLE}"
         )
     for tensor, shard in shards.items():
-        if not isinstance(shard, str) or ".." in Path(shard).parts or not shard.endswith(".safetensors"):
-            raise ModelLoadError(f"{index} gives {shard!r} for {tensor!r}, not the name of a safetensors file")
+        if not _is_inside(shard) or not shard.endswith(".safetensors"):
+            raise ModelLoadError(
+                f"{index} gives {shard!r} for {tensor!r}, not the name of a safetensors file of its folder"
+            )
     return tuple(sorted(set(shards.values())))
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether it names a file of a model's folder, or of a folder in there."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -99,6 +107,8 @@ def _present(folder: Path, entry: str) -> tuple[Path, ...]:
 
 
 def _instead(names: list[str]) -> str:
+    if special := [name for name in (SINGLE, INDEX) if name in names]:
+        return f"{special[0]} is there, but is no file, or a link to one that is gone; download it again"
     variants = {name: match for name in names if (match := _VARIANT.fullmatch(name))}
     if shards := [name for name in names if _SHARD.fullmatch(name) and name not in variants]:
         return f"there are shards ({shards[0]}, ...) but not their index; download {INDEX} too"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pearl.config import EngineConfig
 from pearl.engine import model_loading
-from pearl.engine.model_loading import load_models
+from pearl.engine.model_loading import _check_pair, load_models
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import Decoder, bundled_path
 
@@ -93,3 +93,18 @@ def test_a_default_kv_cache_that_a_model_on_cpu_outgrows(
         load(folder, "target", draft=str(folder), kv_cache_memory=remedy, **options)
     with pytest.raises(ConfigurationError, match="kv_cache_memory allows"):
         load(folder, "target", draft=str(folder), kv_cache_memory=remedy - 1, **options)
+
+
+def test_tokens_that_a_draft_has_no_row_for_may_be_others(tmp_path: Path) -> None:
+    """Its tokenizer names them, behind its head: it can neither read nor draft them."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        values = json.loads((bundled_path("draft") / name).read_text("utf-8"))
+        if name == "config.json":
+            values["vocab_size"] = 4090
+        if name == "tokenizer.json":
+            words, values["model"]["merges"] = values["model"]["vocab"], []
+            values["model"]["vocab"] = {word if i < 4090 else f"<other {i}>": i for word, i in words.items()}
+        (tmp_path / name).write_text(json.dumps(values), "utf-8")
+    pair = _check_pair(EngineConfig(), str(bundled_path("target")), str(tmp_path))
+    assert pair.draft is not None
+    assert (pair.vocab_size, pair.draft.vocab_size) == (4096, 4090)

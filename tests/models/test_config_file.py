@@ -56,6 +56,8 @@ LOADED: list[dict[str, Any]] = [
     windowed("qwen2", sliding_window=5, use_sliding_window=True, max_window_layers=-1),
     windowed("qwen3", sliding_window=None, use_sliding_window=True, max_window_layers=1),
     windowed("qwen3", sliding_window=5, use_sliding_window=True, layer_types=PER_LAYER),
+    {"head_dim": 32, **rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)},
+    {"head_dim": 32, **rope("yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=4.0)},
     {"rope_theta": 500.0},
     {"rope_parameters": {"rope_theta": 500.0}},
     {"rope_parameters": None},
@@ -121,6 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 2**20}, "head_dim .*at most|head_dim .*, not 1048576"),
     ({"rms_norm_eps": 1}, "'rms_norm_eps' expected float, got int .value: 1"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps must be .*, not -1.0"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be .*, not inf"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be .*, not nan"),
     ({"tie_word_embeddings": 0}, "'tie_word_embeddings' expected bool, got int .value: 0"),
     ({"attention_bias": None}, "'attention_bias' expected bool, got null"),
@@ -139,7 +142,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (windowed("qwen3", use_sliding_window="yes"), "'use_sliding_window' expected bool, got str"),
     (windowed("qwen3", max_window_layers=None), "'max_window_layers' expected int, got null"),
     ({"layer_types": 5}, "layer_types must be a list .*, not 5"),
-    ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config"),
+    ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, r"layers that differ \(per_layer_config\) are not"),
     ({"rope_theta": 0}, "rope_theta .*, not 0 "),
     ({"rope_theta": None}, "rope_theta .*, not None"),
     ({"rope_theta": 10**400}, "rope_theta .*, not 10000"),
@@ -162,6 +165,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**rope("linear", factor=2.0), "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     *((rope(kind, factor=2.0), "RoPE scaling .* is not supported; known are default, linear")
       for kind in ("su", "mrope", None, 5, ["linear"])),
+    ({"rope_parameters": {"rope_type": ["linear"], "rope_theta": 1e4}}, r"RoPE scaling \['linear'\] is not supported"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"] * 2,
       "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
      r"of their own for some layers \(full_att"),
@@ -206,21 +210,30 @@ def test_a_config_that_cannot_be_read_and_none_at_all(tmp_path: Path) -> None:
         ModelConfig.from_pretrained(str(tmp_path))
 
 
+def test_a_configuration_that_is_given_stays_as_it_is(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(write_config(tmp_path))
+    config.rope_parameters = {"rope_theta": 500.0}
+    assert ModelConfig.from_transformers(config).rope["rope_type"] == "default"
+    assert config.rope_parameters == {"rope_theta": 500.0}
+
+
 def test_a_hub_id_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no network each question takes the hub's client half a minute."""
     asked = []
 
-    def hub(model_id: str, name: str, **_: object) -> str:
-        asked.append((model_id, name))
+    def hub(model_id: str, **_: object) -> str:
+        asked.append(model_id)
         if len(asked) > 1:
             raise OSError("no network\nand more")
-        return str(tmp_path / name)
+        return str(tmp_path)
 
     write_config(tmp_path, dtype="bfloat16")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     assert ModelConfig.from_pretrained("some/model").dtype == torch.bfloat16
-    assert asked == [("some/model", "config.json")]
-    with pytest.raises(ModelLoadError, match=r"'some/model' is no folder, .* its config\.json \(no network\); give"):
+    assert asked == ["some/model"]
+    with pytest.raises(
+        ModelLoadError, match=r"'some/model' is no folder.* give a folder with .* cached \(no network\)$"
+    ):
         ModelConfig.from_pretrained("some/model")
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from config_support import ABSENT
 from families import llama
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pearl.errors import ModelLoadError
 from pearl.models import ModelConfig
+from pearl.models.model_dtype import checkpoint_dtype
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,18 @@ def test_auto_is_what_the_weights_are_stored_in(stored: Path, tmp_path: Path) ->
     assert ModelConfig.from_pretrained(declare(tmp_path, "torch_dtype", "auto")).dtype == torch.bfloat16
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 9)  # the loader's to complain about
     assert ModelConfig.from_pretrained(str(tmp_path)).dtype == torch.float32
+
+
+def test_of_several_stored_dtypes_the_first_one_counts(tmp_path: Path) -> None:
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for name, first, second in zip(
+        shards, (torch.bfloat16, torch.float64), (torch.float32, torch.float16), strict=True
+    ):
+        save_file({"a": torch.zeros(1, dtype=first), "b": torch.zeros(1, dtype=second)}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(shards))}))
+    assert checkpoint_dtype(str(tmp_path), {}) == torch.bfloat16
+    (tmp_path / shards[1]).rename(tmp_path / "model.safetensors")
+    assert checkpoint_dtype(str(tmp_path), {}) == torch.float32
 
 
 def test_float64_is_computed_in_the_widest_that_the_kernels_have(stored: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from pearl.models import ModelConfig, bundled_path
+from pearl.errors import ModelLoadError
+from pearl.models import ModelConfig, Tokenizer, bundled_path, plain_files
 from pearl.models.plain_files import plain_config, plain_tokenizer
 
 ROLES = ("target", "draft")
@@ -55,7 +56,10 @@ def test_a_plain_configuration(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_plain_tokenizer(role: str) -> None:
     path = str(bundled_path(role))  # type: ignore[arg-type]
-    plain, whole = plain_tokenizer(path), AutoTokenizer.from_pretrained(path)
+    plain, whole = (
+        plain_tokenizer(path, lambda: AutoTokenizer.from_pretrained(path)),
+        AutoTokenizer.from_pretrained(path),
+    )
     assert plain is not None
     assert plain.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
     for text in TEXTS:
@@ -79,10 +83,16 @@ def test_a_plain_tokenizer(role: str) -> None:
         {"architectures": ["Qwen2ForCausalLM"]},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
+        {"hidden_act": "gelu"},
         {"hidden_size": 383},
         {"num_hidden_layers": "8"},
         {"num_hidden_layers": True},
         {"dtype": "auto"},
+        {"dtype": {"": "bfloat16"}},
+        {"dtype": ["bfloat16"]},
+        {"pretraining_tp": 1.0},
+        {"pretraining_tp": True},
         {"quantization_config": {"quant_method": "fp8"}},
         {"sliding_window": 16},
         {"eos_token_id": [0, 1]},
@@ -91,7 +101,7 @@ def test_a_plain_tokenizer(role: str) -> None:
 def test_a_configuration_that_only_transformers_understands(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "config.json", lambda values: values.update(change))
     assert plain_config(str(folder)) is None
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
 
 
 def test_a_missing_field_has_transformers_default(folder: Path) -> None:
@@ -112,24 +122,50 @@ def test_a_missing_field_has_transformers_default(folder: Path) -> None:
 )
 def test_a_tokenizer_that_only_transformers_understands(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "tokenizer_config.json", lambda values: values.update(change))
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"post_processor": None},
+        {
+            "padding": {
+                "strategy": {"Fixed": 9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<|endoftext|>",
+            }
+        },
         {"truncation": {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}},
     ],
 )
 def test_a_tokenizer_json_that_transformers_changes(folder: Path, change: dict[str, Any]) -> None:
     edit(folder / "tokenizer.json", lambda values: values.update(change))
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
+
+
+def test_a_vocabulary_so_large_that_transformers_may_mend_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_files, "_MOST_TOKENS", 4096)
+    assert plain_tokenizer(str(folder), object) is not None
+    monkeypatch.setattr(plain_files, "_MOST_TOKENS", 4095)
+    assert plain_tokenizer(str(folder), object) is None
 
 
 def test_a_folder_with_more_tokenizer_files(folder: Path) -> None:
     (folder / "added_tokens.json").write_text("{}")
-    assert plain_tokenizer(str(folder)) is None
+    assert plain_tokenizer(str(folder), object) is None
+
+
+def test_a_chat_template_that_cannot_be_read_is_a_sentence(folder: Path) -> None:
+    """It is read when it is asked for: generating does not need it."""
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    tokenizer = Tokenizer.from_pretrained(str(folder))
+    assert tokenizer.encode("x")
+    with pytest.raises(ModelLoadError, match=r"no tokenizer could be loaded .*can't decode byte 0xff"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
 
 
 def test_dtypes_are_torch_s(folder: Path) -> None:

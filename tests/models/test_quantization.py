@@ -12,7 +12,7 @@ from checkpoints import assert_as_transformers, edit_config, rewrite, save
 from families import load
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
-from pearl.models.quantization import refuse_quantized
+from pearl.models.quantization import refuse_quantized, refuse_quantized_tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 METHODS: list[tuple[dict[str, Any], str]] = [
@@ -49,6 +49,9 @@ def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
     with pytest.raises(UnsupportedModelError, match=r"ModelOpt's FP8 \(hf_quant_config\.json\)"):
         load(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": "FP8"}))
+    with pytest.raises(UnsupportedModelError, match=r"ModelOpt's FP8 \(hf_quant_config\.json\)"):
+        refuse_quantized(tmp_path)
     (tmp_path / "hf_quant_config.json").write_text("[]")
     with pytest.raises(ModelLoadError, match=r"hf_quant_config\.json must hold a JSON object, not a list"):
         load(tmp_path)
@@ -57,6 +60,8 @@ def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
 def test_what_says_that_nothing_is_quantised(tmp_path: Path) -> None:
     save("llama", tmp_path)
     edit_config(tmp_path, quantization_config=None)
+    scales = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "k_proj.output_scale", "v_proj.output_scale")
+    rewrite(tmp_path, {f"model.layers.1.self_attn.{name}": torch.full((1,), 2.0) for name in scales})
     kv_only = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": kv_only}))
     assert_as_transformers(tmp_path)
@@ -69,7 +74,9 @@ def test_what_says_that_nothing_is_quantised(tmp_path: Path) -> None:
         (torch.float8_e5m2, "F8_E5M2"),
         (torch.int8, "I8"),
         (torch.uint8, "U8"),
+        (torch.int16, "I16"),
         (torch.int32, "I32"),
+        (torch.int64, "I64"),
         (torch.bool, "BOOL"),
     ],
 )
@@ -87,6 +94,19 @@ def test_what_lies_beside_a_matrix_gives_it_away(companion: str, tmp_path: Path)
     rewrite(tmp_path, {Q_PROJ: None, name: torch.ones(48, 1)})
     with pytest.raises(UnsupportedModelError, match=rf"'{name}' belongs to a quantised matrix"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        "weight_scale_2", "weight_zero_point", "weight_shape", "input_scale", "activation_scale", "qzeros", "scales",
+        "g_idx", "weight_format", "quant_map", "nested_absmax", "nested_quant_map", "codebooks", "codes",
+    ],
+)  # fmt: skip
+def test_so_do_the_companions_of_other_methods(companion: str, tmp_path: Path) -> None:
+    name = Q_PROJ.replace("weight", companion)
+    with pytest.raises(UnsupportedModelError, match=rf"'{name}' belongs to a quantised matrix"):
+        refuse_quantized_tensors(tmp_path, {}, [name])
 
 
 def test_numbers_that_the_decoder_does_not_read_may_be_of_any_dtype(tmp_path: Path) -> None:

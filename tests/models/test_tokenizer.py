@@ -118,6 +118,13 @@ def test_ids_in_a_gap_have_no_text_and_lie_within_the_vocabulary() -> None:
         assert "".join(pieces(tokenizer, [3, 0], [1, 2, 3, 4, 2])).replace(" ", "") == "bc"
 
 
+def test_a_text_that_the_tokenizer_cannot_encode_is_its_requests_error() -> None:
+    with pytest.raises(InvalidRequestError, match=r"cannot encode this text: .*UNK"):
+        Tokenizer(
+            PreTrainedTokenizerFast(tokenizer_object=Backend(backends.WordLevel({"a": 0}, unk_token="?"))), frozenset()
+        ).encode("b")
+
+
 def test_a_missing_chat_template_is_an_error_that_says_so() -> None:
     with pytest.raises(InvalidRequestError, match="no chat template"):
         bytes_only().render_chat([{"role": "user", "content": "hello"}])

@@ -144,6 +144,13 @@ def test_ids_that_end_a_text(tmp_path: Path, config: Any, generation: Any, expec
     assert Tokenizer.from_pretrained(write_config(tmp_path, eos_token_id=config)).eos_ids == expected
 
 
+def test_beside_a_generation_config_the_class_default_ends_no_text(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_path("target") / name, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true}')
+    assert Tokenizer.from_pretrained(write_config(tmp_path)).eos_ids == {0}
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -65,9 +65,11 @@ QWEN25 = [*QWEN2, "<|object_ref_start|>", "<|object_ref_end|>", "<tool_call>", "
         ((CORE, at(N + 9, QWEN2)), (CORE, at(N, QWEN25)), N + 12, N, 0),  # gaps, and nothing above the core in common
         ((["<unk>", *CORE], {0: "<unk>", N + 1: "<pad>"}), (["<s>", *CORE], {0: "<s>", N + 1: "<unk>"}), N + 2, N, 2),
         (([*CORE, "more", "words"], {}), (CORE, {}), N + 2, N, 0),  # a core that was extended
+        (([*CORE, "more"], {}), (CORE, {N: "<pad>"}), N + 1, N, 1),  # by one and not by the other
+        ((CORE, {N: "<pad>"}), ([*CORE, "more"], {}), N + 1, N, 1),
     ],
     ids=["codellama-34b-7b", "codellama-7b-34b", "codellama-padded", "llama3-3.1", "qwen2.5-2", "qwen2-2.5", "gaps",
-         "other special tokens", "extended"],
+         "other special tokens", "extended", "target extended", "draft extended"],
 )  # fmt: skip
 def test_one_core_makes_a_pair(
     tmp_path: Path,

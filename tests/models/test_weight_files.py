@@ -53,6 +53,7 @@ def test_a_file_that_the_configuration_names_wins_over_both(tmp_path: Path) -> N
         ("gone.safetensors", r"no gone\.safetensors, which its config\.json names in transformers_weights"),
         ("../up.safetensors", r"transformers_weights is '\.\./up\.safetensors'; it must name"),
         (["model.safetensors"], r"transformers_weights is \['model\.safetensors'\]; it must name"),
+        ("/up.safetensors", r"transformers_weights is '/up\.safetensors'; it must name"),
         ("model.bin", r"transformers_weights is 'model\.bin'; it must name a safetensors file"),
     ],
 )
@@ -76,6 +77,7 @@ def test_a_file_that_the_configuration_names_wrongly(named: object, message: str
         ('{"weight_map": ["a.safetensors"]}', "has no weight_map"),
         ('{"weight_map": {"x": 3}}', "gives 3 for 'x', not the name of a safetensors file"),
         ('{"weight_map": {"x": "../a.safetensors"}}', r"gives '\.\./a\.safetensors' for 'x'"),
+        ('{"weight_map": {"x": "/a.safetensors"}}', r"gives '/a\.safetensors' for 'x'"),
         ('{"weight_map": {"x": "pytorch_model-1.bin"}}', r"gives 'pytorch_model-1\.bin' for 'x'"),
         (
             '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "c.safetensors"}}',
@@ -117,6 +119,9 @@ def test_weights_that_are_a_pointer(tmp_path: Path) -> None:
         (["consolidated.safetensors", "params.json"], r"its consolidated\.safetensors is in the format of"),
         (["consolidated.00.pth"], r"its consolidated\.00\.pth is in the format of"),
         (["model-Q4_K_M.gguf", "training_args.bin"], r"GGUF \(model-Q4_K_M\.gguf\)"),
+        (["model.pt"], r"pickled \(model\.pt\)"),
+        (["flax_model.msgpack"], r"weights \(flax_model\.msgpack\) belong to another framework"),
+        (["model.onnx"], r"weights \(model\.onnx\) belong to another framework"),
         (["tf_model.h5"], r"weights \(tf_model\.h5\) belong to another framework"),
         (["weights.safetensors"], r"rename weights\.safetensors to model\.safetensors"),
         (["README.md", "optimizer.pt"], "there are no weights; download"),
@@ -125,4 +130,15 @@ def test_weights_that_are_a_pointer(tmp_path: Path) -> None:
 def test_what_is_there_instead_is_named_with_what_to_do(names: list[str], message: str, tmp_path: Path) -> None:
     touch(tmp_path, *names)
     with pytest.raises(ModelLoadError, match=rf"no model\.safetensors and no .*: .*{message}"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX])
+def test_a_link_whose_file_is_gone(name: str, tmp_path: Path) -> None:
+    """So copies of a hub's cache are left that took its links and not its blobs."""
+    (tmp_path / name).symlink_to(tmp_path / "blobs" / "0123")
+    with pytest.raises(ModelLoadError, match=r": model\.safetensors\S* is there, but is no file, or a link to one"):
+        weight_files(tmp_path)
+    (tmp_path / "blobs" / "0123").mkdir(parents=True)
+    with pytest.raises(ModelLoadError, match=r": model\.safetensors\S* is there, but is no file, or a link to one"):
         weight_files(tmp_path)
