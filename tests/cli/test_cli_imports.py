@@ -39,9 +39,7 @@ def imported(arguments: list[str], note: Path) -> tuple[int, set[str]]:
         (["chat", "--no-such-option"], 2),
         (["generate", "x", "--temperature", "-1"], 2),
         (["bench", "--help"], 0),
-        (["bench", "--window", "many"], 2),
         (["bench", "--shapes", "8b:9b"], 2),
-        (["bench", "--json", "/no/such/folder/report.json"], 2),
         (["info", "--head-dim", "0"], 2),
     ],
 )
