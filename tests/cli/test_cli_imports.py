@@ -49,6 +49,11 @@ def test_help_and_refusals_wait_for_no_model_code(arguments: list[str], code: in
     assert not modules & {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub", "pearl.llm"}
 
 
+def test_what_is_imported_later_is_listed_at_once() -> None:
+    program = "import sys, pearl; sys.exit(not set(pearl.__all__) <= set(dir(pearl)) or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
 HEAVY = {
     "transformers", "huggingface_hub", "sympy", "torch.distributed.tensor", "triton", "PIL", "matplotlib", "scipy",
     "flash_attn", "flashinfer", "datasets", "pearl.bench", "pearl_kernels.report",
