@@ -19,8 +19,9 @@ import torch
 import typer
 
 from pearl.bench.command import run_command
+from pearl.bench.options import check_output
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.report import check_output, provenance
+from pearl.bench.report import provenance, write_whole
 from pearl.errors import PearlError
 from pearl.llm import LLM
 from pearl.messages import TokenLogprobs
@@ -89,7 +90,7 @@ class Report:
             "agrees": all(c.agrees for c in self.comparisons),
             "comparisons": [{**asdict(c), "agrees": c.agrees} for c in self.comparisons],
         }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def first_difference(

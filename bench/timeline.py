@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from pearl import LLM, SamplingParams
+from pearl.bench.command import run_command
+from pearl.bench.options import check_picture
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.engine.engine import RoundRecord
 
@@ -76,8 +78,7 @@ def main(
     prompts = load_prompts(BUILT_IN)
     if prompt >= len(prompts):
         raise typer.BadParameter(f"--prompt {prompt}: the built-in set has prompts 0 to {len(prompts) - 1}")
-    if not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"the folder {output.parent} does not exist")
+    check_picture("timeline.py", output)
     runs: dict[str, list[RoundRecord]] = {}
     with LLM(draft_threads=1, target_threads=1, prefix_caching=False) as first:
         for name, options in _RUNS.items():
@@ -93,4 +94,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

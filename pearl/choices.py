@@ -5,3 +5,4 @@ from typing import Literal
 MethodName = Literal["pearl", "speculative", "autoregressive"]
 Verification = Literal["rejection", "coupled"]
 WindowRule = Literal["balanced", "fastest"]
+ShapeName = Literal["tiny-target", "tiny-draft", "1b", "8b", "32b", "70b"]  # of pearl.bench.shapes.SHAPES

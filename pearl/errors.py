@@ -33,5 +33,9 @@ class EngineInUseError(PearlError):
     """Another thread is using the engine, or a round is under way; nothing was changed."""
 
 
+class RoundError(PearlError):
+    """The engine failed in a round; the output is incomplete."""
+
+
 class RankError(PearlError):
     """A rank of a tensor-parallel model ended. The engine can only be closed."""

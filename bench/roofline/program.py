@@ -32,14 +32,15 @@ from bench.roofline.generators import (
 from bench.roofline.measure_forwards import ROUNDS, measure_forwards
 from bench.roofline.report import Generation, Report, draw, tables, write_json
 from pearl.bench.command import run_command
+from pearl.bench.options import check_output, check_picture, whole_number
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.report import check_output
 from pearl.config import NGRAM
 from pearl.devices import cpu_cores
 from pearl.errors import ConfigurationError
 from pearl.interrupts import INTERRUPTED, InterruptGuard
 from pearl.llm import LLM
 from pearl.models import bundled_path
+from pearl.user_values import shown
 
 ENGINES = ("pearl", "transformers", "llama.cpp")
 _QUICK = {"prompts": 1, "max_tokens": 8, "repeats": 1, "rows": "1,4"}
@@ -108,17 +109,17 @@ def _chosen_engines(engines: str) -> list[str]:
 
 
 def _row_counts(rows: str, context: int) -> list[int]:
-    names = [name.strip() for name in rows.split(",")]
-    if not all(name.isascii() and name.isdecimal() and 1 <= int(name) <= context for name in names):
-        raise ConfigurationError(f"--rows takes numbers from 1 to the context's {context}, with commas, not {rows!r}")
-    return sorted({int(name) for name in names})
+    numbers = {whole_number(name.strip()) or 0 for name in rows.split(",")}
+    if not all(1 <= number <= context for number in numbers):
+        raise ConfigurationError(
+            f"--rows takes numbers from 1 to the context's {context}, with commas, not {shown(rows)}"
+        )
+    return sorted(numbers)
 
 
 def _check_outputs(json_out: Path | None, plot: Path | None) -> None:
-    for option, path in (("--json", json_out), ("--plot", plot)):
-        check_output(option, path)
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise ConfigurationError(f"--plot draws .png and .svg, not {plot.name!r}")
+    check_output("--json", json_out)
+    check_picture("--plot", plot)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install matplotlib")
 

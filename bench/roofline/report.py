@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from bench.roofline.generators import LeftOut
-from pearl.bench.report import machine, provenance
+from pearl.bench.report import machine, provenance, write_whole
 
 MEMORY = "memory"  # the buffer that no cache holds
 
@@ -111,7 +111,7 @@ def write_json(path: Path, report: Report) -> None:
         "generation": [asdict(g) for g in report.generation],
         "left_out": [asdict(e) for e in report.left_out],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def tables(report: Report) -> RenderableType:

@@ -19,7 +19,7 @@ from pearl.choices import MethodName
 from pearl.config import EngineConfig
 from pearl.engine.engine import RoundRecord
 from pearl.engine.model_loading import LoadedModels
-from pearl.errors import PearlError
+from pearl.errors import RoundError
 from pearl.kv import KVCacheManager
 from pearl.llm import LLM
 from pearl.outputs import OutputDelta
@@ -30,7 +30,7 @@ class Interrupted(Exception):
     """The user wants no more."""
 
 
-class RoundFailed(PearlError):
+class RoundFailed(RoundError):
     """The engine gave up on the requests; the message is the engine's."""
 
 
@@ -168,7 +168,7 @@ def _rounds(
         llm.generate(prompts, params, look)
     records = records[:steps]
     if any(len(work.tokens) != work.num_logits for record in records for work in record.plan.target.work):
-        raise PearlError("prompts were not found in the prefix cache: these rounds computed some of them")
+        raise RoundError("prompts were not found in the prefix cache: these rounds computed some of them")
     return records
 
 

@@ -22,14 +22,14 @@ from bench.round_latency.memory import DoesNotFit, explaining_what_does_not_fit,
 from bench.round_latency.report import Cell, Latencies, Report, tables, write_json, write_markdown
 from bench.shared.bandwidth import last_level_cache, read_bandwidth
 from pearl.bench.command import run_command
-from pearl.bench.report import check_output
-from pearl.bench.scripted_verdicts import check_rate, label
-from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, parse_shapes, random_decoders
+from pearl.bench.options import check_output, check_rate, parse_shapes, rate_label, whole_number
+from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, random_decoders
 from pearl.config import EngineConfig
 from pearl.errors import ConfigurationError
 from pearl.interrupts import INTERRUPTED, InterruptGuard
 from pearl.models import KVCache
 from pearl.models.weight_size import weight_bytes
+from pearl.user_values import shown
 
 _LARGE = 1 << 30  # bytes, of a buffer that no cache holds
 
@@ -75,7 +75,7 @@ def latency(
         "eager_too": place.type == "cuda" if eager_too is None else eager_too,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
-    report = Report(settings, f"{shapes}, random weights; {label(synthetic_acceptance)}")
+    report = Report(settings, f"{shapes}, random weights; {rate_label(synthetic_acceptance)}")
     console = Console()
     with InterruptGuard() as guard:
         Bench(report, config, pair, (json_out, markdown), lambda: guard.requested).run(loads, console)
@@ -87,10 +87,10 @@ def latency(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(name.isascii() and name.isdecimal() and int(name) >= 1 for name in names):
-        raise ConfigurationError(f"{option} takes integers >= 1, separated by commas, not {text!r}")
-    return list(dict.fromkeys(map(int, names)))
+    numbers = [whole_number(name.strip()) or 0 for name in text.split(",")]
+    if not all(numbers):
+        raise ConfigurationError(f"{option} takes integers >= 1, separated by commas, not {shown(text)}")
+    return list(dict.fromkeys(numbers))
 
 
 def _check_lengths(loads: Sequence[Load], pair: tuple[str, str], config: EngineConfig) -> None:

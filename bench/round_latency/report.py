@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from pearl.bench.report import provenance
+from pearl.bench.report import provenance, write_whole
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ class Report:
 
 
 def write_json(path: Path, report: Report) -> None:
-    """At once or not at all: whatever ends the program leaves the latest whole file."""
     content = {
         "label": report.label,
         "settings": report.settings,
@@ -96,7 +94,7 @@ def write_json(path: Path, report: Report) -> None:
         "cells": [cell.as_json() for cell in report.cells],
         "interrupted": report.interrupted,
     }
-    _replace(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_markdown(path: Path, report: Report) -> None:
@@ -105,7 +103,7 @@ def write_markdown(path: Path, report: Report) -> None:
         parts += [f"{title}:", "", _markdown_row(rows[0]), _markdown_row(["---:"] * len(rows[0]))]
         parts += [*map(_markdown_row, rows[1:]), ""]
     parts += [f"* {line}" for line in _left_out(report)]
-    _replace(path, "\n".join(parts).rstrip() + "\n")
+    write_whole(path, "\n".join(parts).rstrip() + "\n")
 
 
 def tables(report: Report) -> RenderableType:
@@ -179,9 +177,3 @@ def _left_out(report: Report) -> list[str]:
 
 def _markdown_row(row: Sequence[str]) -> str:
     return f"| {' | '.join(row)} |"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

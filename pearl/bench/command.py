@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import typer
 
-from pearl.errors import PearlError
-from pearl.interrupts import INTERRUPTED
+from pearl.cli.program import run_and_leave
+
+
+def benchmark(function: Callable[..., None]) -> typer.Typer:
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    app.command()(function)
+    return app
 
 
 def run_command(function: Callable[..., None]) -> None:
-    """With options from the command line. An error of ours is a sentence and status 1, Ctrl-C is status 130."""
-    try:
-        typer.run(function)
-    except PearlError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    """With options from the command line; it ends as ``pearl`` does."""
+    run_and_leave(lambda: benchmark(function)(standalone_mode=False))

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from pearl.bench.measure import MethodResult
 from pearl.devices import cpu_cores
-from pearl.errors import ConfigurationError
 
 
 def machine() -> dict[str, Any]:
@@ -57,14 +56,6 @@ def provenance() -> dict[str, Any]:
     return {"machine": machine(), "versions": versions(), "commit": commit()}
 
 
-def check_output(option: str, path: Path | None) -> None:
-    """ConfigurationError unless a file may be written there."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigurationError(f"{option}: the folder {path.parent} does not exist")
-    if path is not None and path.is_dir():
-        raise ConfigurationError(f"{option}: {path} is a folder; name a file")
-
-
 def table(results: Sequence[MethodResult], title: str) -> Table:
     columns = ("method", "tok/s", "speedup", "accepted", "rate", "fwd/token", "window", "efficiency")
     # Without edges it fits 80 columns.
@@ -92,7 +83,20 @@ def write_json(path: Path, results: Sequence[MethodResult], settings: dict[str, 
         "settings": settings,
         "results": [asdict(result) for result in results],
     }
+    write_whole(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """At once or not at all, where it is a file: whatever ends the program leaves the latest whole one. What is none (a
+    device, a pipe) is written to. OSError names the path, which a full disk does not.
+    """
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:  # a full disk does not say whose
+        if path.exists() and not path.is_file():
+            path.write_text(text, "utf-8")
+            return
+        place = path.resolve()  # a link stays one
+        partial = place.with_name(place.name + ".partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(place)
+    except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -12,23 +12,12 @@ from dataclasses import replace
 
 import torch
 
+from pearl.bench.options import check_rate
 from pearl.engine.judge import Judge
-from pearl.errors import ConfigurationError
 from pearl.messages import Decision, DraftProposal, SchedulerOutput, TargetOutput, VerifyResult
 from pearl_kernels.reference.philox import Stream, uniform
 
 _BLOCK = 512  # positions whose draws are made at once
-
-
-def check_rate(rate: float) -> None:
-    """ConfigurationError unless it lies in (0, 1]."""
-    if not 0 < rate <= 1:
-        raise ConfigurationError(f"--synthetic-acceptance must be above 0 and at most 1, not {rate}")
-
-
-def label(rate: float) -> str:
-    """For titles and settings: no reader may take such numbers for measured acceptance."""
-    return f"synthetic acceptance {rate:.2f}: real forwards, scripted verdicts"
 
 
 def scripted(rate: float, vocab_size: int) -> Callable[[Judge], Judge]:

@@ -51,14 +51,6 @@ SHAPES: Mapping[str, ModelConfig] = {
 }  # fmt: skip
 
 
-def parse_shapes(text: str) -> tuple[str, str]:
-    """``TARGET:DRAFT``. ConfigurationError unless both are names of SHAPES."""
-    names = text.split(":")
-    if len(names) != 2 or not set(names) <= SHAPES.keys():
-        raise ConfigurationError(f"--shapes must be TARGET:DRAFT, each one of {', '.join(SHAPES)}; not {text!r}")
-    return names[0], names[1]
-
-
 @dataclass(frozen=True)
 class RandomDecoders:
     """Weights of both models; several engines, one after another, may be assembled around them."""

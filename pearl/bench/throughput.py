@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pearl.bench.command import run_command
-from pearl.bench.measure import MethodResult, compare
-from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.bench.report import check_output, table, write_json
-from pearl.bench.scripted_verdicts import check_rate, scripted
-from pearl.bench.scripted_verdicts import label as synthetic_label
-from pearl.bench.shapes import SHAPES, load_shapes, parse_shapes, random_prompts
-from pearl.choices import MethodName
-from pearl.config import EngineConfig
-from pearl.engine.model_loading import load_models
+from pearl.bench.options import check_output, check_rate, parse_shapes, rate_label, whole_number
+from pearl.bench.prompt_sets import BUILT_IN
+from pearl.choices import MethodName, ShapeName
 from pearl.errors import ConfigurationError
-from pearl.llm import LLM, Prompt
-from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
+from pearl.user_values import shown
 
+_LONGEST_PROMPT = 1 << 20
 ALL_METHODS = ",".join(reversed(get_args(MethodName)))
 
 
@@ -44,10 +34,13 @@ def throughput(
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help='Path or hub id, or "ngram"')] = None,
     shapes: Annotated[
-        str | None, typer.Option(help="TARGET:DRAFT, random weights of these shapes: " + ", ".join(SHAPES))
+        str | None, typer.Option(help="TARGET:DRAFT, random weights of these shapes: " + ", ".join(get_args(ShapeName)))
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="With --shapes: length of each prompt, instead of the data set's")
+        int | None,
+        typer.Option(
+            min=1, max=_LONGEST_PROMPT, help="With --shapes: length of each prompt, instead of the data set's"
+        ),
     ] = None,
     synthetic_acceptance: Annotated[
         float | None, typer.Option(help="Script the verdicts: each drafted token holds with this probability")
@@ -62,7 +55,6 @@ def throughput(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the report here")] = None,
 ) -> None:
     """Tokens per second of the decoding methods, interleaved, on the same prompts; medians. Warm-up is not counted."""
-    console = Console()
     settings: dict[str, Any] = {
         "dataset": dataset, "prompts": prompts, "max_tokens": max_tokens, "repeats": repeats, "batch_size": batch_size,
         "window": window, "window_rule": window_rule,
@@ -73,8 +65,8 @@ def throughput(
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
     names = _method_names(methods)
-    if window != "auto" and not window.isdecimal():
-        raise ConfigurationError(f'--window must be "auto" or an integer >= 1, not {window!r}')
+    if window != "auto" and whole_number(window) is None:
+        raise ConfigurationError(f'--window must be "auto" or an integer >= 1, not {shown(window)}')
     check_output("--json", json_out)
     pair = _check_shapes(settings)
     options: dict[str, Any] = {
@@ -83,13 +75,20 @@ def throughput(
         "draft_device": draft_device, "target_device": target_device, "enforce_eager": enforce_eager,
         "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
     }  # fmt: skip
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
+    # What follows needs torch, for which --help and the refusals above do not wait.
+    from rich.console import Console
+
+    from pearl.bench.contest import Contest, read_prompts
+    from pearl.bench.report import table, write_json
+    from pearl.config import EngineConfig
+
     for name in names:
         EngineConfig(**{**options, "method": name})  # refuse a bad option before anything is loaded
     contest = Contest(
-        names, options, _prompts(dataset, prompts, pair, prompt_tokens),
-        SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0),
-        repeats, pair, synthetic_acceptance,
-    )  # fmt: skip
+        names, options, read_prompts(dataset, prompts, pair, prompt_tokens), params, repeats, pair, synthetic_acceptance
+    )
+    console = Console()
     results = contest.run(console)
     label = _label(settings)
     work = f"{len(contest.prompts)} prompts, up to {max_tokens} tokens, batch {batch_size}"
@@ -125,65 +124,7 @@ def _label(settings: dict[str, Any]) -> str:
     """What makes these numbers other than those of a model at work; empty if nothing does."""
     shapes, rate = settings["shapes"], settings["synthetic_acceptance"]
     random = [] if shapes is None else [f"{shapes}, random weights, random prompts"]
-    return "; ".join([*random, *([] if rate is None else [synthetic_label(rate)])])
-
-
-def _prompts(dataset: str, count: int, pair: tuple[str, str] | None, length: int | None) -> list[Prompt]:
-    """The data set's texts; for random weights token ids, as many as the bundled pair's tokenizer makes of a text."""
-    if pair is None:
-        return [*load_prompts(dataset, count)]
-    if length is None:
-        tokenizer = Tokenizer.from_pretrained(str(bundled_path("target")))
-        lengths = [len(tokenizer.encode(text)) for text in load_prompts(dataset, count)]
-    else:
-        lengths = [length] * count
-    return [*random_prompts(lengths, min(SHAPES[name].vocab_size for name in pair))]
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Methods that compete on one pair, which is loaded once. ``shapes``: of random weights."""
-
-    methods: Sequence[str]
-    options: Mapping[str, Any]
-    prompts: Sequence[Prompt]
-    params: SamplingParams
-    repeats: int
-    shapes: tuple[str, str] | None = None
-    acceptance: float | None = None
-
-    def run(self, console: Console) -> list[MethodResult]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())  # fmt: skip
-        # Scripted verdicts hang on the seed: with one for all, all requests would have the same luck.
-        every = [replace(self.params, seed=index) for index in range(len(self.prompts))]
-        params = self.params if self.acceptance is None else every
-        with Progress(*columns, console=console, refresh_per_second=2) as progress:  # drawing costs the engine time
-            task = progress.add_task("loading", total=len(self.methods) * self.repeats * (len(self.prompts) + 1))
-            with self._load() as first:
-                contenders = {name: first.variant(method=name) for name in self.methods}
-                try:
-                    return compare(
-                        contenders, self.prompts, params, self.repeats,
-                        lambda name: progress.update(task, advance=1, description=name),
-                    )  # fmt: skip
-                finally:
-                    for llm in contenders.values():
-                        llm.close()
-
-    def _load(self) -> LLM:
-        # "pearl" loads a draft whatever the methods are.
-        if self.shapes is None and self.acceptance is None:
-            return LLM(**self.options, method="pearl")
-        if self.shapes is None:
-            config = EngineConfig(**self.options, method="pearl")
-            models = load_models(config)
-        else:
-            longest = max(map(len, self.prompts)) + self.params.max_tokens
-            config = EngineConfig(**self.options, method="pearl", max_model_len=longest)
-            models = load_shapes(config, *self.shapes)
-        wrap = None if self.acceptance is None else scripted(self.acceptance, models.vocab_size)
-        return LLM.from_models(models, config, wrap_verifier=wrap)
+    return "; ".join([*random, *([] if rate is None else [rate_label(rate)])])
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pearl.cli.attribution import Attribution
 from pearl.cli.summary import Summary
 from pearl.cli.terminal import DRAFTED, OWN, Terminal
-from pearl.errors import PearlError
+from pearl.errors import RoundError
 from pearl.interrupts import InterruptGuard
 from pearl.llm import LLM
 from pearl.outputs import CompletionOutput, StreamChunk
@@ -92,7 +92,7 @@ class Answer:
 def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, display: Display) -> Answer:
     """Stream an answer to ``display``. Ctrl-C ends it between two rounds, with what there is.
 
-    Raises PearlError if the engine gave up on the request; what was shown stays.
+    Raises RoundError if the engine gave up on the request; what was shown stays.
     """
     outputs = [CompletionOutput(index) for index in range(params.n)]
     with InterruptGuard() as interrupt, llm.stream(prompt, params) as chunks:
@@ -103,7 +103,7 @@ def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, dis
                 break
     display.finish()
     if errors := [output.error for output in outputs if output.error is not None]:
-        raise PearlError(f"the engine failed, the answer is incomplete: {errors[0]}")
+        raise RoundError(f"the engine failed, the answer is incomplete: {errors[0]}")
     return Answer(outputs)
 
 

@@ -10,11 +10,8 @@ PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 def bench(context: typer.Context) -> None:
     """Tokens per second of the decoding methods, interleaved, on the same prompts; medians."""
+    from pearl.bench.command import benchmark
     from pearl.bench.throughput import throughput
 
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
-    )
-    app.command()(throughput)
-    if code := app(context.args, prog_name=context.command_path, standalone_mode=False):
+    if code := benchmark(throughput)(context.args, prog_name=context.command_path, standalone_mode=False):
         raise typer.Exit(code)

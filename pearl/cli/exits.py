@@ -1,4 +1,4 @@
-"""Exit codes. That of Ctrl-C is ``pearl.cli.interrupts.INTERRUPTED``; a signal that ends the process is reported by the
+"""Exit codes. That of Ctrl-C is ``pearl.interrupts.INTERRUPTED``; a signal that ends the process is reported by the
 shell."""
 
 REFUSED = 2  # what a user asked for cannot be done

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pearl.config import EngineConfig
 
 DISTRIBUTION = "pearl-engine"
+_LARGEST_HEAD = 1024
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
@@ -30,7 +31,7 @@ def installed(package: str) -> str:
 def info(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    head_dim: Annotated[int, typer.Option(help="Size of an attention head.")] = 64,
+    head_dim: Annotated[int, typer.Option(min=1, max=_LARGEST_HEAD, help="Size of an attention head.")] = 64,
 ) -> None:
     """Show versions, devices, threads, and which provider runs each operator and why the others do not."""
     import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pearl.choices import MethodName, Verification
 from pearl.cli.text_input import checked_text
 from pearl.errors import ConfigurationError
 from pearl.sampling_params import SamplingParams
+from pearl.user_values import shown
 
 _model = partial(typer.Option, rich_help_panel="Models and method")
 _hardware = partial(typer.Option, rich_help_panel="Hardware and memory")
@@ -64,7 +66,7 @@ class EngineOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of ``pearl.LLM``."""
-        window = int(self.window) if re.fullmatch(r"-?\d+", self.window) else self.window
+        window = int(self.window) if re.fullmatch(r"-?\d{1,9}", self.window) else self.window
         memory = None if self.kv_cache_memory is None else parse_size(self.kv_cache_memory)
         return asdict(self) | {"window": window, "kv_cache_memory": memory}
 
@@ -112,5 +114,5 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ConfigurationError(f"a size is a number of bytes or such as 512M or 2G, not {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+        raise ConfigurationError(f"a size is a number of bytes or such as 512M or 2G, not {shown(text)}")
+    return int(Decimal(match[1]) * _UNITS[match[2].lower()])

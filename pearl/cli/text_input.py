@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pearl.errors import InvalidRequestError
 
+LONGEST_TEXT = 1 << 26  # characters: more than any context holds, less than any memory
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -50,8 +51,18 @@ def read_text(file: Path | None) -> str:
     if file is None:
         require_standard_input()
     try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8", errors="surrogateescape")
+        text = _read_bounded(file)
     except (OSError, ValueError) as error:  # ValueError: no text, and paths that no system call takes
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidRequestError(f"cannot read the prompt from {source}: {reason}") from error
+    if len(text) > LONGEST_TEXT:
+        raise InvalidRequestError(f"{source} is longer than the {LONGEST_TEXT} characters that a prompt may have")
     return without_mark(checked_text(text, source, encoding))
+
+
+def _read_bounded(file: Path | None) -> str:
+    """One character more than a prompt may have, of what may have no end."""
+    if file is None:
+        return sys.stdin.read(LONGEST_TEXT + 1)
+    with file.open(encoding="utf-8", errors="surrogateescape") as opened:
+        return opened.read(LONGEST_TEXT + 1)

@@ -198,6 +198,7 @@ BAD = [
     (("--batch", "0"), "--batch"),
     (("--batch", "2²"), "--batch"),
     (("--context", ""), "--context takes integers"),
+    (("--context", "9" * 5000), "--context takes integers"),
     (("--context", "100"), "--context must be a multiple of a KV page's 16: 100"),
     (("--context", "131072"), "tiny-target:tiny-draft have 131072; lower one of them"),
     (("--device", "abacus"), "abacus"),

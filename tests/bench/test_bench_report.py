@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pearl.bench import report
 from pearl.bench.measure import MethodResult
-from pearl.bench.report import commit, machine, table, versions, write_json
+from pearl.bench.report import commit, machine, table, versions, write_json, write_whole
 
 PEARL = MethodResult("pearl", 200, 0.5, 400.25, 2.5, 6.25, 0.875, 4.0, 60, 210, 0.934)
 AUTOREGRESSIVE = MethodResult("autoregressive", 200, 1.25, 160.1, 1.0, 0.0, 0.0, 0.0, 200, 0, 0.99)
@@ -80,6 +80,25 @@ def test_versions_are_those_of_the_packages() -> None:
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
     assert {"pearl-engine", "transformers"} <= set(found)
+
+
+def test_a_report_is_written_whole_where_links_and_pipes_point(tmp_path: Path) -> None:
+    file, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(link, "first")
+    write_whole(pipe, "second")
+    assert (link.is_symlink(), file.read_text(), os.read(reader, 99)) == (True, "first", b"second")
+    os.close(reader)
+    assert sorted(tmp_path.iterdir()) == [file, link, pipe]
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "report.json"
+    with pytest.raises(OSError, match="No such file") as failed:
+        write_whole(path, "x")
+    assert failed.value.filename == str(path)
 
 
 @pytest.fixture

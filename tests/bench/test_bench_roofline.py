@@ -233,6 +233,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--rows", "1,x"), "--rows"),
         (("--rows", "0"), "--rows"),
         (("--rows", "9", "--context", "8"), "1 to the context's 8"),
+        (("--rows", "9" * 5000), "1 to the context's 128"),
         (("--json", "/no/such/folder/report.json"), "/no/such/folder"),
         (("--plot", "/tmp"), "/tmp"),
         (("--plot", "picture.pdf"), "picture.pdf"),
@@ -243,7 +244,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_options_are_refused_in_one_line(script: Script, arguments: tuple[str, ...], message: str) -> None:
     finished = script(*arguments)
-    assert finished.code == 1
+    assert finished.code == 2
     assert message in finished.err
     assert finished.err.startswith("error: ")
     assert finished.err.count("\n") == 1
@@ -261,7 +262,7 @@ def test_bad_options_are_refused_in_one_line(script: Script, arguments: tuple[st
 )
 def test_what_the_models_do_not_allow_is_refused(script: Script, arguments: tuple[str, ...], message: str) -> None:
     finished = script(*arguments)
-    assert finished.code == 1
+    assert finished.code == 2
     assert message in finished.err
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from pearl import LLM, SamplingParams
-from pearl.bench.scripted_verdicts import ScriptedVerifier, check_rate, label, scripted
+from pearl.bench.options import check_rate, rate_label
+from pearl.bench.scripted_verdicts import ScriptedVerifier, scripted
 from pearl.bench.shapes import load_shapes, random_prompts
 from pearl.choices import MethodName
 from pearl.config import EngineConfig
@@ -213,4 +214,4 @@ def test_a_rate_must_be_one(rate: float) -> None:
 
 
 def test_the_label_says_what_is_scripted() -> None:
-    assert label(0.8) == "synthetic acceptance 0.80: real forwards, scripted verdicts"
+    assert rate_label(0.8) == "synthetic acceptance 0.80: real forwards, scripted verdicts"

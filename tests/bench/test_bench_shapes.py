@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ import torch
 from bench.roofline.forwards import ForwardBench
 from pearl import LLM, SamplingParams
 from pearl.bench import shapes
+from pearl.bench.options import parse_shapes
 from pearl.bench.shapes import (
     SHAPES,
     assemble_shapes,
     forward_bytes,
     load_shapes,
-    parse_shapes,
     random_decoders,
     random_prompts,
 )
+from pearl.choices import ShapeName
 from pearl.config import EngineConfig
 from pearl.engine.model_loading import LoadedModels
 from pearl.errors import ConfigurationError, InvalidRequestError
@@ -188,6 +190,7 @@ def test_random_prompts_have_their_lengths_and_differ() -> None:
 
 
 def test_parse_shapes() -> None:
+    assert get_args(ShapeName) == tuple(SHAPES)
     assert parse_shapes("8b:1b") == ("8b", "1b")
     for text in ("8b", "8b:9b", "8b:1b:1b", "", ":"):
         with pytest.raises(ConfigurationError, match=r"TARGET:DRAFT, each one of tiny-target, .*70b; not"):

@@ -15,7 +15,7 @@ from bench_support import ROOT, Finished
 from typer.testing import CliRunner
 
 from pearl import LLM
-from pearl.bench import throughput
+from pearl.bench import contest
 from pearl.bench.prompt_sets import load_prompts
 from pearl.cli.app import application, run
 from pearl.config import EngineConfig
@@ -41,9 +41,9 @@ SCRIPT = "throughput.py"
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is work; a prompt set may be read."""
-    monkeypatch.setattr(throughput, "LLM", lambda **_: pytest.fail("models were loaded"))
+    monkeypatch.setattr(contest, "LLM", lambda **_: pytest.fail("models were loaded"))
     for name in ("load_models", "load_shapes"):
-        monkeypatch.setattr(throughput, name, lambda *_: pytest.fail("models were loaded"))
+        monkeypatch.setattr(contest, name, lambda *_: pytest.fail("models were loaded"))
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +73,7 @@ def test_the_main_job_writes_the_promised_report(tmp_path: Path) -> None:
 
 def test_a_refusal_of_the_real_command_is_one_line() -> None:
     finished = command("--methods", "pearl,magic")
-    assert finished.returncode != 0
+    assert finished.returncode == 2
     assert finished.stdout == ""
     assert re.fullmatch(r"error: .*'magic'.*\n", finished.stderr)
 
@@ -86,6 +86,7 @@ BAD = [
     (("--window", "-1"), "window"),
     (("--window", "x"), "window"),
     (("--window", "3²"), "window"),
+    (("--window", "9" * 5000), "window"),
     (("--json", "/no/such/folder/report.json"), "/no/such/folder"),
     (("--json", "/tmp"), "/tmp"),
     (("--dataset", "nothing-of-the-sort"), "nothing-of-the-sort"),
@@ -122,7 +123,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(
 def test_a_missing_model_is_refused_in_one_line_before_any_run(
     script: Script, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr(throughput, "compare", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(contest, "compare", lambda *_: pytest.fail("something ran"))
     finished = script(option, "/no/such/model")
     assert finished.code != 0
     assert re.fullmatch(r"error: .*'/no/such/model'.+\n", finished.err), finished.err
@@ -136,6 +137,7 @@ def test_a_missing_model_is_refused_in_one_line_before_any_run(
         ("--target-threads", "many"),
         ("--temperature", "-1"),
         ("--temperature", "nan"),
+        ("--prompt-tokens", "99999999999999"),
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name(script: Script, option: str, value: str) -> None:
@@ -193,8 +195,8 @@ def test_options_reach_the_library(script: Script, tmp_path: Path, monkeypatch: 
         asked.append((list(contenders), prompts, params, repeats))
         return []
 
-    monkeypatch.setattr(throughput, "LLM", Recorder)
-    monkeypatch.setattr(throughput, "compare", compare)
+    monkeypatch.setattr(contest, "LLM", Recorder)
+    monkeypatch.setattr(contest, "compare", compare)
     out = tmp_path / "report.json"
     finished = script(
         *("--methods", "pearl, autoregressive", "--window", "7", "--prompts", "3", "--batch-size", "2"),
@@ -270,7 +272,7 @@ def test_random_prompts_are_as_long_as_the_data_sets(script: Script, monkeypatch
         built.extend(llm.config for llm in contenders.values())
         return []
 
-    monkeypatch.setattr(throughput, "compare", compare)
+    monkeypatch.setattr(contest, "compare", compare)
     common = (*SHAPES, "--prompts", "3", "--max-tokens", "10", "--methods", "pearl", "--enforce-eager")
     assert script(*common, "--synthetic-acceptance", "0.5").code == 0
     assert script(*common, "--prompt-tokens", "33").code == 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench_support import hand_made_round
+from bench_support import Finished, hand_made_round
 
 from bench.timeline import draw_timeline
 from pearl.engine.engine import RoundRecord
 from pearl.messages import Busy
 
 pytest.importorskip("matplotlib")
+
+SCRIPT = "timeline.py"
 
 
 def pearl_rounds(start: float) -> list[RoundRecord]:
@@ -82,3 +85,15 @@ def test_a_dot_tells_a_drafted_token_from_the_target_s_own(tmp_path: Path) -> No
     draw_timeline({"pearl": pearl_rounds(0.0)}, path, 40)
     dots = re.findall(r"<use [^>]*style=\"fill: (#[0-9a-f]{6})", path.read_text("utf-8"))
     assert (dots.count("#4d9a6a"), dots.count("#b0413e")) == (4 + 1, 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("picture.txt", "draws .png and .svg"), ("/no/such/picture.png", "/no/such does not exist")]
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_runs(
+    script: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.setattr("pearl.LLM", lambda **_: pytest.fail("models were loaded"))
+    finished = script(path)
+    assert (finished.code, finished.out) == (2, "")
+    assert message in finished.err

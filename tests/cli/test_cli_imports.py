@@ -38,12 +38,20 @@ def imported(arguments: list[str], note: Path) -> tuple[int, set[str]]:
         (["generate", "--help"], 0),
         (["chat", "--no-such-option"], 2),
         (["generate", "x", "--temperature", "-1"], 2),
+        (["bench", "--help"], 0),
+        (["bench", "--shapes", "8b:9b"], 2),
+        (["info", "--head-dim", "0"], 2),
     ],
 )
 def test_help_and_refusals_wait_for_no_model_code(arguments: list[str], code: int, tmp_path: Path) -> None:
     exit_code, modules = imported(arguments, tmp_path / "modules.json")
     assert exit_code == code
     assert not modules & {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub", "pearl.llm"}
+
+
+def test_what_is_imported_later_is_listed_at_once() -> None:
+    program = "import sys, pearl; sys.exit(not set(pearl.__all__) <= set(dir(pearl)) or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 
 
 HEAVY = {

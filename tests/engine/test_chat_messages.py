@@ -55,6 +55,7 @@ def test_conversations(given: Any, wanted: list[list[dict[str, Any]]]) -> None:
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "messages[0].content[0] is no text ('image_url')",
         ),
+        ([{"role": "user", "content": [{"type": "thinking", "text": "x"}]}], "is no text ('thinking')"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0] is no text"),
     ],
 )

@@ -90,6 +90,7 @@ def test_bad_option_says_what_is_wrong_and_what_would_be_right(options: dict[str
         ("max_num_seqs", np.uint16(4), 4),
         ("kv_cache_memory", 1.5e9, 1_500_000_000),
         ("seed", np.int32(-1), -1),
+        ("seed", 2**64 - 1, 2**64 - 1),
         ("pre_verify", np.bool_(False), False),
         ("dtype", torch.bfloat16, "bfloat16"),
         ("device", torch.device("cpu"), "cpu"),
@@ -211,6 +212,7 @@ def test_each_model_may_have_its_own_device(monkeypatch: pytest.MonkeyPatch) -> 
         (1, {}, (1, 1)),
         (2, {}, (1, 1)),
         (8, {}, (2, 6)),
+        (12, {}, (3, 9)),
         (8, {"method": "autoregressive"}, (1, 8)),
         (8, {"draft": "ngram"}, (1, 8)),
         (8, {"draft_threads": 3}, (3, 5)),
@@ -234,3 +236,16 @@ def test_int8_weights_need_the_cpu(role: str, monkeypatch: pytest.MonkeyPatch) -
     EngineConfig(**{f"{role}_device": "cpu", f"{role}_weights": "int8"})
     with pytest.raises(ConfigurationError, match=rf"{role}_weights='int8' runs on cpu only; use {role}_device='cpu'"):
         EngineConfig(**{f"{role}_weights": "int8"})
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(2, True), (3, False)])
+def test_ranks_need_as_many_gpus(monkeypatch: pytest.MonkeyPatch, ranks: int, fits: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    options = {"target_device": "cuda:1", "draft_device": "cpu", "target_parallel": ranks}
+    if fits:
+        devices = EngineConfig(**options).resolve_target_devices()
+        assert [str(device) for device in devices] == ["cuda:1", "cuda:2"]
+    else:
+        with pytest.raises(ConfigurationError, match="needs as many GPUs from cuda:1 on; there are 3"):
+            EngineConfig(**options)

@@ -126,6 +126,7 @@ def test_every_form_gives_the_same_prompts(given: Any, wanted: list[ReadPrompt])
         ({"prompt_token_ids": [[1], [2]]}, "token id [1] at position 0"),
         ({"input_ids": [1], "pixel_values": [0]}, "a dict with 'pixel_values'"),
         (Encoding(input_ids=[[1, 2]], attention_mask=[[1]]), "1 entries for 2 token ids"),
+        (Encoding(input_ids=[[1], ["2"]]), "prompts[1]: token id '2' at position 0"),
         (Encoding(input_ids=[[1], [2]], attention_mask=[[1]]), "attention_mask has 1 rows, input_ids 2"),
         (Encoding(input_ids=[1, 2, 3], attention_mask=[1, 0, 1]), "attention_mask leaves out ids amid the prompt"),
         ([Encoding(input_ids=[[1], [2]])], "prompts[0]: a tokenizer's output for 2 texts; bring it alone"),

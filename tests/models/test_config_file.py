@@ -273,7 +273,7 @@ READ = [
 ]  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(family=st.sampled_from(["llama", "mistral", "ministral", "qwen2", "qwen3"]),
        changes=st.dictionaries(st.sampled_from(READ), VALUES, min_size=1, max_size=3))  # fmt: skip
 def test_any_value_of_any_field_is_read_or_refused(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
