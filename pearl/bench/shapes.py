@@ -213,7 +213,7 @@ class _Numbers:
     def __len__(self) -> int:
         return self._size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **_: object) -> list[int]:
         if not re.fullmatch(r"(<[0-9]+>)*", text):
             raise InvalidRequestError('random weights have words like "<17>" only; give such, or token ids')
         return [int(number) for number in re.findall(r"[0-9]+", text)]

@@ -27,8 +27,16 @@ def test_a_program_finds_its_folder_from_anywhere(tmp_path: Path, name: str) -> 
     for folder in (checkout / "bench", program.parent):
         (folder / "__init__.py").touch()
     (tmp_path / "elsewhere").mkdir()
-    line = [sys.executable, str(checkout / "bench" / name)]
+    # Without site-packages, whose .pth file of an editable install would find this checkout's bench first.
+    (tmp_path / "typer.py").write_text("def run(main):\n    main()\n")
+    line = [sys.executable, "-S", str(checkout / "bench" / name)]
     shown = subprocess.run(
-        line, cwd=tmp_path / "elsewhere", env={}, capture_output=True, text=True, check=False, timeout=60
+        line,
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert (shown.stdout, shown.stderr) == ("it started\n", "")
