@@ -1,27 +1,33 @@
-"""Decoding methods: what each model does for each request in a round.
+"""Modes of decoding: what each model does for each request in a round.
 
-All methods share the rest of a round: pending tokens are tested in order, then the first token drafted in this round
+All modes share the rest of a round: pending tokens are tested in order, then the first token drafted in this round
 where both models work, and a verdict is applied the same way (``Request.apply``). They differ only in who works:
 
                        pending empty                     k tokens pending
     pearl              draft a window | verify its 1st   draft a window | verify k + 1
-    - pre_verify       draft a window | -                draft a window | verify k + 1
-    - post_verify      draft a window | verify its 1st   -              | verify k, then a bonus token
+    whole-windows      draft a window | -                draft a window | verify k + 1
+    pre-verify-only    draft a window | verify its 1st   -              | verify k, then a bonus token
     speculative        draft a window | -                -              | verify k, then a bonus token
+    two-halves         as speculative, one half of the batch drafting while the other is verified
     autoregressive     -              | bonus token
+
+They may change from round to round. A request that is *pinned* decides every token in one way, by a draft and a test:
+it gets no bonus token, and where only the target would work it drafts one token beside it (``Intent.pinned``). So what
+it says does not depend on when modes and windows changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from pearl.config import EngineConfig
+
+Mode = Literal["pearl", "whole-windows", "pre-verify-only", "speculative", "two-halves", "autoregressive"]
 
 
 class Progress(NamedTuple):
-    """What a method may look at."""
+    """What a mode may look at."""
 
     pending: int
     draft_is_dry: bool  # the drafter proposed nothing last time (an n-gram drafter without a match)
@@ -30,11 +36,21 @@ class Progress(NamedTuple):
 class Intent(NamedTuple):
     draft: bool
     verify: bool
+    bonus: bool = True  # of a verification without a draft: whether the target adds a token of its own
+
+    def pinned(self, progress: Progress) -> Intent:
+        """The same for a request whose tokens must all be drafted. Where its drafter is dry, there is no other way."""
+        if self.draft or not self.verify or progress.draft_is_dry:
+            return self
+        return Intent(draft=not progress.pending, verify=True, bonus=False)
+
+
+WAIT = Intent(draft=False, verify=False)
 
 
 class DecodingMethod(Protocol):
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
-        """One intent for each request of the batch; Intent(False, False) lets a request wait for this round."""
+        """One intent for each request of the batch; WAIT lets a request wait for this round."""
         ...
 
 
@@ -46,24 +62,19 @@ class Autoregressive:
 
 @dataclass(frozen=True)
 class Pearl:
-    """Parallel decoding (arXiv 2408.11850); each flag switches one half off and stays lossless.
-
-    ``pays``: whether pre-verify does, for a batch of that size; without it, always.
-    """
+    """Parallel decoding (arXiv 2408.11850); each flag switches one half off and stays lossless."""
 
     pre_verify: bool = True
     post_verify: bool = True
-    pays: Callable[[int], bool] | None = None
 
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
-        pre_verify = self.pre_verify and (self.pays is None or self.pays(len(batch)))
-        return [self._intent(progress, pre_verify) for progress in batch]
+        return [self._intent(progress) for progress in batch]
 
-    def _intent(self, progress: Progress, pre_verify: bool) -> Intent:
+    def _intent(self, progress: Progress) -> Intent:
         if progress.pending:
             return Intent(draft=self.post_verify, verify=True)
         # A dry drafter may stay dry; the target must move on or the request would wait forever.
-        return Intent(draft=True, verify=pre_verify or progress.draft_is_dry)
+        return Intent(draft=True, verify=self.pre_verify or progress.draft_is_dry)
 
 
 @dataclass(frozen=True)
@@ -71,15 +82,36 @@ class Speculative:
     """Vanilla speculative decoding: the models take turns, all requests in step (Leviathan et al. 2023)."""
 
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
-        drafts = [not progress.pending and not progress.draft_is_dry for progress in batch]
+        drafts = [_needs_window(progress) for progress in batch]
         if any(drafts):
-            return [Intent(draft=draft, verify=False) for draft in drafts]
+            return [Intent(draft=True, verify=False) if draft else WAIT for draft in drafts]
         return [Intent(draft=False, verify=True)] * len(batch)
 
 
-def build_method(config: EngineConfig, pre_verify_pays: Callable[[int], bool] | None = None) -> DecodingMethod:
-    if config.method == "autoregressive":
-        return Autoregressive()
-    if config.method == "speculative":
-        return Speculative()
-    return Pearl(config.pre_verify, config.post_verify, pre_verify_pays)
+@dataclass(frozen=True)
+class TwoHalves:
+    """Half of the batch is drafted while the other half is verified, in alternation (arXiv 2603.18016)."""
+
+    def intents(self, batch: Sequence[Progress]) -> list[Intent]:
+        half = -(-len(batch) // 2)
+        room = {True: half, False: half}  # in each of the two groups
+        intents = []
+        for progress in batch:
+            drafts = _needs_window(progress)
+            room[drafts] -= 1
+            intents.append(Intent(draft=drafts, verify=not drafts) if room[drafts] >= 0 else WAIT)
+        return intents
+
+
+def _needs_window(progress: Progress) -> bool:
+    return not progress.pending and not progress.draft_is_dry
+
+
+METHODS: Mapping[Mode, DecodingMethod] = {
+    "pearl": Pearl(),
+    "whole-windows": Pearl(pre_verify=False),
+    "pre-verify-only": Pearl(post_verify=False),
+    "speculative": Speculative(),
+    "two-halves": TwoHalves(),
+    "autoregressive": Autoregressive(),
+}

@@ -1,0 +1,81 @@
+"""How likely drafted tokens hold: for each request, and for the first token after a correction apart from later ones.
+
+Text is easy or hard in stretches: a token that follows accepted ones holds more often than one that follows a rejection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pearl.pace.policy import Progressed
+
+_FORGET = 0.98  # a request's tests, with each further one
+_FORGET_ALL = 0.998
+_WEIGHT = 8.0  # tests that all requests' average is worth against a request's own
+_FIRST_GUESS = 0.8
+_LOWEST, _HIGHEST = 0.02, 0.99
+
+
+class Odds(NamedTuple):
+    """That a token holds: the first after a correction, and one after accepted tokens."""
+
+    first: float
+    later: float
+
+
+@dataclass
+class _Tests:
+    tested: float = 0.0
+    held: float = 0.0
+
+    def add(self, tested: int, held: int, forget: float) -> None:
+        keep = forget**tested
+        self.tested, self.held = keep * self.tested + tested, keep * self.held + held
+
+    def odds(self, prior: float) -> float:
+        return min(max((self.held + _WEIGHT * prior) / (self.tested + _WEIGHT), _LOWEST), _HIGHEST)
+
+
+@dataclass
+class _Request:
+    first: _Tests = field(default_factory=_Tests)
+    later: _Tests = field(default_factory=_Tests)
+    corrected: bool = True  # the latest committed token is none that was drafted
+
+
+class Acceptance:
+    """Belongs to one pace."""
+
+    def __init__(self) -> None:
+        self._first, self._later = _Tests(), _Tests()
+        self._requests: dict[int, _Request] = {}
+
+    def observe(self, requests: Iterable[Progressed]) -> None:
+        for request_id, tested, accepted, committed in requests:
+            if not committed:
+                continue
+            request = self._requests.setdefault(request_id, _Request())
+            judged = min(tested, accepted + 1)
+            after = int(request.corrected and judged > 0)
+            held = min(after, accepted)
+            for own, everyones, n, good in (
+                (request.first, self._first, after, held),
+                (request.later, self._later, judged - after, accepted - held),
+            ):
+                own.add(n, good, _FORGET)
+                everyones.add(n, good, _FORGET_ALL)
+            request.corrected = committed > accepted
+
+    def odds(self, request_ids: Sequence[int]) -> list[Odds]:
+        """And forget the other requests."""
+        self._requests = {i: self._requests[i] for i in request_ids if i in self._requests}
+        later = self._later.odds(_FIRST_GUESS)
+        first = self._first.odds(later)
+        known = self._requests
+        return [
+            Odds(known[i].first.odds(first), known[i].later.odds(later)) if i in known else Odds(first, later)
+            for i in request_ids
+        ]

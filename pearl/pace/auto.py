@@ -1,0 +1,171 @@
+"""The pace with the largest predicted speed, from what was measured while serving.
+
+It decides anew every few rounds, keeps what it has unless another pace is better by more than the measurement's own
+scatter, and now and then runs what it has not measured for long, if that promises nearly as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pearl.methods import Mode
+from pearl.pace.acceptance import Acceptance, Odds
+from pearl.pace.calibration import Calibration
+from pearl.pace.curves import Curves, Load, Sizes
+from pearl.pace.policy import MeasuredRound, Pace
+from pearl.pace.speed import Numbers, Situation, tokens_per_second
+
+_LEARNING_ROUNDS = 32
+_SOON, _BETWEEN_CHOICES = 4, 32  # rounds until the next choice: while little is known, and later
+_MARGIN = 0.01  # by which another pace must be better, beside the scatter
+_PROBED = 3  # rounds that tell how long forwards take in a state of the other model
+_STALE = 256  # rounds after which such knowledge is renewed,
+_PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
+_LEVELS = 20  # of odds: requests on the same ones are predicted together
+
+# While the other model rests, or works.
+_TAKES_TURNS: frozenset[Mode] = frozenset({"autoregressive", "speculative"})
+# For one request: among several their formulas are coarse, and another mode is at least as fast.
+_ALONE: frozenset[Mode] = frozenset({"whole-windows", "pre-verify-only"})
+
+
+@dataclass(frozen=True)
+class _Choice:
+    mode: Mode
+    longest: int
+    threshold: float  # a request drafts no token that is reached with a smaller chance
+    predicted: float  # tokens per second,
+    factor: float  # and how far such predictions were off
+
+    @property
+    def rate(self) -> float:
+        return self.predicted * self.factor
+
+    def window(self, odds: Odds) -> int:
+        if self.mode == "autoregressive":
+            return 1
+        return int(_ragged(np.array([self.longest]), np.array([self.threshold]), np.array([odds.later]))[0, 0])
+
+
+class AutoPace:
+    """``modes``: those that may be chosen; ``largest``: the longest window."""
+
+    learns = True
+
+    def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes) -> None:
+        self._modes, self._largest = tuple(modes), largest
+        self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
+        self._chosen: dict[tuple[int, bool], _Choice] = {}  # by size of batch, and whether it is pinned
+        self._next: dict[tuple[int, bool], int] = {}  # the round in which to choose again
+        self._windows: dict[int, int] = {}  # by request
+        self._typical = 1
+        self._current: _Choice | None = None
+        self._probing = False
+
+    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
+        load = Load(len(request_ids), context)
+        key = load.batch.bit_length(), pinned
+        chosen = self._chosen.get(key)
+        if chosen is None or self._curves.rounds >= self._next[key]:
+            self._chosen[key] = chosen = self._choose(request_ids, load, pinned, chosen)
+            soon = self._curves.rounds < _LEARNING_ROUNDS or self._probing
+            self._next[key] = self._curves.rounds + (_SOON if soon else _BETWEEN_CHOICES)
+        self._current = chosen
+        windows, typical = self._windows, self._typical
+        return Pace(chosen.mode, tuple([windows.get(i, typical) for i in request_ids]), chosen.rate)
+
+    def observe(self, measured: MeasuredRound) -> None:
+        self._curves.observe(measured)
+        self._acceptance.observe(measured.requests)
+        if self._current is not None and self._current.mode == measured.mode:
+            tokens = sum(request.committed for request in measured.requests)
+            self._calibration.observe(measured.mode, tokens, measured.seconds, self._current.predicted, measured.load.batch)
+
+    def _choose(self, ids: Sequence[int], load: Load, pinned: bool, before: _Choice | None) -> _Choice:
+        odds = self._acceptance.odds(ids)
+        now = self._situation(odds, load, pinned)
+        modes = [mode for mode in self._modes if load.batch == 1 or mode not in _ALONE] or self._modes
+        choices = {mode: self._best(mode, now) for mode in modes}
+        chosen = max(choices.values(), key=lambda choice: choice.rate)
+        if before is not None:
+            margin = _MARGIN + 2 * self._curves.spread(load)
+            same = self._again(before, now)
+            if chosen.rate < same.rate * (1 + margin):
+                chosen = same
+        probe = self._probe(choices, chosen, load)
+        self._probing, chosen = probe is not None, probe or chosen
+        self._windows = {i: chosen.window(one) for i, one in zip(ids, odds, strict=True)}
+        self._typical = sorted(self._windows.values())[len(ids) // 2]
+        return chosen
+
+    def _situation(self, odds: Sequence[Odds], load: Load, pinned: bool) -> Situation:
+        levels = np.round(np.array(odds) * _LEVELS) if len(odds) > 1 else np.array(odds) * _LEVELS
+        classes, count = np.unique(levels, axis=0, return_counts=True)
+        first, later = np.clip(classes / _LEVELS, 0.01, 0.99).T
+        return Situation(
+            first,
+            later,
+            count.astype(np.float64),
+            self._curves.times(load, beside=False),
+            self._curves.times(load, beside=True),
+            self._curves.overhead(load.batch),
+            pinned,
+        )
+
+    def _best(self, mode: Mode, now: Situation) -> _Choice:
+        """Of a mode: all windows alike, or each as long as its tokens pay for the rows that they cost the target."""
+        factor = self._calibration.factor(mode)
+        longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
+        alike = longest[:, None] * np.ones_like(now.count)
+        rates = tokens_per_second(mode, now, alike)
+        best = int(np.argmax(rates))
+        choice = _Choice(mode, int(longest[best]), 0.0, float(rates[best]), factor)
+        if len(now.count) == 1 or mode == "autoregressive":
+            return choice
+        thresholds = rates * _row_seconds(now, alike)
+        ragged = _ragged(longest, thresholds, now.later)
+        rates = tokens_per_second(mode, now, ragged)
+        best = int(np.argmax(rates))
+        if rates[best] > choice.predicted:
+            choice = _Choice(mode, int(longest[best]), float(thresholds[best]), float(rates[best]), factor)
+        return choice
+
+    def _again(self, choice: _Choice, now: Situation) -> _Choice:
+        """The same choice, with what is predicted now."""
+        windows = _ragged(np.array([choice.longest]), np.array([choice.threshold]), now.later)
+        predicted = float(tokens_per_second(choice.mode, now, windows)[0])
+        return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
+
+    def _probe(self, choices: dict[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
+        """A choice that tells how long forwards take beside each other, or alone, where that is not known."""
+        takes_turns = chosen.mode in _TAKES_TURNS
+        for alone in (takes_turns, not takes_turns):
+            there = [choice for mode, choice in choices.items() if (mode in _TAKES_TURNS) == alone]
+            if alone and "speculative" in choices:  # autoregressive decoding tells nothing of the draft
+                there = [choices["speculative"]]
+            if not there:
+                continue
+            best = max(there, key=lambda choice: choice.rate)
+            if not self._curves.knows(load, beside=not alone, rounds=_PROBED):
+                return best
+            age = self._curves.rounds_since(load, beside=not alone)
+            if age is not None and age > _STALE and best.rate > _PROMISING * chosen.rate:
+                return best
+        return None
+
+
+def _row_seconds(now: Situation, windows: Numbers) -> Numbers:
+    """``[W]``: what one row more costs the target where each request has so many."""
+    rows = (now.count * windows).sum(1)
+    target = now.beside.target
+    return np.array([(target(1.1 * n) - target(n)) / (0.1 * n) for n in rows.tolist()])
+
+
+def _ragged(longest: Numbers, thresholds: Numbers, later: Numbers) -> Numbers:
+    """``[W, C]``: windows up to ``longest`` whose every token is reached with a chance of ``thresholds`` at least."""
+    with np.errstate(divide="ignore"):
+        worth = 1 + np.floor(np.log(thresholds)[:, None] / np.log(later)[None, :])
+    return np.clip(np.where(thresholds[:, None] > 0, worth, np.inf), 1, longest[:, None])

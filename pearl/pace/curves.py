@@ -1,0 +1,181 @@
+"""How long forwards take: measured while serving, by batch, context and whether the other model works beside.
+
+Before anything is measured a forward takes as long as its weights need to be read.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pearl.pace.policy import MeasuredRound
+
+_RECENT = 64  # rounds
+_RATIO = 1.12  # of rows that count as the same number
+_ROW_SHARE = 0.03  # of a forward's time, that a row more costs while nothing is known
+
+
+class Load(NamedTuple):
+    batch: int
+    context: int  # tokens of all its requests
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Powers of two: of the batch, and of the tokens of a request."""
+        return self.batch.bit_length(), (self.context // max(1, self.batch)).bit_length()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What forwards must read, in bytes, and how fast: a guess that the first measured rounds replace."""
+
+    target_bytes: int
+    draft_bytes: int = 0
+    bytes_per_second: float = 20e9
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of forwards under one load.
+
+    ``points``: rows and seconds of the target's forwards, both ascending; ``slope``: of a row past them. ``steps``:
+    sequences and seconds of a step of the draft's.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    slope: float
+    steps: tuple[tuple[float, float], ...]
+
+    def target(self, rows: float) -> float:
+        first, last = self.points[0], self.points[-1]
+        if rows >= last[0]:
+            return last[1] + (rows - last[0]) * self.slope
+        if rows <= first[0]:
+            return max(first[1] - (first[0] - rows) * self.slope, 0.25 * first[1])
+        return _between(self.points, rows)
+
+    def draft_step(self, sequences: float) -> float:
+        if sequences <= self.steps[0][0]:
+            return self.steps[0][1]
+        return self.steps[-1][1] if sequences >= self.steps[-1][0] else _between(self.steps, sequences)
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    right = next(i for i, point in enumerate(points) if point[0] >= x)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+@dataclass
+class _Samples:
+    target: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # rows, seconds
+    draft: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # sequences, of a step
+    seen: int = 0  # the number of the latest round
+
+
+_Key = tuple[tuple[int, int], bool]  # bucket, beside
+
+
+class Curves:
+    """Belongs to one pace."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._samples: defaultdict[_Key, _Samples] = defaultdict(_Samples)
+        self._overhead: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self.rounds = 0
+
+    def observe(self, measured: MeasuredRound) -> None:
+        self.rounds += 1
+        target, draft = measured.target_seconds, measured.draft_seconds
+        beside = bool(target and draft)
+        samples = self._samples[measured.load.bucket, beside]
+        if target:
+            samples.target.append((measured.target_rows, target))
+        if draft:
+            samples.draft.append((measured.draft_sequences, draft / measured.draft_steps))
+        samples.seen = self.rounds
+        self._overhead[measured.load.batch.bit_length()].append(max(0.0, measured.seconds - max(target, draft)))
+
+    def rounds_since(self, load: Load, beside: bool) -> int | None:
+        """Since such a round was last measured under such a load; None: never."""
+        key = load.bucket, beside
+        return self.rounds - self._samples[key].seen if key in self._samples else None
+
+    def knows(self, load: Load, beside: bool, rounds: int) -> bool:
+        """Whether so many rounds of about such a load were measured, of both models."""
+        (batch, context), enough = load.bucket, 0
+        for (key, state), samples in self._samples.items():
+            if state == beside and abs(key[0] - batch) <= 1 and abs(key[1] - context) <= 2:
+                enough = max(enough, min(len(samples.target), len(samples.draft)))
+        return enough >= rounds
+
+    def overhead(self, batch: int) -> float:
+        """Seconds of a round beyond its longer forward."""
+        known = [size for size, samples in self._overhead.items() if samples]
+        if not known:
+            return 0.0
+        return statistics.median(self._overhead[min(known, key=lambda size: abs(size - batch.bit_length()))])
+
+    def spread(self, load: Load) -> float:
+        """The relative error of what is known of the target's times, from their own scatter."""
+        seconds = [s for beside in (True, False) for _, s in self._nearest(load, beside, "target")]
+        if len(seconds) < 4:
+            return 0.0
+        middle = statistics.median(seconds)
+        return statistics.median(abs(s - middle) for s in seconds) / middle / math.sqrt(len(seconds))
+
+    def times(self, load: Load, beside: bool) -> Times:
+        points = _medians(self._nearest(load, beside, "target"))
+        steps = _medians(self._nearest(load, beside, "draft"))
+        sizes = self._sizes
+        if not points:
+            points = [(1.0, sizes.target_bytes / sizes.bytes_per_second)]
+        if not steps:
+            # As many times faster than the target as it is smaller.
+            scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
+            steps = [(1.0, sizes.draft_bytes * scale)]
+        return Times(tuple(points), _slope(points), tuple(steps))
+
+    def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[int, float]]:
+        """Samples of the most similar load, rather with the other model in the same state than without."""
+        known = [(key, getattr(samples, name)) for key, samples in self._samples.items()]
+        (batch, context), known = load.bucket, [(key, samples) for key, samples in known if samples]
+        if not known:
+            return ()
+
+        def distance(key: _Key) -> float:
+            return 4 * abs(key[0][0] - batch) + abs(key[0][1] - context) + 3 * (key[1] != beside)
+
+        found: Sequence[tuple[int, float]] = min(known, key=lambda item: distance(item[0]))[1]
+        return found
+
+
+def _medians(samples: Iterable[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Of samples with about the same x, ascending; y made to rise with x, which forwards' times do."""
+    groups: list[tuple[list[int], list[float]]] = []
+    for x, y in sorted(samples):
+        if groups and x <= groups[-1][0][0] * _RATIO:
+            groups[-1][0].append(x)
+            groups[-1][1].append(y)
+        else:
+            groups.append(([x], [y]))
+    points: list[tuple[float, float, int]] = []
+    for xs, ys in groups:
+        x, y, n = statistics.fmean(xs), statistics.median(ys), len(xs)
+        while points and points[-1][1] > y:  # neighbours in the wrong order become one
+            x0, y0, n0 = points.pop()
+            x, y, n = (x0 * n0 + x * n) / (n0 + n), (y0 * n0 + y * n) / (n0 + n), n0 + n
+        points.append((x, y, n))
+    return [(x, y) for x, y, _ in points]
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Seconds of a row beyond the measured ones: that of the line through the outer points."""
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    return (y1 - y0) / (x1 - x0) if len(points) > 1 else y0 * _ROW_SHARE / max(1.0, x0)

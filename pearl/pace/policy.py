@@ -1,0 +1,99 @@
+"""What the engine wants of a pace, and the two that decide without prediction: a fixed window, and the paper's balance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from pearl.methods import Mode
+from pearl.pace.curves import Curves, Load, Sizes
+
+
+class Pace(NamedTuple):
+    """What a batch does in a round. ``windows``: tokens to draft for each request, at least 1.
+
+    ``tokens_per_second``: of the batch, as predicted; 0 where nothing was.
+    """
+
+    mode: Mode
+    windows: tuple[int, ...]
+    tokens_per_second: float = 0.0
+
+
+class Progressed(NamedTuple):
+    """What a round found of one request: of ``tested`` tokens, in order, the first ``accepted`` held."""
+
+    request_id: int
+    tested: int
+    accepted: int
+    committed: int
+
+
+@dataclass(frozen=True)
+class MeasuredRound:
+    """A round in which every request only decoded: nothing was compiled, captured or computed of a prompt.
+
+    load: the running batch. target_rows: of the target's forward in all; draft_sequences, draft_steps: of the draft's.
+    Seconds are 0 where a model did not work; ``seconds`` is the whole round.
+    """
+
+    mode: Mode
+    load: Load
+    target_rows: int
+    target_seconds: float
+    draft_sequences: int
+    draft_steps: int
+    draft_seconds: float
+    seconds: float
+    requests: tuple[Progressed, ...]
+
+
+class PacePolicy(Protocol):
+    """Belongs to the engine's thread."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether ``observe`` does anything."""
+        ...
+
+    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
+        """For the requests that run, in order. context: their tokens in all. pinned: whether any must draft all tokens."""
+        ...
+
+    def observe(self, measured: MeasuredRound) -> None: ...
+
+
+@dataclass(frozen=True)
+class FixedPace:
+    mode: Mode
+    window: int
+    learns = False
+
+    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
+        return Pace(self.mode, (self.window,) * len(request_ids))
+
+    def observe(self, measured: MeasuredRound) -> None:
+        pass
+
+
+class BalancedPace:
+    """PEARL's rule: the smallest g with T_draft(g) >= T_target(k + 1), k = g - 1 pending tokens (arXiv 2408.11850,
+    section 3.3), with times as they are measured while both models work.
+    """
+
+    learns = True
+
+    def __init__(self, mode: Mode, largest: int, sizes: Sizes) -> None:
+        self._mode, self._largest = mode, largest
+        self._curves = Curves(sizes)
+
+    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
+        batch = len(request_ids)
+        times = self._curves.times(Load(batch, context), beside=True)
+        step, target = times.draft_step(batch), times.target
+        window = next((g for g in range(1, self._largest) if g * step >= target(batch * g)), self._largest)
+        return Pace(self._mode, (window,) * batch)
+
+    def observe(self, measured: MeasuredRound) -> None:
+        self._curves.observe(measured)

@@ -1,0 +1,183 @@
+"""Expected tokens per second of each mode at each window; the tests check them against a simulation.
+
+Requests of the same odds are a class. Notation: a window has g tokens; the first token after a correction holds with
+probability f, a later one with probability a, independently. C classes, W windows; arrays are ``[W, C]`` or broadcast
+to it. ``held(n)`` is the expected number of tokens of n tests with a correction where one fails: the sum of the
+chances that the i-th is reached, 1 + f + f a + ... (n terms).
+
+A mode's steady state is a chain of kinds of rounds (first round after a correction, round with a pending window, ...);
+a request's share of its rounds in each kind gives its rows and tokens in a round of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pearl.methods import Mode
+from pearl.pace.curves import Times
+
+Numbers = NDArray[np.float64]
+_NODES = ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6))  # Gauss-Hermite: a normal number of rows
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the batch is and how long forwards take. first, later, count: ``[C]``, of each class.
+
+    pinned: whether requests are bound to draft all their tokens. overhead: seconds of a round beyond its forwards.
+    alone, beside: times of forwards while the other model rests, and while it works.
+    """
+
+    first: Numbers
+    later: Numbers
+    count: Numbers
+    alone: Times
+    beside: Times
+    overhead: float
+    pinned: bool = False
+
+    @property
+    def batch(self) -> float:
+        return float(self.count.sum())
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of round, of one request: how often (relative), rows, tokens; all ``[W, C]``. drafts: whether it does."""
+
+    weight: Numbers
+    rows: Numbers
+    tokens: Numbers
+    drafts: bool = True
+
+
+def tokens_per_second(mode: Mode, now: Situation, windows: Numbers) -> Numbers:
+    """``[W]``, of the whole batch, for windows ``[W, C]``."""
+    return _MODES[mode](now, windows)
+
+
+def _afresh(now: Situation, tests: Numbers) -> Numbers:
+    """That the first token of a fresh window holds where one follows ``tests`` tests: a correction if any of them
+    failed, else drafted tokens, after which the target added none of its own.
+    """
+    f, a = now.first, now.later
+    return f / (1 - (a - f) * a ** (tests - 1))
+
+
+def _held(first: Numbers, later: Numbers, n: Numbers) -> Numbers:
+    return np.where(n >= 1, 1 + first * _series(later, n - 1), 0.0)
+
+
+def _series(a: Numbers, n: Numbers) -> Numbers:
+    """1 + a + ... + a^(n-1)."""
+    return (1 - a**n) / (1 - a)
+
+
+def _pearl(now: Situation, g: Numbers) -> Numbers:
+    """Rounds with nothing pending test one token; those that follow test g, until one fails (section 3 of the paper)."""
+    f, a = now.first, now.later
+    fails = 1 - a**g
+    return _overlapping(now, g, [_Kind(fails, np.ones_like(g), np.ones_like(g)), _Kind(f + 0 * g, g, _series(a, g))])
+
+
+def _whole_windows(now: Situation, g: Numbers) -> Numbers:
+    """A window is drafted while the target rests for that request; then g + 1 tokens are tested, and g as long as all
+    hold. With g = 1 each window starts afresh.
+    """
+    f, a = np.where(g > 1, now.first, _afresh(now, g + 1)), now.later
+    one = np.ones_like(g)
+    later = np.where(g > 1, f * a**g / (1 - a**g), 0.0)
+    return _overlapping(
+        now, g, [_Kind(one, 0 * g, 0 * g), _Kind(one, g + 1, _held(f, a, g + 1)), _Kind(later, g, _series(a, g))]
+    )
+
+
+def _pre_verify_only(now: Situation, g: Numbers) -> Numbers:
+    f, a = _afresh(now, g) if now.pinned else now.first, now.later
+    after = np.where(g > 1, f, 0.0)  # with g = 1 nothing is pending afterwards
+    rows = g - now.pinned
+    tokens = _series(a, g) - now.pinned * a ** (g - 1)
+    one = np.ones_like(g)
+    return _overlapping(now, g, [_Kind(one, one, one), _Kind(after, rows, tokens, drafts=False)])
+
+
+def _in_turn(now: Situation, g: Numbers) -> tuple[Numbers, Numbers]:
+    """``[W]``: rows and tokens of a verification of whole windows. A token of the target's own follows, or none."""
+    f = _afresh(now, g) if now.pinned else now.first
+    rows = g + 1 - now.pinned
+    return (now.count * rows).sum(1), (now.count * _held(f, now.later, rows)).sum(1)
+
+
+def _speculative(now: Situation, g: Numbers) -> Numbers:
+    rows, tokens = _in_turn(now, g)
+    drafting = g.max(1) * now.alone.draft_step(now.batch)
+    verifying = _each(now.alone.target, rows)
+    return tokens / (drafting + verifying + 2 * now.overhead)
+
+
+def _two_halves(now: Situation, g: Numbers) -> Numbers:
+    if now.batch < 2:
+        return np.zeros(len(g))
+    rows, tokens = _in_turn(now, g)
+    drafting = g.max(1) * now.beside.draft_step(now.batch / 2)
+    verifying = _each(now.beside.target, rows / 2)
+    return tokens / 2 / (np.maximum(drafting, verifying) + now.overhead)
+
+
+def _autoregressive(now: Situation, g: Numbers) -> Numbers:
+    if now.pinned:
+        seconds = max(now.beside.target(now.batch), now.beside.draft_step(now.batch))
+    else:
+        seconds = now.alone.target(now.batch)
+    return np.full(len(g), now.batch / (seconds + now.overhead))
+
+
+_MODES: dict[Mode, Callable[[Situation, Numbers], Numbers]] = {
+    "pearl": _pearl,
+    "whole-windows": _whole_windows,
+    "pre-verify-only": _pre_verify_only,
+    "speculative": _speculative,
+    "two-halves": _two_halves,
+    "autoregressive": _autoregressive,
+}
+
+
+def _overlapping(now: Situation, g: Numbers, kinds: Sequence[_Kind]) -> Numbers:
+    """Where each request goes its own way through the kinds, and a round lasts as long as its longer forward."""
+    total = sum(kind.weight for kind in kinds)
+    shares = [kind.weight / total for kind in kinds]
+    tokens = sum((now.count * share * kind.tokens).sum(1) for share, kind in zip(shares, kinds, strict=True))
+    if now.batch == 1:
+        seconds = sum(
+            share[:, 0] * _seconds(now, g[:, 0], kind.rows[:, 0], kind.drafts)
+            for share, kind in zip(shares, kinds, strict=True)
+        )
+        return tokens / (seconds + now.overhead)
+    mean = sum(share * kind.rows for share, kind in zip(shares, kinds, strict=True))
+    square = sum(share * kind.rows**2 for share, kind in zip(shares, kinds, strict=True))
+    rows = (now.count * mean).sum(1)
+    deviation = np.sqrt((now.count * np.maximum(square - mean**2, 0.0)).sum(1))
+    drafting = sum(share for share, kind in zip(shares, kinds, strict=True) if kind.drafts)
+    sequences = (now.count * drafting).sum(1)
+    step = _each(now.beside.draft_step, sequences)
+    seconds = sum(
+        weight * np.maximum(g.max(1) * step, _each(now.beside.target, np.maximum(rows + node * deviation, 1.0)))
+        for node, weight in _NODES
+    )
+    return tokens / (seconds + now.overhead)
+
+
+def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool) -> Numbers:
+    """Of rounds of a request alone: both models at once, or one of them."""
+    if not drafts:
+        return _each(now.alone.target, rows)
+    both = np.maximum(g * now.beside.draft_step(1), _each(now.beside.target, np.maximum(rows, 1.0)))
+    return np.where(rows > 0, both, g * now.alone.draft_step(1))
+
+
+def _each(function: Callable[[float], float], values: Numbers) -> Numbers:
+    return np.array([function(value) for value in values.tolist()])

@@ -1,0 +1,104 @@
+"""A batch of requests under true speeds and acceptance: the rounds of any pace, token by token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pearl.methods import METHODS, Intent, Progress
+from pearl.pace import MeasuredRound, PacePolicy, Progressed
+from pearl.pace.acceptance import Odds
+from pearl.pace.curves import Load, Times
+
+RowTimes = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``beside``: by how much longer forwards take while both models work."""
+
+    step: float = 1.0
+    base: float = 5.0
+    row: float = 0.0
+    overhead: float = 0.0
+    beside: float = 1.0
+    noise: float = 0.0
+
+    def target(self, rows: float, beside: bool) -> float:
+        return (self.base + self.row * rows) * (self.beside if beside else 1.0)
+
+    def times(self, beside: bool) -> Times:
+        factor = self.beside if beside else 1.0
+        points = ((1.0, self.target(1, beside)), (1000.0, self.target(1000, beside)))
+        return Times(points, self.row * factor, ((1.0, self.step * factor),))
+
+
+@dataclass
+class _Request:
+    pending: int = 0
+    corrected: bool = True
+
+
+@dataclass
+class Batch:
+    """``odds(request, round)``: that a token holds, the first after a correction and later ones."""
+
+    machine: Machine
+    size: int
+    odds: Callable[[int, int], Odds]
+    pinned: bool = False
+    seed: int = 0
+    requests: list[_Request] = field(default_factory=list)
+
+    def serve(self, policy: PacePolicy, rounds: int) -> Iterator[tuple[int, float]]:
+        """Tokens and seconds of each round."""
+        rng, self.requests = random.Random(self.seed), [_Request() for _ in range(self.size)]
+        for number in range(rounds):
+            pace = policy.decide(range(self.size), 100 * self.size, self.pinned)
+            progress = [Progress(request.pending, False) for request in self.requests]
+            intents = METHODS[pace.mode].intents(progress)
+            if self.pinned:
+                intents = [intent.pinned(p) for intent, p in zip(intents, progress, strict=True)]
+            found, rows, steps, sequences = [], 0, 0, 0
+            for index, (intent, window) in enumerate(zip(intents, pace.windows, strict=True)):
+                steps, sequences = (max(steps, window), sequences + 1) if intent.draft else (steps, sequences)
+                rows += self._rows(index, intent)
+                found.append(self._judge(index, intent, window, self.odds(index, number), rng))
+            measured = self._measure(pace.mode, rows, sequences, steps, found, rng)
+            policy.observe(measured)
+            yield sum(f.committed for f in found), measured.seconds
+
+    def _rows(self, index: int, intent: Intent) -> int:
+        return self.requests[index].pending + (intent.draft or intent.bonus) if intent.verify else 0
+
+    def _judge(self, index: int, intent: Intent, window: int, odds: Odds, rng: random.Random) -> Progressed:
+        request = self.requests[index]
+        drafted = window if intent.draft else 0
+        if not intent.verify:
+            request.pending += drafted
+            return Progressed(index, 0, 0, 0)
+        tested = request.pending + bool(drafted)
+        accepted = 0
+        while accepted < tested and rng.random() < (odds.first if request.corrected else odds.later):
+            accepted, request.corrected = accepted + 1, False
+        own = accepted < tested or (not drafted and intent.bonus)
+        request.corrected = request.corrected or own
+        request.pending = drafted - 1 if drafted and accepted == tested else 0
+        return Progressed(index, tested, accepted, accepted + own)
+
+    def _measure(
+        self, mode: str, rows: int, sequences: int, steps: int, found: list[Progressed], rng: random.Random
+    ) -> MeasuredRound:
+        machine, both = self.machine, bool(rows and steps)
+        target = machine.target(rows, both) * rng.lognormvariate(0, machine.noise) if rows else 0.0
+        step = machine.step * (machine.beside if both else 1.0) * rng.lognormvariate(0, machine.noise)
+        seconds = max(target, steps * step) + machine.overhead
+        load = Load(self.size, 100 * self.size)
+        return MeasuredRound(mode, load, rows, target, sequences, steps, steps * step, seconds, tuple(found))  # type: ignore[arg-type]
+
+
+def speed(rounds: Iterator[tuple[int, float]]) -> float:
+    """Tokens per second."""
+    tokens, seconds = zip(*rounds, strict=True)
+    return float(sum(tokens)) / sum(seconds)
