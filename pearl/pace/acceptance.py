@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _FORGET = 0.98  # a request's tests, with each further one
 _FORGET_ALL = 0.998
-_WEIGHT = 8.0  # tests that all requests' average is worth against a request's own
+_WEIGHT = 24.0  # tests that all requests' average is worth against a request's own
 _FIRST_GUESS = 0.8
 _LOWEST, _HIGHEST = 0.02, 0.99
 

@@ -24,6 +24,7 @@ _MARGIN = 0.01  # by which another pace must be better, beside the scatter
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model
 _STALE = 256  # rounds after which such knowledge is renewed,
 _PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
+_SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = 20  # of odds: requests on the same ones are predicted together
 
 # While the other model rests, or works.
@@ -39,6 +40,7 @@ class _Choice:
     threshold: float  # a request drafts no token that is reached with a smaller chance
     predicted: float  # tokens per second,
     factor: float  # and how far such predictions were off
+    informed: bool = False  # whether the times that it rests on were measured
 
     @property
     def rate(self) -> float:
@@ -62,7 +64,8 @@ class AutoPace:
         self._next: dict[tuple[int, bool], int] = {}  # the round in which to choose again
         self._windows: dict[int, int] = {}  # by request
         self._typical = 1
-        self._current: _Choice | None = None
+        self._running: _Choice | None = None
+        self._since = 0  # the round in which its mode began
         self._probing = False
 
     def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
@@ -73,16 +76,23 @@ class AutoPace:
             self._chosen[key] = chosen = self._choose(request_ids, load, pinned, chosen)
             soon = self._curves.rounds < _LEARNING_ROUNDS or self._probing
             self._next[key] = self._curves.rounds + (_SOON if soon else _BETWEEN_CHOICES)
-        self._current = chosen
+        if self._running is None or self._running.mode != chosen.mode:
+            self._since = self._curves.rounds
+        self._running = chosen
         windows, typical = self._windows, self._typical
         return Pace(chosen.mode, tuple([windows.get(i, typical) for i in request_ids]), chosen.rate)
 
     def observe(self, measured: MeasuredRound) -> None:
         self._curves.observe(measured)
         self._acceptance.observe(measured.requests)
-        if self._current is not None and self._current.mode == measured.mode:
+        running = self._running
+        if running is not None and running.informed and running.mode == measured.mode and self._settled():
             tokens = sum(request.committed for request in measured.requests)
-            self._calibration.observe(measured.mode, tokens, measured.seconds, self._current.predicted, measured.load.batch)
+            self._calibration.observe(running.mode, tokens, measured.seconds, running.predicted, measured.load.batch)
+
+    def _settled(self) -> bool:
+        """Whether requests are no longer in the state in which another mode left them."""
+        return self._curves.rounds - self._since > _SETTLING
 
     def _choose(self, ids: Sequence[int], load: Load, pinned: bool, before: _Choice | None) -> _Choice:
         odds = self._acceptance.odds(ids)
@@ -97,6 +107,7 @@ class AutoPace:
                 chosen = same
         probe = self._probe(choices, chosen, load)
         self._probing, chosen = probe is not None, probe or chosen
+        chosen = replace(chosen, informed=self._knows(load, alone=chosen.mode in _TAKES_TURNS))
         self._windows = {i: chosen.window(one) for i, one in zip(ids, odds, strict=True)}
         self._typical = sorted(self._windows.values())[len(ids) // 2]
         return chosen
@@ -149,12 +160,15 @@ class AutoPace:
             if not there:
                 continue
             best = max(there, key=lambda choice: choice.rate)
-            if not self._curves.knows(load, beside=not alone, rounds=_PROBED):
+            if not self._knows(load, alone):
                 return best
             age = self._curves.rounds_since(load, beside=not alone)
             if age is not None and age > _STALE and best.rate > _PROMISING * chosen.rate:
                 return best
         return None
+
+    def _knows(self, load: Load, alone: bool) -> bool:
+        return self._curves.knows(load, beside=not alone, rounds=_PROBED)
 
 
 def _row_seconds(now: Situation, windows: Numbers) -> Numbers:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pearl.methods import Mode
 
 _FORGET = 0.998  # of the rounds before, with each further one
-_SCATTER = 0.8  # of the tokens that a request gets in a round, relative
+_SCATTER = 1.5  # of the tokens that a request gets in a round, relative: rounds of one run of luck are not independent
+_COARSE = 0.03  # what formulas may be off
 _LOWEST, _HIGHEST = 0.5, 1.5
 
 
@@ -39,5 +40,5 @@ class Calibration:
         if sums is None or not sums.tokens or not sums.predicted:
             return 1.0
         off = math.log(sums.tokens / sums.predicted)
-        chance = 2 * _SCATTER / math.sqrt(sums.requests)
+        chance = _COARSE + 2 * _SCATTER / math.sqrt(sums.requests)
         return min(max(math.exp(math.copysign(max(0.0, abs(off) - chance), off)), _LOWEST), _HIGHEST)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _RECENT = 64  # rounds
 _RATIO = 1.12  # of rows that count as the same number
-_ROW_SHARE = 0.03  # of a forward's time, that a row more costs while nothing is known
+_ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
+_GUESS_WEIGHT, _GUESS_SPREAD = 2, 0.3  # as if in so many rounds rows had differed by this share
 
 
 class Load(NamedTuple):
@@ -123,24 +124,26 @@ class Curves:
         return statistics.median(self._overhead[min(known, key=lambda size: abs(size - batch.bit_length()))])
 
     def spread(self, load: Load) -> float:
-        """The relative error of what is known of the target's times, from their own scatter."""
-        seconds = [s for beside in (True, False) for _, s in self._nearest(load, beside, "target")]
-        if len(seconds) < 4:
-            return 0.0
-        middle = statistics.median(seconds)
-        return statistics.median(abs(s - middle) for s in seconds) / middle / math.sqrt(len(seconds))
+        """The relative error of what is known of the target's times, from their own scatter around it."""
+        off = []
+        for beside in (True, False):
+            target = self.times(load, beside).target
+            off += [abs(seconds / target(rows) - 1) for rows, seconds in self._nearest(load, beside, "target")]
+        return statistics.median(off) / math.sqrt(len(off)) if off else 0.0
 
     def times(self, load: Load, beside: bool) -> Times:
-        points = _medians(self._nearest(load, beside, "target"))
+        samples = [self._nearest(load, state, "target") for state in (beside, not beside)]
+        points = _medians(samples[0])
         steps = _medians(self._nearest(load, beside, "draft"))
         sizes = self._sizes
         if not points:
             points = [(1.0, sizes.target_bytes / sizes.bytes_per_second)]
+            samples = [points]
         if not steps:
             # As many times faster than the target as it is smaller.
             scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
             steps = [(1.0, sizes.draft_bytes * scale)]
-        return Times(tuple(points), _slope(points), tuple(steps))
+        return Times(tuple(points), _slope(samples), tuple(steps))
 
     def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[int, float]]:
         """Samples of the most similar load, rather with the other model in the same state than without."""
@@ -175,7 +178,15 @@ def _medians(samples: Iterable[tuple[int, float]]) -> list[tuple[float, float]]:
     return [(x, y) for x, y, _ in points]
 
 
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    """Seconds of a row beyond the measured ones: that of the line through the outer points."""
-    (x0, y0), (x1, y1) = points[0], points[-1]
-    return (y1 - y0) / (x1 - x0) if len(points) > 1 else y0 * _ROW_SHARE / max(1.0, x0)
+def _slope(states: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """Seconds of a row beyond the measured ones: what rows cost in both states of the draft, by least squares, drawn
+    towards a small guess as long as numbers of rows hardly differ and noise would decide.
+    """
+    xx = xy = 0.0
+    for samples in filter(None, states):
+        x0, y0 = statistics.fmean(x for x, _ in samples), statistics.fmean(y for _, y in samples)
+        xx += sum((x - x0) ** 2 for x, _ in samples)
+        xy += sum((x - x0) * (y - y0) for x, y in samples)
+    x0, y0 = states[0][0] if states[0] else states[1][0]
+    weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x0) ** 2
+    return max(0.0, (xy + weight * _ROW_SHARE * y0 / x0) / (xx + weight))
