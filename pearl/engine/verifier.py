@@ -159,7 +159,7 @@ class Verifier:
         }
         if self._rule != "rejection" or all(state.params.temperature <= 0 for state in states):
             return numbers, None
-        draft_logits, draft_rows = self._draft_logits(drafted, proposal.logits)
+        draft_logits, draft_rows = self._draft_logits(drafted, proposal)
         numbers["draft_logprobs"] = [d.logprob for d in drafted]
         numbers["draft_rows"] = draft_rows
         numbers["draft_temperature"] = [draft_temperature(state.params) for state in states]
@@ -188,9 +188,11 @@ class Verifier:
             if name in tensors:
                 tensors[name][rows] = values.to(self._queue.device, non_blocking=True)[columns]
 
-    def _draft_logits(self, drafted: Sequence[Drafted], logits: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    def _draft_logits(self, drafted: Sequence[Drafted], proposal: DraftProposal) -> tuple[Tensor | None, list[int]]:
         """The drafter's logits where the target is, and each token's row of them; other devices send what is named."""
-        rows = [token.row for token in drafted]
+        logits, rows = proposal.logits, [token.row for token in drafted]
+        if proposal.stored is not None:
+            self._queue.follow(proposal.stored)
         if logits is None or logits.device == self._queue.device or self._draft_queue is None:
             return logits, rows
         named = sorted({row for row in rows if row >= 0})
