@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from e2e_support import Pair, prompts, token_ids
 from recording_queue import CountedMark, RecordingQueue
+from torch.overrides import TorchFunctionMode
 
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
@@ -207,3 +208,42 @@ def test_a_verdict_waits_until_the_rows_that_it_may_read_are_stored(
             rested += not record.plan.draft.work
     assert stored > 0
     assert rested or "method" not in options
+
+
+class TopNotes(TorchFunctionMode):
+    """Notes when the most likely tokens are looked for, and values are read one by one."""
+
+    def __init__(self, notes: Notes) -> None:
+        super().__init__()
+        self._notes = notes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("topk", "log_softmax", "item"):
+            self._notes.append(("logprobs", func.__name__))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_log_probabilities_are_computed_before_the_wait_for_the_verdict(
+    llama: Pair, open_noted: OpenNoted, captured: bool
+) -> None:
+    """One wait a round: also the committed token's own is found on the device. Requests that want different numbers."""
+    params = [replace(PLAIN, logprobs=most, seed=most) for most in (3, 0, 5)] + [PLAIN]
+    batch = prompts((6, 20, 9, 11), seed=3)
+    noted = open_noted(captured, window=3)
+    with TopNotes(noted.target.notes):
+        found = noted.llm.generate(batch, params)
+    for record, notes in noted.rounds:
+        if record.result.decisions:
+            waited = max(at for at, note in enumerate(notes) if note == ("target", "wait"))
+            assert max((at for at, note in enumerate(notes) if note[0] == "logprobs"), default=0) < waited
+    for most, one, prompt, output in zip((3, 0, 5, None), params, batch, found, strict=True):
+        with llama.llm(window=3) as alone:
+            (expected,) = alone.generate([prompt], one)
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        logprobs, by_itself = output.outputs[0].logprobs, expected.outputs[0].logprobs
+        assert (logprobs is None) == (by_itself is None) == (most is None)
+        for mine, theirs in zip(logprobs or (), by_itself or (), strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+            assert len(mine.top) == most
