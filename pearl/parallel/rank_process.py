@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from pearl.host_tensors import from_numbers
 from pearl.parallel.messages import Command, Compute, CopyPages, Failed, Loaded, RankSpec, Replay
 from pearl.parallel.rank_loader import join, load_rank, open_store
 from pearl.workers.graph_runner import GraphRunner
@@ -64,7 +65,7 @@ def obey(command: object, runner: GraphRunner, device: torch.device) -> None:
         case Replay(shape, arrays):
             runner.replay(shape, arrays)
         case CopyPages(pairs):
-            runner.copy_pairs(torch.tensor(pairs, device=device))
+            runner.copy_pairs(from_numbers(pairs, torch.int64, device))
 
 
 def end_with(descriptor: int, engine: int) -> None:
