@@ -26,11 +26,11 @@ __device__ __forceinline__ int coarse_bin(uint32_t key) {
 }
 
 /// Keys low to high, both included.
-struct KeyRange {
+struct KeyBounds {
   uint32_t low, high;
 };
 
-__device__ __forceinline__ KeyRange keys_of_coarse_bins(int first, int last) {
+__device__ __forceinline__ KeyBounds keys_of_coarse_bins(int first, int last) {
   return {first == 0 ? 0 : static_cast<uint32_t>(first + kFirstCoarse) << kCoarseShift,
           last == kBins - 1 ? kLastKey : (static_cast<uint32_t>(last + 1 + kFirstCoarse) << kCoarseShift) - 1};
 }

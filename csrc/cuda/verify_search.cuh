@@ -94,7 +94,7 @@ __device__ __forceinline__ Wide wanted_mass(float top_p, double total) {
 
 /// The smallest key such that the candidates with keys from range.low up to it weigh at least `wanted`, or, if that is
 /// 0, top_p of what all in the range weigh; kLastKey if all of them weigh less.
-__device__ inline uint32_t find_key(KeyRange range, Weight weight, Wide wanted, float top_p, CutoffShared& shared) {
+__device__ inline uint32_t find_key(KeyBounds range, Weight weight, Wide wanted, float top_p, CutoffShared& shared) {
   Tally& tally = shared.mass;
   const auto weight_of_bin = [&](int bin) { return tally.at(bin); };
   for (;;) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void for_each_listed(const float* list, int count, co
 /// Gathers the values with keys in the range, from the lists if they are complete. They may be too many: then
 /// gathered_count says so. Each lane asks how long the list of one split is, so that all answers come at once; a warp
 /// then reads the lists that its lanes asked for.
-__device__ inline void gather(const Plan& plan, KeyRange keys, CutoffShared& shared) {
+__device__ inline void gather(const Plan& plan, KeyBounds keys, CutoffShared& shared) {
   constexpr int kWarps = kCutoffThreads / kWarpLanes;
   static_assert(kResidentBlocks <= kCutoffThreads, "a thread for each split");
   const int splits = static_cast<int>(gridDim.x), lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
@@ -206,7 +206,7 @@ __device__ inline Summary resolve(const Plan& plan, CutoffShared& shared) {
   if (threadIdx.x == 0) shared.search = found;
   __syncthreads();  // written before others read it: there it costs no registers
   const Search& search = shared.search;
-  const KeyRange keys = keys_of_coarse_bins(search.first_bin, search.last_bin);
+  const KeyBounds keys = keys_of_coarse_bins(search.first_bin, search.last_bin);
   gather(plan, keys, shared);
   uint32_t last_key = kLastKey;
 #pragma unroll 1
@@ -214,7 +214,7 @@ __device__ inline Summary resolve(const Plan& plan, CutoffShared& shared) {
     if (turn == 0 ? !search.top_k : !search.top_p) continue;
     const Weight weight = turn == 0 ? Weight::kCount : Weight::kMass;
     const Wide wanted = turn == 0 ? search.wanted_count : search.wanted_mass;
-    const KeyRange kept_so_far = {keys.low, min(keys.high, last_key)};
+    const KeyBounds kept_so_far = {keys.low, min(keys.high, last_key)};
     last_key = min(last_key, find_key(kept_so_far, weight, wanted, shared.task.top_p, shared));
   }
   float cutoff = value_of_key(last_key);
