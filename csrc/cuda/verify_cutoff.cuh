@@ -65,7 +65,7 @@ __device__ inline void spread(const Plan& plan, CutoffShared& shared) {
   const int begin = static_cast<int>(blockIdx.x) * length;
   const bool counts = shared.task.top_k > 0;
   float* const list = plan.listed + part_of(blockIdx.x) * kListed;
-  volatile int* const listed_count = &shared.listed_count;
+  volatile int* const listed_count = &shared.listed_count;  // an old value costs an addition, no more
   for_each_scaled<kCutoffVectors>(shared.task.row, shared.z, begin, begin + length, shared.row.floor, [&](float z) {
     const int bin = coarse_bin(key_of(z));
     shared.mass.add(bin, mass_of(z));

@@ -125,7 +125,7 @@ def test_cutoffs_are_the_reference_s(kind: str, cut: dict[str, Any]) -> None:
     assert accepted.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("cut", [{"top_k": 3000}, {"top_p": 0.9}, {"min_p": 0.9}])
+@pytest.mark.parametrize("cut", [{"top_k": 3000}, {"top_p": 0.9}])
 def test_a_row_of_more_blocks_than_a_block_has_warps(cut: dict[str, Any]) -> None:
     """A warp of the last block reads the lists of several, and all that counts is in those that it reads last."""
     vocab_size = 17 * SPLIT_TILE + 5
