@@ -184,13 +184,19 @@ def _take_turn(stage: Stage, later: Sequence[Stage], summary: Summary, budget: B
     else:
         outcome = run_stage(stage, limit, place, stop)
         if stage.name == "build" and outcome.status == OK:
-            place.note_built()
+            outcome = _checked_build(outcome, place)
     say(budget, f"{stage.name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.reason}")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     summary.add(replace(outcome, date=date, commit=summary.commit), budget.spent)
     keep(_outcomes(place), summary.all)
     if not stop():  # the rest is skipped at once, and written at once
         write(summary)
+
+
+def _checked_build(outcome: Outcome, place: Place) -> Outcome:
+    """CMake leaves the CUDA kernels out where it finds no compiler for them, which is no success here."""
+    place.note_built()
+    return outcome if place.built else replace(outcome, status=FAILED, reason="not all modules were built: see the log")
 
 
 def draw(summary: Summary, budget: Budget, stop: Stop) -> None:

@@ -18,9 +18,10 @@ from bench_support import ROOT
 
 from bench.gpu_suite import process
 from bench.gpu_suite.archive import pack
-from bench.gpu_suite.outcome import CUT_OFF, OK, SKIPPED, Outcome, keep, kept
+from bench.gpu_suite.outcome import CUT_OFF, FAILED, OK, SKIPPED, Outcome, keep, kept
 from bench.gpu_suite.process import Ended, run_limited
 from bench.gpu_suite.stages import Place
+from bench.gpu_suite.suite import _checked_build
 
 # Stages as the real ones, of commands made here: (name, limit, least, code), run by the suite as it is.
 SUITE = """
@@ -126,6 +127,14 @@ def test_what_was_built_from_these_sources_is_not_built_again(place: Place) -> N
     assert place.built, "a copy of the checkout has other times"
     source.write_text("two")
     assert not place.built
+
+
+def test_a_build_without_cuda_kernels_is_no_success(place: Place) -> None:
+    (place.root / "pearl_kernels" / "cpu" / f"_core{get_config_var('EXT_SUFFIX')}").touch()
+    outcome = _checked_build(Outcome("build", OK, 9.0), place)
+    assert (outcome.status, outcome.reason) == (FAILED, "not all modules were built: see the log")
+    (place.root / "pearl_kernels" / "cuda" / f"_cuda{get_config_var('EXT_SUFFIX')}").touch()
+    assert _checked_build(Outcome("build", OK, 9.0), place).status == OK
 
 
 def test_the_archive_is_never_too_large(tmp_path: Path) -> None:
