@@ -75,7 +75,7 @@ class WindowGraphs:
             shape = shape._replace(rows=max(shape.rows, bucket(shape.sequences + 1)))
         key = _Key(shape, steps, any(kept[0] >= 0 for kept in rows.values()))
         arrays = self._arrays(work, rows, lists, shape)
-        drawn = self._graphs.run(key, arrays, lambda inputs: self._bind(key, inputs))
+        drawn = self._graphs.run(key, arrays, lambda inputs: self._bind(key, inputs), self._runner.stopwatch.start)
         tokens, logprobs = start_download(drawn)
         return DeviceWindows(rows, *drawn, tokens, logprobs, self._runner.queue.mark())
 

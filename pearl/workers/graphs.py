@@ -46,11 +46,14 @@ class Graphs(Generic[T]):
         self._queue, self._most = queue, most
         self._graphs: OrderedDict[Hashable, _Graph[T]] = OrderedDict()
 
-    def run(self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T]) -> T:
+    def run(
+        self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T], launching: Callable[[], None] | None = None
+    ) -> T:
         """Run a call on these values; returns its outputs, tensors that each replay fills again.
 
         ``bind`` makes the call, and its outputs, of the inputs' tensors; it is asked once for a key. The call must do
-        the same, on the same memory, whatever the values; and twice the same is as good as once.
+        the same, on the same memory, whatever the values; and twice the same is as good as once. ``launching`` is
+        called when all is prepared, right before the call is replayed.
         """
         graph = self._graphs.get(key)
         if graph is None:
@@ -64,6 +67,8 @@ class Graphs(Generic[T]):
         else:
             graph.inputs.fill(arrays)
             self._graphs.move_to_end(key)
+        if launching is not None:
+            launching()
         graph.replay()
         return graph.outputs
 

@@ -57,6 +57,7 @@ def test_graphs_draw_what_eager_mode_draws(llama: Pair, open_llm: OpenLLM, metho
     assert acceptance(runs[0]) == acceptance(runs[1])
 
 
+@pytest.mark.alone
 def test_the_models_work_at_the_same_time(open_llm: OpenLLM) -> None:
     """The bundled pair, on one GPU: by their events, both were busy for longer than the rounds lasted."""
     rounds = Rounds()
@@ -98,4 +99,4 @@ def test_a_queue_captures_marks_and_follows() -> None:
 
 def test_more_multiprocessors_than_there_are() -> None:
     with pytest.raises(ConfigurationError, match="leave some to the target"):
-        CudaQueue("draft", torch.device("cuda", 0), sms=10_000)
+        CudaQueue("target", torch.device("cuda", 0), spare=10_000)
