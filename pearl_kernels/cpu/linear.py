@@ -32,7 +32,8 @@ def weight_rows(weight: LinearWeight, rows: Tensor) -> Tensor:
     _require_packed("weight_rows", weight)
     if weight.scale is not None:
         raise ValueError("weight_rows: an int8 weight no longer has the numbers that were packed")
-    CHECKS.beside("weight_rows", "weight", weight.data).contiguous("weight_rows", "rows", rows, torch.int64, (len(rows),))
+    checks = CHECKS.beside("weight_rows", "weight", weight.data)
+    checks.contiguous("weight_rows", "rows", rows, torch.int64, (len(rows),))
     panel = _core.PANEL_COLUMNS
     steps = weight.data[rows // panel, :, rows % panel]
     return steps.flatten(1)[:, : weight.in_features].contiguous()
