@@ -4,5 +4,5 @@ from typing import Literal
 
 MethodName = Literal["pearl", "speculative", "autoregressive"]
 Verification = Literal["rejection", "coupled"]
-WindowRule = Literal["balanced", "fastest"]
+PaceName = Literal["auto", "balanced"]
 ShapeName = Literal["tiny-target", "tiny-draft", "1b", "8b", "32b", "70b"]  # of pearl.bench.shapes.SHAPES

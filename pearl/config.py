@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pearl.choices import MethodName, Verification, WindowRule
+from pearl.choices import MethodName, PaceName, Verification
 from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
 from pearl.user_values import as_flag, as_integer, shown, unknown_names
@@ -47,10 +47,11 @@ class EngineConfig:
 
     target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
     method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
-    window: drafted tokens a round, or "auto" (measured). max_window bounds "auto".
-    window_rule: of PEARL's "auto": "balanced", the smallest window that takes as long to draft as to verify;
-        "fastest", the largest expected tokens per second, which is shorter where each row costs the target time, and
-        without pre-verify, for a request that runs alone, where the draft is so fast that this brings more.
+    pace: how "pearl" and "speculative" go about it where the window is not fixed: "auto", what is predicted to be the
+        fastest from measured speeds and acceptance: of "pearl" any mode (``pearl.methods``; under load plain decoding
+        too) with windows of its own for each request, of "speculative" its windows. "balanced": PEARL's rule in the
+        paper, the smallest window that takes as long to draft as to verify.
+    window: drafted tokens a round, always in the method's own mode; or "auto", up to max_window.
     pre_verify, post_verify: PEARL's two halves; switching one off is an ablation, the output stays exact.
     device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
@@ -76,8 +77,8 @@ class EngineConfig:
     draft: str | None = None
     method: MethodName = "pearl"
     verification: Verification = "rejection"
+    pace: PaceName = "auto"
     window: int | Literal["auto"] = "auto"
-    window_rule: WindowRule = "balanced"
     max_window: int = 16
     pre_verify: bool = True
     post_verify: bool = True
@@ -118,6 +119,8 @@ class EngineConfig:
             self._set(name, flag)
         if self.method == "speculative" and not (self.pre_verify and self.post_verify):
             raise ConfigurationError("pre_verify and post_verify are PEARL's; method='speculative' has neither")
+        if self.pace == "balanced" and (self.method != "pearl" or self.window != "auto"):
+            raise ConfigurationError("pace='balanced' is the rule of method='pearl' for window='auto'")
         for device in (self.device, self.draft_device, self.target_device):
             check_device(device)
         self.resolve_target_devices()
@@ -142,7 +145,7 @@ class EngineConfig:
             self._set("dtype", str(self.dtype).removeprefix("torch."))
         self._one_of("method", get_args(MethodName))
         self._one_of("verification", get_args(Verification))
-        self._one_of("window_rule", get_args(WindowRule))
+        self._one_of("pace", get_args(PaceName))
         self._one_of("dtype", ("auto", *_DTYPES))
         for name in ("device", "draft_device", "target_device"):
             device = getattr(self, name)

@@ -221,7 +221,14 @@ class LLM:
         )
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
-        return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics)
+        return Request(
+            self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, self._is_pinned(params)
+        )
+
+    def _is_pinned(self, params: SamplingParams) -> bool:
+        """Whether a seed must give an output again, whose draws depend on how each token is decided."""
+        seeded = params.seed is not None or self.config.seed is not None
+        return seeded and params.temperature > 0 and self.config.verification == "rejection"
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from pearl.kv import PageCopy
+from pearl.pace import Load, Pace
 from pearl.sampling_params import SamplingParams
 
 
@@ -126,6 +127,8 @@ class SchedulerOutput:
     draft: DraftPlan
     verify: tuple[VerifyWork, ...] = ()
     preempted: tuple[int, ...] = ()
+    pace: Pace | None = None
+    load: Load | None = None  # of the batch that was planned
 
     @property
     def is_empty(self) -> bool:

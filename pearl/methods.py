@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-
 Mode = Literal["pearl", "whole-windows", "pre-verify-only", "speculative", "two-halves", "autoregressive"]
 
 

@@ -40,8 +40,12 @@ class EngineOptions:
     verification: Annotated[
         Verification, _model(help="rejection: the target's distribution. coupled: its seeded tokens, one for one.")
     ] = "rejection"
-    window: Annotated[str, _model(metavar="auto|N", help="Tokens drafted a round; auto: measured.")] = "auto"
-    window_rule: Annotated[str, _model(help="Of auto: balanced | fastest (expected tokens per second).")] = "balanced"
+    pace: Annotated[str, _model(help="auto: the fastest mode and windows, measured. balanced: the paper's rule.")] = (
+        "auto"
+    )
+    window: Annotated[str, _model(metavar="auto|N", help="Tokens drafted a round; N: in the method's own mode.")] = (
+        "auto"
+    )
     max_window: Annotated[int, _model(help="Largest window that auto may choose.")] = 16
     pre_verify: Annotated[bool, _model(help="Verify a window's first token while the rest is drafted.")] = True
     post_verify: Annotated[bool, _model(help="Draft on while the last window is verified.")] = True

@@ -14,19 +14,10 @@ from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels
 from pearl.engine.scheduler import Scheduler
 from pearl.engine.verifier import Verifier
-from pearl.engine.window import (
-    FixedWindow,
-    MeasuredWindow,
-    WindowPolicy,
-    balanced_window,
-    fastest,
-    pearl_tokens_per_second,
-    sequential_tokens_per_second,
-    whole_windows_tokens_per_second,
-)
 from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
-from pearl.methods import build_method
+from pearl.methods import METHODS, Mode
+from pearl.pace import AutoPace, BalancedPace, FixedPace, PacePolicy, Sizes
 from pearl.workers import HostQueue, InlineWorker, TargetRunner, ThreadWorker, Worker
 
 
@@ -52,15 +43,14 @@ def connect(
         draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
     elif config.uses_draft:
         drafter = NGramDrafter()
-    window = _window_policy(config)
+    pace = build_pace(config, Sizes(max(1, models.target_bytes), models.draft_bytes))
     scheduler = Scheduler(
-        build_method(config, window.pre_verifies),
+        pace,
         KVCacheManager(models.num_pages, config.page_size, config.prefix_caching),
         draft_kv,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_waiting=config.max_waiting,
-        window=window.window,
         drafter_reads_history=drafter is not None and drafter.reads_history,
     )
     kernels, queue = models.target.kernels, models.target.queue
@@ -80,22 +70,24 @@ def connect(
         if models.draft is None or models.draft.fused is not None:  # nothing of it depends on the thread it runs on
             draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
     target = TargetRunner(models.target)
-    return Engine(scheduler, target, target_worker, drafter, draft_worker, verifier, window, observer, draft_alone)
+    return Engine(scheduler, target, target_worker, drafter, draft_worker, verifier, pace, observer, draft_alone)
 
 
-def _window_policy(config: EngineConfig) -> WindowPolicy:
-    if config.window != "auto":
-        return FixedWindow(config.window)
+def build_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
+    """What a configuration's method, pace and window mean."""
+    mode = _own_mode(config)
     if not config.uses_draft:
-        return FixedWindow(config.max_window)
-    takes_turns = config.method == "speculative" or not (config.pre_verify or config.post_verify)
-    if takes_turns:  # there is nothing to balance
-        choose = fastest(whole=sequential_tokens_per_second)
-    elif config.window_rule == "balanced":
-        choose = balanced_window
-    else:
-        choose = fastest(
-            pre_verified=pearl_tokens_per_second if config.pre_verify else None,
-            whole=whole_windows_tokens_per_second if config.post_verify else None,
-        )
-    return MeasuredWindow(choose, config.max_window)
+        return FixedPace(mode, 1)
+    if config.window != "auto":
+        return FixedPace(mode, config.window)
+    if config.pace == "balanced":
+        return BalancedPace(mode, config.max_window, sizes)
+    return AutoPace(tuple(METHODS) if mode == "pearl" else (mode,), config.max_window, sizes)
+
+
+def _own_mode(config: EngineConfig) -> Mode:
+    if config.method != "pearl":
+        return config.method
+    if config.pre_verify:
+        return "pearl" if config.post_verify else "pre-verify-only"
+    return "whole-windows" if config.post_verify else "speculative"

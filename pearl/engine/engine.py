@@ -11,7 +11,6 @@ from pearl.drafting import Drafter
 from pearl.engine.judge import Judge
 from pearl.engine.request import Request
 from pearl.engine.scheduler import Scheduler
-from pearl.engine.window import MeasuredRound, WindowPolicy
 from pearl.errors import EngineClosedError
 from pearl.messages import (
     Busy,
@@ -25,6 +24,7 @@ from pearl.messages import (
     VerifyResult,
 )
 from pearl.outputs import OutputDelta
+from pearl.pace import MeasuredRound, PacePolicy, Progressed
 from pearl.workers import Reply, TargetRunner, Worker
 
 _CUT_IN_TWO = "a round was cut in two, so that this engine cannot go on; close it and build a new one"
@@ -52,7 +52,7 @@ class Engine:
         drafter: Drafter | None,
         draft_worker: Worker | None,
         verifier: Judge,
-        window: WindowPolicy,
+        pace: PacePolicy,
         observer: Callable[[RoundRecord], None] | None = None,
         draft_alone: Worker | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class Engine:
         self._target, self._target_worker = target, target_worker
         self._drafter, self._draft_worker = drafter, draft_worker
         self._draft_alone = draft_alone or draft_worker
-        self._verifier, self._window = verifier, window
+        self._verifier, self._pace = verifier, pace
         self._closed = False
         self._broken: str | None = None  # why no round can follow
         self._outbox: list[OutputDelta] = []
@@ -101,7 +101,7 @@ class Engine:
             return self.take()
         self._commit(plan, result)
         record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
-        if self._window.learns:
+        if self._pace.changes:
             self._learn(record)
         if self.observer is not None:
             self.observer(record)
@@ -193,18 +193,22 @@ class Engine:
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
         if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return
-        decisions = record.result.decisions.values()
-        rows = sum(len(w.tokens) for w in plan.target.work)
-        self._window.observe(
+        assert plan.pace is not None
+        assert plan.load is not None
+        self._pace.observe(
             MeasuredRound(
-                batch=max(len(plan.target.work), len(plan.draft.work)),
-                draft_steps=proposal.steps,
-                draft_seconds=proposal.busy.seconds,
-                target_rows=rows / max(1, len(plan.target.work)),
-                target_seconds=record.target.seconds,
-                tested=sum(min(d.accepted + 1, len(d.tested)) for d in decisions),
-                accepted=sum(d.accepted for d in decisions),
-                overhead_seconds=record.whole.seconds - max(record.target.seconds, proposal.busy.seconds),
+                plan.pace.mode,
+                plan.load,
+                sum(len(w.tokens) for w in plan.target.work),
+                record.target.seconds,
+                len(plan.draft.work),
+                max(1, proposal.steps),
+                proposal.busy.seconds,
+                record.whole.seconds,
+                tuple(
+                    Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
+                    for request_id, d in record.result.decisions.items()
+                ),
             )
         )
 

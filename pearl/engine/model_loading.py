@@ -26,6 +26,7 @@ from pearl.models.checkpoint import stored_config
 from pearl.models.hub import fetch_description, fetch_weights
 from pearl.models.quantization import refuse_quantized
 from pearl.models.vocabulary import require_common_core, usable_ids
+from pearl.models.weight_size import weight_bytes
 from pearl.parallel import ParallelRunner
 from pearl.workers import ModelRunner
 
@@ -40,6 +41,8 @@ class LoadedModels:
     vocab_size: int  # ids that requests may name and the models draw; padding lies behind
     max_model_len: int
     num_pages: int  # of each model
+    target_bytes: int = 0  # of weights
+    draft_bytes: int = 0
 
     def close(self) -> None:
         """End the processes that hold parts of the target, if there are any. Idempotent."""
@@ -58,7 +61,8 @@ class Pair:
     max_model_len: int
 
     def loaded(self, target: ModelRunner, draft: ModelRunner | None, num_pages: int) -> LoadedModels:
-        return LoadedModels(target, draft, self.tokenizer, self.vocab_size, self.max_model_len, num_pages)
+        sizes = [0 if model is None else weight_bytes(model, model.dtype) for model in (self.target, self.draft)]
+        return LoadedModels(target, draft, self.tokenizer, self.vocab_size, self.max_model_len, num_pages, *sizes)
 
 
 def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> LoadedModels:

@@ -35,6 +35,7 @@ class Request:
     max_tokens: int  # params.max_tokens, cut to what the context still holds
     output: OutputProcessor
     metrics: RequestMetrics
+    pinned: bool = False  # reproducible although draws depend on the draft: every token must be drafted and tested
     status: Status = Status.WAITING
     lane: int = -1  # while running
     pending: tuple[Drafted, ...] = ()

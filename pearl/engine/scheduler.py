@@ -7,7 +7,6 @@ that has caught up takes part in the round as its decoding method wants. Rejecti
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from pearl.engine.request import Request, Status
 from pearl.errors import InvalidRequestError, QueueFullError
@@ -21,13 +20,15 @@ from pearl.messages import (
     VerifyResult,
     VerifyWork,
 )
-from pearl.methods import DecodingMethod, Intent, Progress
+from pearl.methods import METHODS, Intent, Progress
+from pearl.pace import Load, Pace, PacePolicy
 
 
 class _Round:
     """The plan being built; becomes an immutable SchedulerOutput."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, pace: Pace, load: Load) -> None:
+        self.pace, self.load = pace, load
         self.target_budget = self.draft_budget = budget
         self.target: list[ForwardWork] = []
         self.draft: list[DraftWork] = []
@@ -42,28 +43,29 @@ class _Round:
             DraftPlan(tuple(self.draft), tuple(self.draft_copies)),
             tuple(self.verify),
             tuple(self.preempted),
+            self.pace,
+            self.load,
         )
 
 
 class Scheduler:
     """Owns the requests and both KV managers. First come, first served; the latest arrival is preempted first.
 
-    draft_kv is None where the drafter keeps no KV. ``window`` gives the draft length for a batch of that many requests.
+    draft_kv is None where the drafter keeps no KV.
     """
 
     def __init__(
         self,
-        method: DecodingMethod,
+        pace: PacePolicy,
         target_kv: KVCacheManager,
         draft_kv: KVCacheManager | None,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_waiting: int,
-        window: Callable[[int], int],
         drafter_reads_history: bool = False,
     ) -> None:
-        self._method, self._window = method, window
+        self._pace = pace
         self.target_kv, self.draft_kv = target_kv, draft_kv
         self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
         self._drafter_reads_history = drafter_reads_history
@@ -116,15 +118,20 @@ class Scheduler:
 
     def _plan_batch(self) -> _Round:
         batch = list(self.running)
-        plan = _Round(self._max_num_batched_tokens)
-        intents = self._method.intents([Progress(len(r.pending), r.draft_is_dry) for r in batch])
+        load = Load(len(batch), sum(r.length for r in batch))
+        pinned = self._pace.changes and any(r.pinned for r in batch)
+        pace = self._pace.decide([r.id for r in batch], load, pinned)
+        plan = _Round(self._max_num_batched_tokens, pace, load)
+        progress = [Progress(len(r.pending), r.draft_is_dry) for r in batch]
+        intents = METHODS[pace.mode].intents(progress)
+        if pinned:
+            intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(batch, intents, progress, strict=True)]
         # Decoding rows are never held back by prompts; prompts share what is left of the budget, at least a page.
         target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
         draft_rows = sum(not _draft_lags(r) for r in batch)
         plan.target_budget = max(plan.target_budget - target_rows, self.target_kv.page_size)
         plan.draft_budget = max(plan.draft_budget - draft_rows, self.target_kv.page_size)
-        window = self._window(len(batch)) if batch else 0
-        for request, intent in zip(batch, intents, strict=True):
+        for request, intent, window in zip(batch, intents, pace.windows, strict=True):
             if request.status is Status.RUNNING:  # it may have been preempted for an earlier one
                 self._plan_request(plan, request, intent, window)
         return plan
@@ -134,6 +141,8 @@ class Scheduler:
         num_draft = min(window, request.remaining - k) if intent.draft else 0
         # Rows the target judges: the pending tokens and one more, never past max_tokens.
         rows = min(k + 1, request.remaining) if intent.verify or (intent.draft and not num_draft) else 0
+        if not intent.bonus:
+            rows = min(rows, k)
         target_end = request.length + rows - 1 if rows else request.target_computed
         draft_end = request.length + k if num_draft and self.draft_kv else request.draft_computed
         target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed

@@ -1,6 +1,17 @@
 """Pace: which mode of decoding a round runs, and how many tokens it drafts for each request."""
 
 from pearl.pace.auto import AutoPace
+from pearl.pace.curves import Load, Sizes
 from pearl.pace.policy import BalancedPace, FixedPace, MeasuredRound, Pace, PacePolicy, Progressed
 
-__all__ = ["AutoPace", "BalancedPace", "FixedPace", "MeasuredRound", "Pace", "PacePolicy", "Progressed"]
+__all__ = [
+    "AutoPace",
+    "BalancedPace",
+    "FixedPace",
+    "Load",
+    "MeasuredRound",
+    "Pace",
+    "PacePolicy",
+    "Progressed",
+    "Sizes",
+]

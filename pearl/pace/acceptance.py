@@ -1,6 +1,6 @@
 """How likely drafted tokens hold: for each request, and for the first token after a correction apart from later ones.
 
-Text is easy or hard in stretches: a token that follows accepted ones holds more often than one that follows a rejection.
+Text is easy or hard in stretches: a token after accepted ones holds more often than one after a rejection.
 """
 
 from __future__ import annotations

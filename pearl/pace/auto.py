@@ -14,16 +14,17 @@ import numpy as np
 from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
 from pearl.pace.calibration import Calibration
-from pearl.pace.curves import Curves, Load, Sizes
+from pearl.pace.curves import Curves, Load, Numbers, Sizes
 from pearl.pace.policy import MeasuredRound, Pace
-from pearl.pace.speed import Numbers, Situation, tokens_per_second
+from pearl.pace.speed import Situation, tokens_per_second
 
 _LEARNING_ROUNDS = 32
-_SOON, _BETWEEN_CHOICES = 4, 32  # rounds until the next choice: while little is known, and later
+_SOON, _BETWEEN_CHOICES = 4, 64  # rounds until the next choice: while little is known, and later
 _MARGIN = 0.01  # by which another pace must be better, beside the scatter
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model
 _STALE = 256  # rounds after which such knowledge is renewed,
 _PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
+_RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = 20  # of odds: requests on the same ones are predicted together
 
@@ -55,7 +56,7 @@ class _Choice:
 class AutoPace:
     """``modes``: those that may be chosen; ``largest``: the longest window."""
 
-    learns = True
+    changes = True
 
     def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes) -> None:
         self._modes, self._largest = tuple(modes), largest
@@ -68,8 +69,9 @@ class AutoPace:
         self._since = 0  # the round in which its mode began
         self._probing = False
 
-    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
-        load = Load(len(request_ids), context)
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        if not request_ids:
+            return Pace(self._modes[0], ())
         key = load.batch.bit_length(), pinned
         chosen = self._chosen.get(key)
         if chosen is None or self._curves.rounds >= self._next[key]:
@@ -140,7 +142,7 @@ class AutoPace:
         ragged = _ragged(longest, thresholds, now.later)
         rates = tokens_per_second(mode, now, ragged)
         best = int(np.argmax(rates))
-        if rates[best] > choice.predicted:
+        if rates[best] > _RAGGED * choice.predicted:
             choice = _Choice(mode, int(longest[best]), float(thresholds[best]), float(rates[best]), factor)
         return choice
 
@@ -174,8 +176,7 @@ class AutoPace:
 def _row_seconds(now: Situation, windows: Numbers) -> Numbers:
     """``[W]``: what one row more costs the target where each request has so many."""
     rows = (now.count * windows).sum(1)
-    target = now.beside.target
-    return np.array([(target(1.1 * n) - target(n)) / (0.1 * n) for n in rows.tolist()])
+    return (now.beside.target(1.1 * rows) - now.beside.target(rows)) / (0.1 * rows)
 
 
 def _ragged(longest: Numbers, thresholds: Numbers, later: Numbers) -> Numbers:

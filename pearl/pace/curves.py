@@ -12,10 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from pearl.pace.policy import MeasuredRound
 
+Numbers = NDArray[np.float64]
+
 _RECENT = 64  # rounds
+_LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _RATIO = 1.12  # of rows that count as the same number
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
 _GUESS_WEIGHT, _GUESS_SPREAD = 2, 0.3  # as if in so many rounds rows had differed by this share
@@ -44,7 +50,7 @@ class Sizes:
 class Times:
     """Seconds of forwards under one load.
 
-    ``points``: rows and seconds of the target's forwards, both ascending; ``slope``: of a row past them. ``steps``:
+    ``points``: rows and seconds of the target's forwards, both ascending; ``slope``: of a row beside them. ``steps``:
     sequences and seconds of a step of the draft's.
     """
 
@@ -52,30 +58,21 @@ class Times:
     slope: float
     steps: tuple[tuple[float, float], ...]
 
-    def target(self, rows: float) -> float:
-        first, last = self.points[0], self.points[-1]
-        if rows >= last[0]:
-            return last[1] + (rows - last[0]) * self.slope
-        if rows <= first[0]:
-            return max(first[1] - (first[0] - rows) * self.slope, 0.25 * first[1])
-        return _between(self.points, rows)
+    def target(self, rows: Numbers) -> Numbers:
+        x, y = np.array(self.points).T
+        below, above = np.minimum(rows - x[0], 0.0), np.maximum(rows - x[-1], 0.0)
+        seconds = np.interp(rows, x, y) + self.slope * (below + above)
+        return np.maximum(seconds, _LEAST * y[0])
 
-    def draft_step(self, sequences: float) -> float:
-        if sequences <= self.steps[0][0]:
-            return self.steps[0][1]
-        return self.steps[-1][1] if sequences >= self.steps[-1][0] else _between(self.steps, sequences)
-
-
-def _between(points: Sequence[tuple[float, float]], x: float) -> float:
-    right = next(i for i, point in enumerate(points) if point[0] >= x)
-    (x0, y0), (x1, y1) = points[right - 1], points[right]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    def draft_step(self, sequences: Numbers) -> Numbers:
+        x, y = np.array(self.steps).T
+        return np.interp(sequences, x, y)
 
 
 @dataclass
 class _Samples:
-    target: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # rows, seconds
-    draft: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # sequences, of a step
+    target: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # rows, seconds
+    draft: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # sequences, of a step
     seen: int = 0  # the number of the latest round
 
 
@@ -125,27 +122,30 @@ class Curves:
 
     def spread(self, load: Load) -> float:
         """The relative error of what is known of the target's times, from their own scatter around it."""
-        off = []
+        off: list[float] = []
         for beside in (True, False):
-            target = self.times(load, beside).target
-            off += [abs(seconds / target(rows) - 1) for rows, seconds in self._nearest(load, beside, "target")]
+            if samples := self._nearest(load, beside, "target"):
+                rows, seconds = np.array(samples).T
+                off += np.abs(seconds / self.times(load, beside).target(rows) - 1).tolist()
         return statistics.median(off) / math.sqrt(len(off)) if off else 0.0
 
     def times(self, load: Load, beside: bool) -> Times:
-        samples = [self._nearest(load, state, "target") for state in (beside, not beside)]
+        samples: list[Sequence[tuple[float, float]]] = [
+            self._nearest(load, state, "target") for state in (beside, not beside)
+        ]
         points = _medians(samples[0])
         steps = _medians(self._nearest(load, beside, "draft"))
         sizes = self._sizes
         if not points:
             points = [(1.0, sizes.target_bytes / sizes.bytes_per_second)]
-            samples = [points]
+            samples = [points, ()]
         if not steps:
             # As many times faster than the target as it is smaller.
             scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
             steps = [(1.0, sizes.draft_bytes * scale)]
         return Times(tuple(points), _slope(samples), tuple(steps))
 
-    def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[int, float]]:
+    def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[float, float]]:
         """Samples of the most similar load, rather with the other model in the same state than without."""
         known = [(key, getattr(samples, name)) for key, samples in self._samples.items()]
         (batch, context), known = load.bucket, [(key, samples) for key, samples in known if samples]
@@ -155,13 +155,13 @@ class Curves:
         def distance(key: _Key) -> float:
             return 4 * abs(key[0][0] - batch) + abs(key[0][1] - context) + 3 * (key[1] != beside)
 
-        found: Sequence[tuple[int, float]] = min(known, key=lambda item: distance(item[0]))[1]
+        found: Sequence[tuple[float, float]] = min(known, key=lambda item: distance(item[0]))[1]
         return found
 
 
-def _medians(samples: Iterable[tuple[int, float]]) -> list[tuple[float, float]]:
+def _medians(samples: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of samples with about the same x, ascending; y made to rise with x, which forwards' times do."""
-    groups: list[tuple[list[int], list[float]]] = []
+    groups: list[tuple[list[float], list[float]]] = []
     for x, y in sorted(samples):
         if groups and x <= groups[-1][0][0] * _RATIO:
             groups[-1][0].append(x)
@@ -184,9 +184,9 @@ def _slope(states: Sequence[Sequence[tuple[float, float]]]) -> float:
     """
     xx = xy = 0.0
     for samples in filter(None, states):
-        x0, y0 = statistics.fmean(x for x, _ in samples), statistics.fmean(y for _, y in samples)
-        xx += sum((x - x0) ** 2 for x, _ in samples)
-        xy += sum((x - x0) * (y - y0) for x, y in samples)
-    x0, y0 = states[0][0] if states[0] else states[1][0]
+        x, y = np.array(samples).T
+        xx += float(((x - x.mean()) ** 2).sum())
+        xy += float(((x - x.mean()) * (y - y.mean())).sum())
+    x0, y0 = np.mean(states[0] or states[1], axis=0).tolist()
     weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x0) ** 2
     return max(0.0, (xy + weight * _ROW_SHARE * y0 / x0) / (xx + weight))

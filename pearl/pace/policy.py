@@ -1,10 +1,12 @@
-"""What the engine wants of a pace, and the two that decide without prediction: a fixed window, and the paper's balance."""
+"""What the engine wants of a pace, and two that predict nothing: a fixed window, and the paper's balance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from pearl.methods import Mode
 from pearl.pace.curves import Curves, Load, Sizes
@@ -53,12 +55,12 @@ class PacePolicy(Protocol):
     """Belongs to the engine's thread."""
 
     @property
-    def learns(self) -> bool:
-        """Whether ``observe`` does anything."""
+    def changes(self) -> bool:
+        """Whether modes and windows may, and so ``observe`` does anything."""
         ...
 
-    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
-        """For the requests that run, in order. context: their tokens in all. pinned: whether any must draft all tokens."""
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        """For the requests that run, in order. pinned: whether any of them must draft all its tokens."""
         ...
 
     def observe(self, measured: MeasuredRound) -> None: ...
@@ -68,9 +70,9 @@ class PacePolicy(Protocol):
 class FixedPace:
     mode: Mode
     window: int
-    learns = False
+    changes = False
 
-    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         return Pace(self.mode, (self.window,) * len(request_ids))
 
     def observe(self, measured: MeasuredRound) -> None:
@@ -82,18 +84,17 @@ class BalancedPace:
     section 3.3), with times as they are measured while both models work.
     """
 
-    learns = True
+    changes = True
 
     def __init__(self, mode: Mode, largest: int, sizes: Sizes) -> None:
         self._mode, self._largest = mode, largest
         self._curves = Curves(sizes)
 
-    def decide(self, request_ids: Sequence[int], context: int, pinned: bool) -> Pace:
-        batch = len(request_ids)
-        times = self._curves.times(Load(batch, context), beside=True)
-        step, target = times.draft_step(batch), times.target
-        window = next((g for g in range(1, self._largest) if g * step >= target(batch * g)), self._largest)
-        return Pace(self._mode, (window,) * batch)
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        times, windows = self._curves.times(load, beside=True), np.arange(1.0, self._largest)
+        covers = windows * times.draft_step(np.array(load.batch)) >= times.target(load.batch * windows)
+        window = int(windows[covers][0]) if covers.any() else self._largest
+        return Pace(self._mode, (window,) * load.batch)
 
     def observe(self, measured: MeasuredRound) -> None:
         self._curves.observe(measured)

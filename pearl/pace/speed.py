@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pearl.methods import Mode
-from pearl.pace.curves import Times
+from pearl.pace.curves import Numbers, Times
 
-Numbers = NDArray[np.float64]
+_ONE = np.array(1.0)
 _NODES = ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6))  # Gauss-Hermite: a normal number of rows
 
 
@@ -74,11 +73,12 @@ def _held(first: Numbers, later: Numbers, n: Numbers) -> Numbers:
 
 def _series(a: Numbers, n: Numbers) -> Numbers:
     """1 + a + ... + a^(n-1)."""
-    return (1 - a**n) / (1 - a)
+    terms: Numbers = (1 - a**n) / (1 - a)
+    return terms
 
 
 def _pearl(now: Situation, g: Numbers) -> Numbers:
-    """Rounds with nothing pending test one token; those that follow test g, until one fails (section 3 of the paper)."""
+    """Rounds with nothing pending test one token; the rounds after it test g, until one fails."""
     f, a = now.first, now.later
     fails = 1 - a**g
     return _overlapping(now, g, [_Kind(fails, np.ones_like(g), np.ones_like(g)), _Kind(f + 0 * g, g, _series(a, g))])
@@ -114,25 +114,28 @@ def _in_turn(now: Situation, g: Numbers) -> tuple[Numbers, Numbers]:
 
 def _speculative(now: Situation, g: Numbers) -> Numbers:
     rows, tokens = _in_turn(now, g)
-    drafting = g.max(1) * now.alone.draft_step(now.batch)
-    verifying = _each(now.alone.target, rows)
-    return tokens / (drafting + verifying + 2 * now.overhead)
+    drafting = g.max(1) * now.alone.draft_step(np.array(now.batch))
+    verifying = now.alone.target(rows)
+    rate: Numbers = tokens / (drafting + verifying + 2 * now.overhead)
+    return rate
 
 
 def _two_halves(now: Situation, g: Numbers) -> Numbers:
     if now.batch < 2:
         return np.zeros(len(g))
     rows, tokens = _in_turn(now, g)
-    drafting = g.max(1) * now.beside.draft_step(now.batch / 2)
-    verifying = _each(now.beside.target, rows / 2)
-    return tokens / 2 / (np.maximum(drafting, verifying) + now.overhead)
+    drafting = g.max(1) * now.beside.draft_step(np.array(now.batch / 2))
+    verifying = now.beside.target(rows / 2)
+    rate: Numbers = tokens / 2 / (np.maximum(drafting, verifying) + now.overhead)
+    return rate
 
 
 def _autoregressive(now: Situation, g: Numbers) -> Numbers:
+    batch = np.array(now.batch)
     if now.pinned:
-        seconds = max(now.beside.target(now.batch), now.beside.draft_step(now.batch))
+        seconds = np.maximum(now.beside.target(batch), now.beside.draft_step(batch))
     else:
-        seconds = now.alone.target(now.batch)
+        seconds = now.alone.target(batch)
     return np.full(len(g), now.batch / (seconds + now.overhead))
 
 
@@ -148,36 +151,45 @@ _MODES: dict[Mode, Callable[[Situation, Numbers], Numbers]] = {
 
 def _overlapping(now: Situation, g: Numbers, kinds: Sequence[_Kind]) -> Numbers:
     """Where each request goes its own way through the kinds, and a round lasts as long as its longer forward."""
-    total = sum(kind.weight for kind in kinds)
-    shares = [kind.weight / total for kind in kinds]
-    tokens = sum((now.count * share * kind.tokens).sum(1) for share, kind in zip(shares, kinds, strict=True))
+    weights = np.stack([kind.weight for kind in kinds])
+    shares: Numbers = weights / weights.sum(0)  # [kind, W, C]
+    tokens = _whole(now, shares, [kind.tokens for kind in kinds])
     if now.batch == 1:
-        seconds = sum(
-            share[:, 0] * _seconds(now, g[:, 0], kind.rows[:, 0], kind.drafts)
-            for share, kind in zip(shares, kinds, strict=True)
+        each = np.stack([_seconds(now, g[:, 0], kind.rows[:, 0], kind.drafts) for kind in kinds])
+        seconds: Numbers = (shares[:, :, 0] * each).sum(0)
+    else:
+        rows = np.stack([kind.rows for kind in kinds])
+        mean = (shares * rows).sum(0)
+        spread = np.maximum((shares * rows**2).sum(0) - mean**2, 0.0)
+        drafting = _whole(now, shares, [np.full_like(g, kind.drafts) for kind in kinds])
+        seconds = _round_seconds(
+            now,
+            g.max(1) * now.beside.draft_step(drafting),
+            (now.count * mean).sum(1),
+            (now.count * spread).sum(1),
         )
-        return tokens / (seconds + now.overhead)
-    mean = sum(share * kind.rows for share, kind in zip(shares, kinds, strict=True))
-    square = sum(share * kind.rows**2 for share, kind in zip(shares, kinds, strict=True))
-    rows = (now.count * mean).sum(1)
-    deviation = np.sqrt((now.count * np.maximum(square - mean**2, 0.0)).sum(1))
-    drafting = sum(share for share, kind in zip(shares, kinds, strict=True) if kind.drafts)
-    sequences = (now.count * drafting).sum(1)
-    step = _each(now.beside.draft_step, sequences)
-    seconds = sum(
-        weight * np.maximum(g.max(1) * step, _each(now.beside.target, np.maximum(rows + node * deviation, 1.0)))
-        for node, weight in _NODES
-    )
-    return tokens / (seconds + now.overhead)
+    rate: Numbers = tokens / (seconds + now.overhead)
+    return rate
+
+
+def _whole(now: Situation, shares: Numbers, values: Sequence[Numbers]) -> Numbers:
+    """``[W]``: of all requests together, the expectation over the kinds."""
+    expected: Numbers = (now.count * (shares * np.stack(values)).sum(0)).sum(1)
+    return expected
+
+
+def _round_seconds(now: Situation, drafting: Numbers, rows: Numbers, variance: Numbers) -> Numbers:
+    """``[W]``: the expected longer one of drafting and verifying about ``rows`` rows."""
+    seconds = np.zeros_like(rows)
+    for node, weight in _NODES:
+        judged = np.maximum(rows + node * np.sqrt(variance), 1.0)
+        seconds += weight * np.maximum(drafting, now.beside.target(judged))
+    return seconds
 
 
 def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool) -> Numbers:
     """Of rounds of a request alone: both models at once, or one of them."""
     if not drafts:
-        return _each(now.alone.target, rows)
-    both = np.maximum(g * now.beside.draft_step(1), _each(now.beside.target, np.maximum(rows, 1.0)))
-    return np.where(rows > 0, both, g * now.alone.draft_step(1))
-
-
-def _each(function: Callable[[float], float], values: Numbers) -> Numbers:
-    return np.array([function(value) for value in values.tolist()])
+        return now.alone.target(rows)
+    both = np.maximum(g * now.beside.draft_step(_ONE), now.beside.target(np.maximum(rows, 1.0)))
+    return np.where(rows > 0, both, g * now.alone.draft_step(_ONE))

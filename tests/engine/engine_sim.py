@@ -6,6 +6,7 @@ else than the sequence (a rollback, copy or sharing error) is found at the first
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from pearl.engine.engine import Engine, RoundRecord
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request, Status
 from pearl.engine.scheduler import Scheduler
-from pearl.engine.window import FixedWindow
 from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import (
     Decision,
@@ -31,22 +31,41 @@ from pearl.messages import (
     TargetPlan,
     VerifyResult,
 )
-from pearl.methods import Autoregressive, DecodingMethod, Pearl, Speculative
+from pearl.methods import METHODS as MODES
+from pearl.methods import Mode
 from pearl.outputs import OutputDelta, RequestMetrics
+from pearl.pace import FixedPace, Load, MeasuredRound, Pace, PacePolicy
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, InlineWorker
 
 VOCAB = 29
 EOS = 0
-METHODS: dict[str, DecodingMethod] = {
-    "pearl": Pearl(),
-    "pearl-without-pre-verify": Pearl(pre_verify=False),
-    "pearl-without-post-verify": Pearl(post_verify=False),
-    "pearl-with-pre-verify-in-even-batches": Pearl(pays=lambda batch: batch % 2 == 0),
-    "pearl-without-both": Pearl(pre_verify=False, post_verify=False),
-    "speculative": Speculative(),
-    "autoregressive": Autoregressive(),
-}
+SWITCHING = "switching"
+METHODS: tuple[str, ...] = (*MODES, SWITCHING)
+
+
+class RandomPace:
+    """Another mode, and other windows for each request, every few rounds."""
+
+    changes = True
+
+    def __init__(self, largest: int, seed: int = 0, modes: Sequence[Mode] = tuple(MODES)) -> None:
+        self._largest, self._rng, self._modes = largest, random.Random(seed), modes
+        self._mode, self._left = modes[0], 0
+
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        if not self._left:
+            self._mode, self._left = self._rng.choice(self._modes), self._rng.randint(1, 4)
+        self._left -= 1
+        longest = 1 if self._mode == "autoregressive" else self._largest
+        return Pace(self._mode, tuple(self._rng.randint(1, longest) for _ in request_ids))
+
+    def observe(self, measured: MeasuredRound) -> None:
+        pass
+
+
+def pace_of(method: str, window: int) -> PacePolicy:
+    return RandomPace(window) if method == SWITCHING else FixedPace(method, window)  # type: ignore[arg-type]
 
 
 class PieceDetokenizer:
@@ -70,10 +89,11 @@ def request_of(
     params: SamplingParams | None = None,
     eos_ids: Collection[int] = (EOS,),
     seed: int = 0,
+    pinned: bool = False,
 ) -> Request:
     params = params or SamplingParams(max_tokens=max_tokens)
     output = OutputProcessor(PieceDetokenizer(), params, max_tokens, eos_ids)
-    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, RequestMetrics())
+    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, RequestMetrics(), pinned)
 
 
 def drafted(*tokens: int) -> tuple[Drafted, ...]:
@@ -249,7 +269,8 @@ class CheckedScheduler(Scheduler):
         assert len({r.lane for r in self.running}) == len(self.running)
         for work in plan.verify:
             request, forward = self.requests[work.request_id], target[work.request_id]
-            assert forward.num_logits == min(len(request.pending) + 1, request.remaining)
+            bonus = not request.pinned or work.request_id in draft
+            assert forward.num_logits == min(len(request.pending) + bonus, request.remaining)
             assert forward.end == request.length + forward.num_logits - 1
             assert work.request_id not in draft or draft[work.request_id].num_draft, "decided before the draft is ready"
         for request_id, forward in target.items():
@@ -327,7 +348,7 @@ class Simulation:
 
 
 def simulate(
-    method: DecodingMethod | str = "pearl",
+    method: str = "pearl",
     *,
     window: int = 3,
     num_pages: int = 100,
@@ -340,16 +361,15 @@ def simulate(
     moody: bool = False,
     prefix_caching: bool = True,
 ) -> Simulation:
-    method = METHODS[method] if isinstance(method, str) else method
-    draft_keeps_kv = draft_keeps_kv and not isinstance(method, Autoregressive)
+    pace = pace_of(method, window)
+    draft_keeps_kv = draft_keeps_kv and method != "autoregressive"
     scheduler = CheckedScheduler(
-        method,
+        pace,
         KVCacheManager(num_pages, page_size, prefix_caching),
         KVCacheManager(num_pages, page_size, prefix_caching) if draft_keeps_kv else None,
         max_num_seqs=lanes,
         max_num_batched_tokens=budget,
         max_waiting=max_waiting,
-        window=lambda batch: window,
     )
 
     def truth(request_id: int) -> list[int]:
@@ -365,7 +385,7 @@ def simulate(
         drafter,
         InlineWorker(HostQueue(torch.device("cpu"))),
         SimulatedVerifier(),  # type: ignore[arg-type]
-        FixedWindow(window),
+        pace,
         records.append,
     )
     return Simulation(engine, scheduler, drafter, records, num_pages, lanes)

@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from engine_sim import METHODS, CheckedScheduler, PagedMemory, request_of
+from engine_sim import CheckedScheduler, PagedMemory, pace_of, request_of
 from torch import Tensor
 
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.engine import Engine, RoundRecord
 from pearl.engine.verifier import Verifier
-from pearl.engine.window import FixedWindow
 from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import ForwardWork
-from pearl.methods import Autoregressive
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, InlineWorker, TargetRunner, Worker
 from pearl.workers.stopwatch import Stopwatch
@@ -92,22 +90,23 @@ class Toy:
         kernels: KernelSet = KERNELS,
         dtype: torch.dtype = torch.float32,
         worker: Callable[[], Worker] = lambda: InlineWorker(QUEUE),
+        pinned: bool = False,
     ) -> None:
+        self.pinned = pinned
         self.target = ToyRunner(page_size, kernels=kernels, dtype=dtype)
         self.draft = ToyRunner(page_size, blur, kernels, dtype)
         self.ring = LogitsRing(lanes, window)
-        drafts = not isinstance(METHODS[method], Autoregressive)
+        pace, drafts = pace_of(method, window), method != "autoregressive"
         drafter: Drafter = NGramDrafter()
         if not ngram:
             drafter = ModelDrafter(self.draft, rule, VOCAB, (), self.ring)  # type: ignore[arg-type]
         self.scheduler = CheckedScheduler(
-            METHODS[method],
+            pace,
             KVCacheManager(num_pages, page_size),
             KVCacheManager(num_pages, page_size) if drafts and not ngram else None,
             max_num_seqs=lanes,
             max_num_batched_tokens=budget,
             max_waiting=100,
-            window=lambda batch: window,
             drafter_reads_history=ngram,
         )
         self.records: list[RoundRecord] = []
@@ -118,7 +117,7 @@ class Toy:
             drafter,
             worker(),
             Verifier(kernels, rule, VOCAB, (), QUEUE),
-            FixedWindow(window),
+            pace,
             self.records.append,
         )
 
@@ -135,7 +134,10 @@ class Toy:
         outputs: list[list[int]] = [[] for _ in prompts]
         errors: list[str | None] = [None for _ in prompts]
         for i, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
-            self.engine.add(request_of(i, prompt, params.max_tokens, params=params, eos_ids=(), seed=seed + i))
+            request = request_of(
+                i, prompt, params.max_tokens, params=params, eos_ids=(), seed=seed + i, pinned=self.pinned
+            )
+            self.engine.add(request)
         for _ in range(1000):
             if not self.engine.has_work:
                 return outputs, errors

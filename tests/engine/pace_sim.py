@@ -55,7 +55,7 @@ class Batch:
         """Tokens and seconds of each round."""
         rng, self.requests = random.Random(self.seed), [_Request() for _ in range(self.size)]
         for number in range(rounds):
-            pace = policy.decide(range(self.size), 100 * self.size, self.pinned)
+            pace = policy.decide(range(self.size), Load(self.size, 100 * self.size), self.pinned)
             progress = [Progress(request.pending, False) for request in self.requests]
             intents = METHODS[pace.mode].intents(progress)
             if self.pinned:

@@ -16,18 +16,19 @@ import pytest
 import torch
 from engine_sim import METHODS, request_of, simulate, target_sequence
 from engine_toy import COLUMNS, VOCAB, Toy
+from pace_support import SIZES, measured_round
 from torch import Tensor
 
 import pearl
 import pearl_kernels
 from pearl.drafting.logits_ring import LogitsRing
-from pearl.engine.window import MeasuredRound, MeasuredWindow, fastest, pearl_tokens_per_second
+from pearl.pace import AutoPace, BalancedPace, Load
 from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
 from pearl_kernels.reference import sampling as reference_sampling
 from pearl_kernels.reference.philox import Stream, to_uniform
 
-DRAFTING = [name for name in METHODS if name != "autoregressive"]
+DRAFTING = [name for name in METHODS if name not in ("autoregressive", "switching")]
 
 
 # 1: the same random number used for two tests ---------------------------------------------------------------------
@@ -83,7 +84,7 @@ def test_1_the_draft_never_draws_from_the_targets_numbers_under_rejection(
 
 
 def test_3_without_pre_verify_the_first_token_of_a_fresh_window_is_verified_too() -> None:
-    simulation = simulate("pearl-without-pre-verify", window=3, accuracy=0.0)
+    simulation = simulate("whole-windows", window=3, accuracy=0.0)
     simulation.add(request_of(1, [1, 2, 3], 6, eos_ids=()))
     assert simulation.run()[1] == target_sequence([1, 2, 3], 6, eos_ids=())
     tested = [d.tested for record in simulation.records for d in record.result.decisions.values()]
@@ -130,17 +131,20 @@ def test_7_window_of_one(method: str, accuracy: float) -> None:
     assert simulation.run() == {i: target_sequence([i], 9) for i in (1, 2)}
 
 
-def test_7_window_is_never_zero_however_fast_the_target() -> None:
-    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
-    window.observe(MeasuredRound(1, 4, 4.0, target_rows=4, target_seconds=1e-9, tested=4, accepted=4))
-    assert window.window(1) == 1
+def test_7_windows_are_never_empty_however_fast_the_target() -> None:
+    for pace in (BalancedPace("pearl", 16, SIZES), AutoPace(["pearl"], 16, SIZES)):
+        for _ in range(9):
+            assert pace.decide([1], Load(1, 50), False).windows[0] >= 1
+            pace.observe(measured_round(1, target_seconds=1e-9))
+        assert pace.decide([1], Load(1, 50), False).windows == (1,)
 
 
-def test_7_window_follows_the_batch_size() -> None:
-    window = MeasuredWindow(fastest(pre_verified=pearl_tokens_per_second), 16)
-    for batch, target in ((1, 3.0), (16, 9.0)):
-        window.observe(MeasuredRound(batch, 1, 1.0, 3, target, tested=1, accepted=1))
-    assert [window.window(batch) for batch in (1, 16, 1)] == [3, 9, 3]
+def test_7_the_window_follows_the_batch_size() -> None:
+    pace = BalancedPace("pearl", 16, SIZES)
+    for batch, target in ((1, 3.0), (16, 9.0)) * 3:
+        for window in (1, 12):
+            pace.observe(measured_round(batch, rows=batch * window, target_seconds=target))
+    assert [pace.decide(range(n), Load(n, 50 * n), False).windows[0] for n in (1, 16, 1)] == [3, 9, 3]
 
 
 # 9: verification is one ragged sequence -------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def test_13_greedy_and_coupled_requests_keep_no_draft_logits(rule: Any, params: 
 
 
 def test_13_draft_logits_are_bounded_by_lanes_and_window() -> None:
-    toy = Toy("pearl-without-pre-verify", "rejection", lanes=2, window=3)
+    toy = Toy("whole-windows", "rejection", lanes=2, window=3)
     toy.generate(*([i] for i in range(5)), temperature=1.0)
     assert toy.ring.logits is not None
     assert toy.ring.logits.shape == (2 * 2 * 3 + 1, COLUMNS)  # and one row that is nobody's

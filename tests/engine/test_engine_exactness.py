@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from engine_sim import METHODS, request_of
+from engine_sim import METHODS, RandomPace, request_of
 from engine_toy import VOCAB, Toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,13 +92,29 @@ def test_rejection_output_depends_only_on_the_seed_not_on_the_company(method: st
     Where every position is drafted and tested, this holds even if preemptions cut windows differently; a method with
     bonus tokens draws those from another stream, wherever its windows happen to end.
     """
-    every_position_is_tested = method in ("pearl", "pearl-without-pre-verify")
+    every_position_is_tested = method in ("pearl", "whole-windows")
+    pinned = method == "switching"  # modes change at other rounds in other company
     crowded: dict[str, int] = {"num_pages": 12, "page_size": 2} if every_position_is_tested else {}
-    toy = Toy(method, lanes=2, **crowded)
+    toy = Toy(method, lanes=2, pinned=pinned, **crowded)
     together = toy.generate(*PROMPTS, temperature=1.0)
     assert any(record.plan.preempted for record in toy.records) == bool(crowded)
     for i in (0, 3):
-        assert Toy(method).generate(PROMPTS[i], temperature=1.0, seed=7 + i) == [together[i]]
+        assert Toy(method, pinned=pinned).generate(PROMPTS[i], temperature=1.0, seed=7 + i) == [together[i]]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+@pytest.mark.parametrize("blur", [0.2, 2.0])
+def test_what_a_pinned_request_says_does_not_depend_on_modes_and_windows(window: int, blur: float) -> None:
+    """Under the rejection rule its draws are those of PEARL, where every position is drafted and tested."""
+    expected = Toy("pearl", "rejection", blur=blur).generate(*PROMPTS, temperature=1.0, max_tokens=24)
+    crowded = Toy("switching", "rejection", window=window, num_pages=20, page_size=2, blur=blur, pinned=True)
+    assert crowded.generate(*PROMPTS, temperature=1.0, max_tokens=24) == expected
+    modes = {record.plan.pace.mode for record in crowded.records if record.plan.pace is not None}
+    assert len(modes) > 3
+    for mode in ("speculative", "pre-verify-only", "two-halves", "autoregressive"):
+        toy = Toy("switching", "rejection", window=window, blur=blur, pinned=True)
+        toy.scheduler._pace = RandomPace(window, modes=[mode])  # type: ignore[list-item]
+        assert toy.generate(PROMPTS[1], temperature=1.0, seed=8, max_tokens=24) == [expected[1]]
 
 
 def test_a_batch_may_mix_greedy_and_sampled_requests_and_lengths() -> None:

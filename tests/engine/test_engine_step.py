@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from engine_sim import METHODS, SimulatedVerifier, drafted, request_of
+from engine_sim import SimulatedVerifier, drafted, request_of
 
 from pearl.engine.engine import Engine, RoundRecord
 from pearl.engine.request import Status
 from pearl.engine.scheduler import Scheduler
-from pearl.engine.window import MeasuredRound
 from pearl.errors import EngineClosedError
 from pearl.kv import KVCacheManager
 from pearl.messages import DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
 from pearl.outputs import OutputDelta
+from pearl.pace import Load, MeasuredRound, Pace, Progressed
 from pearl.workers import HostQueue, InlineWorker, ThreadWorker, Worker
 
 TOKEN = 5  # what both fakes always say
@@ -57,17 +57,17 @@ class FakeVerifier(SimulatedVerifier):
         return super().verify(plan, proposal, target)
 
 
-class RecordingWindow:
-    learns = True
+class RecordingPace:
+    changes = True
 
-    def __init__(self, size: int = 2) -> None:
-        self.size = size
+    def __init__(self, mode: str) -> None:
+        self.mode, self.size = mode, 2
         self.batches: list[int] = []
         self.measured: list[MeasuredRound] = []
 
-    def window(self, batch: int) -> int:
-        self.batches.append(batch)
-        return self.size
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        self.batches.append(load.batch)
+        return Pace(self.mode, (self.size,) * load.batch)  # type: ignore[arg-type]
 
     def observe(self, measured: MeasuredRound) -> None:
         self.measured.append(measured)
@@ -78,17 +78,16 @@ class Rig:
         self, method: str = "pearl", lanes: int = 4, budget: int = 64, draft_alone: Worker | None = None
     ) -> None:
         self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
-        self.window = RecordingWindow()
+        self.pace = RecordingPace(method)
         self.records: list[RoundRecord] = []
         self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
         self.scheduler = Scheduler(
-            METHODS[method],
+            self.pace,
             KVCacheManager(64, 4),
             KVCacheManager(64, 4),
             max_num_seqs=lanes,
             max_num_batched_tokens=budget,
             max_waiting=100,
-            window=self.window.window,
         )
         self.engine = Engine(
             self.scheduler,
@@ -97,7 +96,7 @@ class Rig:
             self.drafter,
             self.workers[1],
             self.verifier,  # type: ignore[arg-type]
-            self.window,
+            self.pace,
             self.records.append,
             draft_alone,
         )
@@ -139,7 +138,7 @@ def fail(*args: object) -> None:
 @pytest.mark.parametrize("inline", [False, True])
 def test_the_draft_works_elsewhere_in_rounds_without_the_target(inline: bool) -> None:
     """Waking a thread only to wait for it costs a tenth of a short round."""
-    rig = Rig("pearl-without-pre-verify", draft_alone=InlineWorker(HostQueue(torch.device("cpu"))) if inline else None)
+    rig = Rig("whole-windows", draft_alone=InlineWorker(HostQueue(torch.device("cpu"))) if inline else None)
     threads: list[str] = []
     rig.drafter.before = lambda plan: threads.append(threading.current_thread().name)
     rig.add(0)
@@ -333,9 +332,10 @@ def test_window_learns_from_decoding_rounds_only() -> None:
     rig.run()
     prefill = sum(1 for record in rig.records if any(len(w.tokens) != w.num_logits for w in record.plan.target.work))
     assert prefill > 1
-    assert len(rig.window.measured) == len(rig.records) - prefill
-    last = rig.window.measured[0]
-    assert (last.batch, last.draft_steps, last.tested, last.accepted) == (1, 2, 2, 2)
+    assert len(rig.pace.measured) == len(rig.records) - prefill
+    first = rig.pace.measured[0]
+    assert (first.mode, first.load.batch, first.draft_steps, first.target_rows) == ("pearl", 1, 2, 2)
+    assert first.requests == (Progressed(1, 2, 2, 2),)
     rig.engine.close()
 
 
@@ -344,7 +344,7 @@ def test_window_is_asked_for_the_batch_at_hand(rig: Rig) -> None:
     rig.engine.step()
     rig.add(2, 3)
     rig.engine.step()
-    assert rig.window.batches == [1, 3]
+    assert rig.pace.batches == [1, 3]
 
 
 def test_close_aborts_everything_ends_the_threads_and_may_be_repeated() -> None:

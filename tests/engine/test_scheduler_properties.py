@@ -17,7 +17,7 @@ from pearl.engine.request import Status
 # One text that prompts are cut from, so that they share prefixes and pages.
 TEXT = [(7 * i * i + 3 * i) % 29 for i in range(24)]
 
-DRAFTING = [name for name in METHODS if name != "autoregressive"]
+DRAFTING = [name for name in METHODS if name not in ("autoregressive", "switching")]
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,15 @@ def test_a_perfect_draft_needs_the_fewest_rounds(window: int, page_size: int, ma
     simulation.run()
     first, each = {
         "pearl": (1, window),
-        "pearl-without-pre-verify": (window + 1, window if window > 1 else 2),
-        "pearl-with-pre-verify-in-even-batches": (window + 1, window if window > 1 else 2),  # one request is odd
-        "pearl-without-post-verify": (1, window),
-        "pearl-without-both": (window + 1, window + 1),
+        "whole-windows": (window + 1, window if window > 1 else 2),
+        "pre-verify-only": (1, window),
+        "two-halves": (window + 1, window + 1),
         "speculative": (window + 1, window + 1),
     }[method]
     committed, forwards = 0, 0
     while committed < max_tokens:
         forwards += 1
-        if method == "pearl-without-post-verify":  # a first token, then the rest of its window and a bonus token
+        if method == "pre-verify-only":  # a first token, then the rest of its window and a bonus token
             committed += 1 if forwards % 2 or window == 1 else window
         else:
             committed += first if forwards == 1 else each
