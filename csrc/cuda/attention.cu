@@ -128,6 +128,18 @@ int64_t verify_attention_workspace(const AttentionParams& p) {
   return workspace_bytes(p, cut_attention(p));
 }
 
+int64_t verify_attention_shared(DType dtype, int64_t head_dim) {
+  const auto ring = [](int64_t beside, int64_t stage) { return beside + 2 * stage; };
+  if (dtype == DType::kFloat32) {
+    if (head_dim <= 64) return ring(kFmaOtherBytes<64>, kFmaStageBytes<float, 64>);
+    if (head_dim <= 128) return ring(kFmaOtherBytes<128>, kFmaStageBytes<float, 128>);
+    return ring(kFmaOtherBytes<256>, kFmaStageBytes<float, 256>);
+  }
+  if (head_dim <= 64) return ring(kMmaQueryBytes<__half, 64, 2, 2>, kMmaStageBytes<__half, 64>);
+  if (head_dim <= 128) return ring(kMmaQueryBytes<__half, 128, 2, 2>, kMmaStageBytes<__half, 128>);
+  return ring(kMmaQueryBytes<__half, 256, 1, 2>, kMmaStageBytes<__half, 256>);
+}
+
 cudaError_t verify_attention(const AttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.sequences == 0) return cudaSuccess;
   if (!supported(p)) return cudaErrorInvalidValue;

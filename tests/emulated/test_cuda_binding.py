@@ -96,12 +96,16 @@ GPU = Situation(device="cuda", dtype=torch.bfloat16, head_dim=128)
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine that can run everything; a test takes away what it wants."""
-    it = SimpleNamespace(driver=13000, runtime=13000, devices=1, capability=(9, 0))
+    it = SimpleNamespace(driver=13000, runtime=13000, devices=1, capability=(9, 0), shared=228 << 10)
     module = SimpleNamespace(driver_version=lambda: it.driver, runtime_version=lambda: it.runtime)
+    module.verify_attention_shared = lambda dtype, head_dim: (144 if head_dim > 128 else 80) << 10
     monkeypatch.setitem(sys.modules, "pearl_kernels.cuda._cuda", module)
     monkeypatch.setattr(cuda, "_cuda", module, raising=False)  # the package's own name for it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: it.devices > 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: it.capability)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda: SimpleNamespace(shared_memory_per_multiprocessor=it.shared)
+    )
     return it
 
 
@@ -177,6 +181,31 @@ def test_what_the_kernels_cannot_do_is_told(
     machine: SimpleNamespace, op: str, situation: Situation, reason: str | None
 ) -> None:
     assert cuda.refuses(op, situation) == reason
+
+
+@pytest.mark.parametrize(("shared", "head_dim"), [(100, 256), (100, 136), (100, 128), (164, 256), (228, 256)])
+def test_attention_is_refused_where_its_blocks_do_not_fit(machine: SimpleNamespace, shared: int, head_dim: int) -> None:
+    """Cards with 99 KiB of shared memory for a block."""
+    machine.shared = shared << 10
+    situation = Situation("cuda", torch.bfloat16, head_dim)
+    assert cuda.refuses("rope_and_cache", situation) is None
+    reason = cuda.refuses("verify_attention", situation)
+    if shared > 100 or head_dim <= 128:
+        assert reason is None
+    else:
+        assert reason == (
+            f"needs 144 KiB of shared memory for a head_dim of {head_dim} in torch.bfloat16; "
+            "a block has 99 KiB on this GPU"
+        )
+
+
+@needs_shim
+def test_the_shared_memory_that_attention_says_it_needs_is_what_its_smallest_ring_takes() -> None:
+    """Queries, and two stages of 64 keys and values; in fp32 probabilities too, and tiles of 32."""
+    needed = build.module("attention.cu").verify_attention_shared
+    for code in (1, 2):
+        assert [needed(code, width) >> 10 for width in (64, 72, 128, 256)] == [8 + 32, 16 + 64, 16 + 64, 16 + 128]
+    assert [needed(0, width) >> 10 for width in (64, 128, 256)] == [4 + 2 + 32, 8 + 2 + 64, 16 + 2 + 128]
 
 
 def test_without_the_compiled_module_the_reason_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
