@@ -127,6 +127,34 @@ def test_operators_run_on_the_tensor_s_device_and_its_current_stream(
         assert native.checks == Checks("cuda", cuda.DTYPES)
 
 
+def test_each_stream_has_counters_of_its_own_made_before_it_captures(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls on one stream follow each other and share; a graph must find them where they were, and zero."""
+    monkeypatch.delitem(sys.modules, "pearl_kernels.cuda.operators", raising=False)
+    operators = importlib.import_module("pearl_kernels.cuda.operators")
+    monkeypatch.delitem(sys.modules, "pearl_kernels.cuda.operators")
+    now = SimpleNamespace(device=0, stream=7, captures=False)
+    monkeypatch.setattr(operators, "where", lambda _: (now.device, now.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.captures)
+    counters, tensor = operators.StreamCounters(12), torch.empty(0)
+    first = counters(tensor)
+    assert first.tolist() == [0] * 12
+    assert first.dtype == torch.int32
+    now.captures = True
+    assert counters(tensor) is first
+    now.stream = 8
+    assert counters(tensor) is None  # zeroing them would be part of the graph
+    now.captures = False
+    second = counters(tensor)
+    assert second.data_ptr() != first.data_ptr()
+    now.device, now.stream = 1, 7
+    assert counters(tensor).data_ptr() not in (first.data_ptr(), second.data_ptr())
+    now.device = 0
+    assert counters(tensor) is first
+    assert isinstance(operators.verify_attention.__self__.counters, operators.StreamCounters)
+
+
 @pytest.mark.parametrize("op", cuda.OPERATORS)
 def test_on_a_gpu_with_a_driver_it_runs(machine: SimpleNamespace, op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
