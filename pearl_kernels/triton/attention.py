@@ -49,7 +49,7 @@ def verify_attention(
         return q.new_empty((n, query_heads, head_dim))
     dtype, capacity = compute_dtype(q, k_cache), sizes.table_width * sizes.page_size
     group, cores = query_heads // kv_heads, _cores(q.device)
-    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, cores)
+    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, cores, most_rows)
     return attend(q, k_cache, v_cache, block_tables, query_start, context_lens, scale, window, softcap, cut)
 
 
