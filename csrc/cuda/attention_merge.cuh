@@ -14,7 +14,7 @@ namespace pearl::cuda {
 
 /// Splits [begin, end) that have keys of a range, which is not empty.
 __device__ __forceinline__ KeyRange splits_of(const AttentionTask& task, const BlockRows& rows, KeyRange keys) {
-  if (rows.whole) return {0, 1};
+  if (rows.whole()) return {0, 1};
   return {keys.begin / task.split_keys, (keys.end - 1) / task.split_keys + 1};
 }
 

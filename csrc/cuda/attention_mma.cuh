@@ -173,8 +173,10 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kMmaResident<kTeams>)
   }
   // No copy is on its way: the last tile was the youngest that any thread copied.
   __syncthreads();  // sums are written over queries and keys that other warps may still read
-  merge_warps(task, rows, kv_head, split, sums, *reinterpret_cast<MergeBuffer<kWidth, kRowTiles, kTeams>*>(shared));
-  merge_if_last<kThreads>(task, rows, kv_head, split, reinterpret_cast<bool*>(shared));
+  // The same rows again, from the cache: kept through the loop they would cost the registers that spills are made of.
+  const BlockRows again = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  merge_warps(task, again, kv_head, split, sums, *reinterpret_cast<MergeBuffer<kWidth, kRowTiles, kTeams>*>(shared));
+  merge_if_last<kThreads>(task, again, kv_head, split, reinterpret_cast<bool*>(shared));
 }
 
 }  // namespace pearl::cuda

@@ -40,8 +40,10 @@ struct BlockRows {
   int sequence, first, count;
   int token;     // the sequence's first query row in q
   int position;  // of that row among the sequence's keys; negative if there are more queries than keys
-  int partial;   // that row's place among the rows of partial results
-  bool whole;    // the sequence is not split: the first split's block has all keys
+  int partial;   // that row's place among the rows of partial results; -1: there are none
+
+  /// The sequence is not split: the first split's block has all keys.
+  __device__ __forceinline__ bool whole() const { return partial < 0; }
 };
 
 /// The block's rows; none if there are more blocks than the sequences need. Sequence r owns the blocks from
@@ -51,13 +53,9 @@ __device__ __forceinline__ BlockRows block_rows_at(const AttentionTask& task, in
   const int r = sequence_at(task, index, task.group, kRows, 1);
   const int begin = task.p.query_start[r], end = task.p.query_start[r + 1];
   const int first = (index - begin * task.group / kRows - r) * kRows, packed = (end - begin) * task.group;
-  return {r,
-          first,
-          min(kRows, packed - first),
-          begin,
-          task.p.context_lens[r] - (end - begin),
-          task.partial_by_sequence ? r * kWindowRows : begin,
-          task.splits == 1 || end - begin > kWindowRows};
+  const bool whole = task.splits == 1 || end - begin > kWindowRows;
+  const int partial = whole ? -1 : task.partial_by_sequence ? r * kWindowRows : begin;
+  return {r, first, min(kRows, packed - first), begin, task.p.context_lens[r] - (end - begin), partial};
 }
 
 /// Positions [begin, end).
@@ -85,7 +83,7 @@ __device__ __forceinline__ KeyRange row_keys(const AttentionTask& task, const Bl
 
 /// Keys of a split, whether or not the sequence has them.
 __device__ __forceinline__ KeyRange split_range(const AttentionTask& task, const BlockRows& rows, int split) {
-  if (rows.whole) return {0, split == 0 ? task.capacity : 0};
+  if (rows.whole()) return {0, split == 0 ? task.capacity : 0};
   return {split * task.split_keys, (split + 1) * task.split_keys};
 }
 
