@@ -384,7 +384,8 @@ def test_splits_do_not_depend_on_the_window(sequences: int, group: int) -> None:
 def test_a_hint_makes_blocks_large_enough_and_changes_no_split() -> None:
     """Of a graph's two sequences one may be padding."""
     for most_rows, block_m in ((0, 16), (8, 32), (1000, 32), (1, 16)):
-        cut = plan(8, 2, 4, 8, 128, torch.bfloat16, 8192, cores=132, most_rows=most_rows)
+        gpu = Gpu(cores=132, shared=227 * 1024)
+        cut = plan(8, 2, 4, 8, 128, torch.bfloat16, 8192, gpu, most_rows)
         plain = planned(8, 2, 8192)
         assert (cut.splits, cut.split_keys) == (plain.splits, plain.split_keys)
         assert cut.tile.block_m == block_m
