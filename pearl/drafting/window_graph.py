@@ -103,7 +103,7 @@ class WindowGraphs:
             torch.empty((key.steps, sequences), dtype=torch.float32, device=device),
         )
         params = SamplingTensors(**{name: inputs[name] for name in SamplingTensors.__dataclass_fields__})
-        first = ForwardBatch(**{name: inputs[name] for name in DTYPES})
+        first = ForwardBatch(**{name: inputs[name] for name in DTYPES}, most_rows=_CATCH_UP)
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         every = torch.arange(sequences, device=device)
         tables = first.block_tables[:sequences]

@@ -84,9 +84,18 @@ def shared_bytes(tile: Tile, head_dim: int, dtype: torch.dtype) -> int:
 
 
 def plan(
-    tokens: int, sequences: int, group: int, kv_heads: int, head_dim: int, dtype: torch.dtype, capacity: int, gpu: Gpu
+    tokens: int,
+    sequences: int,
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    capacity: int,
+    gpu: Gpu,
+    most_rows: int = 0,
 ) -> Plan:
-    """``capacity``: keys that a row of the block tables has room for.
+    """``capacity``: keys that a row of the block tables has room for. ``most_rows``: the operator's hint; a graph's
+    padding counts as a sequence, so that the mean may be half as large.
 
     Up to WINDOW_ROWS the splits do not depend on the number of tokens.
     """
@@ -95,7 +104,8 @@ def plan(
     wanted = (WINDOW_PROGRAMS if packed <= WINDOW_ROWS else PREFILL_PROGRAMS) * gpu.cores
     splits = min(-(-wanted // programs), MAX_SPLITS)
     split_keys = max(-(-capacity // (splits * SPLIT_UNIT)), 1) * SPLIT_UNIT
-    tile = plan_tile(packed, head_dim, dtype, gpu.shared)
+    held = min(most_rows, tokens) * group or packed
+    tile = plan_tile(held, head_dim, dtype, gpu.shared)
     return Plan(tile, max(-(-capacity // split_keys), 1), split_keys)
 
 

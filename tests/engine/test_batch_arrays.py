@@ -36,7 +36,7 @@ def test_buckets_hold_their_count_and_waste_at_most_a_fifth() -> None:
 
 
 def test_the_arrays_are_the_fields_of_a_batch() -> None:
-    assert list(DTYPES) == [field.name for field in fields(ForwardBatch)]
+    assert [*DTYPES, "most_rows"] == [field.name for field in fields(ForwardBatch)]
     lists = BatchLists.of([work(0, 3, 0, (5,)), work(6, 2, 2, (7, 2))], PAGE)
     found = {name: values.tolist() for name, values in lists.arrays().items()}
     assert found == {
