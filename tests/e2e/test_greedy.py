@@ -19,10 +19,10 @@ from e2e_support import (
     save,
     token_ids,
 )
+from pearl.engine.window import MeasuredWindow
 
 from pearl import LLM, SamplingParams
 from pearl.engine.engine import RoundRecord
-from pearl.engine.window import MeasuredWindow
 from pearl.messages import DraftPlan, DraftProposal
 
 OpenLLM = Callable[..., LLM]
