@@ -26,7 +26,7 @@ _STALE = 256  # rounds after which such knowledge is renewed,
 _PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _SETTLING = 6  # rounds until a mode is in its steady state
-_LEVELS = 20  # of odds: requests on the same ones are predicted together
+_LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
 
 # While the other model rests, or works.
 _TAKES_TURNS: frozenset[Mode] = frozenset({"autoregressive", "speculative"})
@@ -115,8 +115,8 @@ class AutoPace:
         return chosen
 
     def _situation(self, odds: Sequence[Odds], load: Load, pinned: bool) -> Situation:
-        levels = np.round(np.array(odds) * _LEVELS) if len(odds) > 1 else np.array(odds) * _LEVELS
-        classes, count = np.unique(levels, axis=0, return_counts=True)
+        levels = np.array(odds) * _LEVELS
+        classes, count = np.unique(np.round(levels) if len(odds) > 1 else levels, axis=0, return_counts=True)
         first, later = np.clip(classes / _LEVELS, 0.01, 0.99).T
         return Situation(
             first,
@@ -176,7 +176,8 @@ class AutoPace:
 def _row_seconds(now: Situation, windows: Numbers) -> Numbers:
     """``[W]``: what one row more costs the target where each request has so many."""
     rows = (now.count * windows).sum(1)
-    return (now.beside.target(1.1 * rows) - now.beside.target(rows)) / (0.1 * rows)
+    seconds: Numbers = (now.beside.target(1.1 * rows) - now.beside.target(rows)) / (0.1 * rows)
+    return seconds
 
 
 def _ragged(longest: Numbers, thresholds: Numbers, later: Numbers) -> Numbers:

@@ -11,7 +11,7 @@ from pearl.methods import Mode
 _FORGET = 0.998  # of the rounds before, with each further one
 _SCATTER = 1.5  # of the tokens that a request gets in a round, relative: rounds of one run of luck are not independent
 _COARSE = 0.03  # what formulas may be off
-_LOWEST, _HIGHEST = 0.5, 1.5
+_LOWEST, _HIGHEST = 0.05, 1.5
 
 
 @dataclass

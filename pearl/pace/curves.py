@@ -62,11 +62,13 @@ class Times:
         x, y = np.array(self.points).T
         below, above = np.minimum(rows - x[0], 0.0), np.maximum(rows - x[-1], 0.0)
         seconds = np.interp(rows, x, y) + self.slope * (below + above)
-        return np.maximum(seconds, _LEAST * y[0])
+        at_least: Numbers = np.maximum(seconds, _LEAST * y[0])
+        return at_least
 
     def draft_step(self, sequences: Numbers) -> Numbers:
         x, y = np.array(self.steps).T
-        return np.interp(sequences, x, y)
+        seconds: Numbers = np.interp(sequences, x, y)
+        return seconds
 
 
 @dataclass
@@ -189,4 +191,5 @@ def _slope(states: Sequence[Sequence[tuple[float, float]]]) -> float:
         xy += float(((x - x.mean()) * (y - y.mean())).sum())
     x0, y0 = np.mean(states[0] or states[1], axis=0).tolist()
     weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x0) ** 2
-    return max(0.0, (xy + weight * _ROW_SHARE * y0 / x0) / (xx + weight))
+    slope: float = (xy + weight * _ROW_SHARE * y0 / x0) / (xx + weight)
+    return max(0.0, slope)

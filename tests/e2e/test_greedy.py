@@ -19,10 +19,8 @@ from e2e_support import (
     save,
     token_ids,
 )
-from pearl.engine.window import MeasuredWindow
 
 from pearl import LLM, SamplingParams
-from pearl.engine.engine import RoundRecord
 from pearl.messages import DraftPlan, DraftProposal
 
 OpenLLM = Callable[..., LLM]
@@ -184,21 +182,6 @@ def test_drafts_of_other_shapes_change_nothing(
         assert token_ids(stranger) == token_ids(twin.generate(batch, params)) == expected
         assert acceptance(stranger) < 0.2
         assert acceptance(twin.generate(batch, params)) == 1.0
-
-
-def test_windows_are_drafted_whole_where_pre_verify_does_not_pay(
-    llama: Pair, open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MeasuredWindow, "pre_verifies", lambda policy, batch: False)
-    rounds: list[RoundRecord] = []
-    llm = open_llm(llama, window_rule="fastest", observer=rounds.append)
-    prompt = prompts([9], seed=46)[0]
-    assert token_ids(llm.generate([prompt], SamplingParams(max_tokens=16, ignore_eos=True))) == [
-        llama.greedy(prompt, 16)
-    ]
-    judged = [work for record in rounds for work in record.plan.verify]
-    assert judged
-    assert all(work.pending for work in judged)
 
 
 @pytest.mark.parametrize("options", [{}, {"draft": "ngram"}], ids=("model", "ngram"))

@@ -123,7 +123,8 @@ def seeded(small: Pair) -> list[list[int]]:
         *({"window": window} for window in (1, 2, 3, 5, 8, "auto")),
         {"window": 3, "max_num_seqs": 1},
         {"window": 3, "max_num_seqs": 1, "pre_verify": False},
-        {"window_rule": "fastest", "max_num_seqs": 1},  # pre-verifies when it seems to pay
+        {"pace": "balanced"},
+        {"max_num_seqs": 1},
         {"window": 3, "max_num_seqs": 7, "prefix_caching": False},
         {"window": 2, "max_num_seqs": 16, "page_size": 4, "max_num_batched_tokens": 2},
         {"window": 3, "max_num_seqs": 32, "page_size": 4, "kv_cache_memory": 2 * 16 * 4 * 256, "max_model_len": 32},

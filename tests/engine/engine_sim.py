@@ -6,13 +6,13 @@ else than the sequence (a rollback, copy or sharing error) is found at the first
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from random_pace import RandomPace
 
 from pearl.engine.engine import Engine, RoundRecord
 from pearl.engine.output_processor import OutputProcessor
@@ -32,9 +32,8 @@ from pearl.messages import (
     VerifyResult,
 )
 from pearl.methods import METHODS as MODES
-from pearl.methods import Mode
 from pearl.outputs import OutputDelta, RequestMetrics
-from pearl.pace import FixedPace, Load, MeasuredRound, Pace, PacePolicy
+from pearl.pace import FixedPace, PacePolicy
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, InlineWorker
 
@@ -42,26 +41,6 @@ VOCAB = 29
 EOS = 0
 SWITCHING = "switching"
 METHODS: tuple[str, ...] = (*MODES, SWITCHING)
-
-
-class RandomPace:
-    """Another mode, and other windows for each request, every few rounds."""
-
-    changes = True
-
-    def __init__(self, largest: int, seed: int = 0, modes: Sequence[Mode] = tuple(MODES)) -> None:
-        self._largest, self._rng, self._modes = largest, random.Random(seed), modes
-        self._mode, self._left = modes[0], 0
-
-    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
-        if not self._left:
-            self._mode, self._left = self._rng.choice(self._modes), self._rng.randint(1, 4)
-        self._left -= 1
-        longest = 1 if self._mode == "autoregressive" else self._largest
-        return Pace(self._mode, tuple(self._rng.randint(1, longest) for _ in request_ids))
-
-    def observe(self, measured: MeasuredRound) -> None:
-        pass
 
 
 def pace_of(method: str, window: int) -> PacePolicy:

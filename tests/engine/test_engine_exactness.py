@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from engine_sim import METHODS, RandomPace, request_of
+from engine_sim import METHODS, request_of
 from engine_toy import VOCAB, Toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_pace import RandomPace
 
 from pearl.sampling_params import SamplingParams
 

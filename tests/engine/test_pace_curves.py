@@ -1,0 +1,215 @@
+"""What is known of forwards' times and of acceptance, and the two paces that predict nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pace_support import SIZES, measured_round
+
+from pearl.config import EngineConfig
+from pearl.engine.builder import build_pace
+from pearl.methods import METHODS
+from pearl.pace import AutoPace, BalancedPace, FixedPace, Load, Progressed, Sizes
+from pearl.pace.acceptance import Acceptance
+from pearl.pace.calibration import Calibration
+from pearl.pace.curves import Curves
+
+ONE = Load(1, 50)
+
+
+def target(curves: Curves, rows: float, load: Load = ONE, beside: bool = True) -> float:
+    return float(curves.times(load, beside).target(np.array(rows)))
+
+
+def step(curves: Curves, load: Load = ONE, beside: bool = True) -> float:
+    return float(curves.times(load, beside).draft_step(np.array(float(load.batch))))
+
+
+def test_before_anything_is_measured_a_forward_reads_its_weights() -> None:
+    curves = Curves(Sizes(8 * 10**9, 10**9, bytes_per_second=1e9))
+    assert target(curves, 1) == 8
+    assert step(curves) == 1
+    assert 8 < target(curves, 5) < 16
+
+
+def test_one_hiccup_does_not_count() -> None:
+    curves = Curves(SIZES)
+    for seconds in (7.0, 7.0, 400.0, 7.0, 7.0):
+        curves.observe(measured_round(target_seconds=seconds))
+    assert target(curves, 4) == 7.0
+
+
+def test_a_steps_time_is_that_of_a_drafted_token() -> None:
+    curves = Curves(SIZES)
+    for steps in (2, 8, 5):
+        curves.observe(measured_round(steps=steps, draft_step=2.0))
+    assert step(curves) == 2.0
+
+
+def test_what_rows_cost_is_learnt_from_rounds_of_different_length() -> None:
+    curves = Curves(SIZES)
+    for rows in (1, 4, 9, 1, 4, 9):
+        curves.observe(measured_round(rows=rows, target_seconds=8.0 + rows))
+    assert [target(curves, rows) for rows in (1, 4, 6, 9)] == pytest.approx([9, 12, 14, 17])
+    assert target(curves, 20) == pytest.approx(28, rel=0.1)
+
+
+def test_a_step_in_the_time_of_rows_is_seen() -> None:
+    """Rows are multiplied in tiles: nine take twice what eight take."""
+    curves = Curves(SIZES)
+    for rows in range(1, 17):
+        for _ in range(3):
+            curves.observe(measured_round(rows=rows, target_seconds=1.0 if rows <= 8 else 2.0))
+    assert target(curves, 7) == pytest.approx(1.0, abs=0.05)
+    assert target(curves, 11) == pytest.approx(2.0, abs=0.05)
+
+
+def test_seconds_never_fall_with_rows() -> None:
+    curves = Curves(SIZES)
+    for rows, seconds in ((1, 5.0), (4, 4.8), (8, 6.0)):
+        curves.observe(measured_round(rows=rows, target_seconds=seconds))
+    found = [target(curves, rows) for rows in range(1, 20)]
+    assert found == sorted(found)
+    assert found[0] > 0
+
+
+def test_times_alone_and_beside_each_other_are_kept_apart() -> None:
+    curves = Curves(SIZES)
+    for _ in range(3):
+        curves.observe(measured_round(target_seconds=8.0, draft_step=2.0))
+        curves.observe(measured_round(target_seconds=5.0, steps=0))
+        curves.observe(measured_round(target_seconds=0.0, rows=0, draft_step=1.0))
+    assert (target(curves, 4), target(curves, 4, beside=False)) == (8.0, 5.0)
+    assert (step(curves), step(curves, beside=False)) == (2.0, 1.0)
+
+
+def test_similar_loads_share_what_was_measured_others_do_not() -> None:
+    curves = Curves(SIZES)
+    curves.observe(measured_round(1, target_seconds=3.0))
+    curves.observe(measured_round(8, rows=32, target_seconds=9.0))
+    curves.observe(measured_round(8, rows=32, context=4000, target_seconds=20.0))
+    assert target(curves, 4) == 3.0
+    assert target(curves, 32, Load(15, 50 * 15)) == 9.0
+    assert target(curves, 32, Load(100, 5000)) == 9.0  # the nearest that is known
+    assert target(curves, 32, Load(8, 3000 * 8)) == 20.0
+
+
+def test_old_times_are_forgotten() -> None:
+    curves = Curves(SIZES)
+    for seconds in [3.0] * 200 + [9.0] * 64:
+        curves.observe(measured_round(target_seconds=seconds))
+    assert target(curves, 4) == 9.0
+
+
+def test_the_rest_of_a_round_is_the_hosts() -> None:
+    curves = Curves(SIZES)
+    curves.observe(measured_round(target_seconds=5.0, steps=1, overhead=0.7))
+    assert curves.overhead(1) == pytest.approx(0.7)
+    assert Curves(SIZES).overhead(1) == 0.0
+
+
+# Acceptance -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_token_after_a_correction_is_counted_apart() -> None:
+    acceptance = Acceptance()
+    for _ in range(200):
+        acceptance.observe([Progressed(1, 1, 0, 1)])  # falls at once
+        acceptance.observe([Progressed(1, 1, 1, 1)])  # holds,
+        acceptance.observe([Progressed(1, 4, 4, 4)])  # and so do four after it,
+        acceptance.observe([Progressed(1, 1, 0, 1)])  # not the fifth
+    first, later = acceptance.odds([1])[0]
+    assert first == pytest.approx(1 / 2, abs=0.05)
+    assert later == pytest.approx(4 / 5, abs=0.05)
+
+
+def test_each_request_has_odds_of_its_own_and_new_ones_those_of_all() -> None:
+    acceptance = Acceptance()
+    for _ in range(100):
+        acceptance.observe([Progressed(1, 4, 4, 4), Progressed(2, 4, 0, 1)])
+    easy, hard, new = acceptance.odds([1, 2, 3])
+    assert easy.later > new.later > 0.5
+    assert hard.first < new.first
+    assert 0 < hard.first < easy.later < 1
+
+
+def test_acceptance_follows_a_change() -> None:
+    acceptance = Acceptance()
+    for held in [4] * 100 + [1] * 60:
+        acceptance.observe([Progressed(1, 4, held, held + (held < 4))])
+    assert acceptance.odds([1])[0].later < 0.5
+
+
+def test_rounds_that_judged_nothing_change_nothing() -> None:
+    acceptance = Acceptance()
+    before = acceptance.odds([1])
+    acceptance.observe([Progressed(1, 0, 0, 0)])
+    assert acceptance.odds([1]) == before
+
+
+# Calibration ----------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_corrected_by_what_chance_does_not_explain() -> None:
+    calibration = Calibration()
+    assert calibration.factor("pearl") == 1.0
+    for _ in range(20):
+        calibration.observe("pearl", tokens=1, seconds=1.0, predicted_rate=1.3, batch=1)
+    assert calibration.factor("pearl") == 1.0  # twenty rounds of luck
+    for _ in range(3000):
+        calibration.observe("pearl", tokens=1, seconds=1.0, predicted_rate=2.0, batch=1)
+    assert 0.5 <= calibration.factor("pearl") < 0.65
+    assert calibration.factor("speculative") == 1.0
+
+
+# Which pace an engine gets --------------------------------------------------------------------------------------
+
+
+def test_the_balance_is_the_smallest_window_whose_drafting_covers_the_target() -> None:
+    for ratio, window in ((4.0, 4), (4.01, 5), (1.0, 1), (0.3, 1), (7.99, 8), (40.0, 16)):
+        pace = BalancedPace("pearl", 16, SIZES)
+        for rows in (1, 16):
+            pace.observe(measured_round(rows=rows, target_seconds=ratio))
+        assert pace.decide([1], ONE, False) == ("pearl", (window,), 0.0), ratio
+
+
+def test_the_balance_counts_what_its_own_rows_cost_the_target() -> None:
+    pace = BalancedPace("pearl", 16, SIZES)
+    for rows in range(1, 17):
+        pace.observe(measured_round(rows=rows, target_seconds=3.0 + 0.5 * rows))
+    assert pace.decide([1], ONE, False).windows == (6,)
+
+
+def test_a_fixed_pace_never_changes() -> None:
+    pace = FixedPace("pearl", 3)
+    pace.observe(measured_round(target_seconds=100.0))
+    assert pace.decide([5, 6], Load(2, 9), False) == ("pearl", (3, 3), 0.0)
+    assert not pace.changes
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "modes"),
+    [
+        ({}, AutoPace, set(METHODS)),
+        ({"pre_verify": False}, AutoPace, {"whole-windows"}),
+        ({"post_verify": False}, AutoPace, {"pre-verify-only"}),
+        ({"pre_verify": False, "post_verify": False}, AutoPace, {"speculative"}),
+        ({"method": "speculative"}, AutoPace, {"speculative"}),
+        ({"pace": "balanced"}, BalancedPace, {"pearl"}),
+        ({"window": 5}, FixedPace, {"pearl"}),
+        ({"method": "speculative", "window": 5}, FixedPace, {"speculative"}),
+        ({"method": "autoregressive"}, FixedPace, {"autoregressive"}),
+    ],
+)
+def test_a_configuration_means_a_pace(options: dict[str, object], kind: type, modes: set[str]) -> None:
+    pace = build_pace(EngineConfig(device="cpu", **options), SIZES)  # type: ignore[arg-type]
+    assert type(pace) is kind
+    found = set()
+    for batch in (1, 2) * 40:
+        decided = pace.decide(range(batch), Load(batch, 9 * batch), False)
+        found.add(decided.mode)
+        assert all(1 <= window <= 16 for window in decided.windows)
+        if isinstance(pace, AutoPace):
+            assert set(pace._modes) == modes
+        pace.observe(measured_round(batch, mode=decided.mode))
+    assert found <= modes
