@@ -35,6 +35,7 @@ Bind = Callable[[Mapping[str, Tensor]], tuple[Callable[[], None], T]]
 @dataclass(frozen=True)
 class _Graph(Generic[T]):
     inputs: StaticInputs
+    call: Callable[[], None]  # a replay knows addresses only: what the call made for itself lives as long as the call
     replay: Callable[[], None]
     outputs: T
 
@@ -57,7 +58,7 @@ class Graphs(Generic[T]):
             inputs = StaticInputs(arrays, self._queue.device)
             inputs.fill(arrays)
             call, outputs = bind(inputs.tensors)
-            graph = self._graphs[key] = _Graph(inputs, self._queue.capture(call), outputs)
+            graph = self._graphs[key] = _Graph(inputs, call, self._queue.capture(call), outputs)
             if len(self._graphs) > self._most:
                 self._queue.synchronize()  # it may be running
                 self._graphs.popitem(last=False)

@@ -46,7 +46,10 @@ class DeviceQueue(Protocol):
         ...
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Run ``call``, and return what repeats it on the same memory, on a GPU without Python in between."""
+        """Run ``call``, and return what repeats it on the same memory, on a GPU without Python in between.
+
+        Tensors that ``call`` uses and does not make itself must outlive what is returned, which does not keep them.
+        """
         ...
 
     def synchronize(self) -> None:

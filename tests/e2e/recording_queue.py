@@ -1,19 +1,19 @@
 """A device for tests: work is captured operator by operator, and replayed on the same memory without its Python.
 
 What a CUDA graph would not do is not done here either: a number that was computed while capturing stays what it was, a
-tensor that was made then stays where it was. What a stream would have to wait for is refused: inside ``enter`` nobody
-may look at a value.
+tensor that was made then stays where it was, and memory of others is used but not kept alive (``captured_calls``). What
+a stream would have to wait for is refused: inside ``enter`` nobody may look at a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from captured_calls import CapturedCalls
 from torch.overrides import TorchFunctionMode
 
 from pearl.messages import Busy, Mark
@@ -33,33 +33,12 @@ class Looked(AssertionError):
     """Somebody looked at a value that a device has not computed yet."""
 
 
-@dataclass
-class _Call:
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    result: Any
-
-    def again(self) -> None:
-        _put(self.function(*self.args, **self.kwargs), self.result)
-
-
-def _put(new: Any, old: Any) -> None:
-    """Into the memory of the captured result, unless it lies there already (views, and what was done in place)."""
-    if isinstance(new, Tensor):
-        if new.data_ptr() != old.data_ptr():
-            old.copy_(new)
-    elif isinstance(new, tuple | list):
-        for one, other in zip(new, old, strict=True):
-            _put(one, other)
-
-
 class _Recorder(TorchFunctionMode):
     """Refuses looks; while there is a list, writes down every call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] | None = None
+        self.calls: CapturedCalls | None = None
         self.may_look = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,8 +48,12 @@ class _Recorder(TorchFunctionMode):
         if self.calls is not None and name in ("tensor", "from_numpy", "as_tensor"):
             raise Looked(f"{name}: a capture may not bring numbers from the host")
         result = func(*args, **kwargs)
-        if self.calls is not None and name not in _MAKES_ROOM:
-            self.calls.append(_Call(func, args, kwargs, result))
+        if self.calls is not None:
+            with torch._C.DisableTorchFunction():
+                if name in _MAKES_ROOM:
+                    self.calls.take(result)
+                else:
+                    self.calls.add(func, args, kwargs, result)
         return result
 
     def operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,8 +62,8 @@ class _Recorder(TorchFunctionMode):
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
                 result = function(*args, **kwargs)
-            if self.calls is not None:
-                self.calls.append(_Call(function, args, kwargs, result))
+                if self.calls is not None:
+                    self.calls.add(function, args, kwargs, result)
             return result
 
         return call
@@ -153,18 +136,17 @@ class RecordingQueue:
         self.captured += 1
         with self.enter("capture"), torch.inference_mode():
             call()  # as on a GPU: what is made at a first call is not captured
-            calls: list[_Call] = []
-            self._recorder.calls = calls
+            calls = self._recorder.calls = CapturedCalls()
             try:
                 call()
             finally:
                 self._recorder.calls = None
+                calls.seal()
 
         def replay() -> None:
             self.replayed += 1
             with torch._C.DisableTorchFunction(), torch.inference_mode():
-                for recorded in calls:
-                    recorded.again()
+                calls.replay()
 
         return replay
 

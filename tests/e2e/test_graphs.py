@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured_calls import Freed
 from e2e_support import ALL_SETTINGS, KNOWN, Pair, Rounds, acceptance, assert_at_rest, poison_ring, prompts, token_ids
 from recording_queue import Looked, RecordingQueue
 from torch import Tensor
@@ -275,3 +276,29 @@ def test_the_recording_device_repeats_operators_not_python() -> None:
         assert out.tolist() == [8, 14, 20, 26]  # the captured call was the second one
     with pytest.raises(Looked):
         queue.capture(lambda: out.copy_(torch.tensor([1, 2, 3, 4])))
+
+
+def test_the_recording_device_keeps_nobodys_memory_alive() -> None:
+    """As on a GPU a replay knows addresses; memory that the capture took is its own, and holds nothing in between."""
+    queue, out = RecordingQueue(), torch.zeros(3)
+
+    def bind() -> tuple[Callable[[], None], Tensor]:
+        numbers = torch.ones(3)
+
+        def call() -> None:
+            room = torch.empty(3)
+            room[:2] = numbers[:2] * 2
+            out.copy_(room)
+
+        return call, numbers[1:]
+
+    call, view = bind()
+    replay = queue.capture(call)
+    replay()
+    assert out[:2].tolist() == [2, 2]
+    assert out[2].isnan()
+    del call
+    replay()  # whoever holds a part holds all of it
+    del view
+    with pytest.raises(Freed, match="__getitem__ works on memory that was freed"):
+        replay()
