@@ -50,7 +50,7 @@ class ModelDrafter:
             on_host, on_device = divide(work)
             windows, steps = self._draft_on_host(on_host) if on_host else ({}, 0)
             late = self._graphs.draft(on_device) if on_device else None
-            return windows, steps + (late.tokens.shape[0] if late is not None else 0), late
+            return windows, steps + (late.steps if late is not None else 0), late
         if self._fused is None or any(item.forward.state.params.changes_logits for item in work):
             return *self._draft_on_host(work), None
         return *self._fused.draft(work), None

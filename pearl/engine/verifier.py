@@ -17,6 +17,7 @@ from pearl.messages import (
     DeviceWindows,
     Drafted,
     DraftProposal,
+    DrawnTokens,
     ForwardWork,
     SchedulerOutput,
     SequenceState,
@@ -182,11 +183,12 @@ class Verifier:
         return tensors
 
     def _fill_in(self, late: DeviceWindows, tensors: dict[str, Tensor], rows: Tensor, columns: Tensor) -> None:
-        """The first drafted tokens, from where the drafter's device writes them."""
-        self._queue.follow(late.ready)
-        for name, values in (("draft_tokens", late.tokens[0]), ("draft_logprobs", late.logprobs[0])):
+        """The first drafted tokens, from where the drafter's device writes them; it drafts on meanwhile."""
+        self._queue.follow(late.first_ready)
+        first = DrawnTokens(late.first.packed.to(self._queue.device, non_blocking=True))
+        for name, values in (("draft_tokens", first.tokens), ("draft_logprobs", first.logprobs)):
             if name in tensors:
-                tensors[name][rows] = values.to(self._queue.device, non_blocking=True)[columns]
+                tensors[name][rows] = values[columns]
 
     def _draft_logits(self, drafted: Sequence[Drafted], logits: Tensor | None) -> tuple[Tensor | None, list[int]]:
         """The drafter's logits where the target is, and each token's row of them; other devices send what is named."""

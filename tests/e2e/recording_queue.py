@@ -2,11 +2,13 @@
 
 What a CUDA graph would not do is not done here either: a number that was computed while capturing stays what it was, a
 tensor that was made then stays where it was, and memory of others is used but not kept alive (``captured_calls``). What
-a stream would have to wait for is refused: inside ``enter`` nobody may look at a value.
+a stream would have to wait for is refused: inside ``enter`` nobody may look at a value. And a replay is done as late as
+the order allows: when its queue works on, or somebody waits for a mark behind it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -40,6 +42,16 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: CapturedCalls | None = None
         self.may_look = False
+        self.waiting: deque[Callable[[], None]] = deque()  # replays, in order
+        self.done = 0
+
+    def catch_up(self, count: int | None = None) -> None:
+        """Do what waits, until ``count`` replays were done in all; None: everything."""
+        while self.waiting and (count is None or self.done < count):
+            replay = self.waiting.popleft()
+            self.done += 1
+            with torch._C.DisableTorchFunction(), torch.inference_mode():
+                replay()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -47,6 +59,8 @@ class _Recorder(TorchFunctionMode):
             raise Looked(name)
         if self.calls is not None and name in ("tensor", "from_numpy", "as_tensor"):
             raise Looked(f"{name}: a capture may not bring numbers from the host")
+        if name != "__get__":  # shapes, dtypes and the like
+            self.catch_up()
         result = func(*args, **kwargs)
         if self.calls is not None:
             with torch._C.DisableTorchFunction():
@@ -61,6 +75,7 @@ class _Recorder(TorchFunctionMode):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
+                self.catch_up()
                 result = function(*args, **kwargs)
                 if self.calls is not None:
                     self.calls.add(function, args, kwargs, result)
@@ -72,20 +87,24 @@ class _Recorder(TorchFunctionMode):
 @dataclass(frozen=True)
 class CountedMark(HostMark):
     queue: RecordingQueue
+    behind: int  # so many replays
 
     def wait(self) -> None:
         self.queue.waits += 1
+        self.queue._recorder.catch_up(self.behind)
 
 
 @dataclass
 class RecordingQueue:
     """Counts what a test may want to bound.
 
-    ``waits``: how often the host waited for this device. ``followed``: the marks that it itself waited for.
+    ``waits``: how often the host waited for this device. ``followed``: the marks that it itself waited for. ``late``:
+    replays are done as late as possible; where several devices wait for each other they must be done at once.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     asynchronous: bool = True
+    late: bool = True
     captured: int = 0
     replayed: int = 0
     waits: int = 0
@@ -123,10 +142,12 @@ class RecordingQueue:
             self._recorder.may_look = False
 
     def mark(self) -> CountedMark:
-        return CountedMark(HostQueue(self.device).mark().at, self)
+        return CountedMark(HostQueue(self.device).mark().at, self, self.replayed)
 
     def follow(self, mark: Mark) -> None:
         self.followed.append(mark)
+        if isinstance(mark, CountedMark):
+            mark.queue._recorder.catch_up(mark.behind)
 
     def since(self, begin: Mark) -> Busy:
         assert isinstance(begin, HostMark)
@@ -145,10 +166,12 @@ class RecordingQueue:
 
         def replay() -> None:
             self.replayed += 1
-            with torch._C.DisableTorchFunction(), torch.inference_mode():
-                calls.replay()
+            self._recorder.waiting.append(calls.replay)
+            if not self.late:
+                self._recorder.catch_up()
 
         return replay
 
     def synchronize(self) -> None:
         self.waits += 1
+        self._recorder.catch_up()
