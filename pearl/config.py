@@ -56,8 +56,8 @@ class EngineConfig:
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
         from the target's device on. The draft may share a device with a rank.
     enforce_eager: on CUDA, launch every kernel from Python instead of replaying CUDA graphs; the same results.
-    draft_sms: where both models share one GPU, how many multiprocessors the draft's kernels are confined to (a green
-        context), so that they leave the others to the target. None: two streams share them all, the draft's first.
+    draft_sms: where both models share one GPU, how many multiprocessors, at least, the target leaves to the draft (a
+        green context). None: two streams share them all. Either way the draft's kernels go first.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16", or torch's.
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an

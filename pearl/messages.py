@@ -196,6 +196,7 @@ class DraftProposal:
     steps: int = 0  # forwards of the draft model
     busy: Interval = NOT_BUSY
     on_device: DeviceWindows | None = None  # beside ``windows``
+    stored: Mark | None = None  # after it ``logits`` has the rows of ``windows``, of this round and of those before
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,18 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {"verify_attention": verify_attent
 
 
 def refuses(op: str, situation: Situation) -> str | None:
-    """None if ``op`` can run in ``situation``, else why not. The package is imported only if nothing else refuses."""
+    """None if ``op`` can run in ``situation`` with a package that works, else why not. Does not import it."""
     if reason := packaged_attention.refuses("flash_attn", situation):
         return reason
     if situation.head_dim % 8 or not 8 <= situation.head_dim <= 256:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
     if situation.page_size % PAGE_SIZE:
         return f"needs a page_size that is a multiple of {PAGE_SIZE}, not {situation.page_size}"
+    return None
+
+
+def missing() -> str | None:
+    """None if the package can be imported and has what is called here, else why not."""
     try:
         package = importlib.import_module("flash_attn")
     except Exception as error:  # built for another torch, or without a library that it needs

@@ -135,11 +135,16 @@ OPERATORS: Mapping[str, Callable[..., Any]] = _OneForEachWorker()
 
 
 def refuses(op: str, situation: Situation) -> str | None:
-    """None if ``op`` can run in ``situation``, else why not. The package is imported only if nothing else refuses."""
+    """None if ``op`` can run in ``situation`` with a package that works, else why not. Does not import it."""
     if reason := packaged_attention.refuses("flashinfer", situation):
         return reason
     if situation.head_dim not in _HEAD_DIMS:
         return f"has kernels for a head_dim of {', '.join(map(str, _HEAD_DIMS))}, not {situation.head_dim}"
+    return None
+
+
+def missing() -> str | None:
+    """None if the package can be imported and has what is called here, else why not."""
     try:
         package = importlib.import_module("flashinfer")
     except Exception as error:  # built for another torch, or without a library that it needs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -21,8 +22,14 @@ def checked_sizes(
 
     All must be on q's device, whichever it is: the packages refuse a device that they do not know themselves.
     """
-    checks = Checks(q.device.type, DTYPES)
-    return check_attention(checks, q, k_cache, v_cache, block_tables, query_start, context_lens, cache_dtype=q.dtype)
+    return check_attention(
+        _checks(q.device.type), q, k_cache, v_cache, block_tables, query_start, context_lens, cache_dtype=q.dtype
+    )
+
+
+@functools.cache
+def _checks(device: str) -> Checks:
+    return Checks(device, DTYPES)
 
 
 def refuses(package: str, situation: Situation) -> str | None:

@@ -75,6 +75,7 @@ class WindowGraphs:
         arrays = self._arrays(work, rows, lists, shape)
         graph = self._graphs.ready(key, arrays, lambda inputs: self._bind(key, inputs))
         drawn = DrawnTokens(graph.outputs.packed[:steps])
+        self._runner.stopwatch.start()
         graph.replays[0]()
         first_ready = self._runner.queue.mark()
         for _ in range(1, steps):

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pearl.drafting import Drafter
 from pearl.engine.judge import Judge
 from pearl.engine.request import Request
@@ -69,7 +67,7 @@ class Engine:
         self._broken: str | None = None  # why no round can follow
         self._outbox: list[OutputDelta] = []
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
-        self._draft_logits: Tensor | None = None
+        self._latest = DraftProposal()
 
     def add(self, request: Request) -> None:
         if self._closed:
@@ -134,14 +132,17 @@ class Engine:
         self._broken = None
 
     def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
-        # The draft first: the target's worker may be this very thread.
-        draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
+        """Let both work. Whichever would keep this very thread busy comes last, or the other would begin after it."""
+        target_first = self._drafter is not None and not self._target_worker.blocks and self._drafter.waits(plan.draft)
+        target = self._submit_target(plan.target) if target_first else None
+        draft: Reply[DraftProposal] | None = None
         try:
-            target = self._submit_target(plan.target)
+            draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
+            target = target or self._submit_target(plan.target)
             output = target.result() if target else TargetOutput(None)
         finally:  # both must be at rest before anyone touches their KV again
-            proposal = draft.result() if draft else DraftProposal(logits=self._draft_logits)
-        self._draft_logits = proposal.logits
+            proposal = draft.result() if draft else self._latest
+        self._latest = DraftProposal(logits=proposal.logits, stored=proposal.stored)
         return proposal, output
 
     def _submit_target(self, plan: TargetPlan) -> Reply[TargetOutput] | None:

@@ -72,5 +72,8 @@ def _rows_per_sequence(config: EngineConfig, role: Role) -> int:
 
 
 def _queue(config: EngineConfig, role: Role) -> DeviceQueue:
-    shares = role == "draft" and config.shares_gpu
-    return open_queue(role, config.resolve_device(role), urgent=shares, sms=config.draft_sms if shares else None)
+    """Where both share a GPU the draft's kernels go first, on multiprocessors that the target may leave to it."""
+    shares, device = config.shares_gpu, config.resolve_device(role)
+    if role == "draft":
+        return open_queue(role, device, urgent=shares)
+    return open_queue(role, device, spare=config.draft_sms if shares else None)

@@ -44,14 +44,17 @@ class CudaInterval:
 class CudaQueue:
     asynchronous = True
 
-    def __init__(self, name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> None:
-        """``urgent``: its kernels go first where a device runs several queues. ``sms``: confine it to so many
-        multiprocessors. ConfigurationError if torch or the driver cannot do that.
+    def __init__(self, name: str, device: torch.device, *, urgent: bool = False, spare: int | None = None) -> None:
+        """``urgent``: its kernels go first where a device runs several queues. ``spare``: leave at least so many
+        multiprocessors to others. ConfigurationError if torch or the driver cannot do that.
+
+        Not both: a partition's stream has the priority that it has.
         """
+        assert not (urgent and spare)
         self.device = torch.device("cuda", device.index or 0)
         self._name = name
         with torch.cuda.device(self.device):
-            self._partition = None if sms is None else _green_context(self.device, sms)
+            self._partition = None if spare is None else _green_context(self.device, spare)
             if self._partition is None:
                 self._stream = torch.cuda.Stream(self.device, priority=-1 if urgent else 0)  # type: ignore[no-untyped-call]
             else:
@@ -98,14 +101,24 @@ class CudaQueue:
         self._stream.synchronize()
 
 
-def _green_context(device: torch.device, sms: int) -> Any:
+def _green_context(device: torch.device, spare: int) -> Any:
+    """All of the device's multiprocessors but ``spare``, or a few more, as a partition of it.
+
+    torch makes partitions of the first n multiprocessors only, so that two of them would overlap: the queue with the
+    long work is confined, and the urgent one may use all.
+    """
     there = torch.cuda.get_device_properties(device).multi_processor_count
-    if sms >= there:
-        raise ConfigurationError(f"draft_sms={sms}, but {device} has {there} multiprocessors; leave some to the target")
+    # The driver cuts a device in such steps, and rounds up what is asked for.
+    step = 8 if torch.cuda.get_device_capability(device) >= (9, 0) else 2
+    sms = (there - spare) // step * step
+    if sms < max(step, 4):
+        raise ConfigurationError(
+            f"draft_sms={spare}, but {device} has {there} multiprocessors; leave some to the target"
+        )
     try:
         context = torch.cuda.green_contexts.GreenContext.create(num_sms=sms, device_id=device.index)
         if not hasattr(context, "Stream"):
             raise RuntimeError("this torch cannot make streams of green contexts; 2.13 can")
     except (AttributeError, RuntimeError) as error:
-        raise ConfigurationError(f"draft_sms={sms} needs green contexts: {error}; leave draft_sms out") from error
+        raise ConfigurationError(f"draft_sms={spare} needs green contexts: {error}; leave draft_sms out") from error
     return context

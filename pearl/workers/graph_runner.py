@@ -79,7 +79,7 @@ class GraphRunner(ModelRunner):
 
     def replay(self, shape: BatchShape, arrays: Mapping[str, Array]) -> Tensor:
         """Compute a padded batch; returns logits, those of ``shape.rows`` rows first."""
-        self._graphs.run(shape, arrays, self._bind)
+        self._graphs.run(shape, arrays, self._bind, self.stopwatch.start)
         assert self._logits is not None
         return self._logits
 

@@ -50,9 +50,15 @@ class Graphs(Generic[T]):
         self._queue, self._most = queue, most
         self._graphs: OrderedDict[Hashable, Graph[T]] = OrderedDict()
 
-    def run(self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T]) -> T:
-        """Run a key's calls once, in order, on these values; returns their outputs."""
+    def run(
+        self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T], launching: Callable[[], None] | None = None
+    ) -> T:
+        """Run a key's calls once, in order, on these values; returns their outputs. ``launching`` is called when all
+        is prepared, right before the first.
+        """
         graph = self.ready(key, arrays, bind)
+        if launching is not None:
+            launching()
         for replay in graph.replays:
             replay()
         return graph.outputs

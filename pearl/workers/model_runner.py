@@ -13,6 +13,7 @@ from pearl.messages import ForwardWork, TargetOutput, TargetPlan
 from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
 from pearl.workers.batch_arrays import BatchLists
 from pearl.workers.queue import DeviceQueue
+from pearl.workers.stopwatch import Stopwatch
 
 
 class ModelRunner:
@@ -22,6 +23,7 @@ class ModelRunner:
         """``threads``: of a fused forward, the calling one included."""
         self.model, self.cache, self.page_size, self.queue = model, cache, page_size, queue
         self.kernels = model.kernels
+        self.stopwatch = Stopwatch(queue)
         # Where it is there, a forward is one call, with threads of its own.
         self.fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
 
@@ -40,6 +42,7 @@ class ModelRunner:
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
         if self.fused is not None:
+            self.stopwatch.start()
             return self.fused.forward_work(work)
         return self.launch(BatchLists.of(work, self.page_size).arrays())
 
@@ -63,6 +66,7 @@ class ModelRunner:
 
     def compute(self, batch: ForwardBatch) -> Tensor:
         """Logits ``[M, V]`` of batch.logits_rows."""
+        self.stopwatch.start()
         return self.model.forward(batch, self.cache) if self.fused is None else self.fused.forward(batch)
 
 
@@ -83,10 +87,10 @@ class TargetRunner:
     def run(self, plan: TargetPlan) -> TargetOutput:
         if not plan.work:
             return TargetOutput(None)
-        begin = self._runner.queue.mark()
+        self._runner.stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         logits = self._runner.forward(plan.work)
-        return TargetOutput(logits, self._runner.queue.since(begin))
+        return TargetOutput(logits, self._runner.stopwatch.stop())
 
     def check(self) -> None:
         self._runner.check()

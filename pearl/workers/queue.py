@@ -94,8 +94,8 @@ class HostQueue:
         pass
 
 
-def open_queue(name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> DeviceQueue:
-    """For a worker of that name; ``urgent`` and ``sms`` as in ``CudaQueue``."""
+def open_queue(name: str, device: torch.device, *, urgent: bool = False, spare: int | None = None) -> DeviceQueue:
+    """For a worker of that name; ``urgent`` and ``spare`` as in ``CudaQueue``."""
     if device.type == "cpu":
         return HostQueue(device)
-    return CudaQueue(name, device, urgent=urgent, sms=sms)
+    return CudaQueue(name, device, urgent=urgent, spare=spare)

@@ -98,4 +98,4 @@ def test_a_queue_captures_marks_and_follows() -> None:
 
 def test_more_multiprocessors_than_there_are() -> None:
     with pytest.raises(ConfigurationError, match="leave some to the target"):
-        CudaQueue("draft", torch.device("cuda", 0), sms=10_000)
+        CudaQueue("target", torch.device("cuda", 0), spare=10_000)

@@ -39,6 +39,9 @@ class FakeDrafter:
     def __init__(self) -> None:
         self.before: Callable[[DraftPlan], Any] = lambda plan: None
 
+    def waits(self, plan: DraftPlan) -> bool:
+        return False
+
     def propose(self, plan: DraftPlan) -> DraftProposal:
         self.before(plan)
         windows = {item.forward.state.request_id: drafted(*[TOKEN] * item.num_draft) for item in plan.work}

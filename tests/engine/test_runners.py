@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +78,25 @@ def test_each_operator_of_a_captured_call_counts(draft: Decoder, op: str) -> Non
     reason = why_not_captured(replace(kernels, providers={**kernels.providers, op: "reference"}))
     assert reason is not None
     assert reason.startswith(f"{op} runs on 'reference'")
+
+
+@pytest.mark.parametrize(
+    ("options", "draft", "target"),
+    [
+        ({}, {"urgent": True}, {"spare": None}),
+        ({"draft_sms": 16}, {"urgent": True}, {"spare": 16}),
+        ({"draft_device": "cuda:1"}, {"urgent": False}, {"spare": None}),
+    ],
+    ids=str,
+)
+def test_on_a_shared_gpu_the_draft_goes_first_and_the_target_leaves_it_a_part(
+    options: dict[str, Any], draft: dict[str, Any], target: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runners, "open_queue", lambda name, device, **how: opened.update({name: how}))
+    config = EngineConfig(device="cuda:0", **options)
+    for role in ("draft", "target"):
+        runners._queue(config, role)  # type: ignore[arg-type]
+    assert opened == {"draft": draft, "target": target}

@@ -303,7 +303,7 @@ def test_parameters_that_are_not_as_described_have_no_layout(
     name: str, wrong: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     params = sampling(5, temperature=0.7)
-    assert params.layout == ("cpu", 5)
+    assert params.layout == (torch.device("cpu"), 5)
     bad = dataclasses.replace(params, **{name: wrong(getattr(params, name))})
     assert bad.layout is None
     logits = torch.zeros(5, 8)

@@ -6,6 +6,7 @@ The ranks are threads here, each with a recording device; rank 0 tells the other
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,6 +57,13 @@ class Told:
 
     def error(self) -> RankError:
         return RankError(self.lost or "nobody knows")
+
+    def give_up(self, error: BaseException) -> RankError:
+        self.lost = f"rank 0 failed: {error}"
+        return self.error()
+
+    def close(self) -> None:
+        self.lost = "closed"
 
 
 def captured(model: Decoder, device: RecordingQueue) -> Decoder:
@@ -129,6 +137,63 @@ def test_when_a_rank_is_lost_nccl_is_told_to_give_up(backend: str, aborted: int,
         ranks.await_loaded(group)  # type: ignore[arg-type]
     assert group.aborted == aborted
     ranks.close()
+    assert group.aborted == 2 * aborted
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> ParallelRunner:
+    """Rank 0 of one, on a recording device, after forwards that were captured."""
+    path, store, device = save("llama", tmp_path), host_store(), RecordingQueue()
+    mine = replace(spec(path, 1), store_port=store.port)
+    model, cache = load_rank(mine, join(mine, store))
+    runner = ParallelRunner(captured(model, device), cache, PAGE, device, 8, Told([]))  # type: ignore[arg-type]
+    with torch.inference_mode(), device.enter("forward"):
+        for batch in BATCHES[:3]:
+            runner.forward(batch)
+    assert len(runner._graphs) == 2
+    return runner
+
+
+@pytest.mark.parametrize("how", ["close", "exit", "failure"])
+def test_graphs_go_before_the_group_that_they_were_captured_with(
+    alone: ParallelRunner, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL waits, for ever, until the last of them is gone."""
+    ended: list[str] = []
+    graphs = [weakref.ref(graph) for graph in alone._graphs._graphs.values()]
+
+    def end(self: Told, *args: object) -> RankError:
+        assert [graph() for graph in graphs] == [None, None]
+        ended.append(how)
+        return RankError("rank 0 failed")
+
+    monkeypatch.setattr(Told, "close", end)
+    monkeypatch.setattr(Told, "give_up", end)
+    if how == "close":
+        alone.close()
+    elif how == "exit":
+        alone._at_exit()  # what the interpreter calls
+    else:
+        monkeypatch.setattr(alone.model, "forward", lambda *args: 1 / 0)
+        with pytest.raises(RankError), torch.inference_mode():
+            alone.launch({})
+    assert ended == [how]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_forward_ends_the_group_and_stays_an_interruption(
+    alone: ParallelRunner, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would be a forward ahead from then on, and every sum one of two different forwards."""
+
+    def interrupt(*args: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(alone.model, "forward", interrupt)
+    with pytest.raises(error), torch.inference_mode():
+        alone.forward(BATCHES[0])
+    with pytest.raises(RankError, match="rank 0 failed"):
+        alone.check()
 
 
 def test_what_was_computed_while_a_rank_was_lost_is_not_believed(tmp_path: Path) -> None:
