@@ -31,13 +31,14 @@ def verify_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    most_rows: int = 0,
 ) -> Tensor:
     """As ``pearl_kernels.reference.verify_attention``; q and the caches are of one dtype, bf16 or fp16.
 
     Probabilities are rounded to that dtype before they meet the values, so the result is less exact than our own
     kernels'. Raises ValueError for inputs that it cannot take.
     """
-    sizes = packaged_attention.checked_sizes(q, k_cache, v_cache, block_tables, query_start, context_lens)
+    sizes = packaged_attention.checked_sizes(q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
     if sizes.page_size % PAGE_SIZE:
         raise ValueError(
             f"verify_attention: flash-attn needs pages of a multiple of {PAGE_SIZE} tokens, not {sizes.page_size}"

@@ -74,10 +74,13 @@ def check_attention(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
+    most_rows: int = 0,
     cache_dtype: torch.dtype | None = None,
 ) -> AttentionSizes:
     """``cache_dtype``: what the caches must be of; None: any that the provider computes."""
     op = "verify_attention"
+    if most_rows < 0:
+        raise ValueError(f"{op}: most_rows must be 0 (unknown) or more, not {most_rows}")
     call = checks.beside(op, "q", q)
     call.floating(op, "q", q)
     call.floating(op, "k_cache", k_cache)

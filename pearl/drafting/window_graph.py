@@ -119,7 +119,7 @@ class WindowGraphs:
         sequences, device, longest = key.shape.sequences, self._runner.queue.device, self._ring.window
         drawn = DrawnTokens(torch.empty((longest, 2, sequences), dtype=torch.int64, device=device))
         params = SamplingTensors(**{name: inputs[name] for name in SamplingTensors.__dataclass_fields__})
-        first = ForwardBatch(**{name: inputs[name] for name in DTYPES})
+        first = ForwardBatch(**{name: inputs[name] for name in DTYPES}, most_rows=_CATCH_UP)
         step = torch.zeros(1, dtype=torch.int64, device=device)  # how many tokens each window has, but for this one
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         every = torch.arange(sequences, device=device)
@@ -144,7 +144,8 @@ class WindowGraphs:
             lives = last > step
             slots, contexts = self._slots(tables, position, lives), (position + lives).to(torch.int32)
             tokens = drawn.tokens.index_select(0, step)[0]
-            logits = self._forward(ForwardBatch(tokens, position, slots, tables, starts, contexts, every))
+            batch = ForwardBatch(tokens, position, slots, tables, starts, contexts, every, most_rows=1)
+            logits = self._forward(batch)
             step.add_(1).clamp_(max=longest - 1)  # to be captured it may run once more than any window is long
             draw(logits)
 

@@ -94,6 +94,7 @@ class Decoder:
             layer.q_norm, layer.k_norm, config.eps,
         )  # fmt: skip
         attended = kernels.verify_attention(
-            q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, config.head_dim**-0.5, window
-        )
+            q, keys, values, batch.block_tables, batch.query_start, batch.context_lens,
+            config.head_dim**-0.5, window, 0.0, batch.most_rows,
+        )  # fmt: skip
         return self._add_up(kernels.linear(attended.view(x.shape[0], -1), layer.output, layer.output_bias))

@@ -22,7 +22,7 @@ DTYPES = {
     "context_lens": torch.int32,
     "logits_rows": torch.int64,
 }
-assert list(DTYPES) == [field.name for field in fields(ForwardBatch)]
+assert [*DTYPES, "most_rows"] == [field.name for field in fields(ForwardBatch)]
 
 
 @dataclass

@@ -84,7 +84,9 @@ class GraphRunner(ModelRunner):
         return self._logits
 
     def _bind(self, inputs: Mapping[str, Tensor]) -> tuple[Calls, None]:
-        batch = ForwardBatch(**{name: inputs[name] for name in DTYPES})
+        rows, sequences = inputs["input_ids"].shape[0], inputs["context_lens"].shape[0] - 1
+        most = self.limits.rows_of_a_sequence(rows, sequences)
+        batch = ForwardBatch(**{name: inputs[name] for name in DTYPES}, most_rows=most)
 
         def call() -> None:
             logits = self.model.forward(batch, self.cache)

@@ -75,7 +75,8 @@ def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.devic
 
 
 def upload_batch(arrays: Mapping[str, Array], device: torch.device) -> ForwardBatch:
-    return ForwardBatch(*upload(list(arrays.values()), device))
+    rows = arrays["query_start"][1:] - arrays["query_start"][:-1]
+    return ForwardBatch(*upload(list(arrays.values()), device), most_rows=int(rows.max(initial=0)))
 
 
 class TargetRunner:

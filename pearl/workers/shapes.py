@@ -47,6 +47,11 @@ class ShapeLimits:
         columns = max(_grown(pages, max(1, _SHORTEST // self.page_size), self.pages), -(-rows // self.page_size))
         return BatchShape(rows, _grown(sequences, 1, self.sequences), columns)  # padding's positions need pages too
 
+    def rows_of_a_sequence(self, rows: int, sequences: int) -> int:
+        """The most that sequences of a shape may have, if they have equally many: kernels choose their blocks by it."""
+        fewest = sequences // _GROWTH + 1  # sequences that have this shape
+        return min(self.rows_per_sequence, -(-rows // fewest))
+
     def widths(self) -> list[int]:
         """Of the block tables, but for those of more rows than a sequence may have."""
         return sorted({self.shape(1, 1, pages).pages for pages in range(1, self.pages + 1)})

@@ -112,8 +112,10 @@ class NativeLayers(NativeModule):
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        most_rows: int = 0,
     ) -> Tensor:
-        sizes = check_attention(self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens)
+        sizes = check_attention(self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
+        counters = self.counters and self.counters(q)
         out = q.new_empty((sizes.rows, sizes.query_heads, sizes.head_dim))
         arguments = (
             DTYPE_CODES[q.dtype],
@@ -137,6 +139,8 @@ class NativeLayers(NativeModule):
             scale,
             window,
             softcap,
+            most_rows,
+            *((0, 0) if counters is None else (counters.data_ptr(), counters.numel())),
         )
         self.run("verify_attention", q, arguments)
         return out

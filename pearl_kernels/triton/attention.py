@@ -40,15 +40,16 @@ def verify_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    most_rows: int = 0,
 ) -> Tensor:
     """The values of the index tensors are not checked: that would wait for the device."""
-    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens)
+    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
     n, query_heads, kv_heads, head_dim = sizes[:4]
     if n == 0 or sizes.sequences == 0:
         return q.new_empty((n, query_heads, head_dim))
     dtype, capacity = compute_dtype(q, k_cache), sizes.table_width * sizes.page_size
     group, cores = query_heads // kv_heads, _cores(q.device)
-    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, cores)
+    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, cores, most_rows)
     return attend(q, k_cache, v_cache, block_tables, query_start, context_lens, scale, window, softcap, cut)
 
 

@@ -52,9 +52,18 @@ def plan_tile(packed: int, head_dim: int, dtype: torch.dtype) -> Tile:
 
 
 def plan(
-    tokens: int, sequences: int, group: int, kv_heads: int, head_dim: int, dtype: torch.dtype, capacity: int, cores: int
+    tokens: int,
+    sequences: int,
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    capacity: int,
+    cores: int,
+    most_rows: int = 0,
 ) -> Plan:
     """``capacity``: keys that a row of the block tables has room for. ``cores``: the GPU's multiprocessors.
+    ``most_rows``: the operator's hint; a graph's padding counts as a sequence, so that the mean may be half as large.
 
     Up to WINDOW_ROWS the splits do not depend on the number of tokens.
     """
@@ -63,7 +72,8 @@ def plan(
     wanted = (WINDOW_PROGRAMS if packed <= WINDOW_ROWS else PREFILL_PROGRAMS) * cores
     splits = min(-(-wanted // programs), MAX_SPLITS)
     split_keys = max(-(-capacity // (splits * SPLIT_UNIT)), 1) * SPLIT_UNIT
-    return Plan(plan_tile(packed, head_dim, dtype), max(-(-capacity // split_keys), 1), split_keys)
+    held = min(most_rows, tokens) * group or packed
+    return Plan(plan_tile(held, head_dim, dtype), max(-(-capacity // split_keys), 1), split_keys)
 
 
 def row_blocks(tokens: int, sequences: int, group: int, block_m: int) -> int:

@@ -135,6 +135,16 @@ def test_query_and_cache_dtypes_may_differ(attention: Implementation, q_dtype: t
 
 
 @attention
+def test_results_do_not_hang_on_the_hint_of_the_most_rows(attention: Implementation) -> None:
+    q, cache = inputs(MIXED, (8, 2), 32, torch.bfloat16, 16)
+    results = [attention(*arguments(q, cache), 0.2, 0, 0.0, most_rows) for most_rows in (0, 1, 12, 300)]
+    assert_rounds_to(results[0], exactly(q, cache, 0.2), ULPS[torch.bfloat16], tolerance=2e-5)
+    assert all(torch.equal(result, results[0]) for result in results)
+    with pytest.raises(ValueError, match=r"verify_attention: most_rows must be 0 \(unknown\) or more, not -1"):
+        attention(*arguments(q, cache), 0.2, 0, 0.0, -1)
+
+
+@attention
 def test_prefill_and_decoding_mixed(attention: Implementation) -> None:
     """The mean of rows is large, so a block is too; most of the sequences have one."""
     check(attention, [(1, 70), (80, 90), (2, 40)], (8, 1), 16, torch.bfloat16)
@@ -369,6 +379,15 @@ def test_splits_do_not_depend_on_the_window(sequences: int, group: int) -> None:
     assert len({(cut.splits, cut.split_keys) for cut in cuts}) == 1
     for rows, chosen in enumerate(cuts, start=1):
         assert chosen.tile.block_m >= rows * group  # keys are read once
+
+
+def test_a_hint_makes_blocks_large_enough_and_changes_no_split() -> None:
+    """Of a graph's two sequences one may be padding."""
+    for most_rows, block_m in ((0, 16), (8, 32), (1000, 32), (1, 16)):
+        cut = plan(8, 2, 4, 8, 128, torch.bfloat16, 8192, cores=132, most_rows=most_rows)
+        plain = planned(8, 2, 8192)
+        assert (cut.splits, cut.split_keys) == (plain.splits, plain.split_keys)
+        assert cut.tile.block_m == block_m
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])

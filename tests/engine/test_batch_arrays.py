@@ -27,7 +27,7 @@ def work(start: int, count: int, wanted: int, table: tuple[int, ...]) -> Forward
 
 
 def test_the_arrays_are_the_fields_of_a_batch() -> None:
-    assert list(DTYPES) == [field.name for field in fields(ForwardBatch)]
+    assert [*DTYPES, "most_rows"] == [field.name for field in fields(ForwardBatch)]
     lists = BatchLists.of([work(0, 3, 0, (5,)), work(6, 2, 2, (7, 2))], PAGE)
     found = {name: values.tolist() for name, values in lists.arrays().items()}
     assert found == {
