@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class ModelDrafter:
         self._runner.copy_pages(plan.copies)
         windows, steps, late = self._draft(plan.work)
         return DraftProposal(windows, self._ring.logits, steps, self._runner.stopwatch.stop(), late, self._stored)
+
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """As of ``ModelRunner.captures``: windows, and the first forwards of those that are drafted from the host."""
+        return [] if self._graphs is None else [*self._graphs.captures(), *self._runner.captures()]
 
     def waits(self, plan: DraftPlan) -> bool:
         if not self._runner.queue.asynchronous:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -83,15 +83,19 @@ class WindowGraphs:
         (on_host,) = start_download([drawn.packed])
         return DeviceWindows(rows, drawn, DrawnTokens(on_host), first_ready, self._runner.queue.mark())
 
-    def captures(self) -> Iterator[Callable[[], object]]:
-        """Calls that each capture one of the shapes that can come up, the likeliest first, and write nothing."""
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """One for each key that can come up, as of ``ModelRunner.captures``."""
         sequences = sorted({row_bucket(count) for count in range(1, self._ring.lanes + 1)})
         keeps = (False, True) if self._rule == "rejection" else (False,)
         keys = itertools.product(self._runner.limits.widths(), sequences, keeps)
-        for pages, count, stores in itertools.islice(keys, _MOST_GRAPHS):
-            key = _Key(self._shape(count, pages), stores)
-            arrays = self._arrays([], {}, BatchLists([], [], [], [], [0], [], []), key.shape)
-            yield partial(self._graphs.ready, key, arrays, partial(self._bind, key))
+        return [
+            partial(self._capture, _Key(self._shape(count, pages), stores))
+            for pages, count, stores in itertools.islice(keys, _MOST_GRAPHS)
+        ]
+
+    def _capture(self, key: _Key) -> None:
+        arrays = self._arrays([], {}, BatchLists.of([], self._runner.page_size), key.shape)
+        self._graphs.ready(key, arrays, partial(self._bind, key))
 
     def _shape(self, sequences: int, pages: int) -> BatchShape:
         """Rows for as much as each may have to catch up on: they cost a forward next to nothing."""

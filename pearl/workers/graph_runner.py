@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -59,13 +59,15 @@ class GraphRunner(ModelRunner):
         )
         self._logits: Tensor | None = None  # [most_rows, V], made by the first capture
 
-    def captures(self) -> Iterator[Callable[[], object]]:
-        """Calls that each capture one of the shapes that can come up, the likeliest first, and write nothing."""
-        for shape in self.limits.shapes()[:_MOST_GRAPHS]:
-            lists = BatchLists([], [], [], [], [0], [], [])
-            lists.pad(shape)
-            lists.logits_rows = list(range(shape.rows))
-            yield partial(self.replay, shape, lists.arrays())
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """One for each shape that can come up. They write nothing."""
+        return [partial(self._capture, shape) for shape in self.limits.shapes()[:_MOST_GRAPHS]]
+
+    def _capture(self, shape: BatchShape) -> None:
+        lists = BatchLists.of([], self.page_size)
+        lists.pad(shape)
+        lists.logits_rows = list(range(shape.rows))
+        self.replay(shape, lists.arrays())
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         rows = sum(len(item.tokens) for item in work)

@@ -29,6 +29,11 @@ class DeviceQueue(Protocol):
         """Whether calls only enqueue work: then nothing in them may wait for it, and capturing them saves time."""
         ...
 
+    @property
+    def captured(self) -> int:
+        """How many calls so far."""
+        ...
+
     def enter(self, what: str) -> AbstractContextManager[None]:
         """What is called inside runs here, in order. ``what`` names it for profilers."""
         ...
@@ -49,6 +54,7 @@ class DeviceQueue(Protocol):
         """Run ``call``, and return what repeats it on the same memory, on a GPU without Python in between.
 
         Tensors that ``call`` uses and does not make itself must outlive what is returned, which does not keep them.
+        CaptureError if capturing fails; what ``call`` raises when it is merely run, before, passes through.
         """
         ...
 
@@ -69,6 +75,7 @@ class HostQueue:
     """The CPU: a call is done when it returns."""
 
     asynchronous = False
+    captured = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -18,6 +18,7 @@ import torch
 from captured_calls import CapturedCalls
 from torch.overrides import TorchFunctionMode
 
+from pearl.errors import CaptureError
 from pearl.messages import Busy, Mark
 from pearl.workers.queue import HostMark, HostQueue
 from pearl_kernels import KernelSet
@@ -154,15 +155,18 @@ class RecordingQueue:
         return Busy.since(begin.at)
 
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
-        self.captured += 1
         with self.enter("capture"), torch.inference_mode():
             call()  # as on a GPU: what is made at a first call is not captured
             calls = self._recorder.calls = CapturedCalls()
             try:
                 call()
+            except Exception as error:
+                raise CaptureError(str(error)) from error
             finally:
                 self._recorder.calls = None
                 calls.seal()
+
+        self.captured += 1
 
         def replay() -> None:
             self.replayed += 1

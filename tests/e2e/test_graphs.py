@@ -6,6 +6,7 @@ static inputs would repeat the first round for ever, and fail here.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from torch import Tensor
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
 from pearl.engine.model_loading import load_models
+from pearl.engine.window import MeasuredRound
+from pearl.errors import CaptureError, EngineClosedError
 from pearl.models import Decoder
 from pearl.workers import GraphRunner, ModelRunner
 
@@ -57,24 +60,30 @@ def open_graphed() -> Iterator[OpenGraphed]:
     the target's is another one."""
     with ExitStack() as stack:
 
-        def build(pair: Pair, on: str = "target draft", most_rows: int = 40, **options: Any) -> Graphed:
+        def build(
+            pair: Pair,
+            on: str = "target draft",
+            most_rows: int = 40,
+            most: tuple[int, int] = (0, 0),
+            **options: Any,
+        ) -> Graphed:
             paths = {"target": pair.target, "draft": pair.draft}
-            config = EngineConfig(**{**paths, "device": "cpu", "dtype": "float32", **options})
+            config = EngineConfig(**{**paths, "device": "cpu", "dtype": "float32", "capture_seconds": 0, **options})
             models, rounds = load_models(config), Rounds()
             # To torch "cpu:0" is the CPU, but it is not the device of the other model's tensors.
             elsewhere = torch.device("cpu", 0) if "apart" in on else torch.device("cpu")
             target = RecordingQueue(elsewhere) if "target" in on else None
             draft = RecordingQueue() if "draft" in on and models.draft else None
             if target:
-                models = replace(models, target=on_graphs(models.target, target, most_rows))
+                models = replace(models, target=on_graphs(models.target, target, most_rows, *most))
             if draft and models.draft:
-                models = replace(models, draft=on_graphs(models.draft, draft, most_rows))
+                models = replace(models, draft=on_graphs(models.draft, draft, most_rows, most[0], 1))
             return Graphed(stack.enter_context(LLM.from_models(models, config, rounds)), target, draft, rounds)
 
         yield build
 
 
-def on_graphs(runner: ModelRunner, queue: RecordingQueue, most_rows: int) -> GraphRunner:
+def on_graphs(runner: ModelRunner, queue: RecordingQueue, most_rows: int, *limits: int) -> GraphRunner:
     model = runner.model
     attend = model.kernels.verify_attention
 
@@ -91,7 +100,7 @@ def on_graphs(runner: ModelRunner, queue: RecordingQueue, most_rows: int) -> Gra
         for tensor in (t for layer in runner.cache.layers for t in layer):
             tensor.fill_(torch.nan)
     recorded = Decoder(model.config, model.weights, model.cos_sin, kernels)
-    return GraphRunner(recorded, runner.cache, runner.page_size, queue, most_rows)
+    return GraphRunner(recorded, runner.cache, runner.page_size, queue, most_rows, *limits)
 
 
 SETTINGS = ["autoregressive", "pearl-1", "pearl-3", "pearl-8", "pearl-auto", "pearl-no-pre-3", "pearl-no-post-3",
@@ -269,6 +278,80 @@ def test_a_verdict_waits_for_the_windows_first_tokens_only(llama: Pair, open_gra
         assert id(windows.first_ready) in followed
         assert id(windows.ready) not in followed
     assert max(windows.steps for windows in late) == 4
+
+
+def test_a_serving_mix_captures_nothing_after_the_warm_up(llama: Pair, open_graphed: OpenGraphed) -> None:
+    """Prompts of 1 to 400 tokens, greedy, sampled and penalised, more than run at once."""
+    options = {"window": 8, "max_num_seqs": 12, "max_num_batched_tokens": 96}
+    graphed = open_graphed(llama, most_rows=108, most=(12, 9), capture_seconds=3600, **options)
+    made = [queue.captured for queue in graphed.queues]
+    assert min(made) > 9
+    chance = random.Random(3)
+    batch = prompts([chance.choice((1, 7, 40, 200, 400)) for _ in range(40)], seed=7)
+    params = [
+        SamplingParams(temperature=chance.choice((0.0, 0.9)), seed=i, max_tokens=chance.randint(2, 40), ignore_eos=True,
+                       repetition_penalty=1.3 if i % 8 == 5 else 1.0)
+        for i in range(40)
+    ]  # fmt: skip
+    with ExitStack() as penalties:  # are the host's
+        for queue in graphed.queues:
+            penalties.enter_context(queue.looking())
+        outputs = graphed.llm.generate(batch, params)
+    with llama.llm(**options) as eager:
+        assert token_ids(outputs) == token_ids(eager.generate(batch, params))
+    assert [queue.captured for queue in graphed.queues] == made
+    stats = graphed.llm.engine.stats
+    assert (stats.rounds, stats.preparations) == (len(graphed.rounds), 0)
+    assert sum(queue.replayed for queue in graphed.queues) > stats.rounds
+    rows = {sum(len(work.tokens) for work in record.plan.target.work) for record in graphed.rounds}
+    assert len(rows) > 15
+
+
+def test_rounds_that_capture_teach_nothing(llama: Pair, open_graphed: OpenGraphed) -> None:
+    graphed = open_graphed(llama, window="auto", max_window=3)
+    learned: list[MeasuredRound] = []
+    graphed.llm.engine._window.observe = learned.append  # type: ignore[method-assign]
+    graphed.llm.generate(prompts((5, 20, 33), seed=5), SamplingParams(max_tokens=40, ignore_eos=True))
+    made = sum(queue.captured for queue in graphed.queues)
+    assert sum(record.preparations for record in graphed.rounds) == graphed.llm.engine.stats.preparations == made > 3
+    decoding = [
+        record
+        for record in graphed.rounds
+        if all(len(work.tokens) == work.num_logits for work in record.plan.target.work)
+        and all(len(work.forward.tokens) <= 2 for work in record.plan.draft.work)
+    ]
+    assert any(record.preparations for record in decoding)
+    assert len(learned) == sum(not record.preparations for record in decoding)
+
+
+@pytest.mark.parametrize("while_capturing", [True, False])
+def test_memory_that_runs_out_in_a_capture_ends_the_engine_elsewhere_the_round(
+    llama: Pair, open_graphed: OpenGraphed, while_capturing: bool
+) -> None:
+    graphed = open_graphed(llama, window=3, max_num_seqs=2)
+    draft, runner = graphed.draft, graphed.llm.models.draft
+    assert draft
+    assert runner
+    sample, healthy = runner.kernels.sample, replace(runner.kernels)
+
+    def out_of_memory(*args: Any) -> Any:
+        if (draft._recorder.calls is not None) == while_capturing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(*args)
+
+    runner.kernels = replace(runner.kernels, sample=out_of_memory)
+    outputs = graphed.llm.generate(prompts((5, 20, 33), seed=5), SamplingParams(max_tokens=9, ignore_eos=True))
+    errors = [output.outputs[0].error or "" for output in outputs]
+    assert all("CUDA out of memory." in error for error in errors)
+    runner.kernels = healthy
+    if while_capturing:
+        assert graphed.llm.engine.stats.rounds < 3  # the third request was answered without one
+        with pytest.raises(EngineClosedError, match="CaptureError") as closed:
+            graphed.llm.generate([1, 2, 3])
+        assert isinstance(closed.value.__cause__, CaptureError)
+    else:
+        (output,) = graphed.llm.generate([1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True))
+        assert output.outputs[0].error is None
 
 
 def test_the_recording_device_refuses_what_a_device_would_not_do() -> None:
