@@ -66,7 +66,8 @@ def connect(
     )
     kernels, queue = models.target.kernels, models.target.queue
     draft_queue = models.draft.queue if models.draft else None
-    verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, draft_queue)
+    sends = draft_queue.aside("sends") if draft_queue else None
+    verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, sends)
     if wrap_verifier is not None:
         verifier = wrap_verifier(verifier)
     draft_threads, target_threads = config.resolve_threads()

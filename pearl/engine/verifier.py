@@ -80,7 +80,9 @@ class Verifier:
         queue: DeviceQueue,
         draft_queue: DeviceQueue | None = None,
     ) -> None:
-        """``draft_queue``: of the drafter whose logits proposals name rows of."""
+        """``draft_queue``: of the device of the drafter whose logits proposals name rows of, not its own: rows are sent
+        from there while it drafts on.
+        """
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
         self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
         self._batches = SamplingBatches(queue.device)
@@ -220,6 +222,10 @@ class Verifier:
         if not named:
             return None, rows
         with self._draft_queue.enter("send q"):
+            # Rows of pending tokens were there before this round.
+            written = (proposal.stored, proposal.on_device.first_ready if proposal.on_device else None)
+            for mark in filter(None, written):
+                self._draft_queue.follow(mark)
             near = send_rows(logits, named, self._queue.device)
             sent = self._draft_queue.mark()
         self._queue.follow(sent)

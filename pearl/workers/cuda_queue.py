@@ -72,6 +72,9 @@ class CudaQueue:
             finally:
                 torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
+    def aside(self, what: str) -> CudaQueue:
+        return CudaQueue(f"{self._name} {what}", self.device)
+
     def mark(self) -> CudaMark:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)

@@ -38,6 +38,10 @@ class DeviceQueue(Protocol):
         """What is called inside runs here, in order. ``what`` names it for profilers."""
         ...
 
+    def aside(self, what: str) -> DeviceQueue:
+        """Another queue of the device, for what need not wait for all that is enqueued here."""
+        ...
+
     def mark(self) -> Mark:
         """The end of what has been enqueued so far."""
         ...
@@ -82,6 +86,9 @@ class HostQueue:
 
     def enter(self, what: str) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def aside(self, what: str) -> HostQueue:
+        return self
 
     def mark(self) -> HostMark:
         return HostMark(time.perf_counter())

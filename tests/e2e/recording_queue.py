@@ -142,6 +142,9 @@ class RecordingQueue:
         finally:
             self._recorder.may_look = False
 
+    def aside(self, what: str) -> RecordingQueue:
+        return RecordingQueue(self.device, late=self.late)
+
     def mark(self) -> CountedMark:
         return CountedMark(HostQueue(self.device).mark().at, self, self.replayed)
 

@@ -258,15 +258,19 @@ def test_the_host_waits_once_a_round_and_captures_only_what_is_new(
     assert sum(queue.replayed for queue in graphed.queues) - replays >= rounds - 2
 
 
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
 @pytest.mark.parametrize("on", ["target draft", "target draft apart"])
-def test_a_verdict_waits_for_the_windows_first_tokens_only(llama: Pair, open_graphed: OpenGraphed, on: str) -> None:
-    """The recording device does what is behind a mark only when somebody waits for it."""
-    graphed = open_graphed(llama, on, window=4, verification="coupled")
+def test_a_verdict_waits_for_the_windows_first_tokens_only(
+    llama: Pair, open_graphed: OpenGraphed, on: str, rule: str
+) -> None:
+    """And for their q, also of another device. The recording device does what is behind a mark only when somebody
+    waits for it."""
+    graphed = open_graphed(llama, on, window=4, verification=rule)
     assert graphed.draft
     assert graphed.target
     params = SamplingParams(max_tokens=40, temperature=0.7, seed=5, ignore_eos=True)
     outputs = graphed.llm.generate(prompts((5, 20, 33), seed=5), params)
-    with llama.llm(window=4, verification="coupled") as eager:
+    with llama.llm(window=4, verification=rule) as eager:
         assert token_ids(outputs) == token_ids(eager.generate(prompts((5, 20, 33), seed=5), params))
     late = [r.proposal.on_device for r in graphed.rounds if r.proposal.on_device and r.result.decisions]
     followed = {id(mark) for mark in graphed.target.followed}
@@ -278,6 +282,9 @@ def test_a_verdict_waits_for_the_windows_first_tokens_only(llama: Pair, open_gra
         assert id(windows.first_ready) in followed
         assert id(windows.ready) not in followed
     assert max(windows.steps for windows in late) == 4
+    firsts = {id(windows.first_ready) for windows in late}
+    draft_s = [m for m in graphed.target.followed if isinstance(m, CountedMark) and m.queue is graphed.draft]
+    assert {id(mark) for mark in draft_s} <= firsts
 
 
 def test_a_serving_mix_captures_nothing_after_the_warm_up(llama: Pair, open_graphed: OpenGraphed) -> None:
@@ -376,7 +383,7 @@ def test_the_recording_device_repeats_operators_not_python() -> None:
         replay()
         queue.synchronize()
         assert out.tolist() == [8, 14, 20, 26]  # the captured call was the second one
-    with pytest.raises(Looked):
+    with pytest.raises(CaptureError, match="a capture may not bring numbers from the host"):
         queue.capture(lambda: out.copy_(torch.tensor([1, 2, 3, 4])))
 
 
