@@ -22,7 +22,7 @@ from pearl.workers.graphs import Calls, Graphs
 from pearl.workers.shapes import BatchShape, row_bucket
 from pearl_kernels import Rule, SamplingTensors, Stream
 
-_MOST_GRAPHS = 64  # each has two forwards
+_MOST_GRAPHS = 192  # each has two forwards
 _CATCH_UP = 2  # tokens of a request that the draft may still have to compute: after a bonus token two
 
 

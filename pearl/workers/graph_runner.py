@@ -17,7 +17,7 @@ from pearl.workers.queue import DeviceQueue
 from pearl.workers.shapes import BatchShape, ShapeLimits, row_bucket
 from pearl_kernels import KernelSet
 
-_MOST_GRAPHS = 160  # a forward of a 32-layer model is about 300 nodes
+_MOST_GRAPHS = 256  # a forward of a 32-layer model is about 300 nodes, one or two megabytes
 # Of these some providers wait for the device, or read index tensors on the host; the others never do.
 _ASYNCHRONOUS = {"verify_attention": ("cuda", "triton"), "rope_and_cache": ("cuda", "triton"), "sample": ("triton",)}
 

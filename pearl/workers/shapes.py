@@ -54,7 +54,10 @@ class ShapeLimits:
 
     def widths(self) -> list[int]:
         """Of the block tables, but for those of more rows than a sequence may have."""
-        return sorted({self.shape(1, 1, pages).pages for pages in range(1, self.pages + 1)})
+        found = [self.shape(1, 1, 1).pages]
+        while found[-1] < self.pages:
+            found.append(self.shape(1, 1, found[-1] + 1).pages)
+        return found
 
     def shapes(self) -> list[BatchShape]:
         """All that can come up, short and small ones first."""

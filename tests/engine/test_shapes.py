@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from pearl.workers.graph_runner import _MOST_GRAPHS
 from pearl.workers.shapes import ShapeLimits, row_bucket
 
 
@@ -50,8 +51,17 @@ def test_all_shapes_that_come_up_are_known_before(sequences: int, window: int, t
 
 
 @pytest.mark.parametrize(
-    ("options", "most"), [({}, 60), ({"tokens": 8192}, 90), ({"tokens": 32768}, 120), ({"sequences": 64}, 100),
-                          ({"window": 0, "sequences": 256}, 60), ({"sequences": 64, "tokens": 8192}, 145)]
-)  # fmt: skip
+    ("options", "most"),
+    [
+        ({}, 60),
+        ({"window": 4}, 35),
+        ({"tokens": 32768}, 120),
+        ({"sequences": 1, "tokens": 32768}, 25),
+        ({"sequences": 64, "window": 5, "tokens": 8192}, 95),
+        ({"sequences": 64, "tokens": 131072}, _MOST_GRAPHS),
+        ({"sequences": 256, "window": 5, "tokens": 32768}, _MOST_GRAPHS),
+    ],
+)
 def test_they_are_few(options: dict[str, int], most: int) -> None:
+    """At most as many as are kept."""
     assert 10 < len(limits(**options).shapes()) <= most
