@@ -60,8 +60,9 @@ class GraphRunner(ModelRunner):
         self._logits: Tensor | None = None  # [most_rows, V], made by the first capture
 
     def captures(self) -> Sequence[Callable[[], object]]:
-        """One for each shape that can come up. They write nothing."""
-        return [partial(self._capture, shape) for shape in self.limits.shapes()[:_MOST_GRAPHS]]
+        """One for each shape that can come up and has not yet. They write nothing."""
+        shapes = self.limits.shapes()[:_MOST_GRAPHS]
+        return [partial(self._capture, shape) for shape in shapes if shape not in self._graphs]
 
     def _capture(self, shape: BatchShape) -> None:
         lists = BatchLists.of([], self.page_size)

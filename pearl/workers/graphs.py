@@ -85,5 +85,8 @@ class Graphs(Generic[T]):
             self._graphs.popitem(last=False)
         return graph
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
     def __len__(self) -> int:
         return len(self._graphs)

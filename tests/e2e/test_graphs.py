@@ -314,6 +314,19 @@ def test_a_serving_mix_captures_nothing_after_the_warm_up(llama: Pair, open_grap
     assert len(rows) > 15
 
 
+def test_an_engine_around_the_same_models_captures_nothing_of_them_again(
+    llama: Pair, open_graphed: OpenGraphed
+) -> None:
+    graphed = open_graphed(
+        llama, most_rows=6, most=(2, 3), window=2, max_num_seqs=2, capture_seconds=3600, prefix_caching=False
+    )
+    assert graphed.target
+    before = graphed.target.captured, graphed.target.replayed
+    assert min(before) > 3
+    graphed.llm.variant(window=1)
+    assert (graphed.target.captured, graphed.target.replayed) == before
+
+
 def test_rounds_that_capture_teach_nothing(llama: Pair, open_graphed: OpenGraphed) -> None:
     graphed = open_graphed(llama, window="auto", max_window=3)
     learned: list[MeasuredRound] = []
