@@ -140,8 +140,7 @@ class Pair:
     _known: dict[tuple[int, ...], Reference] = field(default_factory=dict)
 
     def llm(self, **options: Any) -> LLM:
-        fixed = {"device": "cpu", "dtype": "float32", "capture_seconds": 0}
-        return LLM(**{"target": self.target, "draft": self.draft, **fixed, **options})
+        return LLM(**{"target": self.target, "draft": self.draft, "device": "cpu", "dtype": "float32", **options})
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """``count`` tokens that transformers generates past any end of text; near-ties would be a test's fault."""
