@@ -22,6 +22,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
         reference.add_rms_norm,
         reference.silu_and_mul,
         reference.pack_linear,
+        reference.weight_rows,
         reference.linear,
         reference.rope_and_cache,
         reference.verify_attention,
@@ -32,8 +33,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-# One reads what the other makes: a preference for one of the two holds for both.
-_PARTNERS: Mapping[str, str] = {"pack_linear": "linear", "linear": "pack_linear"}
+# They read what the first makes: a preference for one of them holds for all.
+_PARTNERS = ("pack_linear", "linear", "weight_rows")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class KernelSet:
     add_rms_norm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
     pack_linear: Callable[..., Any]
+    weight_rows: Callable[..., Any]
     linear: Callable[..., Any]
     rope_and_cache: Callable[..., Any]
     verify_attention: Callable[..., Any]
@@ -109,7 +111,8 @@ def explain(op: str, situation: Situation | None = None, prefer: Mapping[str, st
         raise ValueError(f"unknown operator {op!r}; the operators are {', '.join(OPERATORS)}")
     situation = situation or Situation()
     prefer = prefer or {}
-    wanted = prefer.get(op, prefer.get(_PARTNERS.get(op, op)))
+    partners = (op, *_PARTNERS) if op in _PARTNERS else (op,)
+    wanted = next((prefer[name] for name in partners if name in prefer), None)
     lines: list[Status] = []
     chosen: str | None = None
     for provider in preferred(op):

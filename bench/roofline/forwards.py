@@ -75,8 +75,8 @@ class ForwardBench:
         """The least that a forward must move: weights, the context's keys and values, logits."""
         weights, cache = self._runner.model.weights, self._runner.cache
         key_bytes = sum(t[0, 0].nbytes for pair in cache.layers for t in pair)
-        width, item = weights.embedding.shape[1], weights.embedding.itemsize
-        return self.weight_bytes + (self.context + rows) * key_bytes + rows * (width + weights.head.out_features) * item
+        ends = rows * (weights.head.in_features + weights.head.out_features) * self._runner.model.dtype.itemsize
+        return self.weight_bytes + (self.context + rows) * key_bytes + ends
 
     def flops(self, rows: int) -> int:
         """Of the matrix products and the attention."""

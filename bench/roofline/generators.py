@@ -62,7 +62,7 @@ def pearl_contenders(stack: ExitStack, llm: LLM, threads: int) -> list[Contender
     methods = {"autoregressive": threads, "speculative": threads}
     if threads == 1:
         methods["pearl"] = 2
-    dtype = str(llm.models.target.model.weights.embedding.dtype).removeprefix("torch.")
+    dtype = str(llm.models.target.model.dtype).removeprefix("torch.")
     contenders: list[Contender] = []
     for method, cores in methods.items():
         variant = llm.variant(method=method)
@@ -84,7 +84,7 @@ def transformers_contenders(llm: LLM, target: str, draft: str, thread_counts: Se
     """``generate`` and assisted generation with the same pair, weights in the dtype of ``llm``'s."""
     from transformers import AutoModelForCausalLM
 
-    dtype = llm.models.target.model.weights.embedding.dtype
+    dtype = llm.models.target.model.dtype
     with _silent_transformers():
         model, assistant = (
             AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False) for path in (target, draft)
@@ -127,7 +127,7 @@ def llama_cpp_contenders(
         from bench.roofline.gguf_export import write_gguf
     except ImportError as error:
         return LeftOut("llama.cpp", f"not installed ({error}): pip install llama-cpp-python gguf")
-    dtype = llm.models.target.model.weights.embedding.dtype
+    dtype = llm.models.target.model.dtype
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     try:
         write_gguf(Path(target), folder / "target.gguf", dtype)

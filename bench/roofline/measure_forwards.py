@@ -65,7 +65,7 @@ def measure_forwards(
     models = {"target": llm.models.target, "draft": llm.models.draft}
     benches = {name: ForwardBench(name, runner, report.settings["context"]) for name, runner in models.items()}
     sizes = {MEMORY: 8 * last_level_cache(), **{name: bench.weight_bytes for name, bench in benches.items()}}
-    samples = _Samples(models["target"].model.weights.embedding.dtype)
+    samples = _Samples(models["target"].model.dtype)
     with ExitStack() as stack:
         streams = {
             (buffer, threads): stack.enter_context(CpuStream(size, threads))

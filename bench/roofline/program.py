@@ -139,7 +139,7 @@ def _measure(
     with ExitStack() as stack, Progress(*columns, console=console, refresh_per_second=2) as progress:
         task = progress.add_task("loading", total=ROUNDS * settings["repeats"])
         llm = stack.enter_context(LLM(**options, method="pearl", draft_threads=1, target_threads=1))
-        report.dtype = str(llm.models.target.model.weights.embedding.dtype).removeprefix("torch.")
+        report.dtype = str(llm.models.target.model.dtype).removeprefix("torch.")
         ids = _token_ids(llm, texts, settings["max_tokens"], settings["context"])
 
         def advance(name: str) -> None:

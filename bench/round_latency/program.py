@@ -21,15 +21,15 @@ from bench.round_latency.cell import Interrupted, Load, measure
 from bench.round_latency.memory import DoesNotFit, explaining_what_does_not_fit, require_host_room
 from bench.round_latency.report import Cell, Latencies, Report, tables, write_json, write_markdown
 from bench.shared.bandwidth import last_level_cache, read_bandwidth
+from bench.shared.numbers import positive_numbers
 from pearl.bench.command import run_command
-from pearl.bench.options import check_output, check_rate, parse_shapes, rate_label, whole_number
+from pearl.bench.options import check_output, check_rate, parse_shapes, rate_label
 from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, random_decoders
 from pearl.config import EngineConfig
 from pearl.errors import ConfigurationError
 from pearl.interrupts import INTERRUPTED, InterruptGuard
 from pearl.models import KVCache
 from pearl.models.weight_size import weight_bytes
-from pearl.user_values import shown
 
 _LARGE = 1 << 30  # bytes, of a buffer that no cache holds
 
@@ -57,7 +57,7 @@ def latency(
     """Milliseconds of a decode step, a verification, a draft window and a round; tokens per second of the methods."""
     check_rate(synthetic_acceptance)
     pair = parse_shapes(shapes)
-    batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
+    batches, contexts = positive_numbers("--batch", batch), positive_numbers("--context", context)
     check_output("--json", json_out)
     check_output("--markdown", markdown)
     options: dict[str, Any] = {
@@ -84,13 +84,6 @@ def latency(
         console.print(f"written to {path}")
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    numbers = [whole_number(name.strip()) or 0 for name in text.split(",")]
-    if not all(numbers):
-        raise ConfigurationError(f"{option} takes integers >= 1, separated by commas, not {shown(text)}")
-    return list(dict.fromkeys(numbers))
 
 
 def _check_lengths(loads: Sequence[Load], pair: tuple[str, str], config: EngineConfig) -> None:

@@ -26,6 +26,17 @@ void check_rows(const char* name, const int64_t* values, int64_t count, int64_t 
   }
 }
 
+/// Row `row`, of `bytes`, of a matrix in WeightFormat::kFull: the inputs of a step are 4 bytes of each column.
+void read_packed_row(const void* packed, int64_t row, int64_t bytes, uint8_t* out) {
+  constexpr int64_t kStep = 4, kStride = kStep * kPanelColumns;
+  const int64_t panel_bytes = (bytes + kStep - 1) / kStep * kStride;
+  const auto* in =
+      static_cast<const uint8_t*>(packed) + row / kPanelColumns * panel_bytes + row % kPanelColumns * kStep;
+  for (int64_t done = 0; done < bytes; done += kStep, in += kStride) {
+    std::memcpy(out + done, in, static_cast<size_t>(std::min(kStep, bytes - done)));
+  }
+}
+
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
@@ -43,6 +54,9 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, co
     for (const PackedMatrix* matrix : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) count_weights(*matrix);
   }
   count_weights(head_);
+  if (embedding_ == nullptr && head_.format != WeightFormat::kFull) {
+    throw std::invalid_argument("decoder: an int8 head cannot be read as the embedding");
+  }
 }
 
 void Decoder::count_weights(const PackedMatrix& matrix) {
@@ -92,7 +106,12 @@ void Decoder::embed(const DecoderBatch& batch) {
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
   const auto* table = static_cast<const uint8_t*>(embedding_);
   for (int64_t i = 0; i < batch.tokens; ++i) {
-    std::memcpy(residual_.data() + i * bytes, table + batch.input_ids[i] * bytes, bytes);
+    uint8_t* out = residual_.data() + i * bytes;
+    if (table == nullptr) {
+      read_packed_row(head_.weight, batch.input_ids[i], bytes, out);
+    } else {
+      std::memcpy(out, table + batch.input_ids[i] * bytes, bytes);
+    }
   }
 }
 

@@ -81,7 +81,7 @@ class Decoder {
 
   DecoderShape shape_;
   std::vector<DecoderLayer> layers_;
-  const void* embedding_;  // [vocab_size, hidden]
+  const void* embedding_;  // [vocab_size, hidden]; null: the rows of the head, which is not int8 then
   const void* norm_;       // [hidden]
   PackedMatrix head_;      // [vocab_size, hidden]
   const float* cos_sin_;   // [max_position, head_dim]

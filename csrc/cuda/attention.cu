@@ -41,7 +41,7 @@ cudaError_t launch(void (*kernel)(AttentionTask), AttentionTask task, const Cut&
   error =
       cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(cut.blocks), static_cast<unsigned>(cut.splits));
+  const dim3 grid(static_cast<unsigned>(cut.blocks), static_cast<unsigned>(cut.strides()));
   PEARL_LAUNCH(kernel, grid, dim3(threads), bytes, stream, task);
   return cudaGetLastError();
 }
@@ -113,8 +113,7 @@ cudaError_t place_partials(const AttentionParams& p, const Cut& cut, AttentionTa
   if (cut.splits == 1) return cudaSuccess;
   if (p.workspace.bytes < workspace_bytes(p, cut) || !aligned(16, p.workspace.data)) return cudaErrorInvalidValue;
   task.partial_sum = static_cast<float*>(p.workspace.data);
-  task.partial_row =
-      reinterpret_cast<float2*>(task.partial_sum + cut.partial_rows * p.query_heads * cut.slots() * p.head_dim);
+  task.partial_row = reinterpret_cast<float2*>(task.partial_sum + cut.sums(p));
   task.counters = p.counters;
   if (counters_suffice(p, cut)) return cudaSuccess;
   task.counters = reinterpret_cast<uint32_t*>(static_cast<char*>(p.workspace.data) + cut.partial_bytes(p));
@@ -144,7 +143,7 @@ cudaError_t verify_attention(const AttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.sequences == 0) return cudaSuccess;
   if (!supported(p)) return cudaErrorInvalidValue;
   const Cut cut = cut_attention(p);
-  if (cut.splits > kMostSplits) return cudaErrorInvalidValue;
+  if (cut.strides() > kMostStrides) return cudaErrorInvalidValue;
 
   AttentionTask task = {};
   task.p = p;
@@ -154,7 +153,8 @@ cudaError_t verify_attention(const AttentionParams& p, cudaStream_t stream) {
   task.capacity = static_cast<int>(cut.capacity);
   task.split_keys = split_keys(p.kv_heads);
   task.splits = static_cast<int>(cut.splits);
-  task.groups = static_cast<int>(cut.groups);
+  task.walk = static_cast<int>(cut.walk);
+  task.group_slot = cut.walk > 1 ? 0 : task.splits;
   task.slots = static_cast<int>(cut.slots());
   task.counters_of_block = static_cast<int>(cut.counters_of_block());
   task.partial_by_sequence = cut.partial_by_sequence;

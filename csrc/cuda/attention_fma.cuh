@@ -144,20 +144,19 @@ constexpr int64_t kFmaStageBytes = 2 * kFmaKeys * kWidth * sizeof(T);
 
 inline constexpr int kFmaResident = 2;  // blocks that a multiprocessor is meant to run at a time
 
-/// Grid as attend_mma's.
+/// As attend_mma_split.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(32 * kFmaWarps, kFmaResident) attend_fma(const __grid_constant__ AttentionTask task) {
+__device__ __forceinline__ bool attend_fma_split(const AttentionTask& task, int split, float* shared, BlockRows& rows) {
   constexpr int kThreads = 32 * kFmaWarps, kTile = kFmaKeys * kWidth;
-  PEARL_DYN_SMEM(float, shared);
   float* const queries = shared;
   float4* const passes = reinterpret_cast<float4*>(queries + kFmaRows * kWidth);
   T* const ring = reinterpret_cast<T*>(passes + kThreads);
 
-  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads), split = blockIdx.y;
-  const BlockRows rows = block_rows_at<kFmaRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
-  if (rows.count <= 0) return;
+  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads);
+  rows = block_rows_at<kFmaRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  if (rows.count <= 0) return false;
   const KeyRange keys = overlap(block_keys(task, rows), split_range(task, rows, split));
-  if (keys.begin >= keys.end) return;
+  if (keys.begin >= keys.end) return false;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stages = task.stages;
   for (int i = threadIdx.x; i < kFmaRows * kWidth; i += kThreads) {
@@ -203,7 +202,16 @@ __global__ void __launch_bounds__(32 * kFmaWarps, kFmaResident) attend_fma(const
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   own.store(task, rows, kv_head, split, queries, passes + warp * kFmaKeys);
-  merge_if_last<kThreads>(task, rows, kv_head, split, reinterpret_cast<bool*>(ring));
+  return true;
+}
+
+/// Grid as attend_mma's.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(32 * kFmaWarps, kFmaResident) attend_fma(const __grid_constant__ AttentionTask task) {
+  PEARL_DYN_SMEM(float, shared);
+  BlockRows rows;
+  walk<32 * kFmaWarps, kFmaRows>(task, rows, reinterpret_cast<bool*>(shared),
+                                 [&](int split) { return attend_fma_split<T, kWidth>(task, split, shared, rows); });
 }
 
 }  // namespace pearl::cuda

@@ -120,20 +120,20 @@ constexpr int64_t kMmaStageBytes = 2 * kTileKeys * kWidth * sizeof(T);
 template <int kTeams>
 constexpr int kMmaResident = kTeams == 1 ? 2 : 1;
 
-/// Grid: {blocks of rows * kv_heads, splits}. The heads of a page, which lie side by side, are neighbours in the grid.
+/// The block's rows against one split of the keys: stores results, or partial ones. False if there is nothing to do.
+/// `rows` become the block's.
 template <class T, int kWidth, int kRowTiles, int kTeams>
-__global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kMmaResident<kTeams>)
-    attend_mma(const __grid_constant__ AttentionTask task) {
+__device__ __forceinline__ bool attend_mma_split(const AttentionTask& task, int split, unsigned char* shared,
+                                                 BlockRows& rows) {
   constexpr int kThreads = 32 * kKeyWarps * kTeams, kRows = 16 * kRowTiles * kTeams, kTile = kTileKeys * kWidth;
-  PEARL_DYN_SMEM(unsigned char, shared);
   T* const queries = reinterpret_cast<T*>(shared);
   T* const ring = queries + kRows * kWidth;  // stages of a tile of keys and one of values
 
-  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads), split = blockIdx.y;
-  const BlockRows rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
-  if (rows.count <= 0) return;
+  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads);
+  rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  if (rows.count <= 0) return false;
   const KeyRange keys = overlap(block_keys(task, rows), split_range(task, rows, split));
-  if (keys.begin >= keys.end) return;
+  if (keys.begin >= keys.end) return false;
 
   const int lane = threadIdx.x % 32, key_warp = threadIdx.x / 32 % kKeyWarps, team = team_of_thread<kTeams>();
   const PageReader pages(task, rows, keys);
@@ -174,9 +174,21 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kMmaResident<kTeams>)
   // No copy is on its way: the last tile was the youngest that any thread copied.
   __syncthreads();  // sums are written over queries and keys that other warps may still read
   // The same rows again, from the cache: kept through the loop they would cost the registers that spills are made of.
-  const BlockRows again = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
-  merge_warps(task, again, kv_head, split, sums, *reinterpret_cast<MergeBuffer<kWidth, kRowTiles, kTeams>*>(shared));
-  merge_if_last<kThreads>(task, again, kv_head, split, reinterpret_cast<bool*>(shared));
+  rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  merge_warps(task, rows, kv_head, split, sums, *reinterpret_cast<MergeBuffer<kWidth, kRowTiles, kTeams>*>(shared));
+  return true;
+}
+
+/// Grid: {blocks of rows * kv_heads, splits, or groups of them if a block walks}. The heads of a page, which lie side
+/// by side, are neighbours in the grid.
+template <class T, int kWidth, int kRowTiles, int kTeams>
+__global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kMmaResident<kTeams>)
+    attend_mma(const __grid_constant__ AttentionTask task) {
+  PEARL_DYN_SMEM(unsigned char, shared);
+  BlockRows rows;
+  walk<32 * kKeyWarps * kTeams, 16 * kRowTiles * kTeams>(task, rows, reinterpret_cast<bool*>(shared), [&](int split) {
+    return attend_mma_split<T, kWidth, kRowTiles, kTeams>(task, split, shared, rows);
+  });
 }
 
 }  // namespace pearl::cuda

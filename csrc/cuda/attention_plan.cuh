@@ -16,10 +16,11 @@
 
 namespace pearl::cuda {
 
-inline constexpr int kTileKeys = 64;           // keys of a tensor core block's step: 16 for each of four warps
-inline constexpr int kSplitGroup = 8;          // splits whose partial results are merged first
-inline constexpr int kWindowRows = 32;         // of a sequence that is split; prompts fill the GPU as they are
-inline constexpr int64_t kMostSplits = 65535;  // of a grid's second dimension
+inline constexpr int kTileKeys = 64;            // keys of a tensor core block's step: 16 for each of four warps
+inline constexpr int kSplitGroup = 8;           // splits whose partial results are merged first
+inline constexpr int kWindowRows = 32;          // of a sequence that is split; prompts fill the GPU as they are
+inline constexpr int64_t kMostStrides = 65535;  // of a grid's second dimension
+inline constexpr int64_t kMostAtOnce = int64_t{256} << 20;   // bytes of partial results if each split has a block
 inline constexpr int64_t kMostWorkspace = int64_t{1} << 30;  // bytes; a call that would need more splits nothing
 
 /// Keys of a split. 512: at batch 1 with 8 KV heads, 8k keys are 128 blocks, one for each multiprocessor of an H100,
@@ -61,22 +62,29 @@ inline int block_rows(const AttentionParams& p) {
   return packed <= 16 ? 16 : packed <= 32 || p.head_dim > 128 ? 32 : 64;
 }
 
-/// A call's division. Splits cover the block tables' capacity; those past a sequence's context end at once.
+/// A call's division. Splits cover the block tables' capacity; those past a sequence's context end at once. Where the
+/// partial results of all splits are too many, a block walks over a group's splits, one after the other, and keeps only
+/// the group's: the same sums in the same order.
 struct Cut {
   int rows;                  // packed, of a block
   int64_t blocks;            // of all rows and KV heads: the grid's first dimension
   int64_t capacity;          // keys that a row of the block tables has room for
   int64_t splits;            // 1: no sequence is split
-  int64_t groups;            // of splits
+  int64_t walk;              // splits of a block: 1 or kSplitGroup
   bool partial_by_sequence;  // each sequence has kWindowRows rows of partial results; else every token has one
   int64_t partial_rows;      // how many there are
-  int64_t counters_of_block() const { return groups == 1 ? 1 : groups + 1; }
+
+  int64_t groups() const { return (splits + kSplitGroup - 1) / kSplitGroup; }
+  int64_t strides() const { return (splits + walk - 1) / walk; }  // the grid's second dimension
+  /// Of partial results, of a row and head: the splits', then the groups'.
+  int64_t slots() const { return walk > 1 ? groups() : groups() == 1 ? splits : splits + groups(); }
+  int64_t counters_of_block() const { return walk > 1 || groups() == 1 ? 1 : groups() + 1; }
   int64_t counters() const { return splits == 1 ? 0 : blocks * counters_of_block(); }
-  int64_t slots() const { return groups == 1 ? splits : splits + groups; }  // of partial results, of a row and head
-  /// Bytes of partial results: of each row, head and slot sums [D], peak and mass, all fp32.
+  /// Elements of partial results: sums [D], and pairs of peak and mass, one, or one for each four sums.
+  int64_t sums(const AttentionParams& p) const { return partial_rows * p.query_heads * slots() * p.head_dim; }
+  int64_t pairs(const AttentionParams& p) const { return sums(p) / (walk > 1 ? 4 : p.head_dim); }
   int64_t partial_bytes(const AttentionParams& p) const {
-    if (splits == 1) return 0;
-    return partial_rows * p.query_heads * slots() * (p.head_dim + 2) * static_cast<int64_t>(sizeof(float));
+    return splits == 1 ? 0 : (sums(p) + 2 * pairs(p)) * static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -86,12 +94,13 @@ inline Cut cut_attention(const AttentionParams& p) {
   cut.blocks = (p.tokens * (p.query_heads / p.kv_heads) / cut.rows + p.sequences) * p.kv_heads;
   cut.capacity = std::min(p.table_width * p.page_size, kMaxCapacity);
   const int64_t keys = split_keys(p.kv_heads);
-  cut.splits = std::max<int64_t>(1, (cut.capacity + keys - 1) / keys);
-  cut.groups = (cut.splits + kSplitGroup - 1) / kSplitGroup;
+  const bool only_a_prompt = p.sequences == 1 && p.tokens > kWindowRows;
+  cut.splits = only_a_prompt ? 1 : std::max<int64_t>(1, (cut.capacity + keys - 1) / keys);
+  cut.walk = 1;
   cut.partial_by_sequence = p.tokens > kWindowRows * p.sequences;
   cut.partial_rows = cut.partial_by_sequence ? kWindowRows * p.sequences : p.tokens;
-  const bool only_a_prompt = p.sequences == 1 && p.tokens > kWindowRows;
-  if (only_a_prompt || cut.partial_bytes(p) > kMostWorkspace) cut.splits = cut.groups = 1;
+  if (cut.partial_bytes(p) > kMostAtOnce) cut.walk = kSplitGroup;
+  if (cut.partial_bytes(p) > kMostWorkspace) cut.splits = cut.walk = 1;
   return cut;
 }
 
@@ -111,15 +120,16 @@ inline int ring_stages(int64_t other_bytes, int64_t stage_bytes, int resident, c
 /// What the kernels are given.
 struct AttentionTask {
   AttentionParams p;
-  int group, window;                             // window: INT32_MAX if there is none
-  int64_t slot_bytes;                            // of all heads of a key, in one cache
-  int capacity, split_keys;                      // split_keys: a multiple of kTileKeys
-  int splits, groups, slots, counters_of_block;  // as in Cut
-  int stages;                                    // of the ring of tiles
-  bool aligned_q;                                // every row of q begins at a multiple of 16 bytes
+  int group, window;                           // window: INT32_MAX if there is none
+  int64_t slot_bytes;                          // of all heads of a key, in one cache
+  int capacity, split_keys;                    // split_keys: a multiple of kTileKeys
+  int splits, walk, slots, counters_of_block;  // as in Cut
+  int group_slot;                              // the first of the groups' slots
+  int stages;                                  // of the ring of tiles
+  bool aligned_q;                              // every row of q begins at a multiple of 16 bytes
   bool partial_by_sequence;
-  float* partial_sum;   // [partial_rows, query_heads, slots, D], relative to 2^peak; slots: splits, then groups
-  float2* partial_row;  // [partial_rows, query_heads, slots]: peak and mass
+  float* partial_sum;   // [partial_rows, query_heads, slots, D], relative to 2^peak
+  float2* partial_row;  // [partial_rows, query_heads, slots, D / 4 if a block walks, else 1]: peak and mass
   uint32_t* counters;   // [blocks, counters_of_block]: arrivals of each group, then of groups; zero before and after
 };
 

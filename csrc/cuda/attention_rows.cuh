@@ -156,28 +156,4 @@ __device__ __forceinline__ void store_result(const AttentionTask& task, const Bl
   store_output(task.p, output_row(task, rows, row, kv_head) * task.p.head_dim + column, sum);
 }
 
-/// Columns [column, column + kCount) of a row's sums relative to 2^peak, in one slot of its partial results.
-template <int kCount>
-__device__ __forceinline__ void store_partial(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
-                                              int slot, int column, const float (&sum)[kCount], float peak,
-                                              float mass) {
-  const int64_t to = partial_slots(task, rows, row, kv_head) + slot;
-  store_as(task.partial_sum + to * task.p.head_dim + column, sum);
-  if (column == 0) task.partial_row[to] = make_float2(peak, mass);
-}
-
-/// A row's sums over the block's split: the result if all keys that the row sees are in this split, a partial one if
-/// only some are, nothing if none is.
-template <int kCount>
-__device__ __forceinline__ void store_row(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
-                                          int split, int column, float (&sum)[kCount], float peak, float mass) {
-  const KeyRange keys = row_keys(task, rows, row), range = split_range(task, rows, split), both = overlap(keys, range);
-  if (both.begin >= both.end) return;
-  if (within(keys, range)) {
-    store_result(task, rows, row, kv_head, column, sum, mass);
-  } else {
-    store_partial(task, rows, row, kv_head, split, column, sum, peak, mass);
-  }
-}
-
 }  // namespace pearl::cuda

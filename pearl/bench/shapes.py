@@ -165,8 +165,9 @@ class _RandomWeights:
         shape = self.shape
         embedding = self._numbers(shape.vocab_size, shape.hidden)
         layers = tuple(self._layer() for _ in range(shape.layers))
-        head = embedding if shape.tied else self._numbers(shape.vocab_size, shape.hidden)
-        return DecoderWeights(embedding, layers, self._norm(shape.hidden), self.kernels.pack_linear(head))
+        packed = self.kernels.pack_linear(embedding if shape.tied else self._numbers(shape.vocab_size, shape.hidden))
+        is_head = shape.tied and packed.scale is None
+        return DecoderWeights(None if is_head else embedding, layers, self._norm(shape.hidden), packed)
 
     def _layer(self) -> LayerWeights:
         shape = self.shape

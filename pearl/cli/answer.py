@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pearl.cli.attribution import Attribution
+from pearl.cli.resident import resident
 from pearl.cli.summary import Summary
 from pearl.cli.terminal import DRAFTED, OWN, Terminal
 from pearl.errors import RoundError
@@ -85,8 +86,8 @@ class Answer:
         return Summary.of([output.metrics for output in self.outputs])
 
     def closing_line(self, method: str) -> str:
-        line = self.summary.line(method)
-        return f"interrupted · {line}" if self.interrupted else line
+        parts = ["interrupted"] if self.interrupted else []
+        return " · ".join(filter(None, (*parts, self.summary.line(method), resident())))
 
 
 def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, display: Display) -> Answer:

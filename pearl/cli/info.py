@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pearl.cli.resident import resident
 from pearl.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _machine_table(config: EngineConfig) -> Table:
     table.add_row("device", f"target on {config.resolve_device('target')}, draft on {config.resolve_device('draft')}")
     table.add_row("cuda", _cuda())
     table.add_row("threads", f"target {target_threads}, draft {draft_threads}")
+    table.add_row("memory", f"{resident() or 'unknown'}, without a model")
     return table
 
 

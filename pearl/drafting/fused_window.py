@@ -42,7 +42,7 @@ class FusedWindows:
         self._core, self._drafter = _core, _core.WindowDrafter(decoder.native)
         self._decoder, self._rule, self._ring = decoder, rule, ring
         self._vocab_size, self._stream = vocab_size, stream
-        self._width, self._dtype = runner.model.config.vocab_size, runner.model.weights.embedding.dtype
+        self._width, self._dtype = runner.model.config.vocab_size, runner.model.dtype
         self._batches = SamplingBatches(runner.queue.device, for_draft=True)
 
     def draft(self, work: Sequence[DraftWork]) -> tuple[Windows, int]:

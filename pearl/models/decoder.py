@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pearl.models.collective import Collective
@@ -33,10 +34,10 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    embedding: Tensor  # [V, D]
+    embedding: Tensor | None  # [V, D]; None: the rows of the head
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
-    head: LinearWeight  # [V, D]; made from the embedding where they are tied
+    head: LinearWeight  # [V, D]
     head_bias: Tensor | None = None  # [V], of a widened vocabulary
 
 
@@ -55,10 +56,14 @@ class Decoder:
         self.config, self.weights, self.kernels, self.collective = config, weights, kernels, collective
         self.cos_sin = cos_sin  # [max_model_len, head_dim]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.norm.dtype
+
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Compute all N tokens, write their keys and values, and return logits ``[M, V]`` of batch.logits_rows."""
         kernels, eps = self.kernels, self.config.eps
-        x = self.weights.embedding[batch.input_ids]
+        x = self.embed(batch.input_ids)
         residual: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             if residual is None:
@@ -72,12 +77,18 @@ class Decoder:
         assert residual is not None  # ModelConfig has at least one layer
         rows = batch.logits_rows
         if rows.shape[0] == 0:
-            return x.new_empty(0, self.weights.embedding.shape[0])
+            return x.new_empty(0, self.config.vocab_size)
         if rows.shape[0] < x.shape[0]:
             x, residual = x[rows], residual[rows]
         normed = kernels.add_rms_norm(x, residual, self.weights.norm, eps)
         logits: Tensor = kernels.linear(normed, self.weights.head, self.weights.head_bias)
         return logits if self.collective is None else self.collective.gather_logits(logits)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """``[N, D]`` for int64 ids ``[N]``."""
+        embedding = self.weights.embedding
+        rows: Tensor = self.kernels.weight_rows(self.weights.head, ids) if embedding is None else embedding[ids]
+        return rows
 
     def _add_up(self, part: Tensor) -> Tensor:
         return part if self.collective is None else self.collective.add_up(part)

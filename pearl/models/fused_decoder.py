@@ -44,7 +44,7 @@ class FusedDecoder:
         pages, page_size, _, _ = cache.layers[0][0].shape
         self._page_size = page_size
         shape = _core.Shape(
-            DTYPE_CODES[weights.embedding.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
+            DTYPE_CODES[model.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
             config.ffn, config.vocab_size, model.cos_sin.shape[0], pages, page_size, config.eps, config.head_dim**-0.5,
         )  # fmt: skip
         layers = [
@@ -90,7 +90,7 @@ class FusedDecoder:
 
     def new_logits(self, rows: int) -> Tensor:
         """Uninitialised, ``[rows, V]``."""
-        return self._model.weights.embedding.new_empty(rows, self._model.config.vocab_size)
+        return self._model.weights.norm.new_empty(rows, self._model.config.vocab_size)
 
     def _forward(self, batch: _core.AnyBatch, rows: int) -> Tensor:
         logits = self.new_logits(rows)

@@ -17,6 +17,7 @@ from pearl.models.model_config import ModelConfig
 from pearl.models.quantization import refuse_quantized
 from pearl.models.rope import cos_sin_table
 from pearl.models.sharding import Sharding, Span, shard
+from pearl.models.weight_memory import WeightMemory
 from pearl.models.widening import bias_of_missing, widen, widen_embedding
 from pearl_kernels import KernelSet, LinearWeight
 
@@ -35,9 +36,8 @@ def load_model(
     """Load a model from a local folder or a hub id; with ``sharding`` the part of one tensor-parallel rank.
 
     ``vocab_size``: ids that a whole model must take; those that it lacks are never its own choice (``widening``).
-    One matrix, as stored and as packed, is in memory beside the model at any time. A tied head that a provider packs
-    is a second copy of the embedding. Raises ModelLoadError or UnsupportedModelError, as ``Checkpoint`` does, before
-    any weight is read.
+    One matrix, as stored and as packed, is in memory beside the model at any time. Raises ModelLoadError or
+    UnsupportedModelError, as ``Checkpoint`` does, before any weight is read.
     """
     folder = fetch_description(str(path))
     refuse_quantized(folder)
@@ -66,17 +66,24 @@ class _Assembler:
     ) -> None:
         self._checkpoint, self._sharding = checkpoint, sharding
         self._dtype, self._device, self._kernels = dtype, device, kernels
+        self._memory = WeightMemory(device)
 
     def decoder(self) -> DecoderWeights:
         config, vocab = self._checkpoint.config, self._sharding.vocab
-        embedding = widen_embedding(self._read(EMBEDDING), vocab.size)
-        bias = bias_of_missing(config.vocab_size, vocab.size, embedding)
+        embedding, head = self._ends()
         layers = tuple(self._layer(layer_prefix(index)) for index in range(config.layers))
         norm = self._read(NORM)
+        return DecoderWeights(embedding, layers, norm, head, bias_of_missing(config.vocab_size, vocab.size, norm))
+
+    def _ends(self) -> tuple[Tensor | None, LinearWeight]:
+        """Embedding and head; the head alone where its rows are the embeddings."""
+        config, vocab = self._checkpoint.config, self._sharding.vocab
+        embedding = widen_embedding(self._stored(EMBEDDING), vocab.size)
         if config.tied and vocab.size >= config.vocab_size:
-            return DecoderWeights(embedding, layers, norm, self._kernels.pack_linear(embedding), bias)
-        head = (EMBEDDING if config.tied else HEAD).removesuffix(".weight")
-        return DecoderWeights(embedding, layers, norm, self._columns([(head, vocab)], config.hidden), bias)
+            head = self._pack(embedding)
+            return (None if head.scale is None else self._memory.keep(embedding)), head
+        name = (EMBEDDING if config.tied else HEAD).removesuffix(".weight")
+        return self._memory.keep(embedding), self._columns([(name, vocab)], config.hidden)
 
     def _layer(self, prefix: str) -> LayerWeights:
         config, sharding = self._checkpoint.config, self._sharding
@@ -101,21 +108,25 @@ class _Assembler:
             down_bias=self._read(mlp + "down_proj.bias") if down_bias else None,
         )
 
-    def _read(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
         return self._checkpoint.read(name).to(self._device, self._dtype)
+
+    def _read(self, name: str) -> Tensor:
+        return self._memory.keep(self._stored(name))
 
     def _columns(self, parts: list[_Part], inputs: int) -> LinearWeight:
         """Column-parallel: the rank's outputs of several projections of one input, as one matrix."""
-        packed: LinearWeight = self._kernels.pack_linear(self._stack(parts, ".weight", inputs))
-        return packed
+        return self._pack(self._stack(parts, ".weight", inputs))
 
     def _rows(self, name: str, outputs: int, span: Span) -> LinearWeight:
         """Row-parallel: all outputs, the rank's inputs."""
         matrix = torch.zeros((outputs, span.size), dtype=self._dtype, device=self._device)
         whole = Span(0, outputs, outputs)
         matrix[:, : span.end - span.begin].copy_(self._checkpoint.read(name + ".weight", whole, span))
-        packed: LinearWeight = self._kernels.pack_linear(matrix)
-        return packed
+        return self._pack(matrix)
+
+    def _pack(self, matrix: Tensor) -> LinearWeight:
+        return self._memory.keep_matrix(self._kernels.pack_linear(matrix))
 
     def _stack(self, parts: list[_Part], suffix: str, *inputs: int) -> Tensor:
         merged = torch.zeros((sum(span.size for _, span in parts), *inputs), dtype=self._dtype, device=self._device)

@@ -18,6 +18,7 @@ _NAMES = (
     "add_rms_norm",
     "silu_and_mul",
     "pack_linear",
+    "weight_rows",
     "linear",
     "rope_and_cache",
     "verify_attention",

@@ -27,6 +27,18 @@ def pack_linear(weight: Tensor, weights: WeightFormat = "full") -> LinearWeight:
     return LinearWeight(data.contiguous(), rows, columns, plain.scale)
 
 
+def weight_rows(weight: LinearWeight, rows: Tensor) -> Tensor:
+    """As the reference."""
+    _require_packed("weight_rows", weight)
+    if weight.scale is not None:
+        raise ValueError("weight_rows: an int8 weight no longer has the numbers that were packed")
+    checks = CHECKS.beside("weight_rows", "weight", weight.data)
+    checks.contiguous("weight_rows", "rows", rows, torch.int64, (len(rows),))
+    panel = _core.PANEL_COLUMNS
+    steps = weight.data[rows // panel, :, rows % panel]
+    return steps.flatten(1)[:, : weight.in_features].contiguous()
+
+
 class ThreadedLinear:
     """``linear`` on a worker's own threads, which start at the first call and sleep between calls."""
 
@@ -48,8 +60,7 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tenso
 
 def _linear(threads: _core.LinearThreads, x: Tensor, weight: LinearWeight, bias: Tensor | None) -> Tensor:
     data, scale, width, out_width = weight.data, weight.scale, weight.in_features, weight.out_features
-    if data.dim() != 4:
-        raise ValueError("linear: weight must come from this provider's pack_linear")
+    _require_packed("linear", weight)
     checks = CHECKS.beside("linear", "x", x)
     code = checks.floating("linear", "x", x)
     dtype = data.dtype if scale is None else x.dtype
@@ -62,3 +73,8 @@ def _linear(threads: _core.LinearThreads, x: Tensor, weight: LinearWeight, bias:
         out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _require_packed(op: str, weight: LinearWeight) -> None:
+    if weight.data.dim() != 4:
+        raise ValueError(f"{op}: weight must come from this provider's pack_linear")

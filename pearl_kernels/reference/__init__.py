@@ -11,6 +11,7 @@ from pearl_kernels.reference.layers import (
     rope_and_cache,
     silu_and_mul,
     verify_attention,
+    weight_rows,
 )
 from pearl_kernels.reference.philox import Stream
 from pearl_kernels.reference.sampling import Rule, Sampled, SamplingTensors, Verdict, sample, verify
@@ -33,4 +34,5 @@ __all__ = [
     "silu_and_mul",
     "verify",
     "verify_attention",
+    "weight_rows",
 ]

@@ -71,6 +71,17 @@ def pack_linear(weight: Tensor, weights: WeightFormat = "full") -> LinearWeight:
     return LinearWeight(integers, out_features, in_features, scale)
 
 
+def weight_rows(weight: LinearWeight, rows: Tensor) -> Tensor:
+    """Rows of the matrix that was packed: of a head that is its model's embedding too, the embeddings of tokens.
+
+    Args: weight ``[M, K]`` from the same provider's ``pack_linear``, not int8; rows int64 ``[N]``, each in [0, M).
+    Returns ``[N, K]`` of its dtype, the very numbers that were packed. Raises ValueError if they were rounded to int8.
+    """
+    if weight.scale is not None:
+        raise ValueError("weight_rows: an int8 weight no longer has the numbers that were packed")
+    return weight.data[rows]
+
+
 def linear(x: Tensor, weight: LinearWeight | Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, all of one dtype; of int8 weights ``(x @ q.T) * scale + bias``.
 

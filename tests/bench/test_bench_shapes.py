@@ -83,7 +83,7 @@ def test_logits_are_of_a_models_size(name: str, dtype: str) -> None:
 
 
 def test_bfloat16_is_the_default(models: LoadedModels) -> None:
-    assert models.target.model.weights.embedding.dtype == torch.bfloat16
+    assert models.target.model.dtype == torch.bfloat16
     assert models.target.cache.layers[0][0].dtype == torch.bfloat16
 
 
@@ -118,7 +118,7 @@ def test_only_a_tied_head_is_the_embedding(name: str, tied: bool) -> None:
     model = random_decoders(config, name, None).target
     unit_rows = torch.eye(SHAPES[name].hidden)
     head = torch.cat([model.kernels.linear(row[None], model.weights.head) for row in unit_rows]).T
-    assert torch.allclose(head, model.weights.embedding) == tied
+    assert torch.allclose(head, model.embed(torch.arange(head.shape[0]))) == tied
 
 
 @pytest.mark.usefixtures("more_shapes")

@@ -23,7 +23,7 @@ def test_the_text_goes_to_stdout_and_the_closing_line_to_stderr(expected: str) -
     assert result.stdout == expected
     assert result.stderr.count("\n") == 1
     for part in ("24 tokens · ", " tok/s · ", "first token after ", " · pearl · ", "acceptance ", "mean accepted ",
-                 "tokens per target forward"):  # fmt: skip
+                 "tokens per target forward", " MB resident\n"):  # fmt: skip
         assert part in result.stderr
 
 

@@ -17,5 +17,5 @@ def test_version() -> None:
 def test_info_names_every_operator_and_every_reason() -> None:
     result = CliRunner().invoke(application(), ["info", "--device", "cpu"], env={"COLUMNS": "160"})
     assert result.exit_code == 0
-    for part in ("torch", "threads", "target on cpu", "reference", *OPERATORS):
+    for part in ("torch", "threads", "MB resident, without a model", "target on cpu", "reference", *OPERATORS):
         assert part in result.stdout

@@ -5,7 +5,8 @@
 
 using namespace pearl;
 
-// found[8]: packed rows of a block, blocks, splits, groups, rows of partial results, their bytes, slots, counters.
+// found[9]: packed rows of a block, blocks, splits, groups, rows of partial results, their bytes, slots, counters,
+// splits of a block.
 EXPORT void run_cut(int dtype, int64_t sequences, int64_t tokens, int64_t query_heads, int64_t kv_heads,
                     int64_t head_dim, int64_t capacity, int64_t most_rows, int64_t* found) {
   AttentionParams p = {};
@@ -19,9 +20,9 @@ EXPORT void run_cut(int dtype, int64_t sequences, int64_t tokens, int64_t query_
   p.table_width = capacity / 16;
   p.most_rows = most_rows;
   const cuda::Cut cut = cuda::cut_attention(p);
-  const int64_t all[8] = {cut.rows,         cut.blocks,           cut.splits,  cut.groups,
-                          cut.partial_rows, cut.partial_bytes(p), cut.slots(), cut.counters()};
-  std::copy(all, all + 8, found);
+  const int64_t all[9] = {cut.rows,    cut.blocks,     cut.splits, cut.groups(), cut.partial_rows, cut.partial_bytes(p),
+                          cut.slots(), cut.counters(), cut.walk};
+  std::copy(all, all + 9, found);
 }
 
 EXPORT int run_stages(int64_t other, int64_t stage, int resident, int block_shared, int multiprocessor_shared) {

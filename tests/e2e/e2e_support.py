@@ -208,8 +208,8 @@ def poison_ring(llm: LLM) -> None:
     """NaN wherever drafted tokens' logits will be kept: what is not written must not be read."""
     drafter = llm.engine._drafter
     assert isinstance(drafter, ModelDrafter)
-    embedding = drafter._runner.model.weights.embedding
-    drafter._ring.allocate(embedding.shape[0], embedding.dtype, embedding.device).fill_(torch.nan)
+    model = drafter._runner.model
+    drafter._ring.allocate(model.config.vocab_size, model.dtype, llm.models.target.queue.device).fill_(torch.nan)
 
 
 class Rounds(list[RoundRecord]):

@@ -69,6 +69,7 @@ def test_nothing_is_captured_after_the_warm_up(llama: Pair, open_llm: OpenLLM) -
     assert token_ids(outputs) == token_ids(open_llm(llama, device="cuda", enforce_eager=True).generate(batch, params))
 
 
+@pytest.mark.alone
 def test_the_models_work_at_the_same_time(open_llm: OpenLLM) -> None:
     """The bundled pair, on one GPU: by their events, both were busy for longer than the rounds lasted."""
     rounds = Rounds()

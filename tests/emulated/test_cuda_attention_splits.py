@@ -38,6 +38,19 @@ def test_a_row_s_bits_are_the_same_alone_and_in_any_batch(dtype: torch.dtype) ->
         assert torch.equal(run(attention, q, cache, most_rows=most_rows), together), most_rows
 
 
+@pytest.mark.parametrize(("dtype", "window"), [(FP32, 0), (BF16, 0), (BF16, 1900)])
+def test_a_block_that_walks_over_a_group_s_splits_gives_the_same_bits(dtype: torch.dtype, window: int) -> None:
+    """Tables for a million keys: the partial results of all splits would take more than 256 MiB."""
+    q, cache = inputs(MIXED, (4, 1), 64, dtype)
+    missing = (1 << 20) // 16 - cache.block_tables.shape[1]
+    tables = torch.nn.functional.pad(cache.block_tables, (0, missing), value=-(2**31))
+    wide = Paged(cache.k_cache, cache.v_cache, tables, cache.query_start, cache.context_lens)
+    size = build.module("attention.cu").verify_attention_workspace(*arguments(q, wide, q), (0, 0))
+    slots, blocks = (1 << 20) // 256 // 8, (59 * 4 // 16 if dtype is FP32 else 59 * 4 // 32) + 8
+    assert size == 59 * 4 * slots * (64 + 2 * 64 // 4) * 4 + blocks * 4
+    assert torch.equal(run(attention, q, wide, window), run(attention, q, cache, window))
+
+
 def test_with_more_heads_splits_are_longer_and_as_independent() -> None:
     q, cache = inputs([(2, 1100), (1, 20), (1, 513)], (4, 4), 64, BF16)
     together = run(attention, q, cache)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pearl_kernels import reference
 from pearl_kernels.triton import attention as triton_attention
-from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Plan, Tile, plan, plan_merge, row_blocks
+from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Gpu, Plan, Tile, plan, plan_merge, row_blocks
 
 # Rows of a block that no sequence has see no keys; numpy, which the interpreter computes with, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
@@ -349,7 +349,7 @@ every_shape = pytest.mark.parametrize(("tokens", "sequences"), SHAPES)
 
 
 def planned(tokens: int, sequences: int, capacity: int, group: int = 4, dtype: torch.dtype = torch.bfloat16) -> Plan:
-    return plan(tokens, sequences, group, 8, 128, dtype, capacity, cores=132)
+    return plan(tokens, sequences, group, 8, 128, dtype, capacity, Gpu(cores=132, shared=227 * 1024))
 
 
 @every_shape

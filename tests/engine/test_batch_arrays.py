@@ -7,8 +7,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pearl.host_tensors import Layout, array, start_download, upload
 from pearl.messages import ForwardWork, SequenceState
@@ -17,6 +15,8 @@ from pearl.sampling_params import SamplingParams
 from pearl.workers.batch_arrays import DTYPES, BatchLists
 from pearl.workers.shapes import ShapeLimits
 
+hypothesis = pytest.importorskip("hypothesis", reason="some arrays here are hypothesis's examples")
+given, st = hypothesis.given, hypothesis.strategies
 PAGE = 4
 CPU = torch.device("cpu")
 

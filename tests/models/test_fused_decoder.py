@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build, load
+from families import FAMILIES, SHAPE, build, load
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pearl.messages import ForwardWork, SequenceState
 from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, bundled_path, can_fuse, load_model
@@ -83,6 +84,17 @@ def assert_same_bits(decoder: Decoder, dtype: torch.dtype) -> None:
 def test_same_bits_as_operator_by_operator(folder: Path, dtype: torch.dtype) -> None:
     decoder = load(folder, dtype)
     assert can_fuse(decoder)
+    assert_same_bits(decoder, dtype)
+
+
+@both_dtypes
+def test_odd_rows_of_a_tied_head_are_read_as_embeddings(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 45, "num_attention_heads": 5, "num_key_value_heads": 1,
+                            "head_dim": 8, "tie_word_embeddings": True})  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    decoder = load(tmp_path, dtype)
+    assert decoder.weights.embedding is None
     assert_same_bits(decoder, dtype)
 
 

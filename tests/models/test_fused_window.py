@@ -52,7 +52,7 @@ class Drafting:
     """A drafter over KV of its own, unused memory poisoned."""
 
     def __init__(self, decoder: Decoder, rule: Rule, fused: bool, threads: int = 1, lanes: int = LANES) -> None:
-        dtype = decoder.weights.embedding.dtype
+        dtype = decoder.dtype
         self.cache = KVCache.allocate(decoder.config, PAGES, PAGE, dtype, CPU)
         for tensor in chain.from_iterable(self.cache.layers):
             tensor.fill_(torch.nan)

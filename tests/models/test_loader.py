@@ -31,7 +31,7 @@ def test_shards_give_the_same_weights_as_one_file(checkpoint: Path, tmp_path: Pa
 
 def test_dtype_is_converted_at_load(checkpoint: Path) -> None:
     weights = load(checkpoint, torch.bfloat16).weights
-    assert {weights.embedding.dtype, weights.layers[0].gate_up.data.dtype, weights.norm.dtype} == {torch.bfloat16}
+    assert {weights.head.data.dtype, weights.layers[0].gate_up.data.dtype, weights.norm.dtype} == {torch.bfloat16}
 
 
 def test_missing_tensor_is_named(checkpoint: Path) -> None:

@@ -152,6 +152,29 @@ def test_the_reference_keeps_the_matrix_and_takes_it_plain() -> None:
 
 
 def test_a_weight_is_packed_by_the_provider_that_reads_it() -> None:
-    for op in ("linear", "pack_linear"):
+    trio = reference.pack_linear, reference.linear, reference.weight_rows
+    for op in ("linear", "pack_linear", "weight_rows"):
         pinned = select(prefer={op: "reference"})
-        assert (pinned.pack_linear, pinned.linear) == (reference.pack_linear, reference.linear)
+        assert (pinned.pack_linear, pinned.linear, pinned.weight_rows) == trio
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param((p.operators["pack_linear"], p.operators["weight_rows"]), id=p.name)
+        for p in PROVIDERS
+        if "weight_rows" in p.operators and p.refuses("weight_rows", Situation()) is None
+    ],
+)
+@both_dtypes
+def test_rows_of_a_packed_weight_are_those_of_the_matrix(op: Linear, dtype: torch.dtype) -> None:
+    pack, weight_rows = op
+    for m, k in MATRICES:
+        matrix = torch.randn(m, k).to(dtype)
+        rows = torch.cat([torch.tensor([0, m - 1, m - 1]), torch.randint(m, (9,))])
+        read = weight_rows(pack(matrix), rows)
+        assert torch.equal(read, matrix[rows])
+        assert read.is_contiguous()
+        assert weight_rows(pack(matrix), rows[:0]).shape == (0, k)
+    with pytest.raises(ValueError, match="int8"):
+        weight_rows(pack(matrix, weights="int8"), rows)

@@ -1,0 +1,56 @@
+"""Where a model's weights lie: on a CPU side by side in memory of their own, in huge pages where the system has them.
+
+A forward passes through all of its weights once. In pages of 4 KB it also passes through a page table entry for each,
+which costs more than a tenth of a small model's time; and what a page's place in memory does to the caches differs from
+process to process.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pearl_kernels import LinearWeight
+
+_HUGE_PAGE = 2 << 20
+_CHUNK = 64 << 20  # of address space: what no weight is written to is not there
+_ALIGNMENT = 64  # bytes, a cache line
+
+
+class WeightMemory:
+    """Belongs to the loading of one model; its memory lives as long as a tensor in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._chunk = torch.empty(0, dtype=torch.uint8)  # what is left of it
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy that holds nothing else in memory, as a view of a file would; on other devices than a CPU
+        the tensor itself.
+        """
+        if self._device.type != "cpu":
+            return tensor
+        size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if size > self._chunk.nbytes:
+            self._chunk = _map(max(size, _CHUNK))
+        block, self._chunk = self._chunk[: tensor.nbytes], self._chunk[size:]
+        return block.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def keep_matrix(self, weight: LinearWeight) -> LinearWeight:
+        """The same with what a provider packed."""
+        scale = None if weight.scale is None else self.keep(weight.scale)
+        return replace(weight, data=self.keep(weight.data), scale=scale)
+
+
+def _map(size: int) -> Tensor:
+    """uint8 ``[>= size]`` of zeros from the begin of a huge page on, unmapped when the last view of it is gone."""
+    size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    return block[-block.data_ptr() % _HUGE_PAGE :][:size]

@@ -1,0 +1,96 @@
+"""Where weights lie on a CPU: in memory of their own, each once."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pearl.models import Decoder, bundled_path, load_model
+from pearl.models.weight_memory import WeightMemory
+from pearl_kernels import LinearWeight, Situation, select
+
+CPU = torch.device("cpu")
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file that this process has mapped and touched."""
+    count, of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *words = line.split()
+        if not key.endswith(":"):
+            of_file = line.endswith(str(path))
+        elif of_file and key == "Rss:":
+            count += 1024 * int(words[0])
+    return count
+
+
+def weights_of(model: Decoder) -> list[Tensor]:
+    weights = [model.weights.embedding, model.weights.norm, model.weights.head]
+    weights += [getattr(layer, field.name) for layer in model.weights.layers for field in fields(layer)]
+    return [w.data if isinstance(w, LinearWeight) else w for w in weights if w is not None]
+
+
+def load(weights: str = "full") -> Decoder:
+    kernels = select(Situation("cpu", torch.bfloat16, 64, weights=weights))  # type: ignore[arg-type]
+    return load_model(bundled_path("target"), device=CPU, dtype=torch.bfloat16, max_model_len=64, kernels=kernels)
+
+
+def test_what_is_kept_holds_the_numbers_and_nothing_else() -> None:
+    memory, generator = WeightMemory(CPU), torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (1,), (0, 4), (7, 1, 3), (1 << 20, 20)]
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        whole = [torch.randint(-99, 99, (2, *shape), generator=generator).to(dtype) for shape in shapes]
+        kept = [memory.keep(tensor[1]) for tensor in whole]
+        for tensor, copy in zip(whole, kept, strict=True):
+            expected = tensor[1].clone()
+            tensor.zero_()
+            assert torch.equal(copy, expected)
+            assert copy.is_contiguous()
+            assert copy.dtype is dtype
+            assert copy.data_ptr() % 64 == 0 or not copy.numel()
+
+
+def test_kept_tensors_do_not_overlap() -> None:
+    memory = WeightMemory(CPU)
+    kept = [memory.keep(torch.full((size,), size, dtype=torch.int32)) for size in range(1, 70)]
+    assert all((tensor == size).all() for size, tensor in enumerate(kept, 1))
+
+
+def test_the_memory_outlives_its_maker_and_ends_with_its_tensors() -> None:
+    size = 96 << 20  # more than other tests leave free
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+
+    before = mapped()
+    kept = WeightMemory(CPU).keep(torch.ones(size, dtype=torch.uint8))
+    gc.collect()
+    assert mapped() - before > size
+    assert kept.sum() == size
+    del kept
+    gc.collect()
+    assert mapped() - before < size
+
+
+@pytest.mark.parametrize("weights", ["full", "int8"])
+def test_a_loaded_model_leaves_nothing_of_its_file_in_memory(weights: str) -> None:
+    model = load(weights)
+    gc.collect()
+    assert resident(bundled_path("target") / "model.safetensors") == 0
+    for tensor in weights_of(model):
+        assert tensor.isfinite().all()
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    """Once in memory, in whole numbers; an int8 head is no embedding."""
+    full, rounded = load(), load("int8")
+    assert full.config.tied
+    assert full.weights.embedding is None
+    assert rounded.weights.embedding is not None
+    ids = torch.tensor([0, 1, 47, 48, 4095, 17, 17])
+    assert torch.equal(full.embed(ids), rounded.embed(ids))
