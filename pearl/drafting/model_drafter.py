@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class ModelDrafter:
         windows, steps, late = self._draft(plan.work)
         return DraftProposal(windows, self._ring.logits, steps, self._runner.stopwatch.stop(), late, self._stored)
 
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """As of ``ModelRunner.captures``: windows, and the first forwards of those that are drafted from the host."""
+        return [] if self._graphs is None else [*self._graphs.captures(), *self._runner.captures()]
+
     def waits(self, plan: DraftPlan) -> bool:
         if not self._runner.queue.asynchronous:
             return False
@@ -58,7 +62,7 @@ class ModelDrafter:
             on_host, on_device = divide(work)
             windows, steps = self._draft_on_host(on_host) if on_host else ({}, 0)
             late = self._graphs.draft(on_device) if on_device else None
-            return windows, steps + (late.tokens.shape[0] if late is not None else 0), late
+            return windows, steps + (late.steps if late is not None else 0), late
         if self._fused is None or any(item.forward.state.params.changes_logits for item in work):
             return *self._draft_on_host(work), None
         self._runner.stopwatch.start()

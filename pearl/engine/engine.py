@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pearl.drafting import Drafter
+from pearl.engine.failures import ends_engine
 from pearl.engine.judge import Judge
 from pearl.engine.request import Request
 from pearl.engine.scheduler import Scheduler
@@ -28,6 +28,15 @@ from pearl.pace import MeasuredRound, PacePolicy, Progressed
 from pearl.workers import Reply, TargetRunner, Worker
 
 _CUT_IN_TWO = "a round was cut in two, so that this engine cannot go on; close it and build a new one"
+_CANNOT_GO_ON = "this engine cannot go on; close it and build a new one, after an error of CUDA in a new process"
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Since the engine was built."""
+
+    rounds: int = 0
+    preparations: int = 0  # graphs captured and kernels compiled in them: more than a few means that shapes thrash
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class RoundRecord:
     target: Interval
     result: VerifyResult
     whole: Interval
+    preparations: int = 0  # graphs captured and kernels compiled on the way: such a round takes longer, but once
 
 
 class Engine:
@@ -55,8 +65,11 @@ class Engine:
         pace: PacePolicy,
         observer: Callable[[RoundRecord], None] | None = None,
         draft_alone: Worker | None = None,
+        preparations: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``draft_alone``: where the draft works in rounds without the target; None: where it always does."""
+        """``draft_alone``: where the draft works in rounds without the target; None: where it always does.
+        ``preparations``: how many graphs were captured and kernels compiled so far; asked between rounds.
+        """
         self.scheduler = scheduler
         self.observer = observer
         self._target, self._target_worker = target, target_worker
@@ -65,6 +78,9 @@ class Engine:
         self._verifier, self._pace = verifier, pace
         self._closed = False
         self._broken: str | None = None  # why no round can follow
+        self._cause: BaseException | None = None  # of that, where it is an error
+        self._preparations, self._prepared = preparations, preparations()
+        self.stats = EngineStats()
         self._outbox: list[OutputDelta] = []
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
         self._latest = DraftProposal()
@@ -72,7 +88,12 @@ class Engine:
     def add(self, request: Request) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed; build a new one")
+        self._require_whole()
         self.scheduler.add(request)
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise EngineClosedError(self._broken) from self._cause
 
     @property
     def has_work(self) -> bool:
@@ -82,11 +103,11 @@ class Engine:
         """One round: plan, let both models work at the same time, meet once, commit or roll back.
 
         Returns what ``take`` does. An exception in a worker fails the requests of that round, one in the making of an
-        output that request alone, each with an ``OutputDelta.error``; the others go on. What an observer raises, and
-        an interruption, passes through; the outputs then wait for ``take``.
+        output that request alone, each with an ``OutputDelta.error``; the others go on. An error that leaves a device
+        unusable ends all requests so, and the engine: EngineClosedError from then on. What an observer raises, and an
+        interruption, passes through; the outputs then wait for ``take``.
         """
-        if self._broken is not None:
-            raise EngineClosedError(self._broken)
+        self._require_whole()
         begin = time.perf_counter()
         plan: SchedulerOutput | None = None
         try:
@@ -100,12 +121,18 @@ class Engine:
                 raise
             return self.take()
         self._commit(plan, result)
-        record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
-        if self._pace.changes:
-            self._learn(record)
+        record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin), self._count_round())
+        self._learn(record)
         if self.observer is not None:
             self.observer(record)
         return self.take()
+
+    def _count_round(self) -> int:
+        """What was prepared since the last one."""
+        before, self._prepared = self._prepared, self._preparations()
+        new = self._prepared - before
+        self.stats = EngineStats(self.stats.rounds + 1, self.stats.preparations + new)
+        return new
 
     def take(self) -> list[OutputDelta]:
         """What rounds, ``abort`` and ``close`` have added to outputs since the last call, in order."""
@@ -189,35 +216,34 @@ class Engine:
         return delta
 
     def _learn(self, record: RoundRecord) -> None:
-        plan, proposal = record.plan, record.proposal
+        """From a round like those to come: without prompts, preemptions, and what is prepared only once."""
+        plan = record.plan
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
         if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return
-        assert plan.pace is not None
-        assert plan.load is not None
-        self._pace.observe(
-            MeasuredRound(
-                plan.pace.mode,
-                plan.load,
-                sum(len(w.tokens) for w in plan.target.work),
-                record.target.seconds,
-                len(plan.draft.work),
-                max(1, proposal.steps),
-                proposal.busy.seconds,
-                record.whole.seconds,
-                tuple(
-                    Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
-                    for request_id, d in record.result.decisions.items()
-                ),
-            )
-        )
+        if record.preparations or plan.preempted or not self._pace.changes:
+            return
+        try:
+            self._pace.observe(_measured(record))
+        except Exception as error:  # times are waited for: of a device that has failed since the verdict
+            if not ends_engine(error):
+                raise
+            self._end(error)
 
     def _fail(self, plan: SchedulerOutput | None, error: BaseException) -> None:
-        """End the requests of a round that was not applied; where none could be planned, all that run."""
+        """End the requests of a round that was not applied; where none could be planned, all that run; all that there
+        are where no device can be trusted any more.
+        """
         self._broken = _CUT_IN_TWO
+        fatal = error if ends_engine(error) else None
         for worker in filter(None, (self._target_worker, self._draft_worker)):
-            with contextlib.suppress(Exception):  # of a device that failed, what failed there is raised again
+            try:
                 worker.rest()
+            except Exception as again:  # a device that failed for good raises at every wait
+                fatal = fatal or again
+        if fatal is not None:
+            self._end(fatal)
+            return
         if plan is None:  # without one that runs it was the next to run
             failed = {r.id for r in self.scheduler.running or list(self.scheduler.waiting)[:1]}
         else:
@@ -227,6 +253,12 @@ class Engine:
         for request_id in sorted(failed):
             self.abort(request_id, _sentence(error))
         self._broken = None
+
+    def _end(self, error: BaseException) -> None:
+        """No round can follow: every request is answered."""
+        self._broken, self._cause = f"{_sentence(error)}\n{_CANNOT_GO_ON}", error
+        for request_id in list(self.scheduler.requests):
+            self.abort(request_id, _sentence(error))
 
     def abort(self, request_id: int, error: str | None = None) -> OutputDelta:
         """End a request now, whatever its state, and free what it holds. KeyError if it is not (or no longer) known."""
@@ -244,6 +276,26 @@ class Engine:
         for worker in (self._target_worker, self._draft_worker):
             if worker is not None:
                 worker.close()
+
+
+def _measured(record: RoundRecord) -> MeasuredRound:
+    plan, proposal = record.plan, record.proposal
+    assert plan.pace is not None
+    assert plan.load is not None
+    return MeasuredRound(
+        mode=plan.pace.mode,
+        load=plan.load,
+        target_rows=sum(len(w.tokens) for w in plan.target.work),
+        target_seconds=record.target.seconds,
+        draft_sequences=len(plan.draft.work),
+        draft_steps=max(1, proposal.steps),
+        draft_seconds=proposal.busy.seconds,
+        seconds=record.whole.seconds,
+        requests=tuple(
+            Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
+            for request_id, d in record.result.decisions.items()
+        ),
+    )
 
 
 def _sentence(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from pearl.messages import (
     DeviceWindows,
     Drafted,
     DraftProposal,
+    DrawnTokens,
     ForwardWork,
     SchedulerOutput,
     SequenceState,
@@ -79,7 +80,9 @@ class Verifier:
         queue: DeviceQueue,
         draft_queue: DeviceQueue | None = None,
     ) -> None:
-        """``draft_queue``: of the drafter whose logits proposals name rows of."""
+        """``draft_queue``: of the device of the drafter whose logits proposals name rows of, not its own: rows are sent
+        from there while it drafts on.
+        """
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
         self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
         self._batches = SamplingBatches(queue.device)
@@ -201,11 +204,12 @@ class Verifier:
         return tensors
 
     def _fill_in(self, late: DeviceWindows, tensors: dict[str, Tensor], rows: Tensor, columns: Tensor) -> None:
-        """The first drafted tokens, from where the drafter's device writes them."""
-        self._queue.follow(late.ready)
-        for name, values in (("draft_tokens", late.tokens[0]), ("draft_logprobs", late.logprobs[0])):
+        """The first drafted tokens, from where the drafter's device writes them; it drafts on meanwhile."""
+        self._queue.follow(late.first_ready)
+        first = DrawnTokens(late.first.packed.to(self._queue.device, non_blocking=True))
+        for name, values in (("draft_tokens", first.tokens), ("draft_logprobs", first.logprobs)):
             if name in tensors:
-                tensors[name][rows] = values.to(self._queue.device, non_blocking=True)[columns]
+                tensors[name][rows] = values[columns]
 
     def _draft_logits(self, drafted: Sequence[Drafted], proposal: DraftProposal) -> tuple[Tensor | None, list[int]]:
         """The drafter's logits where the target is, and each token's row of them; other devices send what is named."""
@@ -218,6 +222,10 @@ class Verifier:
         if not named:
             return None, rows
         with self._draft_queue.enter("send q"):
+            # Rows of pending tokens were there before this round.
+            written = (proposal.stored, proposal.on_device.first_ready if proposal.on_device else None)
+            for mark in filter(None, written):
+                self._draft_queue.follow(mark)
             near = send_rows(logits, named, self._queue.device)
             sent = self._draft_queue.mark()
         self._queue.follow(sent)

@@ -77,7 +77,8 @@ class Decoder:
         assert residual is not None  # ModelConfig has at least one layer
         rows = batch.logits_rows
         if rows.shape[0] == 0:
-            return x.new_empty(0, self.config.vocab_size)
+            embedding = self.weights.embedding  # of a rank whole, while its head is a part
+            return x.new_empty(0, self.config.vocab_size if embedding is None else embedding.shape[0])
         if rows.shape[0] < x.shape[0]:
             x, residual = x[rows], residual[rows]
         normed = kernels.add_rms_norm(x, residual, self.weights.norm, eps)

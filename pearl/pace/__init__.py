@@ -1,8 +1,9 @@
 """Pace: which mode of decoding a round runs, and how many tokens it drafts for each request."""
 
 from pearl.pace.auto import AutoPace
-from pearl.pace.curves import Load, Sizes
-from pearl.pace.policy import BalancedPace, FixedPace, MeasuredRound, Pace, PacePolicy, Progressed
+from pearl.pace.curves import Sizes
+from pearl.pace.policy import BalancedPace, FixedPace, PacePolicy
+from pearl.pace.rounds import Load, MeasuredRound, Pace, Progressed
 
 __all__ = [
     "AutoPace",

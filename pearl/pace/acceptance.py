@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from pearl.pace.policy import Progressed
+from pearl.pace.rounds import Progressed
 
 _FORGET = 0.98  # a request's tests, with each further one
 _FORGET_ALL = 0.998

@@ -14,8 +14,8 @@ import numpy as np
 from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
 from pearl.pace.calibration import Calibration
-from pearl.pace.curves import Curves, Load, Numbers, Sizes
-from pearl.pace.policy import MeasuredRound, Pace
+from pearl.pace.curves import Curves, Numbers, Sizes
+from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.speed import Situation, tokens_per_second
 
 _LEARNING_ROUNDS = 32

@@ -10,31 +10,19 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from pearl.pace.policy import MeasuredRound
+from pearl.pace.rounds import Load, MeasuredRound
 
 Numbers = NDArray[np.float64]
 
-_RECENT = 64  # rounds
+_RECENT = 24  # rounds
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _RATIO = 1.12  # of rows that count as the same number
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
-_GUESS_WEIGHT, _GUESS_SPREAD = 2, 0.3  # as if in so many rounds rows had differed by this share
-
-
-class Load(NamedTuple):
-    batch: int
-    context: int  # tokens of all its requests
-
-    @property
-    def bucket(self) -> tuple[int, int]:
-        """Powers of two: of the batch, and of the tokens of a request."""
-        return self.batch.bit_length(), (self.context // max(1, self.batch)).bit_length()
+_GUESS_WEIGHT, _GUESS_SPREAD = 2, 0.1  # as if in so many rounds rows had differed by this share
 
 
 @dataclass(frozen=True)
@@ -71,10 +59,25 @@ class Times:
         return seconds
 
 
-@dataclass
 class _Samples:
-    target: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # rows, seconds
-    draft: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))  # sequences, of a step
+    """Seconds by what they depend on; of about the same x the latest, so that rare ones are not driven out."""
+
+    def __init__(self) -> None:
+        self._groups: defaultdict[int, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self.count = 0
+
+    def add(self, x: float, seconds: float) -> None:
+        self._groups[round(math.log(x, _RATIO))].append((x, seconds))
+        self.count += 1
+
+    def all(self) -> list[tuple[float, float]]:
+        return [sample for group in self._groups.values() for sample in group]
+
+
+@dataclass
+class _Forwards:
+    target: _Samples = field(default_factory=_Samples)  # by rows
+    draft: _Samples = field(default_factory=_Samples)  # of a step, by sequences
     seen: int = 0  # the number of the latest round
 
 
@@ -86,7 +89,7 @@ class Curves:
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
-        self._samples: defaultdict[_Key, _Samples] = defaultdict(_Samples)
+        self._samples: defaultdict[_Key, _Forwards] = defaultdict(_Forwards)
         self._overhead: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self.rounds = 0
 
@@ -96,9 +99,9 @@ class Curves:
         beside = bool(target and draft)
         samples = self._samples[measured.load.bucket, beside]
         if target:
-            samples.target.append((measured.target_rows, target))
+            samples.target.add(measured.target_rows, target)
         if draft:
-            samples.draft.append((measured.draft_sequences, draft / measured.draft_steps))
+            samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps)
         samples.seen = self.rounds
         self._overhead[measured.load.batch.bit_length()].append(max(0.0, measured.seconds - max(target, draft)))
 
@@ -112,7 +115,7 @@ class Curves:
         (batch, context), enough = load.bucket, 0
         for (key, state), samples in self._samples.items():
             if state == beside and abs(key[0] - batch) <= 1 and abs(key[1] - context) <= 2:
-                enough = max(enough, min(len(samples.target), len(samples.draft)))
+                enough = max(enough, min(samples.target.count, samples.draft.count))
         return enough >= rounds
 
     def overhead(self, batch: int) -> float:
@@ -149,16 +152,15 @@ class Curves:
 
     def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[float, float]]:
         """Samples of the most similar load, rather with the other model in the same state than without."""
-        known = [(key, getattr(samples, name)) for key, samples in self._samples.items()]
-        (batch, context), known = load.bucket, [(key, samples) for key, samples in known if samples]
+        groups: list[tuple[_Key, _Samples]] = [(key, getattr(seen, name)) for key, seen in self._samples.items()]
+        (batch, context), known = load.bucket, [(key, samples) for key, samples in groups if samples.count]
         if not known:
             return ()
 
         def distance(key: _Key) -> float:
             return 4 * abs(key[0][0] - batch) + abs(key[0][1] - context) + 3 * (key[1] != beside)
 
-        found: Sequence[tuple[float, float]] = min(known, key=lambda item: distance(item[0]))[1]
-        return found
+        return min(known, key=lambda item: distance(item[0]))[1].all()
 
 
 def _medians(samples: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

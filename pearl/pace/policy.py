@@ -4,51 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from pearl.methods import Mode
-from pearl.pace.curves import Curves, Load, Sizes
-
-
-class Pace(NamedTuple):
-    """What a batch does in a round. ``windows``: tokens to draft for each request, at least 1.
-
-    ``tokens_per_second``: of the batch, as predicted; 0 where nothing was.
-    """
-
-    mode: Mode
-    windows: tuple[int, ...]
-    tokens_per_second: float = 0.0
-
-
-class Progressed(NamedTuple):
-    """What a round found of one request: of ``tested`` tokens, in order, the first ``accepted`` held."""
-
-    request_id: int
-    tested: int
-    accepted: int
-    committed: int
-
-
-@dataclass(frozen=True)
-class MeasuredRound:
-    """A round in which every request only decoded: nothing was compiled, captured or computed of a prompt.
-
-    load: the running batch. target_rows: of the target's forward in all; draft_sequences, draft_steps: of the draft's.
-    Seconds are 0 where a model did not work; ``seconds`` is the whole round.
-    """
-
-    mode: Mode
-    load: Load
-    target_rows: int
-    target_seconds: float
-    draft_sequences: int
-    draft_steps: int
-    draft_seconds: float
-    seconds: float
-    requests: tuple[Progressed, ...]
+from pearl.pace.curves import Curves, Sizes
+from pearl.pace.rounds import Load, MeasuredRound, Pace
 
 
 class PacePolicy(Protocol):

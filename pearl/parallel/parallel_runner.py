@@ -19,19 +19,27 @@ from pearl.models import Decoder, KVCache
 from pearl.parallel.messages import Compute, CopyPages, RankSpec, Replay
 from pearl.parallel.rank_loader import host_store, join, load_rank
 from pearl.parallel.ranks import Ranks
-from pearl.workers.batch_arrays import BatchShape
 from pearl.workers.graph_runner import GraphRunner
 from pearl.workers.graphs import Graphs
 from pearl.workers.queue import DeviceQueue
+from pearl.workers.shapes import BatchShape
 
 
 class ParallelRunner(GraphRunner):
     """Every command goes to all ranks before this one's part is computed; the logits are whole on this one."""
 
     def __init__(
-        self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, most_rows: int, ranks: Ranks
+        self,
+        model: Decoder,
+        cache: KVCache,
+        page_size: int,
+        queue: DeviceQueue,
+        most_rows: int,
+        ranks: Ranks,
+        most_sequences: int = 0,
+        rows_per_sequence: int = 0,
     ) -> None:
-        super().__init__(model, cache, page_size, queue, most_rows)
+        super().__init__(model, cache, page_size, queue, most_rows, most_sequences, rows_per_sequence)
         self._ranks = ranks
         self._process = os.getpid()
         # Also where nobody closes it: the interpreter would destroy group and graphs in any order.
@@ -93,8 +101,11 @@ def _close(runner: weakref.ref[ParallelRunner]) -> None:
         alive.close()
 
 
-def start_parallel(spec: RankSpec, devices: Sequence[str], queue: DeviceQueue) -> ParallelRunner:
+def start_parallel(
+    spec: RankSpec, devices: Sequence[str], queue: DeviceQueue, most_sequences: int = 0, rows_per_sequence: int = 0
+) -> ParallelRunner:
     """Load a model on ``devices``, one rank on each. ``spec`` is rank 0's, without a port; so is ``queue``.
+    ``most_sequences`` and ``rows_per_sequence`` as in ``GraphRunner``.
 
     Raises what loading raises; RankError if another rank could not load. Nothing is left running then.
     """
@@ -108,4 +119,4 @@ def start_parallel(spec: RankSpec, devices: Sequence[str], queue: DeviceQueue) -
     except BaseException:
         ranks.close()
         raise
-    return ParallelRunner(model, cache, spec.page_size, queue, spec.most_rows, ranks)
+    return ParallelRunner(model, cache, spec.page_size, queue, spec.most_rows, ranks, most_sequences, rows_per_sequence)

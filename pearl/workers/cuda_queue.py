@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pearl.errors import ConfigurationError
+from pearl.errors import CaptureError, ConfigurationError
 from pearl.messages import Mark
 
 
@@ -53,6 +53,7 @@ class CudaQueue:
         assert not (urgent and spare)
         self.device = torch.device("cuda", device.index or 0)
         self._name = name
+        self.captured = 0
         with torch.cuda.device(self.device):
             self._partition = None if spare is None else _green_context(self.device, spare)
             if self._partition is None:
@@ -70,6 +71,9 @@ class CudaQueue:
                 yield
             finally:
                 torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+
+    def aside(self, what: str) -> CudaQueue:
+        return CudaQueue(f"{self._name} {what}", self.device)
 
     def mark(self) -> CudaMark:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -92,8 +96,15 @@ class CudaQueue:
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads (another LLM, a CPU draft) may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                call()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    call()
+            except Exception as error:
+                raise CaptureError(
+                    f"a CUDA graph could not be captured ({type(error).__name__}: {error}); build a new engine, with "
+                    "enforce_eager=True, or with a smaller kv_cache_memory if memory ran out"
+                ) from error
+        self.captured += 1
         replay: Callable[[], None] = graph.replay
         return replay
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ class ModelRunner:
         self.stopwatch = Stopwatch(queue)
         # Where it is there, a forward is one call, with threads of its own.
         self.fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
+
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """Calls that prepare what rounds would else have to, each a part, the likeliest first. None computes anything.
+
+        To be called as forwards are, before the first.
+        """
+        return ()
 
     def check(self) -> None:
         """Raises if what was computed cannot be trusted: a tensor-parallel model may have lost a rank meanwhile."""

@@ -64,7 +64,8 @@ class NotingQueue(RecordingQueue):
 
     def mark(self) -> NotedMark:
         self.note("mark")
-        return NotedMark(super().mark().at, self, len(self.notes))
+        mark = super().mark()
+        return NotedMark(mark.at, self, mark.behind, len(self.notes))
 
     def since(self, begin: Mark) -> Busy:
         """The device rested before ``begin``, and works right after it."""
@@ -113,7 +114,8 @@ def open_noted(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenNot
         notes: Notes = []
         rounds: list[tuple[RoundRecord, Notes]] = []
         target, draft = (NotingQueue(name=name, notes=notes) for name in ("target", "draft"))
-        config = EngineConfig(target=llama.target, draft=llama.draft, device="cpu", dtype="float32", **options)
+        options = {"device": "cpu", "dtype": "float32", "capture_seconds": 0, **options}
+        config = EngineConfig(target=llama.target, draft=llama.draft, **options)
         models = load_models(config)
         assert models.draft
         models = replace(models, target=on(target, models.target, captured), draft=on(draft, models.draft, captured))

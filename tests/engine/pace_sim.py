@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pearl.methods import METHODS, Intent, Progress
-from pearl.pace import MeasuredRound, PacePolicy, Progressed
+from pearl.pace import Load, MeasuredRound, PacePolicy, Progressed
 from pearl.pace.acceptance import Odds
-from pearl.pace.curves import Load, Times
+from pearl.pace.curves import Times
 
 RowTimes = Callable[[float], float]
 

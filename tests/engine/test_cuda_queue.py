@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from pearl.errors import ConfigurationError
+from pearl.errors import CaptureError, ConfigurationError
 from pearl.workers import HostQueue
 from pearl.workers.cuda_queue import CudaQueue
 
@@ -131,6 +132,24 @@ def test_a_call_is_warmed_up_then_captured_then_only_replayed(machine: Machine) 
     replay()
     assert replay.__self__.replays == 2  # type: ignore[attr-defined]
     assert machine.calls.count("call") == 2
+
+
+def test_a_capture_that_fails_is_told_from_a_call_that_fails(machine: Machine) -> None:
+    """What fails before the capture began leaves torch's allocator as it was."""
+    queue = CudaQueue("target", DEVICE)
+
+    def call(fails_at: int) -> None:
+        machine.calls.append("call")
+        if machine.calls.count("call") == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for fails_at, kind in ((1, torch.OutOfMemoryError), (2, CaptureError)):
+        machine.calls.clear()
+        with pytest.raises(kind, match="CUDA out of memory"):
+            queue.capture(partial(call, fails_at))
+    assert queue.captured == 0
+    queue.capture(lambda: None)
+    assert queue.captured == 1
 
 
 def test_intervals_are_what_the_events_say(machine: Machine) -> None:

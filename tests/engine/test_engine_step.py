@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from engine_sim import SimulatedVerifier, drafted, request_of
 
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine, EngineStats, RoundRecord
 from pearl.engine.request import Status
 from pearl.engine.scheduler import Scheduler
 from pearl.errors import EngineClosedError
@@ -80,6 +81,7 @@ class Rig:
         self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
         self.pace = RecordingPace(method)
         self.records: list[RoundRecord] = []
+        self.prepared = 5  # before the engine was built
         self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
         self.scheduler = Scheduler(
             self.pace,
@@ -99,6 +101,7 @@ class Rig:
             self.pace,
             self.records.append,
             draft_alone,
+            lambda: self.prepared,
         )
 
     def add(self, *ids: int, max_tokens: int = 9, length: int = 3) -> None:
@@ -337,6 +340,31 @@ def test_window_learns_from_decoding_rounds_only() -> None:
     assert (first.mode, first.load.batch, first.draft_steps, first.target_rows) == ("pearl", 1, 2, 2)
     assert first.requests == (Progressed(1, 2, 2, 2),)
     rig.engine.close()
+
+
+def test_window_does_not_learn_from_rounds_that_prepared_something(rig: Rig) -> None:
+    """A graph that is captured, or a kernel that is compiled, takes a hundred times as long as the round."""
+    rig.add(1, max_tokens=30)
+    rig.engine.step()
+    learned = len(rig.pace.measured)
+    for new in (0, 2, 0, 0, 1):
+        rig.prepared += new
+        rig.engine.step()
+        learned += new == 0
+        assert len(rig.pace.measured) == learned
+        assert rig.records[-1].preparations == new
+    assert rig.engine.stats == EngineStats(rounds=6, preparations=3)
+
+
+def test_window_does_not_learn_from_rounds_with_a_preemption(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.add(1, max_tokens=30)
+    rig.engine.step()
+    schedule, learned = rig.scheduler.schedule, len(rig.pace.measured)
+    for preempted in ((), (7,), (), (8, 9)):
+        monkeypatch.setattr(rig.scheduler, "schedule", lambda gone=preempted: replace(schedule(), preempted=gone))
+        rig.engine.step()
+        learned += not preempted
+        assert len(rig.pace.measured) == learned
 
 
 def test_window_is_asked_for_the_batch_at_hand(rig: Rig) -> None:

@@ -14,6 +14,7 @@ from pearl.engine.runners import kernels_for, make_runner
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, bundled_path, load_model
 from pearl.workers import GraphRunner, HostQueue, why_not_captured
+from pearl.workers.shapes import ShapeLimits
 
 CPU = torch.device("cpu")
 ON_A_GPU = {"verify_attention": "triton", "rope_and_cache": "cuda", "sample": "triton"}
@@ -53,9 +54,9 @@ def test_on_a_cpu_nothing_is_captured(draft: Decoder, cache: KVCache) -> None:
 @pytest.mark.usefixtures("asynchronous")
 def test_forwards_are_captured_unless_eager_mode_is_asked_for(draft: Decoder, cache: KVCache) -> None:
     config = EngineConfig(device="cpu", max_num_seqs=3, window=4)
-    runner = make_runner(config, "draft", captured(draft), cache)
-    assert isinstance(runner, GraphRunner)
-    assert runner._most_rows == 16  # three requests with five rows each, and padding
+    runners = [make_runner(config, role, captured(draft), cache) for role in ("draft", "target")]
+    limits = [runner.limits for runner in runners if isinstance(runner, GraphRunner)]
+    assert limits == [ShapeLimits(4, 1, 3, 4, 16), ShapeLimits(16, 5, 3, 4, 16)]  # of the target five rows a request
     assert not isinstance(
         make_runner(replace(config, enforce_eager=True), "draft", captured(draft), cache), GraphRunner
     )

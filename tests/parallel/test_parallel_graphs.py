@@ -79,7 +79,7 @@ def obeying(path: str, ranks: int, told: Told, port: int) -> Iterator[list[Futur
     """Ranks 1, 2, ... as their processes run them, until None comes."""
 
     def run(rank: int) -> RecordingQueue:
-        mine, device = replace(spec(path, ranks), rank=rank, store_port=port), RecordingQueue()
+        mine, device = replace(spec(path, ranks), rank=rank, store_port=port), RecordingQueue(late=False)
         model, cache = load_rank(mine, join(mine, open_store(port)))
         runner = GraphRunner(captured(model, device), cache, PAGE, device, most_rows=8)
         with torch.inference_mode(), device.enter("serve"):
@@ -94,7 +94,7 @@ def obeying(path: str, ranks: int, told: Told, port: int) -> Iterator[list[Futur
 @pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("llama-one-kv-head", 3)])
 def test_captured_forwards_of_all_ranks_are_those_of_the_whole_model(family: str, ranks: int, tmp_path: Path) -> None:
     path, store = save(family, tmp_path), host_store()
-    told, device = Told([queue.Queue() for _ in range(ranks - 1)]), RecordingQueue()
+    told, device = Told([queue.Queue() for _ in range(ranks - 1)]), RecordingQueue(late=False)
     whole = load(tmp_path)
     alone = ModelRunner(whole, KVCache.allocate(whole.config, PAGES, PAGE, torch.float32, CPU), PAGE, HostQueue(CPU))
     seen: list[Any] = []

@@ -20,7 +20,7 @@ from families import build, load
 from torch import Tensor
 
 from pearl import LLM, SamplingParams
-from pearl.errors import ConfigurationError, RankError
+from pearl.errors import ConfigurationError, EngineClosedError, RankError
 from pearl.messages import ForwardWork, SequenceState
 from pearl.models import KVCache
 from pearl.parallel import ParallelRunner, RankSpec, start_parallel
@@ -156,10 +156,12 @@ def test_a_rank_that_dies_is_a_readable_error_and_takes_the_others_with_it() -> 
         assert llm.generate("a", params)[0].outputs[0].error is None
         pids = runner_of(llm).rank_pids
         os.kill(pids[1], signal.SIGKILL)
-        for _ in range(2):  # and stays one
-            error = llm.generate("a", params)[0].outputs[0].error
-            assert error is not None
-            assert "rank 2 of 4 ended with status -9" in error
+        error = llm.generate("a", params)[0].outputs[0].error
+        assert error is not None
+        assert "rank 2 of 4 ended with status -9" in error
+        with pytest.raises(EngineClosedError, match="rank 2 of 4 ended with status -9") as closed:
+            llm.generate("a", params)
+        assert isinstance(closed.value.__cause__, RankError)
         deadline = time.monotonic() + 10
         while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,0 +1,57 @@
+"""What crosses between the engine and a pace, once a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pearl.methods import Mode
+
+
+class Load(NamedTuple):
+    batch: int
+    context: int  # tokens of all its requests
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Powers of two: of the batch, and of the tokens of a request."""
+        return self.batch.bit_length(), (self.context // max(1, self.batch)).bit_length()
+
+
+class Pace(NamedTuple):
+    """What a batch does in a round. ``windows``: tokens to draft for each request, at least 1.
+
+    ``tokens_per_second``: of the batch, as predicted; 0 where nothing was.
+    """
+
+    mode: Mode
+    windows: tuple[int, ...]
+    tokens_per_second: float = 0.0
+
+
+class Progressed(NamedTuple):
+    """What a round found of one request: of ``tested`` tokens, in order, the first ``accepted`` held."""
+
+    request_id: int
+    tested: int
+    accepted: int
+    committed: int
+
+
+@dataclass(frozen=True)
+class MeasuredRound:
+    """A round in which every request only decoded: nothing was compiled, captured or computed of a prompt.
+
+    load: the running batch. target_rows: of the target's forward in all; draft_sequences, draft_steps: of the draft's.
+    Seconds are 0 where a model did not work; ``seconds`` is the whole round.
+    """
+
+    mode: Mode
+    load: Load
+    target_rows: int
+    target_seconds: float
+    draft_sequences: int
+    draft_steps: int
+    draft_seconds: float
+    seconds: float
+    requests: tuple[Progressed, ...]
