@@ -13,11 +13,11 @@ from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.engine.engine import RoundRecord
 
 TARGET_COLOUR, DRAFT_COLOUR, ACCEPTED_COLOUR, OWN_COLOUR = "#3b5b92", "#e08e45", "#4d9a6a", "#b0413e"
-_RUNS: dict[str, dict[str, Any]] = {
+RUNS: dict[str, dict[str, Any]] = {
     "autoregressive": {"method": "autoregressive"},
     "speculative": {"method": "speculative"},
     "pearl": {"method": "pearl"},
-    "pearl, window rule fastest": {"method": "pearl", "window_rule": "fastest"},
+    "pearl, balanced": {"method": "pearl", "pace": "balanced"},
 }
 
 
@@ -81,7 +81,7 @@ def main(
     check_picture("timeline.py", output)
     runs: dict[str, list[RoundRecord]] = {}
     with LLM(draft_threads=1, target_threads=1, prefix_caching=False) as first:
-        for name, options in _RUNS.items():
+        for name, options in RUNS.items():
             rounds: list[RoundRecord] = []
             with first.variant(**options) as llm:
                 llm.generate(prompts[prompt], SamplingParams(max_tokens=64))

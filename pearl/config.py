@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pearl.choices import MethodName, PaceName, Verification
+from pearl.choices import LONGEST_WINDOW, MethodName, PaceName, Verification
 from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
 from pearl.user_values import as_flag, as_integer, shown, unknown_names
@@ -22,7 +22,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
 # The largest of each count: beyond it the engine would allocate without end for nothing.
 _COUNTS = {
-    "max_window": 256,
+    "max_window": LONGEST_WINDOW,
     "max_num_seqs": 4096,
     "max_num_batched_tokens": 1 << 20,
     "page_size": 1024,

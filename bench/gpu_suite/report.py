@@ -161,13 +161,16 @@ def _more(found: Mapping[str, Any]) -> list[str]:
     parts = []
     if "throughput" in found:
         settings, results = found["throughput"]["settings"], found["throughput"]["results"]
-        title = f"The bundled pair on {settings['device']}, {settings['prompts']} prompts, measured acceptance:"
+        title = f"The bundled pair on {settings['device']}, measured acceptance:"
         rows = [
-            (r["method"], number(r["tok_s"]), f"{r['speedup']:.2f}x", f"{r['acceptance_rate']:.2f}",
-             f"{r['window']:g}", f"{r['efficiency']:.2f}")
+            (
+                r["method"], str(r["batch"]), str(r["prompts"]), number(r["tok_s"]), f"{r['speedup']:.2f}x",
+                f"{r['acceptance_rate']:.2f}", f"{r['window']:g}", f"{r['efficiency']:.2f}",
+            )
             for r in results
         ]  # fmt: skip
-        parts += [title, table(("method", "tok/s", "speedup", "acceptance", "window", "efficiency"), rows, left=(0,))]
+        head = ("method", "batch", "prompts", "tok/s", "speedup", "acceptance", "window", "efficiency")
+        parts += [title, table(head, rows, left=(0,))]
         if not found["throughput"]["complete"]:
             parts.append("Cut off: medians of the runs that ended.")
     return [*parts, *_kernels(found["kernels"])] if "kernels" in found else parts

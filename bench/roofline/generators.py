@@ -57,7 +57,8 @@ class LeftOut:
 def pearl_contenders(stack: ExitStack, llm: LLM, threads: int) -> list[Contender]:
     """The methods around ``llm``, whose workers have ``threads`` intra-op threads each.
 
-    With one thread each PEARL keeps two cores busy, the other methods one, as their models take turns.
+    With one thread each PEARL keeps two cores busy, the other methods one, as their models take turns. The pace of
+    ``llm`` is PEARL's; the others have none, or "auto" alone.
     """
     methods = {"autoregressive": threads, "speculative": threads}
     if threads == 1:
@@ -65,7 +66,7 @@ def pearl_contenders(stack: ExitStack, llm: LLM, threads: int) -> list[Contender
     dtype = str(llm.models.target.model.dtype).removeprefix("torch.")
     contenders: list[Contender] = []
     for method, cores in methods.items():
-        variant = llm.variant(method=method)
+        variant = llm.variant(method=method, pace=llm.config.pace if method == "pearl" else "auto")
         stack.callback(variant.close)
         equals = contenders[0].name if contenders else None
         contenders.append(Contender("pearl", method, cores, _pearl(variant), dtype, equals))

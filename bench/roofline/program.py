@@ -6,7 +6,6 @@ forwards, this engine beside transformers and llama.cpp. Ctrl-C ends the run and
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -57,7 +56,7 @@ def roofline(
     engines: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(ENGINES),
     rows: Annotated[str, typer.Option(help="Rows of the forwards, comma-separated")] = "1,2,4,8,16",
     context: Annotated[int, typer.Option(min=1, help="Tokens of the sequence in the forwards")] = 128,
-    window_rule: Annotated[str, typer.Option(help="Of our automatic window: balanced | fastest")] = "fastest",
+    pace: Annotated[str, typer.Option(help="Of our method pearl: auto | balanced")] = "auto",
     target: Annotated[str | None, typer.Option(help="Local folder; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help="Local folder")] = None,
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16")] = "auto",
@@ -68,7 +67,7 @@ def roofline(
     """Read bandwidth, the models' forwards and operators against it, and generation beside other engines; medians."""
     settings: dict[str, Any] = {
         "dataset": dataset, "prompts": prompts, "max_tokens": max_tokens, "repeats": repeats, "engines": engines,
-        "rows": rows, "context": context, "window_rule": window_rule, "target": target or "bundled",
+        "rows": rows, "context": context, "pace": pace, "target": target or "bundled",
         "draft": draft or "bundled", "dtype": dtype, "quick": quick,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
     }  # fmt: skip
@@ -81,7 +80,7 @@ def roofline(
         raise ConfigurationError("the roofline measures a draft model; give a folder or leave --draft out")
     texts = load_prompts(dataset, settings["prompts"])
     options = {
-        "target": target, "draft": draft, "device": "cpu", "dtype": dtype, "window_rule": window_rule,
+        "target": target, "draft": draft, "device": "cpu", "dtype": dtype, "pace": pace,
         "max_num_seqs": 1, "prefix_caching": False,
     }  # fmt: skip
     report = Report(settings)
@@ -120,8 +119,6 @@ def _row_counts(rows: str, context: int) -> list[int]:
 def _check_outputs(json_out: Path | None, plot: Path | None) -> None:
     check_output("--json", json_out)
     check_picture("--plot", plot)
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError("--plot needs matplotlib: pip install matplotlib")
 
 
 def _measure(

@@ -16,9 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.round_cost.measure import Cost, Interrupted, Load, measure
-from bench.shared.numbers import positive_numbers
 from pearl.bench.command import run_command
-from pearl.bench.options import check_output, check_rate
+from pearl.bench.options import check_output, check_rate, positive_numbers
 from pearl.bench.report import provenance, write_whole
 from pearl.choices import MethodName
 from pearl.config import EngineConfig

@@ -21,9 +21,8 @@ from bench.round_latency.cell import Interrupted, Load, measure
 from bench.round_latency.memory import DoesNotFit, explaining_what_does_not_fit, require_host_room
 from bench.round_latency.report import Cell, Latencies, Report, tables, write_json, write_markdown
 from bench.shared.bandwidth import last_level_cache, read_bandwidth
-from bench.shared.numbers import positive_numbers
 from pearl.bench.command import run_command
-from pearl.bench.options import check_output, check_rate, parse_shapes, rate_label
+from pearl.bench.options import check_output, check_rate, parse_shapes, positive_numbers, rate_label
 from pearl.bench.shapes import SHAPES, RandomDecoders, assemble_shapes, forward_bytes, random_decoders
 from pearl.config import EngineConfig
 from pearl.errors import ConfigurationError

@@ -1,14 +1,17 @@
-"""Methods that compete on one pair, and the prompts that they get."""
+"""Contenders on one pair, batch after batch, and the prompts that they get."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pearl.bench.contenders import Contender
 from pearl.bench.measure import MethodResult, compare
 from pearl.bench.prompt_sets import load_prompts
 from pearl.bench.scripted_verdicts import scripted
@@ -18,6 +21,8 @@ from pearl.engine.model_loading import load_models
 from pearl.llm import LLM, Prompt
 from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
+
+_MAX_WINDOW = EngineConfig().max_window
 
 
 def read_prompts(dataset: str, count: int, pair: tuple[str, str] | None, length: int | None) -> list[Prompt]:
@@ -32,48 +37,85 @@ def read_prompts(dataset: str, count: int, pair: tuple[str, str] | None, length:
     return [*random_prompts(lengths, min(SHAPES[name].vocab_size for name in pair))]
 
 
+def check_contenders(contenders: Sequence[Contender], options: Mapping[str, Any], batches: Sequence[int]) -> None:
+    """ConfigurationError if one cannot be. Nothing is loaded."""
+    for batch in batches:
+        for contender in contenders:
+            EngineConfig(**{**options, **contender.options, "max_num_seqs": batch})
+
+
 @dataclass(frozen=True)
 class Contest:
-    """Methods that compete on one pair, which is loaded once. ``shapes``: of random weights."""
+    """On one pair, which is loaded once. ``shapes``: of random weights.
 
-    methods: Sequence[str]
+    prompts: a batch gets the first ``count`` of them, or as many as it is large, repeated in turn if there are fewer.
+    """
+
+    contenders: Sequence[Contender]
     options: Mapping[str, Any]
+    batches: Sequence[int]
     prompts: Sequence[Prompt]
+    count: int
     params: SamplingParams
     repeats: int
     shapes: tuple[str, str] | None = None
     acceptance: float | None = None
 
+    def prompts_of(self, batch: int) -> list[Prompt]:
+        return [*islice(cycle(self.prompts), max(batch, min(self.count, len(self.prompts))))]
+
     def run(self, console: Console, ended: Callable[[list[MethodResult]], None]) -> list[MethodResult]:
-        """``ended`` as in ``compare``."""
+        """``ended`` as in ``compare``, with the results of all batches."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn())  # fmt: skip
-        # Scripted verdicts hang on the seed: with one for all, all requests would have the same luck.
-        every = [replace(self.params, seed=index) for index in range(len(self.prompts))]
-        params = self.params if self.acceptance is None else every
+        steps = sum(len(self.prompts_of(batch)) + 1 for batch in self.batches)
+        results: list[MethodResult] = []
         with Progress(*columns, console=console, refresh_per_second=2) as progress:  # drawing costs the engine time
-            task = progress.add_task("loading", total=len(self.methods) * self.repeats * (len(self.prompts) + 1))
+            task = progress.add_task("loading", total=len(self.contenders) * self.repeats * steps)
             with self._load() as first:
-                contenders = {name: first.variant(method=name) for name in self.methods}
-                try:
-                    return compare(
-                        contenders, self.prompts, params, self.repeats,
-                        lambda name: progress.update(task, advance=1, description=name), ended,
-                    )  # fmt: skip
-                finally:
-                    for llm in contenders.values():
-                        llm.close()
+                for batch in self.batches:
+
+                    def advance(name: str, batch: int = batch) -> None:
+                        progress.update(task, advance=1, description=f"batch {batch}, {name}")
+
+                    def run_ended(new: list[MethodResult], before: Sequence[MethodResult] = tuple(results)) -> None:
+                        ended([*before, *new])
+
+                    results += self._compete(first, batch, advance, run_ended)
+        return results
+
+    def _compete(
+        self, first: LLM, batch: int, advance: Callable[[str], None], ended: Callable[[list[MethodResult]], None]
+    ) -> list[MethodResult]:
+        prompts = self.prompts_of(batch)
+        # Scripted verdicts hang on the seed: with one for all, all requests would have the same luck.
+        every = [replace(self.params, seed=index) for index in range(len(prompts))]
+        params = self.params if self.acceptance is None else every
+        with ExitStack() as stack:
+            llms = {}
+            for contender in self.contenders:
+                llm = first.variant(**contender.options, max_num_seqs=batch, max_window=_MAX_WINDOW)
+                stack.callback(llm.close)
+                llms[contender.name] = llm
+            return compare(llms, prompts, params, self.repeats, advance, ended, batch)
+
+    def _config(self, **options: Any) -> EngineConfig:
+        return EngineConfig(**{**self.options, **options})
 
     def _load(self) -> LLM:
-        # "pearl" loads a draft whatever the methods are.
+        # "pearl" loads a draft whatever the contenders are; buffers must do for the largest of them.
+        windows = [c.window for c in self.contenders if c.window != "auto"]
+        options: dict[str, Any] = {
+            "method": "pearl", "max_num_seqs": max(self.batches), "max_window": max([_MAX_WINDOW, *windows]),
+        }  # fmt: skip
         if self.shapes is None and self.acceptance is None:
-            return LLM(**self.options, method="pearl")
+            return LLM(**self.options, **options)
         if self.shapes is None:
-            config = EngineConfig(**self.options, method="pearl")
+            config = self._config(**options)
             models = load_models(config)
         else:
             longest = max(map(len, self.prompts)) + self.params.max_tokens
-            config = EngineConfig(**self.options, method="pearl", max_model_len=longest)
+            config = self._config(**options, max_model_len=longest)
             models = load_shapes(config, *self.shapes)
         wrap = None if self.acceptance is None else scripted(self.acceptance, models.vocab_size)
         return LLM.from_models(models, config, wrap_verifier=wrap)

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from pearl.engine.engine import RoundRecord
 from pearl.llm import LLM, Prompt
+from pearl.methods import Mode
 from pearl.outputs import RequestOutput
 from pearl.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One row of the report. ``tokens`` are returned tokens of one run; ``seconds`` the median of ``runs``."""
+    """One row of the report. ``tokens`` are returned tokens of one run; ``seconds`` the median of ``runs``.
 
-    method: str
+    spread: of the runs' tokens per second, the interquartile range over the median; None of a single run. modes: the
+    share of the rounds that each mode had (``pearl.methods``), the most frequent one first.
+    """
+
+    method: str  # or a contender's name: pearl@4
+    batch: int  # requests that ran at once, at most
+    prompts: int
     tokens: int
     seconds: float
     tok_s: float
-    speedup: float  # over the first method of the report
+    spread: float | None
+    speedup: float  # over the first one at the same batch
     mean_accepted_tokens: float
     acceptance_rate: float
     window: float  # median of the windows drafted
+    modes: dict[Mode, float]
     target_forwards: int
     draft_forwards: int
     efficiency: float
@@ -36,8 +46,13 @@ class MethodResult:
 class _Run:
     seconds: float
     outputs: list[RequestOutput]
-    rounds: list[RoundRecord]
+    window: float
+    modes: Counter[Mode]  # rounds of each
     efficiency: float
+
+    @property
+    def tok_s(self) -> float:
+        return _tokens(self.outputs) / self.seconds
 
 
 @dataclass
@@ -52,10 +67,13 @@ class _Contender:
         begin = time.perf_counter()
         outputs = self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
         seconds = time.perf_counter() - begin
-        rounds = list(self.rounds)
         # At once, so that the machine is in the same mood.
-        ideal = replay_alone(self.llm, rounds)
-        self.runs.append(_Run(seconds, outputs, rounds, ideal / sum(record.whole.seconds for record in rounds)))
+        ideal = replay_alone(self.llm, self.rounds)
+        windows = [len(window) for record in self.rounds for window in record.result.windows.values()]
+        modes = Counter(record.plan.pace.mode for record in self.rounds if record.plan.pace is not None)
+        efficiency = ideal / sum(record.whole.seconds for record in self.rounds)
+        self.runs.append(_Run(seconds, outputs, statistics.median(windows or [0.0]), modes, efficiency))
+        self.rounds.clear()  # those of all contenders' runs would fill the memory
         advance()
 
     @property
@@ -85,10 +103,12 @@ def compare(
     repeats: int,
     advance: Callable[[str], None],
     ended: Callable[[list[MethodResult]], None] = lambda results: None,
+    batch: int = 1,
 ) -> list[MethodResult]:
     """Run every contender ``repeats`` times, in turns; the first one is the baseline of ``speedup``.
 
-    prompts: texts or token ids. params: one for all, or one for each prompt.
+    prompts: texts or token ids, submitted at once. params: one for all, or one for each prompt. batch: how many of
+    them the contenders run at once.
     ``advance(name)`` is called after each finished output and after each run's replay, ``ended(results)`` after each
     run with what all runs until then say; a method that has none yet is missing there.
     """
@@ -96,46 +116,54 @@ def compare(
     field_ = [_Contender(name, llm) for name, llm in contenders.items()]
     for contender in field_:
         contender.llm.engine.observer = contender.rounds.append
-        contender.llm.generate(prompts[:1], every[:1])  # warm up: first-use costs, and the automatic window
+        # Warm up: the first-use costs of such a batch, and what the pace measures.
+        contender.llm.generate(prompts[:batch], every[:batch])
     for repeat in range(repeats):
         for contender in field_ if repeat % 2 == 0 else field_[::-1]:
             contender.run(prompts, every, partial(advance, contender.name))
-            ended(_results(field_))
-    return _results(field_)
+            ended(_results(field_, batch))
+    return _results(field_, batch)
 
 
-def _results(contenders: Sequence[_Contender]) -> list[MethodResult]:
+def _results(contenders: Sequence[_Contender], batch: int) -> list[MethodResult]:
     """The first contender is also the first that has run."""
     results: list[MethodResult] = []
     for contender in contenders:
         if contender.runs:
-            results.append(_summarise(contender, results[0].tok_s if results else None))
+            results.append(_summarise(contender, batch, results[0].tok_s if results else None))
     return results
 
 
-def _summarise(contender: _Contender, baseline: float | None) -> MethodResult:
-    outputs, rounds = contender.median_run.outputs, contender.median_run.rounds
-    metrics = [completion.metrics for output in outputs for completion in output.outputs]
-    tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    seconds = statistics.median(run.seconds for run in contender.runs)
-    speed = statistics.median(_tokens(run.outputs) / run.seconds for run in contender.runs)
+def _summarise(contender: _Contender, batch: int, baseline: float | None) -> MethodResult:
+    typical = contender.median_run
+    metrics = [completion.metrics for output in typical.outputs for completion in output.outputs]
+    speeds = [run.tok_s for run in contender.runs]
+    speed = statistics.median(speeds)
     tested, runs = sum(m.tested for m in metrics), sum(m.runs for m in metrics)
     accepted = sum(m.accepted for m in metrics)
-    windows = [len(window) for record in rounds for window in record.result.windows.values()]
     return MethodResult(
         method=contender.name,
-        tokens=tokens,
-        seconds=seconds,
+        batch=batch,
+        prompts=len(typical.outputs),
+        tokens=_tokens(typical.outputs),
+        seconds=statistics.median(run.seconds for run in contender.runs),
         tok_s=speed,
-        speedup=speed / (baseline or speed),
+        spread=_interquartile_range(speeds) / speed if len(speeds) > 1 and speed else None,
+        speedup=speed / (baseline or speed or 1.0),
         mean_accepted_tokens=accepted / runs if runs else 0.0,
         acceptance_rate=accepted / tested if tested else 0.0,
-        window=statistics.median(windows) if windows else 0.0,
+        window=typical.window,
+        modes={mode: rounds / sum(typical.modes.values()) for mode, rounds in typical.modes.most_common()},
         target_forwards=sum(m.target_forwards for m in metrics),
         draft_forwards=sum(m.draft_forwards for m in metrics),
         efficiency=statistics.median(run.efficiency for run in contender.runs),
         runs=len(contender.runs),
     )
+
+
+def _interquartile_range(values: Sequence[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 def _tokens(outputs: Sequence[RequestOutput]) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import get_args
 
 from pearl.choices import ShapeName
 from pearl.errors import ConfigurationError
+from pearl.user_values import shown
 
 _MOST_DIGITS = 9
 
@@ -14,6 +16,14 @@ _MOST_DIGITS = 9
 def whole_number(text: str) -> int | None:
     """Of decimal digits, not more of them than a count may have; None if it is none."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
+
+
+def positive_numbers(option: str, text: str) -> list[int]:
+    """Of "1,8,32", each once. Raises ConfigurationError."""
+    numbers = [whole_number(name.strip()) or 0 for name in text.split(",")]
+    if not all(numbers):
+        raise ConfigurationError(f"{option} takes integers >= 1, separated by commas, not {shown(text)}")
+    return list(dict.fromkeys(numbers))
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -29,6 +39,8 @@ def check_picture(option: str, path: Path | None) -> None:
     check_output(option, path)
     if path is not None and path.suffix not in (".png", ".svg"):
         raise ConfigurationError(f"{option} draws .png and .svg, not {path.name!r}")
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError(f"{option} needs matplotlib: pip install matplotlib")
 
 
 def check_rate(rate: float) -> None:

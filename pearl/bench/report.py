@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,16 +57,26 @@ def provenance() -> dict[str, Any]:
 
 
 def table(results: Sequence[MethodResult], title: str) -> Table:
-    columns = ("method", "tok/s", "speedup", "accepted", "rate", "fwd/token", "window", "efficiency")
+    """A section for each batch, if there are several; below, what a pace chose."""
+    columns = ("method", "tok/s", "spread", "speedup", "accepted", "rate", "fwd/tok", "window", "efficiency")
     # Without edges it fits 80 columns.
-    rows = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    rows = Table(
+        title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False,
+        caption="\n".join(_choices(results)) or None, caption_justify="left", caption_style="",
+    )  # fmt: skip
     for index, column in enumerate(columns):
-        rows.add_column(column, justify="right" if index else "left")
+        rows.add_column(column, justify="right" if index else "left", no_wrap=True)
+    several, batch = len({r.batch for r in results}) > 1, None
     for r in results:
+        if several and r.batch != batch:
+            rows.add_section()
+            rows.add_row(f"batch {r.batch}")
+            batch = r.batch
         drafted = bool(r.window)
         rows.add_row(
             r.method,
             f"{r.tok_s:.1f}",
+            "-" if r.spread is None else f"{r.spread:.1%}",
             f"{r.speedup:.2f}x",
             f"{r.mean_accepted_tokens:.2f}" if drafted else "-",
             f"{r.acceptance_rate:.3f}" if drafted else "-",
@@ -75,6 +85,14 @@ def table(results: Sequence[MethodResult], title: str) -> Table:
             f"{r.efficiency:.3f}",
         )
     return rows
+
+
+def _choices(results: Sequence[MethodResult]) -> Iterator[str]:
+    """Lines about modes, where a method's own was not the only one."""
+    for r in results:
+        if set(r.modes) - {r.method.partition("@")[0]}:
+            shares = ", ".join(f"{mode} {share:.0%}" for mode, share in r.modes.items())
+            yield f"rounds of {r.method} at batch {r.batch}: {shares}"
 
 
 @dataclass(frozen=True)

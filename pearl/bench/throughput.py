@@ -8,7 +8,16 @@ from typing import Annotated, Any, get_args
 import typer
 
 from pearl.bench.command import run_command
-from pearl.bench.options import check_output, check_rate, parse_shapes, rate_label, whole_number
+from pearl.bench.contenders import FORMS, parse_contenders
+from pearl.bench.options import (
+    check_output,
+    check_picture,
+    check_rate,
+    parse_shapes,
+    positive_numbers,
+    rate_label,
+    whole_number,
+)
 from pearl.bench.prompt_sets import BUILT_IN
 from pearl.choices import MethodName, ShapeName
 from pearl.errors import ConfigurationError
@@ -21,13 +30,14 @@ ALL_METHODS = ",".join(reversed(get_args(MethodName)))
 
 def throughput(
     dataset: Annotated[str, typer.Option(help="builtin, humaneval, gsm8k, mt_bench, mgsm or a JSONL file")] = BUILT_IN,
-    methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline")] = ALL_METHODS,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts")] = 8,
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {FORMS}; the first is the baseline")] = ALL_METHODS,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts; a larger batch gets as many as it holds")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest output")] = 96,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each method, interleaved")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests that run at once")] = 1,
-    window: Annotated[str, typer.Option(help="Drafted tokens a round, or auto")] = "auto",
-    window_rule: Annotated[str, typer.Option(help="Of auto: balanced | fastest")] = "balanced",
+    batch: Annotated[str, typer.Option(help="Requests that run at once, max_num_seqs; several comma-separated")] = "1",
+    window: Annotated[
+        str, typer.Option(help="Drafted tokens a round where --methods names none, or auto: as the pace decides")
+    ] = "auto",
     verification: Annotated[str, typer.Option(help="rejection | coupled")] = "rejection",
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end of text")] = False,
@@ -53,25 +63,27 @@ def throughput(
     draft_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the draft")] = 1,
     target_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the target, in every method")] = 1,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the report here, anew after each run")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw tokens per second here, PNG or SVG")] = None,
 ) -> None:
     """Tokens per second of the decoding methods, interleaved, on the same prompts; medians. Warm-up is not counted."""
+    if window != "auto" and not whole_number(window):
+        raise ConfigurationError(f'--window must be "auto" or an integer >= 1, not {shown(window)}')
+    contenders = parse_contenders(methods, "auto" if window == "auto" else int(window))
+    batches = positive_numbers("--batch", batch)
     settings: dict[str, Any] = {
-        "dataset": dataset, "prompts": prompts, "max_tokens": max_tokens, "repeats": repeats, "batch_size": batch_size,
-        "window": window, "window_rule": window_rule,
+        "dataset": dataset, "methods": [contender.name for contender in contenders], "prompts": prompts,
+        "max_tokens": max_tokens, "repeats": repeats, "batch": batches, "window": window,
         "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
         "target": target or "bundled", "draft": draft or "bundled", "shapes": shapes, "prompt_tokens": prompt_tokens,
         "synthetic_acceptance": synthetic_acceptance, "device": device, "draft_device": draft_device,
         "target_device": target_device, "enforce_eager": enforce_eager, "dtype": dtype,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
-    names = _method_names(methods)
-    if window != "auto" and whole_number(window) is None:
-        raise ConfigurationError(f'--window must be "auto" or an integer >= 1, not {shown(window)}')
     check_output("--json", json_out)
+    check_picture("--plot", plot)
     pair = _check_shapes(settings)
     options: dict[str, Any] = {
         "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
-        "window": window if window == "auto" else int(window), "window_rule": window_rule, "max_num_seqs": batch_size,
         "draft_device": draft_device, "target_device": target_device, "enforce_eager": enforce_eager,
         "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
     }  # fmt: skip
@@ -79,31 +91,36 @@ def throughput(
     # What follows needs torch, for which --help and the refusals above do not wait.
     from rich.console import Console
 
-    from pearl.bench.contest import Contest, read_prompts
+    from pearl.bench.contest import Contest, check_contenders, read_prompts
     from pearl.bench.report import JsonReport, table
-    from pearl.config import EngineConfig
 
-    for name in names:
-        EngineConfig(**{**options, "method": name})  # refuse a bad option before anything is loaded
-    contest = Contest(
-        names, options, read_prompts(dataset, prompts, pair, prompt_tokens), params, repeats, pair, synthetic_acceptance
-    )
+    check_contenders(contenders, options, batches)
+    there = read_prompts(dataset, max(prompts, *batches), pair, prompt_tokens)
+    settings["different_prompts"] = len(there)
+    contest = Contest(contenders, options, batches, there, prompts, params, repeats, pair, synthetic_acceptance)
     console = Console()
     label = _label(settings)
     report = None if json_out is None else JsonReport(json_out, settings | {"label": label} if label else settings)
     results = contest.run(console, (lambda results: None) if report is None else report.write)
-    work = f"{len(contest.prompts)} prompts, up to {max_tokens} tokens, batch {batch_size}"
-    console.print(table(results, f"{label}\n{work}" if label else f"{dataset}: {work}"))
+    title = _title(label or dataset, [len(contest.prompts_of(size)) for size in batches], settings)
+    console.print(table(results, title))
     if report is not None:
         report.write(results, complete=True)
         console.print(f"written to {report.path}")
+    if plot is not None:
+        from pearl.bench.plot import draw_speeds
+
+        draw_speeds(results, title, plot)
+        console.print(f"written to {plot}")
 
 
-def _method_names(methods: str) -> list[str]:
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise ConfigurationError(f"--methods must name each method once, separated by commas, not {methods!r}")
-    return names
+def _title(of: str, prompts: list[int], settings: dict[str, Any]) -> str:
+    """``prompts``: of each batch."""
+    few, many, there = min(prompts), max(prompts), settings["different_prompts"]
+    number = str(many) if few == many else f"{few} to {many}"
+    repeated = f" ({there} different)" if there < many else ""
+    batches = ", ".join(map(str, settings["batch"]))
+    return f"{of}\n{number} prompts{repeated}, up to {settings['max_tokens']} tokens, batch {batches}"
 
 
 def _check_shapes(settings: dict[str, Any]) -> tuple[str, str] | None:

@@ -26,7 +26,9 @@ from pearl.messages import (
     TargetPlan,
     VerifyResult,
 )
+from pearl.methods import Mode
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
+from pearl.pace import Pace
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_AT_WORK = Busy(0.0, 0.0)
@@ -41,6 +43,7 @@ def hand_made_round(
     drafted: int = 0,
     accepted: int = 0,
     own: bool = False,
+    mode: Mode | None = None,
 ) -> RoundRecord:
     """One request's round; a model without busy time has no work. ``number`` is the start of its forwards."""
     state = SequenceState(0, 0, SamplingParams(), 0, 0, None)
@@ -48,6 +51,7 @@ def hand_made_round(
     plan = SchedulerOutput(
         TargetPlan((forward,) if target.seconds else ()),
         DraftPlan((DraftWork(forward, drafted),) if draft.seconds else ()),
+        pace=None if mode is None else Pace(mode, (drafted,)),
     )
     windows = {0: tuple(Drafted(token, 0.0, -1) for token in range(drafted))} if draft.seconds else {}
     tested = tuple(range(accepted + own))

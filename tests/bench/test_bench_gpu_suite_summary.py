@@ -18,6 +18,8 @@ from bench.gpu_suite.outcome import CUT_OFF, OK, SKIPPED, Outcome
 from bench.gpu_suite.report import Summary, write
 from bench.gpu_suite.results import best_kernels, numbers
 from bench.gpu_suite.stages import Place
+from pearl.bench.measure import MethodResult
+from pearl.bench.report import JsonReport
 
 LABEL = "8b:1b, random weights; synthetic acceptance 0.80: real forwards, scripted verdicts"
 TESTS = """<testsuites><testsuite>
@@ -150,6 +152,20 @@ def test_the_fastest_kernel_of_a_shape_is_held_against_its_aim() -> None:
     assert found["sample", "9x128256 top-p"].reached is False
     assert found["sample", "9x32000 top-p"].aim is None
     assert found["verify", "8x9x151936 coupled"].reached is True
+
+
+def test_methods_are_listed_with_their_batches(place: Place) -> None:
+    row = MethodResult("pearl@4", 16, 24, 80, 1.0, 1234.5, 0.1, 1.5, 2.0, 0.8, 4.0, {"pearl": 1.0}, 10, 40, 0.9, 5)
+    report = JsonReport(place.file("throughput.json"), {"device": "cuda"}, {})
+    report.write([row])
+    summary = Summary(place, ("more",), "abc")
+    summary.add(Outcome("more", CUT_OFF, 15.0), 15.0)
+    write(summary)
+    text = (place.out / "summary.md").read_text()
+    assert "The bundled pair on cuda, measured acceptance:" in text
+    assert "| method | batch | prompts | tok/s | speedup | acceptance | window | efficiency |" in text
+    assert "| pearl@4 | 16 | 24 | 1,234 | 1.50x | 0.80 | 4 | 0.90 |" in text
+    assert "Cut off: medians of the runs that ended." in text
 
 
 def test_the_markdown_says_what_was_reached_and_what_is_synthetic(summary: Summary) -> None:

@@ -16,6 +16,7 @@ from pearl.bench.measure import MethodResult, compare, replay_alone
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.engine.engine import RoundRecord
 from pearl.messages import Busy
+from pearl.methods import Mode
 from pearl.outputs import RequestMetrics, RequestOutput
 
 METHODS = ("autoregressive", "speculative", "pearl")
@@ -170,6 +171,23 @@ def test_efficiency_is_ideal_over_actual_time_of_the_median_run(monkeypatch: pyt
     assert result.tok_s == pytest.approx(5 / 7)
     assert result.efficiency == pytest.approx((0.75 + 1.5 + 0.25) / (1.5 + 2.5 + 1.0))
     assert result.window == 3  # the median of 2 and 4
+    speeds = [5 / 9, 5 / 7, 5 / 2]  # the quartiles lie half way between neighbours
+    assert result.spread == pytest.approx(((speeds[1] + speeds[2]) / 2 - (speeds[0] + speeds[1]) / 2) / speeds[1])
+
+
+def test_modes_are_shares_of_the_median_run_s_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    modes: list[Mode] = ["pearl", "two-halves", "two-halves", "two-halves"]
+    rounds = [
+        hand_made_round(number % 3, whole=Busy(number, 1.0), target=Busy(number, 0.5), own=True, mode=mode)
+        for number, mode in enumerate(modes)
+    ]
+    metrics = [RequestMetrics(output_tokens=5)]
+    scripts = [(1.0, rounds, metrics), (2.0, rounds, metrics)]
+    (result,) = compare({"a": fake_llm(clock=clock, scripts=scripts)}, ["x"], PARAMS, 1, lambda name: None)  # type: ignore[dict-item]
+    assert list(result.modes.items()) == [("two-halves", 0.75), ("pearl", 0.25)]
+    assert result.spread is None, "one run has no spread"
 
 
 def test_contenders_are_warmed_up_and_then_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +198,9 @@ def test_contenders_are_warmed_up_and_then_take_turns(monkeypatch: pytest.Monkey
     first = [(50.0, ROUNDS, one), (4.0, ROUNDS, two), (5.0, ROUNDS, two), (9.0, ROUNDS, two)]
     second = [(50.0, ROUNDS, one), (1.0, ROUNDS, two), (2.0, ROUNDS, two), (8.0, ROUNDS, two)]
     field = {name: fake_llm(name=name, clock=clock, scripts=runs) for name, runs in (("a", first), ("b", second))}
-    a, b = compare(field, ["x", "y"], PARAMS, 3, lambda name: None)  # type: ignore[arg-type]
+    a, b = compare(field, ["x", "y"], PARAMS, 3, lambda name: None, batch=1)  # type: ignore[arg-type]
     assert clock.calls == ["a 1", "b 1", "a 2", "b 2", "b 2", "a 2", "a 2", "b 2"]
+    assert (a.batch, a.prompts) == (1, 2)
     assert (a.tokens, a.seconds, a.tok_s, a.speedup) == (10, 5, 2, 1)
     assert (b.tokens, b.seconds, b.tok_s, b.speedup) == (10, 2, 5, 2.5)
 
@@ -193,7 +212,9 @@ def test_rates_weigh_requests_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -
     long = RequestMetrics(output_tokens=9, tested=30, accepted=27, runs=3, target_forwards=12, draft_forwards=40)
     short = RequestMetrics(output_tokens=1, tested=10, accepted=1, runs=1, target_forwards=3, draft_forwards=11)
     scripts = [(1.0, ROUNDS, [short]), (1.0, ROUNDS, [long, short])]
-    (result,) = compare({"a": fake_llm(clock=clock, scripts=scripts)}, ["x", "y"], PARAMS, 1, lambda name: None)  # type: ignore[dict-item]
+    field = {"a": fake_llm(clock=clock, scripts=scripts)}
+    (result,) = compare(field, ["x", "y"], PARAMS, 1, lambda name: None, batch=2)  # type: ignore[arg-type]
+    assert clock.calls == ["a 2", "a 2"], "warmed up with as many as run at once"
     assert result.acceptance_rate == 28 / 40
     assert result.mean_accepted_tokens == 28 / 4
     assert (result.target_forwards, result.draft_forwards) == (15, 51)

@@ -19,37 +19,63 @@ from pearl.bench import report
 from pearl.bench.measure import MethodResult
 from pearl.bench.report import JsonReport, commit, machine, table, versions, write_whole
 
-PEARL = MethodResult("pearl", 200, 0.5, 400.25, 2.5, 6.25, 0.875, 4.0, 60, 210, 0.934, 3)
-AUTOREGRESSIVE = MethodResult("autoregressive", 200, 1.25, 160.1, 1.0, 0.0, 0.0, 0.0, 200, 0, 0.99, 3)
+PEARL = MethodResult(
+    "pearl", 1, 8, 200, 0.5, 400.25, 0.0314, 2.5, 6.25, 0.875, 4.0, {"pearl": 1.0}, 60, 210, 0.934, 3
+)  # fmt: skip
+AUTOREGRESSIVE = MethodResult(
+    "autoregressive", 1, 8, 200, 1.25, 160.1, None, 1.0, 0.0, 0.0, 0.0, {"autoregressive": 1.0}, 200, 0, 0.99, 3
+)
 
 
-def cells(*results: MethodResult, width: int = 200) -> list[list[str]]:
+def printed(*results: MethodResult, width: int = 200) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
     console.print(table(results, "title"))
     assert isinstance(console.file, io.StringIO)
-    lines = console.file.getvalue().splitlines()
+    return [line.strip() for line in console.file.getvalue().splitlines()]
+
+
+def cells(*results: MethodResult, width: int = 200) -> list[list[str]]:
     names = ("method", *(result.method for result in results))
-    return [line.replace("│", " ").replace("┃", " ").split() for line in lines if any(name in line for name in names)]
+    return [line.split() for line in printed(*results, width=width) if line.startswith(names)]
 
 
 def test_the_table_shows_every_measure() -> None:
     heads, row = cells(PEARL)
-    assert heads == ["method", "tok/s", "speedup", "accepted", "rate", "fwd/token", "window", "efficiency"]
-    assert row == ["pearl", "400.2", "2.50x", "6.25", "0.875", "0.300", "4", "0.934"]
+    assert heads == ["method", "tok/s", "spread", "speedup", "accepted", "rate", "fwd/tok", "window", "efficiency"]
+    assert row == ["pearl", "400.2", "3.1%", "2.50x", "6.25", "0.875", "0.300", "4", "0.934"]
 
 
 def test_what_does_not_draft_has_no_draft_columns() -> None:
     row = cells(AUTOREGRESSIVE, PEARL)[1]
-    assert row == ["autoregressive", "160.1", "1.00x", "-", "-", "1.000", "-", "0.990"]
+    assert row == ["autoregressive", "160.1", "-", "1.00x", "-", "-", "1.000", "-", "0.990"]
 
 
 def test_a_result_without_tokens_is_shown_too() -> None:
-    assert cells(replace(AUTOREGRESSIVE, tokens=0, tok_s=0.0))[1][5] == "-"
+    assert cells(replace(AUTOREGRESSIVE, tokens=0, tok_s=0.0))[1][6] == "-"
+
+
+def test_each_of_several_batches_has_a_section() -> None:
+    four = [replace(result, batch=4) for result in (AUTOREGRESSIVE, PEARL)]
+    assert not any(line.startswith("batch") for line in printed(AUTOREGRESSIVE, PEARL))
+    starts = [line.split()[:2] for line in printed(AUTOREGRESSIVE, PEARL, *four) if line]
+    names = [start for start in starts if start[0] in ("batch", "autoregressive", "pearl")]
+    section = [["autoregressive", "160.1"], ["pearl", "400.2"]]
+    assert names == [["batch", "1"], *section, ["batch", "4"], *section]
+
+
+def test_what_a_pace_chose_is_told_where_it_left_the_method_s_own_mode() -> None:
+    chosen = replace(PEARL, batch=64, modes={"autoregressive": 0.9, "pearl": 0.1})
+    fixed = replace(PEARL, method="pearl@4")
+    told = [line for line in printed(AUTOREGRESSIVE, PEARL, fixed, chosen, width=80) if line.startswith("rounds of")]
+    assert told == ["rounds of pearl at batch 64: autoregressive 90%, pearl 10%"]
 
 
 def test_the_table_fits_a_terminal_of_80_columns() -> None:
     """Nothing is cut: what it prints is copied into documents and logs."""
-    fast = replace(PEARL, tok_s=12345.6, speedup=12.5, mean_accepted_tokens=123.25, window=12.5)
+    fast = replace(
+        PEARL, method="speculative@256", tok_s=12345.6, spread=0.123, speedup=12.5, mean_accepted_tokens=123.25,
+        window=12.5,
+    )  # fmt: skip
     assert cells(AUTOREGRESSIVE, fast, width=80) == cells(AUTOREGRESSIVE, fast)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 from bench_support import Finished, run_script
 
 from bench.roofline import program
-from bench.roofline.generators import Contender, LeftOut, compare
+from bench.roofline.generators import Contender, LeftOut, compare, pearl_contenders
 from bench.roofline.report import Bandwidth, Forward, Generation, Operator, Report, draw, write_json
+from pearl.bench import options
 from pearl.errors import ConfigurationError
+from pearl.llm import LLM
 
 Script = Callable[..., Finished]
 TOP_KEYS = {
@@ -47,7 +50,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
 
 DEFAULTS: dict[str, Any] = {
     "dataset": "builtin", "prompts": 8, "max_tokens": 96, "repeats": 5, "engines": "pearl,transformers,llama.cpp",
-    "rows": "1,2,4,8,16", "context": 128, "window_rule": "fastest", "target": None, "draft": None, "dtype": "auto",
+    "rows": "1,2,4,8,16", "context": 128, "pace": "auto", "target": None, "draft": None, "dtype": "auto",
 }  # fmt: skip
 
 
@@ -203,6 +206,11 @@ def contender(method: str, *answers: list[list[int]], equals: str | None = None)
     return Contender("pearl", method, 1, Scripted(list(answers)), "float32", equals)
 
 
+def test_a_balanced_pace_is_for_the_one_method_that_has_it() -> None:
+    with LLM(pace="balanced", prefix_caching=False, max_num_seqs=1) as llm, ExitStack() as stack:
+        assert [c.method for c in pearl_contenders(stack, llm, 1)] == ["autoregressive", "speculative", "pearl"]
+
+
 def test_runs_are_interleaved_and_the_warm_up_is_not_one() -> None:
     a, b = (contender(name, [[0]], [[1, 2]], [[1, 2]]) for name in "ab")
     order: list[str] = []
@@ -253,7 +261,7 @@ def test_bad_options_are_refused_in_one_line(script: Script, arguments: tuple[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--window-rule", "magic"), "window_rule"),
+        (("--pace", "magic"), "pace"),
         (("--dtype", "int8"), "dtype"),
         (("--max-tokens", "5000"), "positions"),
         (("--context", "5000"), "--context 5000"),
@@ -269,9 +277,9 @@ def test_what_the_models_do_not_allow_is_refused(script: Script, arguments: tupl
 def test_plot_says_what_to_install(
     script: Script, monkeypatch: pytest.MonkeyPatch, no_work: None, tmp_path: Path
 ) -> None:
-    find = program.importlib.util.find_spec
+    find = options.importlib.util.find_spec
     monkeypatch.setattr(
-        program.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+        options.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )  # fmt: skip
     finished = script("--plot", str(tmp_path / "out.png"))
     assert "pip install matplotlib" in finished.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,20 +18,26 @@ from typer.testing import CliRunner
 
 from pearl import LLM
 from pearl.bench import contest
+from pearl.bench.measure import MethodResult
 from pearl.bench.prompt_sets import load_prompts
+from pearl.bench.report import JsonReport
 from pearl.cli.app import application, run
 from pearl.config import EngineConfig
 from pearl.models import Tokenizer, bundled_path
 
 RESULT_KEYS = (
     "method",
+    "batch",
+    "prompts",
     "tokens",
     "seconds",
     "tok_s",
+    "spread",
     "speedup",
     "mean_accepted_tokens",
     "acceptance_rate",
     "window",
+    "modes",
     "target_forwards",
     "draft_forwards",
     "efficiency",
@@ -86,9 +93,13 @@ def test_the_main_job_writes_the_promised_report(tmp_path: Path) -> None:
         assert row["tok_s"] == pytest.approx(row["tokens"] / row["seconds"])
         assert row["target_forwards"] >= 2
         assert row["efficiency"] > 0
+        assert (row["batch"], row["prompts"], row["spread"]) == (1, 2, None)
+        assert sum(row["modes"].values()) == pytest.approx(1)
     assert report["results"][0]["speedup"] == 1
+    assert report["results"][0]["modes"] == {"autoregressive": 1}
     settings = report["settings"]
     assert (settings["prompts"], settings["max_tokens"], settings["repeats"]) == (2, 8, 1)
+    assert (settings["methods"], settings["batch"]) == (["autoregressive", "speculative", "pearl"], [1])
     assert (settings["dataset"], settings["target"], settings["draft"]) == ("builtin", "bundled", "bundled")
 
 
@@ -103,6 +114,15 @@ BAD = [
     (("--methods", "pearl,magic"), "magic"),
     (("--methods", ","), "method"),
     (("--methods", "pearl,pearl"), "pearl"),
+    (("--methods", "pearl@1-4,pearl@3"), "pearl@3 is there twice"),
+    (("--methods", "pearl@0"), "'pearl@0': behind @ stand a window or FIRST-LAST, from 1 to 256"),
+    (("--methods", "pearl@257"), "pearl@257"),
+    (("--methods", "autoregressive@3"), "autoregressive@3"),
+    (("--batch", "1,x"), "--batch takes integers >= 1, separated by commas, not '1,x'"),
+    (("--batch", "0"), "--batch"),
+    (("--batch", "999999999"), "max_num_seqs"),
+    (("--methods", "pearl@256", "--batch", "1,512"), "max_num_seqs=512 times a window of 256"),
+    (("--window", "257"), "window must be"),
     (("--window", "0"), "window"),
     (("--window", "-1"), "window"),
     (("--window", "x"), "window"),
@@ -110,6 +130,7 @@ BAD = [
     (("--window", "9" * 5000), "window"),
     (("--json", "/no/such/folder/report.json"), "/no/such/folder"),
     (("--json", "/tmp"), "/tmp"),
+    (("--plot", "speed.pdf"), "--plot draws .png and .svg"),
     (("--dataset", "nothing-of-the-sort"), "nothing-of-the-sort"),
     (("--verification", "trust"), "trust"),
     (("--device", "abacus"), "abacus"),
@@ -154,7 +175,7 @@ def test_a_missing_model_is_refused_in_one_line_before_any_run(
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *((option, "0") for option in ("--prompts", "--max-tokens", "--repeats", "--batch-size", "--draft-threads")),
+        *((option, "0") for option in ("--prompts", "--max-tokens", "--repeats", "--draft-threads")),
         ("--target-threads", "many"),
         ("--temperature", "-1"),
         ("--temperature", "nan"),
@@ -212,30 +233,89 @@ def test_options_reach_the_library(script: Script, tmp_path: Path, monkeypatch: 
         def close(self) -> None:
             pass
 
-    def compare(contenders: dict[str, Any], prompts: list[str], params: Any, repeats: int, *_: Any) -> list[Any]:
-        asked.append((list(contenders), prompts, params, repeats))
+    def compare(contenders: dict[str, Any], prompts: list[str], params: Any, repeats: int, *more: Any) -> list[Any]:
+        asked.append((list(contenders), prompts, params, repeats, more[-1]))
         return []
 
     monkeypatch.setattr(contest, "LLM", Recorder)
     monkeypatch.setattr(contest, "compare", compare)
     out = tmp_path / "report.json"
     finished = script(
-        *("--methods", "pearl, autoregressive", "--window", "7", "--prompts", "3", "--batch-size", "2"),
+        *("--methods", "pearl, autoregressive,pearl@balanced,speculative@20", "--window", "7"),
+        *("--prompts", "3", "--batch", "2,18"),
         *("--temperature", "0.5", "--max-tokens", "9", "--ignore-eos", "--repeats", "4", "--draft", "ngram"),
         *("--draft-threads", "2", "--target-threads", "3", "--verification", "coupled", "--json", str(out)),
     )
     assert finished.code == 0, finished.err
-    ((names, prompts, params, repeats),) = asked
-    assert (names, prompts, repeats) == (["pearl", "autoregressive"], load_prompts("builtin", 3), 4)
+    names = ["pearl", "autoregressive", "pearl@balanced", "speculative@20"]
+    sixteen = load_prompts("builtin")
+    assert len(sixteen) == 16
+    small, (_, prompts, params, repeats, batch) = asked
+    assert small == (names, sixteen[:3], params, 4, 2)
+    assert (prompts, repeats, batch) == (sixteen + sixteen[:2], 4, 18), "repeated in turn, one for each place"
+    assert "3 to 18 prompts (16 different), up to 9 tokens, batch 2, 18" in finished.out
     assert (params.temperature, params.max_tokens, params.ignore_eos) == (0.5, 9, True)
-    assert [options["method"] for options in built[1:]] == ["pearl", "autoregressive"]
-    wanted = {"window": 7, "max_num_seqs": 2, "draft": "ngram", "verification": "coupled", "draft_threads": 2}
+    assert [options["method"] for options in built[1:]] == ["pearl", "autoregressive", "pearl", "speculative"] * 2
+    assert [options["window"] for options in built[1:]] == [7, "auto", "auto", 20] * 2
+    assert [options["pace"] for options in built[1:]] == ["auto", "auto", "balanced", "auto"] * 2
+    assert [options["max_num_seqs"] for options in built[1:]] == [2] * 4 + [18] * 4
+    assert {options["max_window"] for options in built[1:]} == {16}, (
+        "no other contender's window limits the automatic one"
+    )
+    wanted = {"max_window": 20, "max_num_seqs": 18, "draft": "ngram", "verification": "coupled", "draft_threads": 2}
     assert {key: built[0][key] for key in wanted} == wanted
     assert built[0]["target_threads"] == 3
     settings = json.loads(out.read_text())["settings"]
-    assert (settings["window"], settings["batch_size"], settings["ignore_eos"]) == ("7", 2, True)
+    assert (settings["window"], settings["batch"], settings["ignore_eos"]) == ("7", [2, 18], True)
+    assert (settings["methods"], settings["prompts"], settings["different_prompts"]) == (names, 3, 16)
     assert settings["shapes"] is settings["synthetic_acceptance"] is None
     assert "label" not in settings
+
+
+def test_batches_follow_each_other_on_the_same_models(script: Script, tmp_path: Path) -> None:
+    """Each has a baseline of its own; the report is whole after every run."""
+    pytest.importorskip("matplotlib")
+    out, picture, runs = tmp_path / "report.json", tmp_path / "speed.svg", []
+    with pytest.MonkeyPatch.context() as patch:
+        write = JsonReport.write
+
+        def note(report: JsonReport, results: list[MethodResult], complete: bool = False) -> None:
+            runs.append([(result.method, result.batch, result.runs) for result in results])
+            write(report, results, complete)
+
+        patch.setattr(JsonReport, "write", note)
+        finished = script(
+            "--methods", "autoregressive,pearl@3,pearl", "--batch", "1,3", "--prompts", "2", "--max-tokens", "8",
+            "--repeats", "2", "--json", str(out), "--plot", str(picture),
+        )  # fmt: skip
+    assert finished.code == 0, finished.err
+    names = ["autoregressive", "pearl@3", "pearl"]
+    assert len(runs) == 2 * 6 + 1
+    assert runs[2] == [(name, 1, 1) for name in names]
+    assert runs[8] == [*((name, 1, 2) for name in names), *((name, 3, 1) for name in names)]
+    report = json.loads(out.read_text())
+    rows = report["results"]
+    assert report["complete"] is True
+    assert [(row["method"], row["batch"], row["prompts"]) for row in rows] == [
+        *((name, 1, 2) for name in names), *((name, 3, 3) for name in names)
+    ]  # fmt: skip
+    assert [row["speedup"] for row in rows] == pytest.approx(
+        [row["tok_s"] / rows[index // 3 * 3]["tok_s"] for index, row in enumerate(rows)]
+    )
+    assert all(row["spread"] >= 0 for row in rows)
+    assert [row["modes"] for row in rows if row["method"] == "pearl@3"] == [{"pearl": 1}] * 2
+    assert [row["window"] for row in rows if row["method"] == "pearl@3"] == [3, 3]
+    assert {row["tokens"] for row in rows[:3]} == {rows[0]["tokens"]}
+    assert f"written to {picture}" in finished.out
+    assert "<!-- pearl at fixed windows -->" in picture.read_text("utf-8")
+
+
+def test_a_picture_needs_matplotlib(script: Script, monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    finished = script("--plot", "/tmp/speed.png")
+    assert finished.code == 2
+    assert finished.err == "error: --plot needs matplotlib: pip install matplotlib\n"
 
 
 SHAPES = ("--shapes", "tiny-target:tiny-draft", "--device", "cpu")
@@ -246,7 +326,7 @@ def test_random_weights_and_scripted_verdicts_say_so(script: Script, tmp_path: P
     out = tmp_path / "report.json"
     finished = script(
         *SHAPES, "--synthetic-acceptance", "0.8", "--prompts", "3", "--max-tokens", "120", "--repeats", "1",
-        "--batch-size", "3", "--prompt-tokens", "20", "--window", "4", "--json", str(out),
+        "--batch", "3", "--prompt-tokens", "20", "--window", "4", "--json", str(out),
     )  # fmt: skip
     assert finished.code == 0, finished.err
     label = f"tiny-target:tiny-draft, random weights, random prompts; {LABEL}"

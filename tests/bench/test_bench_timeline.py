@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from bench_support import Finished, hand_made_round
 
-from bench.timeline import draw_timeline
+from bench.timeline import RUNS, draw_timeline
+from pearl.config import EngineConfig
 from pearl.engine.engine import RoundRecord
 from pearl.messages import Busy
 
@@ -85,6 +86,14 @@ def test_a_dot_tells_a_drafted_token_from_the_target_s_own(tmp_path: Path) -> No
     draw_timeline({"pearl": pearl_rounds(0.0)}, path, 40)
     dots = re.findall(r"<use [^>]*style=\"fill: (#[0-9a-f]{6})", path.read_text("utf-8"))
     assert (dots.count("#4d9a6a"), dots.count("#b0413e")) == (4 + 1, 2 + 1)
+
+
+def test_the_pair_is_run_by_every_method_and_pace() -> None:
+    """Options of a variant are checked when it is made, after others ran for a while."""
+    configs = {name: EngineConfig(**options) for name, options in RUNS.items()}
+    assert list(configs) == ["autoregressive", "speculative", "pearl", "pearl, balanced"]
+    assert [config.method for config in configs.values()] == ["autoregressive", "speculative", "pearl", "pearl"]
+    assert [config.pace for config in configs.values()] == ["auto", "auto", "auto", "balanced"]
 
 
 @pytest.mark.parametrize(
