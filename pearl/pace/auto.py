@@ -124,7 +124,7 @@ class AutoPace:
             count.astype(np.float64),
             self._curves.times(load, beside=False),
             self._curves.times(load, beside=True),
-            self._curves.overhead(load.batch),
+            {mode: self._curves.overhead(load.batch, mode) for mode in self._modes},
             pinned,
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pearl.methods import Mode
 from pearl.pace.rounds import Load, MeasuredRound
 
 Numbers = NDArray[np.float64]
@@ -90,7 +91,7 @@ class Curves:
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples: defaultdict[_Key, _Forwards] = defaultdict(_Forwards)
-        self._overhead: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._overhead: defaultdict[tuple[int, Mode], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self.rounds = 0
 
     def observe(self, measured: MeasuredRound) -> None:
@@ -103,7 +104,8 @@ class Curves:
         if draft:
             samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps)
         samples.seen = self.rounds
-        self._overhead[measured.load.batch.bit_length()].append(max(0.0, measured.seconds - max(target, draft)))
+        rest = max(0.0, measured.seconds - max(target, draft))
+        self._overhead[measured.load.batch.bit_length(), measured.mode].append(rest)
 
     def rounds_since(self, load: Load, beside: bool) -> int | None:
         """Since such a round was last measured under such a load; None: never."""
@@ -118,12 +120,13 @@ class Curves:
                 enough = max(enough, min(samples.target.count, samples.draft.count))
         return enough >= rounds
 
-    def overhead(self, batch: int) -> float:
-        """Seconds of a round beyond its longer forward."""
-        known = [size for size, samples in self._overhead.items() if samples]
+    def overhead(self, batch: int, mode: Mode) -> float:
+        """Seconds of a mode's round beyond its longer forward."""
+        size = batch.bit_length()
+        known = [key for key, samples in self._overhead.items() if samples]
         if not known:
             return 0.0
-        return statistics.median(self._overhead[min(known, key=lambda size: abs(size - batch.bit_length()))])
+        return statistics.median(self._overhead[min(known, key=lambda key: (abs(key[0] - size), key[1] != mode))])
 
     def spread(self, load: Load) -> float:
         """The relative error of what is known of the target's times, from their own scatter around it."""

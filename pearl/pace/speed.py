@@ -11,7 +11,7 @@ a request's share of its rounds in each kind gives its rows and tokens in a roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ class Situation:
     count: Numbers
     alone: Times
     beside: Times
-    overhead: float
+    overhead: Mapping[Mode, float]
     pinned: bool = False
 
     @property
@@ -81,7 +81,8 @@ def _pearl(now: Situation, g: Numbers) -> Numbers:
     """Rounds with nothing pending test one token; the rounds after it test g, until one fails."""
     f, a = now.first, now.later
     fails = 1 - a**g
-    return _overlapping(now, g, [_Kind(fails, np.ones_like(g), np.ones_like(g)), _Kind(f + 0 * g, g, _series(a, g))])
+    one = np.ones_like(g)
+    return _overlapping("pearl", now, g, [_Kind(fails, one, one), _Kind(f * one, g, _series(a, g))])
 
 
 def _whole_windows(now: Situation, g: Numbers) -> Numbers:
@@ -91,9 +92,8 @@ def _whole_windows(now: Situation, g: Numbers) -> Numbers:
     f, a = np.where(g > 1, now.first, _afresh(now, g + 1)), now.later
     one = np.ones_like(g)
     later = np.where(g > 1, f * a**g / (1 - a**g), 0.0)
-    return _overlapping(
-        now, g, [_Kind(one, 0 * g, 0 * g), _Kind(one, g + 1, _held(f, a, g + 1)), _Kind(later, g, _series(a, g))]
-    )
+    first = _Kind(one, g + 1, _held(f, a, g + 1))
+    return _overlapping("whole-windows", now, g, [_Kind(one, 0 * g, 0 * g), first, _Kind(later, g, _series(a, g))])
 
 
 def _pre_verify_only(now: Situation, g: Numbers) -> Numbers:
@@ -102,7 +102,7 @@ def _pre_verify_only(now: Situation, g: Numbers) -> Numbers:
     rows = g - now.pinned
     tokens = _series(a, g) - now.pinned * a ** (g - 1)
     one = np.ones_like(g)
-    return _overlapping(now, g, [_Kind(one, one, one), _Kind(after, rows, tokens, drafts=False)])
+    return _overlapping("pre-verify-only", now, g, [_Kind(one, one, one), _Kind(after, rows, tokens, drafts=False)])
 
 
 def _in_turn(now: Situation, g: Numbers) -> tuple[Numbers, Numbers]:
@@ -116,7 +116,7 @@ def _speculative(now: Situation, g: Numbers) -> Numbers:
     rows, tokens = _in_turn(now, g)
     drafting = g.max(1) * now.alone.draft_step(np.array(now.batch))
     verifying = now.alone.target(rows)
-    rate: Numbers = tokens / (drafting + verifying + 2 * now.overhead)
+    rate: Numbers = tokens / (drafting + verifying + 2 * now.overhead["speculative"])
     return rate
 
 
@@ -126,7 +126,7 @@ def _two_halves(now: Situation, g: Numbers) -> Numbers:
     rows, tokens = _in_turn(now, g)
     drafting = g.max(1) * now.beside.draft_step(np.array(now.batch / 2))
     verifying = now.beside.target(rows / 2)
-    rate: Numbers = tokens / 2 / (np.maximum(drafting, verifying) + now.overhead)
+    rate: Numbers = tokens / 2 / (np.maximum(drafting, verifying) + now.overhead["two-halves"])
     return rate
 
 
@@ -136,7 +136,7 @@ def _autoregressive(now: Situation, g: Numbers) -> Numbers:
         seconds = np.maximum(now.beside.target(batch), now.beside.draft_step(batch))
     else:
         seconds = now.alone.target(batch)
-    return np.full(len(g), now.batch / (seconds + now.overhead))
+    return np.full(len(g), now.batch / (seconds + now.overhead["autoregressive"]))
 
 
 _MODES: dict[Mode, Callable[[Situation, Numbers], Numbers]] = {
@@ -149,7 +149,7 @@ _MODES: dict[Mode, Callable[[Situation, Numbers], Numbers]] = {
 }
 
 
-def _overlapping(now: Situation, g: Numbers, kinds: Sequence[_Kind]) -> Numbers:
+def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind]) -> Numbers:
     """Where each request goes its own way through the kinds, and a round lasts as long as its longer forward."""
     weights = np.stack([kind.weight for kind in kinds])
     shares: Numbers = weights / weights.sum(0)  # [kind, W, C]
@@ -168,7 +168,7 @@ def _overlapping(now: Situation, g: Numbers, kinds: Sequence[_Kind]) -> Numbers:
             (now.count * mean).sum(1),
             (now.count * spread).sum(1),
         )
-    rate: Numbers = tokens / (seconds + now.overhead)
+    rate: Numbers = tokens / (seconds + now.overhead[mode])
     return rate
 
 

@@ -104,8 +104,10 @@ def test_old_times_are_forgotten() -> None:
 def test_the_rest_of_a_round_is_the_hosts() -> None:
     curves = Curves(SIZES)
     curves.observe(measured_round(target_seconds=5.0, steps=1, overhead=0.7))
-    assert curves.overhead(1) == pytest.approx(0.7)
-    assert Curves(SIZES).overhead(1) == 0.0
+    curves.observe(measured_round(mode="speculative", target_seconds=5.0, steps=0, overhead=0.2))
+    assert curves.overhead(1, "pearl") == pytest.approx(0.7)
+    assert curves.overhead(3, "speculative") == pytest.approx(0.2)
+    assert Curves(SIZES).overhead(1, "pearl") == 0.0
 
 
 # Acceptance -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ MACHINES = [
 def situation(machine: Machine, batch: int, odds: Odds, pinned: bool = False) -> Situation:
     return Situation(
         np.array([odds.first]), np.array([odds.later]), np.array([float(batch)]),
-        machine.times(beside=False), machine.times(beside=True), machine.overhead, pinned,
+        machine.times(beside=False), machine.times(beside=True), dict.fromkeys(METHODS, machine.overhead), pinned,
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_two_classes_of_requests_are_the_sum_of_both() -> None:
     machine, odds = Machine(step=1.0, base=8.0, row=0.2, overhead=0.3), [Odds(0.4, 0.4), Odds(0.9, 0.95)]
     now = Situation(
         np.array([o.first for o in odds]), np.array([o.later for o in odds]), np.array([4.0, 4.0]),
-        machine.times(beside=False), machine.times(beside=True), machine.overhead,
+        machine.times(beside=False), machine.times(beside=True), dict.fromkeys(METHODS, machine.overhead),
     )  # fmt: skip
     windows = np.array([[1.0, 6.0]])
 
