@@ -19,11 +19,25 @@ inline void perform(const AsyncCopy& copy) {
   }
 }
 
+/// The copy's accesses are another fiber's, which comes after what the thread has done so far.
+PEARL_UNWATCHED inline void watch(const AsyncCopy& copy) {
+  Fiber& fiber = *machine.current->fiber;
+  if (fiber.copier == nullptr) fiber.copier = order::create_fiber();
+  order::release(fiber.issued);
+  order::switch_to(fiber.copier);
+  order::acquire(fiber.issued);
+  if (copy.global != nullptr) order::reads(copy.global, copy.bytes);
+  order::writes(copy.shared, copy.bytes);
+  order::switch_to(fiber.watched);
+}
+
 /// cp.async of 4, 8 or 16 bytes; zeros where global is null.
 inline void async_copy(void* shared, const void* global, size_t bytes) {
   require_aligned(shared, bytes);
   require_aligned(global, bytes);
   const AsyncCopy copy = {shared, global, bytes};
+  if (order::kWatches) watch(copy);
+  const order::Unwatched unwatched;
   if (machine.async_early) {
     perform(copy);
   } else {
@@ -33,16 +47,22 @@ inline void async_copy(void* shared, const void* global, size_t bytes) {
 
 /// cp.async.commit_group
 inline void async_commit() {
+  const order::Unwatched unwatched;
   Thread& t = *machine.current;
-  t.async_groups.push_back(std::move(t.async_open));
+  AsyncGroup group = {std::move(t.async_open), make_order()};
+  if (t.fiber->copier != nullptr) as_each(&t.fiber->copier, 1, order::release, group.arrival);
+  order::switch_to(t.fiber->watched);
+  t.async_groups.push_back(std::move(group));
   t.async_open.clear();
 }
 
 /// cp.async.wait_group: all but the last `pending` groups of this thread arrive.
-inline void async_wait(size_t pending) {
+inline void async_wait(size_t pending, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const order::Unwatched unwatched;
   auto& groups = machine.current->async_groups;
   while (groups.size() > pending) {
-    for (const AsyncCopy& copy : groups.front()) perform(copy);
+    for (const AsyncCopy& copy : groups.front().copies) perform(copy);
+    if (orders_memory({file, line})) order::acquire(groups.front().arrival);
     groups.erase(groups.begin());
   }
 }
@@ -59,7 +79,7 @@ std::array<uint32_t, kCount> load_matrices(const void* row, bool transposed) {
     uint16_t pair[2];
     for (unsigned j = 0; j < 2; ++j) {
       const unsigned r = transposed ? 2 * (lane % 4) + j : lane / 4, c = transposed ? lane / 4 : 2 * (lane % 4) + j;
-      std::memcpy(&pair[j], static_cast<const uint16_t*>(rows[8 * i + r]) + c, 2);
+      pair[j] = static_cast<const uint16_t*>(rows[8 * i + r])[c];
     }
     result[i] = uint32_t{pair[1]} << 16 | pair[0];
   }
