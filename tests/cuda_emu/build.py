@@ -38,7 +38,7 @@ _INCLUDE_PATH = (ROOT / "csrc", ROOT / "csrc" / "include", SHIM)
 _FLAGS = (
     *("-std=c++17", "-g1", "-fPIC", "-x", "c++", "-DPEARL_EMU", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-fno-gnu-unique"),  # two such libraries in one process share nothing
-    *("-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-fdata-sections", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
 )
 _CHECKED = ("-O2", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
 # Volatile accesses are relaxed atomic ones. The process must have loaded ThreadSanitizer before anything else.
@@ -92,19 +92,24 @@ def library(source: Path) -> ctypes.CDLL:
 def module(kernels: str, races: bool = False) -> ModuleType:
     """``pearl_kernels.cuda._cuda`` for CPU memory, with the kernels of one source: a test compiles what it needs.
     With ``races`` ThreadSanitizer watches (``races.py``)."""
-    folder = ROOT / "csrc"
-    sources = (
-        folder / "cuda" / kernels,
-        folder / "python" / "cuda_bindings.cpp",
-        folder / "python" / "make_params.cpp",
-    )
-    path = _build(f"_{'races' if races else 'cuda'}_{Path(kernels).stem}", sources, races)
+    path = compiled(kernels, races)
     spec = importlib.util.spec_from_file_location(f"{path.stem}._cuda", path)  # pybind11 caches modules by their name
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+def compiled(kernels: str, races: bool = False) -> Path:
+    """That module's file."""
+    folder = ROOT / "csrc"
+    sources = (
+        folder / "cuda" / kernels,
+        folder / "python" / "cuda_bindings.cpp",
+        folder / "python" / "make_params.cpp",
+    )
+    return _build(f"_{'races' if races else 'cuda'}_{Path(kernels).stem}", sources, races)
 
 
 SOURCES: Mapping[str, str] = {
@@ -140,8 +145,11 @@ def _build(name: str, sources: Sequence[Path], races: bool = False) -> Path:
     assert folder.origin is not None
     command += ["-isystem", python, "-isystem", str(Path(folder.origin).parent / "include")]
     with _locked():
-        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(command, source, races), sources))
+        objects = [_object(command, source, races) for source in sources]
+        missing = [(made, source) for made, source in zip(objects, sources, strict=True) if not made.exists()]
+        if missing:
+            with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                list(pool.map(lambda pair: _compile(command, *pair), missing))
         script = SHIM / "shared_pages.ld"
         key = hashlib.sha256("".join(path.name for path in objects).encode() + script.read_bytes()).hexdigest()[:16]
         linked = CACHE / f"{name}-{key}.so"
@@ -153,23 +161,27 @@ def _build(name: str, sources: Sequence[Path], races: bool = False) -> Path:
     return linked
 
 
-def _compile(command: Sequence[str], source: Path, races: bool) -> Path:
-    headers = [SHIM / "cuda_emu.h", *([SHIM / "some_kernels.h"] if source.suffix == ".cpp" else [])]
-    shim = [part for header in headers for part in ("-include", str(header))]
-    digest = hashlib.sha256(" ".join((*command, *shim)).encode())
-    for path in sorted(set().union(*map(_included, (source, *headers)))):
+def _shim_headers(source: Path) -> list[Path]:
+    return [SHIM / "cuda_emu.h", *([SHIM / "some_kernels.h"] if source.suffix == ".cpp" else [])]
+
+
+def _object(command: Sequence[str], source: Path, races: bool) -> Path:
+    """Where a source's object is kept."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in sorted(set().union(*map(included, (source, *_shim_headers(source))))):
         digest.update(path.read_bytes())
-    name = f"races_{source.stem}" if races else source.stem
-    made = CACHE / f"{name}-{digest.hexdigest()[:16]}.o"
-    if not made.exists():
-        _run([*command, *shim, "-c", str(source), "-o"], made)
-        for old in CACHE.glob(f"{name}-*.o"):
-            if old != made:
-                old.unlink()
-    return made
+    return CACHE / f"{'races_' if races else ''}{source.stem}-{digest.hexdigest()[:16]}.o"
 
 
-def _included(source: Path) -> set[Path]:
+def _compile(command: Sequence[str], made: Path, source: Path) -> None:
+    shim = [part for header in _shim_headers(source) for part in ("-include", str(header))]
+    _run([*command, *shim, "-c", str(source), "-o"], made)
+    for old in CACHE.glob(f"{made.name.rpartition('-')[0]}-*.o"):
+        if old != made:
+            old.unlink()
+
+
+def included(source: Path) -> set[Path]:
     """The file and all of ours that it includes."""
     found: set[Path] = set()
     waiting = [source]

@@ -14,7 +14,7 @@
 
 #include "fibers.h"
 
-// The linker names the ends of the section of __shared__ variables.
+// shared_pages.ld names the ends of the section of __shared__ variables.
 extern "C" {
 extern unsigned char __start_emu_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_emu_shared[] __attribute__((weak, visibility("hidden")));
@@ -156,7 +156,7 @@ inline void prepare_shared(size_t shared_bytes) {
   machine.dynamic_shared = dynamic_shared().prepare(shared_bytes);
   unsigned char* const begin = __start_emu_shared;
   unsigned char* const end = __stop_emu_shared;
-  if (begin != nullptr) {
+  if (begin != end) {
     if (!order::renew(begin, end - begin)) fail("__shared__ variables do not fill whole pages");
     std::memset(begin, kPoison, end - begin);
   }

@@ -70,9 +70,10 @@ __global__ void shared_sums(const int32_t* in, int32_t* out) {
 }
 
 // What shared memory holds before anything is written: out[2], static and dynamic.
-__global__ void uninitialised(uint32_t* out) {
-  PEARL_DYN_SMEM(uint32_t, dynamic);
-  __shared__ uint32_t fixed;
+template <class T>
+__global__ void uninitialised(T* out) {
+  PEARL_DYN_SMEM(T, dynamic);
+  __shared__ T fixed;
   out[0] = fixed;
   out[1] = dynamic[threadIdx.x];
   fixed = dynamic[threadIdx.x] = 0;
@@ -211,7 +212,8 @@ EXPORT int run_shared_sums(const int32_t* in, int32_t* out, int blocks, int thre
   return launched();
 }
 EXPORT int run_uninitialised(uint32_t* out) {
-  PEARL_LAUNCH(uninitialised, 2, 1, 4, nullptr, out);
+  const auto kernel = uninitialised<uint32_t>;
+  PEARL_LAUNCH(kernel, 2, 1, 4, nullptr, out);
   return launched();
 }
 EXPORT int run_atomics(const int64_t* in, unsigned long long* state, float* float_sum, unsigned* counter) {
