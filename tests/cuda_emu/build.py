@@ -83,9 +83,14 @@ def _missing() -> str | None:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL:
+def library(source: Path, races: bool = False) -> ctypes.CDLL:
     """One source with functions that it exports."""
-    return ctypes.CDLL(str(_build(source.stem, [source])))
+    return ctypes.CDLL(str(compiled_library(source, races)))
+
+
+def compiled_library(source: Path, races: bool = False) -> Path:
+    """That library's file."""
+    return _build(f"{'races_' if races else ''}{source.stem}", [source], races)
 
 
 @functools.cache

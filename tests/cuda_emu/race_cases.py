@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -76,6 +78,9 @@ def _verify_cuts(kind: str, vocab_size: int) -> None:
         logits[:, 100:3500] = 2.0  # more than are gathered
     if kind == "flat":
         logits = logits * 1e-3
+    if kind == "levels":  # many at the cutoff of a min-p
+        logits = torch.where(logits > 3.0, 9.0, 8.0)
+        cuts[-1]["min_p"] = math.exp(-1 / 0.7)
     params = mixed_sampling(len(cuts))
     for i, cut in enumerate(cuts):
         one = sampling(1, 0.7, **cut)
@@ -93,6 +98,41 @@ def _verify_long_request() -> None:
     logits[torch.arange(n), tokens] = 50.0
     case = one_row_each(logits, sampling(1, 0.0), tokens) | {"row_start": torch.tensor([0, n]).int()}
     build.operator("verify", races=True)(**case)
+
+
+def _ordering(kernel: str, *arguments: int) -> None:
+    out = torch.zeros(1024, dtype=torch.int32)
+    run = getattr(build.library(build.SHIM / "ordering.cu", races=True), f"run_{kernel}")
+    assert run(ctypes.c_void_p(out.data_ptr()), *arguments) == 0
+
+
+#: Kernels of ordering.cu and their arguments, and whether they have a race.
+ORDERING: Sequence[tuple[tuple[str | int, ...], bool]] = (
+    (("block_barrier",), False),
+    (("shuffle",), True),
+    (("warp_barrier",), False),
+    (("warp_barrier_of_other_warps",), True),
+    (("warp_barrier_of_halves", 8), False),
+    (("warp_barrier_of_halves", 16), True),
+    (("named_barriers", 32), False),
+    (("named_barriers", 64), True),
+    (("atomics_and_reads",), True),
+    (("atomics_and_volatile_reads",), False),
+    (("message", 3), False),
+    (("message", 2), True),
+    (("message", 1), True),
+    (("blocks_write_the_same", 1), False),
+    (("blocks_write_the_same", 2), True),
+    (("two_launches",), False),
+    (("own_shared_memory",), False),
+    (("async_copy", 1, 0, 0), False),
+    (("async_copy", 0, 0, 0), True),
+    (("async_copy", 1, 1, 1), False),
+    (("async_copy", 1, 0, 1), True),
+    (("async_copy", 0, 1, 1), True),
+    (("async_copy_over", 1), False),
+    (("async_copy_over", 0), True),
+)
 
 
 #: By source, the calls; each takes a second or less.
@@ -127,5 +167,7 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "cuts": partial(_verify_cuts, "normal", 4200),
         "cuts, flat": partial(_verify_cuts, "flat", 8200),
         "cuts, ties": partial(_verify_cuts, "ties", 4200),
+        "cuts, levels": partial(_verify_cuts, "levels", 300),
     },
+    "ordering.cu": {" ".join(map(str, call)): partial(_ordering, *call) for call, _ in ORDERING},  # type: ignore[arg-type]
 }

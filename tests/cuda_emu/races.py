@@ -14,30 +14,38 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cuda_emu import build
+from cuda_emu.race_cases import CASES
 
 REPORTED = 66  # the sanitizer's exit status
-_ORDERING = re.compile(
-    r"\b(__syncthreads(_count|_and|_or)?|__syncwarp|__threadfence(_block|_system)?|named_barrier|async_wait)\s*\("
-)
+KERNELS = tuple(dict.fromkeys(build.SOURCES.values()))
 _FOLDER = build.ROOT / "csrc" / "cuda"
+_ORDERING = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|named_barrier|async_wait)\s*\(")  # votes are for their answer
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cases to run one after another until something is wrong: of each source in turn, or one of them."""
+
+    sources: Sequence[str]
+    case: str = ""  # all
+    without: str = ""  # FILE:LINE that orders nothing
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one fork."""
-
-    without: str  # FILE:LINE that ordered nothing; ""
-    source: str
     status: int  # 0, REPORTED, or of a failure
+    source: str
     case: str  # the last that began
     text: str  # what it wrote to stderr
 
@@ -52,70 +60,78 @@ def places() -> list[str]:
     return found
 
 
-def sources_of(place: str) -> list[str]:
-    """The sources that a place's file is part of, those with the fewest files first."""
-    from cuda_emu.race_cases import CASES
-
+def removal(place: str) -> Job:
+    """The job that takes the place's barrier away, and is to be reported."""
     file = _FOLDER / place.split(":")[0]
-    parts = {source: build.included(_FOLDER / source) for source in CASES}
-    return sorted((source for source in CASES if file in parts[source]), key=lambda source: len(parts[source]))
+    parts = {source: build.included(_FOLDER / source) for source in KERNELS}
+    having = [source for source in KERNELS if file in parts[source]]
+    return Job(sorted(having, key=lambda source: len(parts[source])), without=place)
 
 
-def search(without: Sequence[str] = (), symbolize: bool = True) -> list[Outcome]:
-    """Runs the cases: all of them without nothing, or for each of the given places until one is reported."""
-    for source in dict.fromkeys(build.SOURCES.values()):
-        build.compiled(source, races=True)
+def missing() -> str | None:
+    """What a search lacks here, or None."""
+    if shutil.which("g++") is None or not Path(_library()).is_absolute():
+        return "the search for races needs g++ and its libtsan"
+    return None
+
+
+def _library() -> str:
     found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def search(jobs: Sequence[Job], symbolize: bool = True) -> list[Outcome]:
+    """The jobs' outcomes. ``symbolize``: reports name functions and lines, which takes a second."""
+    for source in dict.fromkeys(source for job in jobs for source in job.sources):
+        if source in KERNELS:
+            build.compiled(source, races=True)
+        else:
+            build.compiled_library(build.SHIM / source, races=True)
     folders = (build.ROOT, build.ROOT / "tests", build.ROOT / "tests" / "ops")
     environment = os.environ | {
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": _library(),
         "PYTHONPATH": os.pathsep.join(map(str, folders)),
-        "TSAN_OPTIONS": f"halt_on_error=1 exitcode={REPORTED} symbolize={int(symbolize)} report_thread_leaks=0",
+        "TSAN_OPTIONS": f"halt_on_error=1 exitcode={REPORTED} symbolize={int(symbolize)}",
         "OMP_NUM_THREADS": "1",
     }
-    program = [sys.executable, "-m", "cuda_emu.races", "--forks", *without]
-    finished = subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    program = [sys.executable, "-m", "cuda_emu.races", "--forks"]
+    given = json.dumps([vars(job) for job in jobs])
+    finished = subprocess.run(program, env=environment, input=given, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"the search for races ended with status {finished.returncode}")
     return [Outcome(**json.loads(line)) for line in finished.stdout.splitlines()]
 
 
-def _in_forks(without: Sequence[str]) -> Iterable[Outcome]:
-    """The cases' side: this process runs no kernel, because one with fibers cannot fork a watched one."""
-    from cuda_emu.race_cases import CASES
-
+def _in_forks(jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """The cases' side: this process runs no kernel, because the sanitizer watches no fork of a process with fibers."""
     torch.set_num_threads(1)
-    if torch.get_num_threads() != 1 or len(os.listdir("/proc/self/task")) > 2:
-        raise RuntimeError("the sanitizer watches no fork of a process with threads")
-    if not without:
-        yield from (_fork(source, "") for source in CASES)
-    for place in without:
-        for source in sources_of(place):
-            outcome = _fork(source, place)
+    for job in jobs:
+        for source in job.sources:
+            outcome = _fork(job, source)
             if outcome.status:
                 break
         yield outcome
 
 
-def _fork(source: str, without: str) -> Outcome:
-    from cuda_emu.race_cases import CASES
-
-    build.module(source, races=True)
+def _fork(job: Job, source: str) -> Outcome:
+    calls = CASES[source]
+    if len(os.listdir("/proc/self/task")) > 2:  # its own and the sanitizer's
+        raise RuntimeError("the sanitizer watches no fork of a process with threads")
     with tempfile.TemporaryFile() as text, tempfile.TemporaryFile() as names:
         child = os.fork()
         if child == 0:
             os.dup2(text.fileno(), 2)
-            os.environ["PEARL_EMU_WITHOUT"] = without
+            os.environ["PEARL_EMU_WITHOUT"] = job.without
             status = 1
             try:
-                for name, call in CASES[source].items():
+                for name in [job.case] if job.case else calls:
                     os.write(names.fileno(), f"{name}\n".encode())
                     torch.manual_seed(5)
-                    call()
+                    calls[name]()
                 status = 0
             finally:
                 if status:
-                    sys.excepthook(*sys.exc_info())
+                    traceback.print_exc()
                     sys.stderr.flush()
                 os._exit(status)
         _, status = os.waitpid(child, 0)
@@ -123,26 +139,24 @@ def _fork(source: str, without: str) -> Outcome:
         names.seek(0)
         case = names.read().decode().splitlines()[-1:]
         written = text.read().decode(errors="replace")
-    return Outcome(without, source, os.waitstatus_to_exitcode(status), "".join(case), written)
+    return Outcome(os.waitstatus_to_exitcode(status), source, "".join(case), written)
 
 
 def _main(arguments: Sequence[str]) -> int:
-    if arguments[:1] == ["--forks"]:
-        for outcome in _in_forks(arguments[1:]):
+    if arguments == ["--forks"]:
+        for outcome in _in_forks([Job(**job) for job in json.load(sys.stdin)]):
             print(json.dumps(vars(outcome)), flush=True)
         return 0
     failures = 0
     if not arguments:
-        for outcome in search():
+        for outcome in search([Job([source]) for source in KERNELS]):
             failures += outcome.status != 0
             print(f"{outcome.source}: {'no race' if outcome.status == 0 else outcome.text}")
-    for outcome in search([place for place in places() if not arguments or place.split(":")[0] in arguments], False):
-        missed = outcome.status != REPORTED
-        failures += missed
-        words = "NOT REPORTED" if missed else f"reported by {outcome.source}, {outcome.case}"
-        print(f"without {outcome.without}: {words}")
-        if missed and outcome.status:
-            print(outcome.text)
+    chosen = [place for place in places() if not arguments or place.split(":")[0] in arguments]
+    for place, outcome in zip(chosen, search(list(map(removal, chosen)), symbolize=False), strict=True):
+        failures += outcome.status != REPORTED
+        words = f"reported by {outcome.source}, {outcome.case}"
+        print(f"without {place}: {words if outcome.status == REPORTED else 'NOT REPORTED ' + outcome.text}")
     return int(failures > 0)
 
 
