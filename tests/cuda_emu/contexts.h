@@ -1,5 +1,5 @@
-// Switching between the scheduler's stack and the fibers': setjmp and longjmp, which take no system call, or swapcontext,
-// where ThreadSanitizer looks after the first two.
+// Switching between the scheduler's stack and the fibers': setjmp and longjmp, which take no system call, or
+// swapcontext, where ThreadSanitizer looks after the first two.
 #pragma once
 
 #include <setjmp.h>

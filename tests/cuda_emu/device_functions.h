@@ -26,8 +26,8 @@ To bit_cast(const From& from) {
   return to;
 }
 
-/// The current thread sees the value of an atomic, and with it what that value tells of; its own then tells of what came
-/// before its last fence, too.
+/// The current thread sees the value of an atomic, and with it what that value tells of; its own then tells of what
+/// came before its last fence, too.
 inline void pass_on_order(void* address) {
   Thread& t = *machine.current;
   if (!order::kWatches || (machine.published.empty() && t.fenced == nullptr)) return;

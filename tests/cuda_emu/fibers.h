@@ -81,11 +81,10 @@ struct Machine {
   order::Fiber watched_scheduler = nullptr;
   int votes_for = 0, votes = 0;  // of the last barrier
   bool descending = false, async_early = false;
-  Place without = {"", 0};                          // the barrier or fence that orders nothing
-  void *launched = nullptr, *ended = nullptr;       // order what is before a launch, and what is in it
-  std::map<void*, std::vector<void*>> published;    // by address of an atomic: what its value tells of
-  size_t orders_made = 0;                           // in this launch
-  cudaError_t last_error = cudaSuccess;
+  Place without = {"", 0};                        // the barrier or fence that orders nothing
+  void *launched = nullptr, *ended = nullptr;     // order what is before a launch, and what is in it
+  std::map<void*, std::vector<void*>> published;  // by address of an atomic: what its value tells of
+  size_t orders_made = 0;                         // in this launch
 };
 inline Machine machine;
 

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <string>
 
+#include "devices.h"
 #include "fibers.h"
 
 // shared_pages.ld names the ends of the section of __shared__ variables.
@@ -162,7 +163,8 @@ inline void prepare_shared(size_t shared_bytes) {
   }
   for (auto it = machine.published.begin(); it != machine.published.end();) {
     const auto* const p = static_cast<const unsigned char*>(it->first);
-    const bool inside = (p >= begin && p < end) || (p >= machine.dynamic_shared && p < machine.dynamic_shared + shared_bytes);
+    const bool inside =
+        (p >= begin && p < end) || (p >= machine.dynamic_shared && p < machine.dynamic_shared + shared_bytes);
     it = inside ? machine.published.erase(it) : std::next(it);
   }
 }
@@ -185,14 +187,14 @@ inline void run_blocks(size_t shared_bytes) {
   }
 }
 
-inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                   std::function<void()> body) {
+inline cudaError_t launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                          std::function<void()> body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (const cudaError_t error = launch_error(kernel, grid, block, shared_bytes); error != cudaSuccess) {
-    machine.last_error = error;
-    return;
+    return failed(error);
   }
+  devices.used[current_device] = true;
   const FaultHandler handler;
   const order::Unwatched unwatched;
   machine.kernel = name;
@@ -212,6 +214,7 @@ inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, 
   order::release(machine.launched);
   run_blocks(shared_bytes);
   order::acquire(machine.ended);
+  return cudaSuccess;
 }
 
 }  // namespace emu

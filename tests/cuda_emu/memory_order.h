@@ -38,8 +38,8 @@ unsigned char __tsan_atomic8_load(const volatile unsigned char* address, int ord
 unsigned short __tsan_atomic16_load(const volatile unsigned short* address, int order);
 unsigned __tsan_atomic32_load(const volatile unsigned* address, int order);
 unsigned long __tsan_atomic64_load(const volatile unsigned long* address, int order);
-#define PEARL_VOLATILE(bytes, Type, bits)                                                              \
-  __attribute__((used, weak)) inline void __tsan_volatile_read##bytes(void* address) {                 \
+#define PEARL_VOLATILE(bytes, Type, bits)                                                               \
+  __attribute__((used, weak)) inline void __tsan_volatile_read##bytes(void* address) {                  \
     static_cast<void>(__tsan_atomic##bits##_load(static_cast<const Type*>(address), __ATOMIC_RELAXED)); \
   }
 PEARL_VOLATILE(1, unsigned char, 8)

@@ -1,5 +1,5 @@
-// What orders two accesses on a GPU, and what does not: one kernel each, for tests/emulated/test_cuda_races.py. `out` has
-// zeros to begin with.
+// What orders two accesses on a GPU, and what does not: one kernel each, for tests/emulated/test_cuda_races.py. `out`
+// has zeros to begin with.
 #include <cstdint>
 
 #include "cuda/launch.cuh"
@@ -96,7 +96,7 @@ __global__ void async_copy_over(int* out, int barrier) {
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#define RUN(kernel, blocks, threads, shared_bytes, ...)                       \
+#define RUN(kernel, blocks, threads, shared_bytes, ...)                      \
   PEARL_LAUNCH(kernel, blocks, threads, shared_bytes, nullptr, __VA_ARGS__); \
   return cudaGetLastError()
 

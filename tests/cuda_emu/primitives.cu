@@ -254,6 +254,16 @@ EXPORT int run_launch(unsigned x, unsigned y, unsigned z, unsigned threads, size
   PEARL_LAUNCH(writes_past_the_end, dim3(x, y, z), threads, shared_bytes, nullptr, 0);
   return launched();
 }
+EXPORT int run_allow_shared_memory(int bytes) {
+  const auto kernel = writes_past_the_end;
+  return pearl::cuda::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+}
+EXPORT int run_device_attribute(int attribute) {
+  int value = -1;
+  const cudaError_t error = pearl::cuda::device_attribute(static_cast<cudaDeviceAttr>(attribute), value);
+  return error == cudaSuccess ? value : -error;
+}
+EXPORT int run_set_device(int device) { return cudaSetDevice(device); }
 EXPORT int run_divergent_barrier() {
   PEARL_LAUNCH(divergent_barrier, 1, 32, 0, nullptr);
   return launched();

@@ -145,7 +145,11 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "elements, residual": partial(_norms, 131, 1, BF16, True),
     },
     "activation.cu": {"vectors": partial(_activation, 1200), "elements": partial(_activation, 1201)},
-    "rope.cu": {"plain": partial(_rope, 64, False), "normed": partial(_rope, 128, True), "wide": partial(_rope, 256, True)},
+    "rope.cu": {
+        "plain": partial(_rope, 64, False),
+        "normed": partial(_rope, 128, True),
+        "wide": partial(_rope, 256, True),
+    },
     "copy_blocks.cu": {"vectors": partial(_copy_blocks, 1024), "bytes": partial(_copy_blocks, 77)},
     "attention.cu": {
         "16 rows, split": partial(_attention, [(1, 300), (0, 9), (2, 70)], (4, 2), 64, BF16),

@@ -5,8 +5,8 @@
 
 Cases run under ThreadSanitizer, which knows what orders two accesses on a GPU (``memory_order.h``): it reports two that
 nothing orders, whatever their order was this time. Its library must be loaded first, so that cases run in a process of
-their own, and there in forks of it: the first report ends one. A barrier or fence is taken away by its place: threads still
-meet there, but it orders nothing.
+their own, and there in forks of it: the first report ends one. A barrier or fence is taken away by its place: threads
+still meet there, but it orders nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from cuda_emu.race_cases import CASES
 REPORTED = 66  # the sanitizer's exit status
 KERNELS = tuple(dict.fromkeys(build.SOURCES.values()))
 _FOLDER = build.ROOT / "csrc" / "cuda"
-_ORDERING = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|named_barrier|async_wait)\s*\(")  # votes are for their answer
+# Votes order memory, too, but are there for their answers.
+_ORDERING = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|named_barrier|async_wait)\s*\(")
 
 
 @dataclass(frozen=True)
