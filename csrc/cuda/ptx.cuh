@@ -1,6 +1,6 @@
 // The instructions that C++ has no name for: asynchronous copies to shared memory, barriers of some warps, matrix loads
 // and tensor core products (PTX ISA, "cp.async", "bar.sync", "ldmatrix", "mma.m16n8k16"), and the fast exponential. All
-// need sm_80. Under the test shim each has an exact emulation.
+// need sm_80. Under the test shim each has an emulation.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -136,6 +136,23 @@ __global__ void products(const T* a, const T* b_transposed, const T* b, float* c
   }
 }
 
+// The same product of halves added `times` times to C [16, 8].
+__global__ void repeated_products(const __half* a, const __half* b_transposed, float* c, int times) {
+  __shared__ __align__(16) __half tile[16 * 16], columns[8 * 16];
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) tile[i] = a[i];
+  for (int i = lane; i < 128; i += 32) columns[i] = b_transposed[i];
+  __syncwarp();
+  uint32_t left[4], right[2];
+  pearl::cuda::ldmatrix_x4(left, tile + (lane % 16) * 16 + (lane / 16) * 8);
+  pearl::cuda::ldmatrix_x2(right, columns + (lane % 8) * 16 + (lane / 8 % 2) * 8);
+  float* out = c + (lane / 4) * 8 + 2 * (lane % 4);
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = out[64 * (i / 2) + i % 2];
+  for (int i = 0; i < times; ++i) pearl::cuda::mma_m16n8k16<__half>(sums, left, right);
+  for (int i = 0; i < 4; ++i) out[64 * (i / 2) + i % 2] = sums[i];
+}
+
 // ldmatrix_x4_trans by itself: out[32][4] of in[32][8].
 __global__ void transposed_matrices(const uint16_t* in, uint32_t* out) {
   __shared__ __align__(16) uint16_t tile[256];
@@ -234,6 +251,11 @@ EXPORT int run_products_fp16(const void* a, const void* b_transposed, const void
   const auto kernel = products<__half>;
   using T = const __half*;
   PEARL_LAUNCH(kernel, 1, 32, 0, nullptr, static_cast<T>(a), static_cast<T>(b_transposed), static_cast<T>(b), c);
+  return launched();
+}
+EXPORT int run_repeated_products(const void* a, const void* b_transposed, float* c, int times) {
+  const auto* const halves = static_cast<const __half*>(b_transposed);
+  PEARL_LAUNCH(repeated_products, 1, 32, 0, nullptr, static_cast<const __half*>(a), halves, c, times);
   return launched();
 }
 EXPORT int run_transposed_matrices(const uint16_t* in, uint32_t* out) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 
 #include "warp.h"
 
@@ -92,33 +93,65 @@ float element(uint32_t pair, unsigned which) {
   return static_cast<float>(bit_cast<T>(static_cast<uint16_t>(pair >> 16 * which)));
 }
 
+/// The exponent of a finite number; `least`: that of its type's subnormal numbers.
+PEARL_UNWATCHED inline int exponent_of(float x, int least) {
+  const int exponent = static_cast<int>(bit_cast<uint32_t>(x) >> 23 & 0xFF) - 127;
+  return exponent < least ? least : exponent;
+}
+
+/// x rounded towards zero.
+PEARL_UNWATCHED inline float towards_zero(double x) {
+  const float rounded = static_cast<float>(x);
+  return std::fabs(static_cast<double>(rounded)) > std::fabs(x) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+/// What a tensor core adds at once: c and kBlock products, as on the A100, which is the least exact of the GPUs that
+/// the kernels run on (NVIDIA documents none of this). Products are exact. They and c are aligned to the largest
+/// exponent, a product's being the sum of its factors', and cut off, towards zero, one bit below fp32's last; what is
+/// left is added exactly and cut off to fp32. (M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, "Numerical behavior of
+/// NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021; F. A. Khattak, M. Mikaitis, "Accurate models of NVIDIA
+/// tensor cores", arXiv:2512.07004: A100 blocks of 8 products and 1 bit more, H100 16 and 2 bits.)
+inline constexpr int kBlock = 8, kAlignedBits = 24;
+template <class T>
+PEARL_UNWATCHED float add_products(float c, const float (&a)[kBlock], const float (&b)[kBlock]) {
+  constexpr int kLeast = std::is_same<T, __half>::value ? -14 : -126;
+  double plain = c;
+  int top = c == 0.0f ? -1000 : exponent_of(c, -126);
+  for (int k = 0; k < kBlock; ++k) {
+    plain += static_cast<double>(a[k]) * b[k];
+    if (a[k] == 0.0f || b[k] == 0.0f) continue;
+    const int exponent = exponent_of(a[k], kLeast) + exponent_of(b[k], kLeast);
+    top = exponent > top ? exponent : top;
+  }
+  if (!std::isfinite(plain) || top == -1000) return static_cast<float>(plain);
+  const double scale = bit_cast<double>(static_cast<uint64_t>(1023 + kAlignedBits - top) << 52);
+  int64_t sum = static_cast<int64_t>(c * scale);
+  for (int k = 0; k < kBlock; ++k) sum += static_cast<int64_t>(static_cast<double>(a[k]) * b[k] * scale);
+  return towards_zero(static_cast<double>(sum) / scale);
+}
+
 /// mma.m16n8k16 with fp32 sums: D = A B + C. With g = lane / 4 and t = lane % 4, and pairs of neighbouring columns of A
 /// and rows of B in a register: a[0..3] are A's (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8); b[0..1] are B's
-/// (2 t, g), (2 t + 8, g); c[0..3] are C's (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1). Sums are rounded
-/// once.
+/// (2 t, g), (2 t + 8, g); c[0..3] are C's (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
 template <class T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+PEARL_UNWATCHED void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragment {
     uint32_t a[4], b[2];
   };
   const Fragment mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const Lanes<Fragment> lanes = exchange("mma.m16n8k16", 0xFFFFFFFFu, mine);
-  const unsigned g = machine.current->lane() / 4, t = machine.current->lane() % 4;
-  double sums[4] = {c[0], c[1], c[2], c[3]};
-  for (unsigned k = 0; k < 16; k += 2) {
-    const unsigned upper = k / 8, owner = k % 8 / 2;
-    const Fragment row = lanes[4 * g + owner], left = lanes[4 * (2 * t) + owner],
-                   right = lanes[4 * (2 * t + 1) + owner];
-    for (unsigned j = 0; j < 2; ++j) {
-      const float top = element<T>(row.a[2 * upper], j), bottom = element<T>(row.a[2 * upper + 1], j);
-      const float first = element<T>(left.b[upper], j), second = element<T>(right.b[upper], j);
-      sums[0] += static_cast<double>(top) * first;
-      sums[1] += static_cast<double>(top) * second;
-      sums[2] += static_cast<double>(bottom) * first;
-      sums[3] += static_cast<double>(bottom) * second;
+  const unsigned lane = machine.current->number % kWarp, g = lane / 4, t = lane % 4;
+  for (unsigned half = 0; half < 2; ++half) {
+    float rows[2][kBlock], columns[2][kBlock];
+    for (unsigned k = 0; k < kBlock; ++k) {
+      const Fragment row = lanes[4 * g + k / 2];
+      for (unsigned i = 0; i < 2; ++i) {
+        rows[i][k] = element<T>(row.a[2 * half + i], k % 2);
+        columns[i][k] = element<T>(lanes[4 * (2 * t + i) + k / 2].b[half], k % 2);
+      }
     }
+    for (unsigned i = 0; i < 4; ++i) c[i] = add_products<T>(c[i], rows[i / 2], columns[i % 2]);
   }
-  for (int i = 0; i < 4; ++i) c[i] = static_cast<float>(sums[i]);
 }
 
 }  // namespace emu
