@@ -78,9 +78,9 @@ def _verify_cuts(kind: str, vocab_size: int) -> None:
         logits[:, 100:3500] = 2.0  # more than are gathered
     if kind == "flat":
         logits = logits * 1e-3
-    if kind == "levels":  # many at the cutoff of a min-p
+    if kind == "levels":  # many just above the cutoff of a min-p
         logits = torch.where(logits > 3.0, 9.0, 8.0)
-        cuts[-1]["min_p"] = math.exp(-1 / 0.7)
+        cuts[-1]["min_p"] = 0.9999 * math.exp(-1 / 0.7)
     params = mixed_sampling(len(cuts))
     for i, cut in enumerate(cuts):
         one = sampling(1, 0.7, **cut)

@@ -30,8 +30,8 @@ from cuda_emu.race_cases import CASES
 REPORTED = 66  # the sanitizer's exit status
 KERNELS = tuple(dict.fromkeys(build.SOURCES.values()))
 _FOLDER = build.ROOT / "csrc" / "cuda"
-# Votes order memory, too, but are there for their answers.
-_ORDERING = re.compile(r"\b(__syncthreads|__syncwarp|__threadfence|named_barrier|async_wait)\s*\(")
+# Calls, not definitions. Votes order memory, too, but are there for their answers.
+_ORDERING = re.compile(r"(?<!void )\b(__syncthreads|__syncwarp|__threadfence|named_barrier|async_wait)\s*\(")
 
 
 @dataclass(frozen=True)
