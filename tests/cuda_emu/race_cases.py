@@ -90,6 +90,16 @@ def _verify_cuts(kind: str, vocab_size: int) -> None:
     build.operator("verify", races=True)(**(one_row_each(logits, params, tokens) | {"vocab_size": vocab_size}))
 
 
+def _verify_no_residual() -> None:
+    """Drafted tokens are rejected though p = q: nothing remains to draw from but p."""
+    vocab_size, n = 4200, 3
+    logits = padded_logits(n, vocab_size, vocab_size + 3, FP32, torch.nan)
+    draft = {"draft_logits": logits, "draft_rows": torch.arange(n).int(), "draft_temperature": torch.ones(n)}
+    draft |= {"draft_logprobs": torch.full((n,), 60.0)}
+    case = one_row_each(logits, sampling(n), torch.tensor([7, 5, 9]), **draft)
+    build.operator("verify", races=True)(**(case | {"vocab_size": vocab_size}))
+
+
 def _verify_long_request() -> None:
     """More rows than a warp has lanes, all accepted; and no rows at all."""
     n, vocab_size = 40, 20
@@ -168,6 +178,7 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "long request": _verify_long_request,
         "rejection, split": partial(_verify_ragged, "rejection", 8300, FP16, 5),
         "coupled, split": partial(_verify_ragged, "coupled", 4200, FP32, 5),
+        "no residual": _verify_no_residual,
         "cuts": partial(_verify_cuts, "normal", 4200),
         "cuts, flat": partial(_verify_cuts, "flat", 8200),
         "cuts, ties": partial(_verify_cuts, "ties", 4200),

@@ -107,6 +107,22 @@ def test_rows_that_no_sequence_has_are_left_alone() -> None:
     assert torch.equal(run(attention, padded, cache)[:3], run(attention, q, cache))
 
 
+@pytest.mark.parametrize("rows", [1, 33], ids=("decoding", "a prompt, which is not split"))
+def test_sums_over_32k_keys_keep_the_documented_bound(rows: int) -> None:
+    """With values above 0, of which tensor cores lose a little at each addition (docs/kernels.md)."""
+    n = 32768
+    q, cache = inputs([(rows, n)], (1, 1), 64, FP16)
+    cache.v_cache.abs_().mul_(0.3).add_(0.5)
+    used = cache.block_tables[0, : n // 16].long()
+    keys, values = (pages[used].reshape(n, 64).double() for pages in (cache.k_cache, cache.v_cache))
+    scores = q[:, 0].double() @ keys.T / 8
+    later = torch.arange(n) > (torch.arange(n - rows, n))[:, None]
+    expected = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+    error = (run(attention, q, cache)[:, 0].double() - expected) / expected
+    assert error.abs().max() < 2.0**-11 + n / 16 * 10 * 2.0**-24  # rounding, and the bound
+    assert abs(error.mean()) < 2e-4
+
+
 def arguments(q: Tensor, cache: Paged, out: Tensor) -> list[Any]:
     """What the compiled module takes, but for the workspace and the stream."""
     (tokens, query_heads, head_dim), (pages, page_size, kv_heads, _) = q.shape, cache.k_cache.shape
