@@ -148,8 +148,20 @@ inline void prepare_threads(uint64_t block) {
     std::snprintf(name, sizeof(name), "block (%u, %u, %u), thread %u", machine.block_index.x, machine.block_index.y,
                   machine.block_index.z, i);
     order::name_fiber(t.fiber->watched, name);
-    as_each(&t.fiber->watched, 1, order::acquire, machine.launched);
   }
+}
+
+/// Says to all of the block's fibers what is before it, or to what follows the launch what they did.
+inline void as_each_thread(void (*act)(void*), void* order) {
+  if (!order::kWatches) return;
+  order::Fiber fibers[2 * kMaxThreads];
+  unsigned count = 0;
+  for (unsigned i = 0; i < machine.count; ++i) {
+    const Fiber& fiber = *machine.threads[i].fiber;
+    fibers[count++] = fiber.watched;
+    if (fiber.copier != nullptr) fibers[count++] = fiber.copier;
+  }
+  as_each(fibers, count, act, order);
 }
 
 /// Shared memory as a block finds it. What atomics told of there was another block's.
@@ -177,13 +189,10 @@ inline void run_blocks(size_t shared_bytes) {
     machine.block_index = make_uint3(b % grid.x, b / grid.x % grid.y, b / (uint64_t{grid.x} * grid.y));
     prepare_shared(shared_bytes);
     prepare_threads(i);
+    as_each_thread(order::acquire, machine.launched);
     run_block();
+    as_each_thread(order::release, machine.ended);
     if (dynamic_shared().underrun(machine.dynamic_shared)) fail("a write before dynamic shared memory");
-    for (unsigned t = 0; t < machine.count; ++t) {
-      const Fiber& fiber = *machine.threads[t].fiber;
-      as_each(&fiber.watched, 1, order::release, machine.ended);
-      if (fiber.copier != nullptr) as_each(&fiber.copier, 1, order::release, machine.ended);
-    }
   }
 }
 

@@ -53,14 +53,17 @@ def _attention(
     q_dtype: torch.dtype | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    capacity: int = 0,
 ) -> None:
-    """``sequences``: queries and context of each."""
+    """``sequences``: queries and context of each. ``capacity``: keys that the block tables have room for, at least."""
     queries, contexts = zip(*sequences, strict=True)
     q = strided_rows(torch.randn(sum(queries), heads[0], head_dim).to(q_dtype or dtype))
     if head_dim % 16:
         q = torch.cat((q.flatten(1), torch.zeros(len(q), 3).to(q)), 1)[:, :-3].unflatten(1, q.shape[1:])  # misaligned
     cache = paged(queries, contexts, heads[1], head_dim, 16, dtype)
-    index = (cache.block_tables, cache.query_start, cache.context_lens)
+    missing = max(0, capacity // 16 - cache.block_tables.shape[1])
+    tables = torch.nn.functional.pad(cache.block_tables, (0, missing), value=-1)
+    index = (tables, cache.query_start, cache.context_lens)
     attention = build.operator("verify_attention", races=True)
     attention(q, cache.k_cache, cache.v_cache, *index, head_dim**-0.5, window, softcap)
 
@@ -167,6 +170,7 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "64 rows": partial(_attention, [(17, 530)], (2, 1), 64, BF16, softcap=9.0),
         "64 rows, wide": partial(_attention, [(9, 70)], (4, 1), 128, BF16),
         "widest": partial(_attention, [(12, 280)], (2, 1), 256, BF16),
+        "tables for a million keys": partial(_attention, [(32, 600)], (2, 1), 256, BF16, capacity=1 << 20),
         "misaligned": partial(_attention, [(3, 70), (1, 20)], (3, 1), 24, FP16),
         "fp32": partial(_attention, [(3, 300), (1, 40)], (4, 2), 64, FP32),
         "fp32, wide": partial(_attention, [(9, 330)], (2, 1), 136, FP32, window=70),
