@@ -53,7 +53,7 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
 #ifdef PEARL_EMU
-  emu::async_wait(kPending);
+  emu::async_wait(kPending);  // what the copies wrote comes before what this thread reads
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif

@@ -170,11 +170,11 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "64 rows": partial(_attention, [(17, 530)], (2, 1), 64, BF16, softcap=9.0),
         "64 rows, wide": partial(_attention, [(9, 70)], (4, 1), 128, BF16),
         "widest": partial(_attention, [(12, 280)], (2, 1), 256, BF16),
-        "tables for a million keys": partial(_attention, [(32, 600)], (2, 1), 256, BF16, capacity=1 << 20),
         "misaligned": partial(_attention, [(3, 70), (1, 20)], (3, 1), 24, FP16),
         "fp32": partial(_attention, [(3, 300), (1, 40)], (4, 2), 64, FP32),
         "fp32, wide": partial(_attention, [(9, 330)], (2, 1), 136, FP32, window=70),
         "mixed": partial(_attention, [(2, 300)], (4, 2), 72, BF16, FP16),
+        "tables for a million keys": partial(_attention, [(32, 600)], (2, 1), 256, BF16, capacity=1 << 20),
     },
     "verify.cu": {
         "rejection": partial(_verify_ragged, "rejection", 300, BF16, 6),
