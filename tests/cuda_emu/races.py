@@ -73,6 +73,9 @@ def missing() -> str | None:
     """What a search lacks here, or None."""
     if shutil.which("g++") is None or not Path(_library()).is_absolute():
         return "the search for races needs g++ and its libtsan"
+    spread = Path("/proc/sys/vm/mmap_rnd_bits")
+    if spread.exists() and int(spread.read_text()) > 30:
+        return "ThreadSanitizer finds its memory taken: it needs vm.mmap_rnd_bits of at most 30"
     return None
 
 
