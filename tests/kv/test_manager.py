@@ -350,6 +350,7 @@ class TestSequenceIds:
             lambda kv: kv.can_reserve(5, 1),
             lambda kv: kv.commit(5, [1], 1),
             lambda kv: kv.truncate(5, 0),
+            lambda kv: kv.settle(5, [1], 1),
             lambda kv: kv.fork(5, 6),
             lambda kv: kv.free(5),
             lambda kv: kv.block_table(5),
@@ -367,6 +368,12 @@ CORRUPTIONS: dict[str, tuple[Callable[[KVCacheManager], object], str]] = {
     "a forgotten sequence": (lambda kv: kv._sequences.pop(0), "refcount 2, but 1 sequences hold it"),
     "more keys than pages": (lambda kv: kv._sequences[0].prefix.extend(kv._sequences[0].prefix), "more prefix keys"),
     "a broken chain": (lambda kv: kv._sequences[0].prefix.reverse(), "does not follow from its parent"),
+    "a shared page as its own": (lambda kv: setattr(kv._sequences[0], "own_from", 0), "own, but is shared"),
+    "a cached page as its own": (
+        lambda kv: (kv.free(1), setattr(kv._sequences[0], "own_from", 1)),
+        "own, but is cached",
+    ),
+    "own pages it has not": (lambda kv: setattr(kv._sequences[0], "own_from", 4), "owns pages that it does not hold"),
     "pages in the wrong order": (lambda kv: kv._sequences[1].pages.reverse(), "cached as another prefix"),
 }
 

@@ -204,7 +204,8 @@ class Rounds(RuleBasedStateMachine):
 
     def snapshot(self) -> object:
         cached = {prefix_of(key): entry.page for key, entry in self.kv._pool._cache.items()}
-        return [self.kv.block_table(seq_id) for seq_id in self.live], self.kv.num_free_pages, self.kv.stats, cached
+        sequences = [(list(s.pages), list(s.prefix), s.own_from) for s in self.kv._sequences.values()]
+        return sequences, self.kv.num_free_pages, self.kv.stats, cached
 
     def reserve(self, seq_id: int, end: int) -> tuple[PageCopy, ...]:
         start, size = self.live[seq_id].computed, self.kv.page_size
@@ -234,12 +235,17 @@ class Rounds(RuleBasedStateMachine):
         state = self.live[seq_id]
         correction = data.draw(st.none() | TOKEN)
         state.judge(data.draw(st.integers(0, len(state.pending))), correction)
-        if data.draw(st.booleans()):  # reserve must manage without
-            self.kv.truncate(seq_id, state.computed)
-            assert self.kv.capacity_tokens(seq_id) - state.computed in range(self.kv.page_size)
         valid = state.committed[: state.computed]
         self.verified |= {tuple(valid[:end]) for end in range(len(valid) + 1)}
-        self.kv.commit(seq_id, state.committed, state.computed)
+        if data.draw(st.booleans()):
+            self.kv.settle(seq_id, state.committed, state.computed)
+            assert self.kv.capacity_tokens(seq_id) - state.computed in range(self.kv.page_size)
+            settled = self.snapshot()
+            self.kv.truncate(seq_id, state.computed)
+            self.kv.commit(seq_id, state.committed, state.computed)
+            assert self.snapshot() == settled, "settle left something to do"
+        else:  # reserve must manage without truncate
+            self.kv.commit(seq_id, state.committed, state.computed)
         if len(state.committed) >= MAX_LENGTH:
             self.drop(seq_id)
 
