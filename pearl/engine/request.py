@@ -42,6 +42,7 @@ class Request:
     draft_computed: int = 0
     draft_is_dry: bool = False
     run_length: int = field(default=0, repr=False)  # accepted tokens of the run in progress
+    _state: SequenceState | None = field(default=None, repr=False)  # without a history, of the lane that it has
 
     @property
     def length(self) -> int:
@@ -69,7 +70,13 @@ class Request:
         self.metrics.preemptions += 1
 
     def state(self, with_history: bool) -> SequenceState:
-        history = (*self.tokens, *(drafted.token for drafted in self.pending)) if with_history else None
+        if with_history:
+            return self._make_state(self.token_range(0, len(self.tokens) + len(self.pending)))
+        if self._state is None or self._state.lane != self.lane:
+            self._state = self._make_state(None)
+        return self._state
+
+    def _make_state(self, history: tuple[int, ...] | None) -> SequenceState:
         return SequenceState(self.id, self.lane, self.params, self.seed, self.prompt_length, history)
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
@@ -77,7 +84,7 @@ class Request:
         length = len(self.tokens)
         if end <= length:
             return tuple(self.tokens[start:end])
-        tail = (drafted.token for drafted in self.pending[max(0, start - length) : end - length])
+        tail = [drafted.token for drafted in self.pending[max(0, start - length) : end - length]]
         return (*self.tokens[start:length], *tail)
 
     def apply(
