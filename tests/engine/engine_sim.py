@@ -55,8 +55,8 @@ class PieceDetokenizer:
     def __init__(self, pieces: Sequence[str] | None = None, tail: str = "") -> None:
         self._pieces, self._tail = pieces, tail
 
-    def feed(self, token: int) -> str:
-        return f"<{token}>" if self._pieces is None else self._pieces[token]
+    def feed(self, tokens: Sequence[int]) -> str:
+        return "".join(f"<{token}>" if self._pieces is None else self._pieces[token] for token in tokens)
 
     def flush(self) -> str:
         return self._tail
