@@ -164,6 +164,13 @@ def test_a_prompt_that_ends_inside_a_character(name: str, inside: int) -> None:
     assert pieces(name, prompt, []) == [""]
 
 
+@of_bytes
+def test_what_completes_the_prompts_character_is_not_taken_for_its_replacement(name: str) -> None:
+    """Nor is the next byte that is no character, which comes in the same verdict."""
+    detokenizer = TOKENIZERS[name].detokenizer(byte_ids(name, b"x\xc3"))
+    assert detokenizer.feed(byte_ids(name, b"\xa9\xff")) == "é\ufffd"
+
+
 def test_a_character_is_given_out_though_its_token_begins_another() -> None:
     (both,) = ids("byte-level", "".join(LEVEL[byte] for byte in "語".encode() + b"\xe8"))
     assert pieces("byte-level", [], [both, *byte_ids("byte-level", b"\xaa\x9e")]) == ["語", "", "語", ""]
