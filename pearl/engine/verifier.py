@@ -227,8 +227,8 @@ class Verifier:
         decision = Decision(rows.tested, accepted, next_token if next_token >= 0 else None, None)
         committed = decision.committed
         if _OF_NO_DISTRIBUTION in committed and (error := self._nothing_to_draw(logits, rows, committed)):
-            return replace(decision, error=error)
-        return decision if top is None else replace(decision, logprobs=_pick(*top, committed))
+            return decision._replace(error=error)
+        return decision if top is None else decision._replace(logprobs=_pick(*top, committed))
 
     @torch.inference_mode()
     def _nothing_to_draw(self, logits: Tensor, rows: _Rows, committed: Sequence[int]) -> str | None:

@@ -125,7 +125,7 @@ def test_work_that_does_not_fit_is_refused_before_anything_is_written(
     cache = poisoned_cache(llama, torch.float32)
     (work,) = work_of((1, 2, 3, 1))
     with pytest.raises(ValueError, match=message):
-        FusedDecoder(llama, cache).forward_work([replace(work, **change)])  # type: ignore[arg-type]
+        FusedDecoder(llama, cache).forward_work([work._replace(**change)])  # type: ignore[arg-type]
     assert all(t.isnan().all() for layer in cache.layers for t in layer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -173,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     drafting = Drafting(llama, "rejection", fused=True)
     good = item(0, 0, 6, 6, HOT)
-    bad = DraftWork(replace(good.forward, **change), good.num_draft)  # type: ignore[arg-type]
+    bad = DraftWork(good.forward._replace(**change), good.num_draft)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         drafting.propose((item(1, 0, 2, 2), bad))
     assert all(memory.isnan().all() for memory in drafting.memory())
