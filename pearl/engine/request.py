@@ -54,7 +54,7 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        return self.max_tokens - self.num_output
+        return self.max_tokens + self.prompt_length - len(self.tokens)
 
     def start_running(self, lane: int, target_cached: int, draft_cached: int) -> None:
         self.status, self.lane = Status.RUNNING, lane
@@ -129,12 +129,12 @@ class Request:
     def count(self, decision: Decision, kept: int) -> None:
         """Add to the metrics what of a verdict is returned: its first ``kept`` committed tokens."""
         metrics = self.metrics
-        accepted = min(decision.accepted, kept)
+        accepted, tested = min(decision.accepted, kept), len(decision.tested)
         metrics.output_tokens += kept
-        metrics.tested += min(kept, len(decision.tested))
+        metrics.tested += min(kept, tested)
         metrics.accepted += accepted
         self.run_length += accepted
-        if kept > accepted and decision.tested:  # a correction or a bonus token
+        if kept > accepted and tested:  # a correction or a bonus token
             metrics.runs += 1
             self.run_length = 0
 

@@ -173,26 +173,23 @@ class Scheduler:
 
     def _reserve(self, plan: _Round, request: Request, target_end: int, draft_end: int) -> bool:
         """Reserve pages for both models, preempting later requests as needed; False: the request itself had to go."""
-        target_copies = self._reserve_in(self.target_kv, plan, request, request.target_computed, target_end)
-        draft_copies = self._reserve_in(self.draft_kv, plan, request, request.draft_computed, draft_end)
-        if request.lane < 0:
-            return False
-        if target_copies or draft_copies:
-            plan.target_copies.extend(target_copies)
-            plan.draft_copies.extend(draft_copies)
-        return True
-
-    def _reserve_in(
-        self, kv: KVCacheManager | None, plan: _Round, request: Request, start: int, end: int
-    ) -> tuple[PageCopy, ...]:
-        while kv is not None and end > start and request.lane >= 0:
-            try:
-                return kv.reserve(request.id, end, start)
+        target_copies: tuple[PageCopy, ...] = ()
+        draft_copies: tuple[PageCopy, ...] = ()
+        while request.lane >= 0:
+            try:  # what was reserved before a preemption is reserved again at once, with nothing more to copy
+                if target_end > request.target_computed:
+                    target_copies += self.target_kv.reserve(request.id, target_end, request.target_computed)
+                if self.draft_kv is not None and draft_end > request.draft_computed:
+                    draft_copies += self.draft_kv.reserve(request.id, draft_end, request.draft_computed)
             except OutOfPages:
                 victim = self.running[-1]  # not planned yet in this round, or the request itself
                 self._preempt(victim)
                 plan.preempted.append(victim.id)
-        return ()
+            else:
+                plan.target_copies += target_copies
+                plan.draft_copies += draft_copies
+                return True
+        return False
 
     def _emit(self, plan: _Round, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int) -> None:
         state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)

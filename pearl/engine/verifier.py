@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +43,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """One request's logits rows [begin, end) and what is tested on each; a last _BONUS is drawn, not tested."""
 
     work: VerifyWork
@@ -63,7 +63,7 @@ class _Rows:
 
     @property
     def tested(self) -> tuple[int, ...]:
-        return tuple(d.token for d in self.tokens if d is not _BONUS)
+        return tuple([d.token for d in self.tokens if d is not _BONUS])
 
 
 class Verifier:
