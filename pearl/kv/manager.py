@@ -246,11 +246,15 @@ class KVCacheManager:
         del sequence.prefix[num_tokens // self._page_size :]
 
     def settle(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
-        """``truncate`` to ``num_computed`` tokens, then ``commit``: what a round leaves behind, most often nothing."""
+        """After a round: ``truncate`` to ``num_computed`` tokens, then ``commit``; most often there is nothing to do.
+
+        One page may stay beyond the end: the next round's tokens reach as far as those that were rolled back. Giving it
+        back and taking another would cost two new block tables, which are O(context).
+        """
         sequence, page_size = self._sequences[seq_id], self._page_size
         held = len(sequence.pages) * page_size
         verified = min(len(tokens), num_computed) if self._prefix_caching else 0
-        if held - page_size < num_computed <= held and verified // page_size == len(sequence.prefix):
+        if held - 2 * page_size < num_computed <= held and verified // page_size == len(sequence.prefix):
             return
         self.truncate(seq_id, num_computed)
         self.commit(seq_id, tokens, num_computed)
