@@ -99,29 +99,29 @@ class Request:
         Returns the newly committed tokens. Rollback happens here and is only this: ``*_computed`` never covers a
         token that was rejected.
         """
-        length, pending = len(self.tokens), self.pending
-        self.metrics.rounds += 1
+        length, pending, metrics = len(self.tokens), self.pending, self.metrics
+        metrics.rounds += 1
         if target is not None:
             self.target_computed = target.end
-            self.metrics.target_forwards += 1
+            metrics.target_forwards += 1
         if draft is not None:
-            self.metrics.drafted += len(window)
+            metrics.drafted += len(window)
             if draft.forward.tokens:  # a drafter without KV computes nothing
                 # The window's last token is not computed; after an empty window neither is the token before it, so
                 # that the next draft has something to start from.
                 self.draft_computed = draft.forward.end + (len(window) - 1 if draft.num_draft else 0)
-                self.metrics.draft_forwards += max(1, len(window))
+                metrics.draft_forwards += len(window) or 1
         if decision is None:
             if draft is not None and draft.num_draft:
                 self.pending, self.draft_is_dry = (*pending, *window), not window
             return ()
-        committed = decision.committed
+        committed, rejected = decision.committed, decision.rejected
         self.draft_is_dry = False
-        self.target_computed = min(self.target_computed, length + min(decision.accepted, len(pending)))
-        if decision.rejected:
+        self.target_computed = min(self.target_computed, length + decision.accepted, length + len(pending))
+        if rejected:
             self.draft_computed = min(self.draft_computed, length + decision.accepted)
         # Where the first drafted token was tested and held, the rest of its window is pending now.
-        continues = not decision.rejected and decision.next_token is None
+        continues = not rejected and decision.next_token is None
         self.pending = window[1:] if continues else ()
         self.tokens.extend(committed)
         return committed

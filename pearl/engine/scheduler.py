@@ -233,11 +233,12 @@ class Scheduler:
         self, request: Request, target: ForwardWork | None, draft: DraftWork | None, result: VerifyResult
     ) -> tuple[int, ...]:
         """Commit and roll back what a round did for one request. Returns its newly committed tokens."""
-        window, decision = result.windows.get(request.id, ()), result.decisions.get(request.id)
+        request_id = request.id
+        window, decision = result.windows.get(request_id, ()), result.decisions.get(request_id)
         committed = request.apply(target, draft, window, decision)
-        self.target_kv.settle(request.id, request.tokens, request.target_computed)
-        if self.draft_kv:
-            self.draft_kv.settle(request.id, request.tokens, request.draft_computed)
+        self.target_kv.settle(request_id, request.tokens, request.target_computed)
+        if self.draft_kv is not None:
+            self.draft_kv.settle(request_id, request.tokens, request.draft_computed)
         return committed
 
     def finish(self, request_id: int) -> Request:
