@@ -56,10 +56,14 @@ class KVCacheManager:
     ``seq_id`` raises KeyError.
     """
 
-    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
-        """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1."""
+    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True, lookahead: int = 64) -> None:
+        """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1.
+
+        ``lookahead``: a sequence that needs a page takes one more for each so many that it has. Each time that its
+        pages change there is a new block table, which costs O(context): so a long sequence's change seldom.
+        """
         self._pool, self._page_size = PagePool(num_pages, page_size), page_size
-        self._prefix_caching = prefix_caching
+        self._prefix_caching, self._lookahead = prefix_caching, lookahead
         self._sequences: dict[int, _SequencePages] = {}
         self._queried_tokens = self._hit_tokens = self._page_copies = 0
 
@@ -150,8 +154,8 @@ class KVCacheManager:
     def reserve(self, seq_id: int, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
         """Make positions [write_from, num_tokens) ready to be written, and keep [0, write_from) readable.
 
-        Afterwards there are pages for [0, num_tokens), and each page with a position to be written is held by this
-        sequence alone and not cached. The KV at positions >= write_from counts as invalid from here on.
+        Afterwards there are pages for [0, num_tokens), or more, and each page with a position to be written is held by
+        this sequence alone and not cached. The KV at positions >= write_from counts as invalid from here on.
 
         Returns the copies to perform before anything is written. Copies of several calls are right in the order of
         the calls; if no sequence was freed, truncated or forked in between, no destination is a source or a
@@ -178,7 +182,8 @@ class KVCacheManager:
                 self._pool.uncache(pages[index])
         copies = self._own(pages, shared, write_from) if shared else ()
         if needed:
-            pages += [self._pool.allocate() for _ in range(missing)]
+            wanted = missing + self._ahead(len(pages), missing) if missing else 0
+            pages += [self._pool.allocate() for _ in range(wanted)]
             sequence.block_table = None
         if written.stop >= sequence.own_from:
             sequence.own_from = min(sequence.own_from, written.start)
@@ -192,6 +197,11 @@ class KVCacheManager:
         wanted, held = self._num_pages_for(num_tokens), len(pages)
         written = range(write_from // self._page_size, min(held, wanted)) if write_from < num_tokens else range(0)
         return max(0, wanted - held), written, [i for i in written if self._pool.is_shared(pages[i])]
+
+    def _ahead(self, held: int, missing: int) -> int:
+        """How many pages to take before they are needed; none that would make pages scarce."""
+        plenty = self.num_free_pages - missing - len(self._sequences)
+        return max(0, min((held + missing) // self._lookahead, plenty))
 
     def _own(self, pages: list[int], shared: list[int], write_from: int) -> tuple[PageCopy, ...]:
         copies = []
@@ -246,18 +256,25 @@ class KVCacheManager:
         del sequence.prefix[num_tokens // self._page_size :]
 
     def settle(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
-        """After a round: ``truncate`` to ``num_computed`` tokens, then ``commit``; most often there is nothing to do.
+        """After a round: ``truncate`` to ``num_computed`` tokens and ``commit``; most often there is nothing to do.
 
-        One page may stay beyond the end: the next round's tokens reach as far as those that were rolled back. Giving it
-        back and taking another would cost two new block tables, which are O(context).
+        Unless pages are scarce, a page that was rolled back stays, and those that were reserved ahead: the next round
+        needs them.
         """
         sequence, page_size = self._sequences[seq_id], self._page_size
-        held = len(sequence.pages) * page_size
-        verified = min(len(tokens), num_computed) if self._prefix_caching else 0
-        if held - 2 * page_size < num_computed <= held and verified // page_size == len(sequence.prefix):
-            return
-        self.truncate(seq_id, num_computed)
-        self.commit(seq_id, tokens, num_computed)
+        beyond = len(sequence.pages) * page_size - num_computed  # tokens that the pages could still hold
+        most = (2 + len(sequence.pages) // self._lookahead) * page_size
+        if beyond >= page_size and (beyond >= most or self._is_scarce()):
+            self.truncate(seq_id, num_computed)
+        else:
+            del sequence.prefix[num_computed // page_size :]
+        verified = min(len(tokens), num_computed) // page_size if self._prefix_caching else 0
+        if verified > len(sequence.prefix) or beyond < 0:
+            self.commit(seq_id, tokens, num_computed)
+
+    def _is_scarce(self) -> bool:
+        """Whether not every sequence could be given another page."""
+        return self.num_free_pages < len(self._sequences)
 
     def free(self, seq_id: int) -> None:
         """Forget the sequence; its cached pages stay findable until they are needed for something else."""

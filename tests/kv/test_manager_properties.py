@@ -77,10 +77,15 @@ def prefix_of(key: PrefixKey) -> Tokens:
 class Rounds(RuleBasedStateMachine):
     """Each rule is one disturbance and the rounds after it: hypothesis leaves out rules at random, rounds never."""
 
-    @initialize(num_tokens=st.integers(MAX_LENGTH, 3 * MAX_LENGTH), page_size=st.sampled_from([4, 2, 1]))
-    def build(self, num_tokens: int, page_size: int) -> None:
+    @initialize(
+        num_tokens=st.integers(MAX_LENGTH, 3 * MAX_LENGTH),
+        page_size=st.sampled_from([4, 2, 1]),
+        lookahead=st.sampled_from([64, 4, 1]),
+    )
+    def build(self, num_tokens: int, page_size: int, lookahead: int) -> None:
         num_pages = num_tokens // page_size
-        self.kv = KVCacheManager(num_pages, page_size)
+        self.kv = KVCacheManager(num_pages, page_size, lookahead=lookahead)
+        self.lookahead = lookahead
         self.memory = Memory(num_pages, page_size)
         self.live: dict[int, Live] = {}
         self.begun = 0
@@ -215,7 +220,11 @@ class Rounds(RuleBasedStateMachine):
         shared = sum(index < len(before) and before[index] in others for index in written)
         copies = self.kv.reserve(seq_id, end, start)
         table = self.kv.block_table(seq_id)
-        assert free - self.kv.num_free_pages == max(0, -(-end // size) - len(before)) + shared
+        wanted = max(len(before), -(-end // size))
+        ahead = len(table) - wanted
+        assert free - self.kv.num_free_pages == wanted - len(before) + shared + ahead
+        assert ahead == 0 or (wanted > len(before) and self.kv.num_free_pages >= len(self.live))
+        assert ahead in range(wanted // self.lookahead + 1)
         assert self.kv.capacity_tokens(seq_id) >= end
         assert table[: start // size] == before[: start // size]
         for index in written:
@@ -239,7 +248,10 @@ class Rounds(RuleBasedStateMachine):
         self.verified |= {tuple(valid[:end]) for end in range(len(valid) + 1)}
         if data.draw(st.booleans()):
             self.kv.settle(seq_id, state.committed, state.computed)
-            assert self.kv.capacity_tokens(seq_id) - state.computed in range(2 * self.kv.page_size)
+            beyond = self.kv.capacity_tokens(seq_id) - state.computed
+            held = self.kv.capacity_tokens(seq_id) // self.kv.page_size
+            assert beyond in range((2 + held // self.lookahead) * self.kv.page_size)
+            assert beyond < self.kv.page_size or self.kv.num_free_pages >= len(self.kv._sequences)
             assert len(self.kv._sequences[seq_id].prefix) == len(valid) // self.kv.page_size
             settled = self.snapshot()
             self.kv.commit(seq_id, state.committed, state.computed)
