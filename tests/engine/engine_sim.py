@@ -336,13 +336,14 @@ def simulate(
     accuracy: float = 0.7,
     moody: bool = False,
     prefix_caching: bool = True,
+    lookahead: int = 64,
 ) -> Simulation:
     method = METHODS[method] if isinstance(method, str) else method
     draft_keeps_kv = draft_keeps_kv and not isinstance(method, Autoregressive)
     scheduler = CheckedScheduler(
         method,
-        KVCacheManager(num_pages, page_size, prefix_caching),
-        KVCacheManager(num_pages, page_size, prefix_caching) if draft_keeps_kv else None,
+        KVCacheManager(num_pages, page_size, prefix_caching, lookahead),
+        KVCacheManager(num_pages, page_size, prefix_caching, lookahead) if draft_keeps_kv else None,
         max_num_seqs=lanes,
         max_num_batched_tokens=budget,
         max_waiting=max_waiting,

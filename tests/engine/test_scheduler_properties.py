@@ -53,6 +53,7 @@ def engines(draw: st.DrawFn) -> dict[str, Any]:
         "accuracy": draw(st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])),
         "moody": draw(st.booleans()),
         "prefix_caching": draw(st.booleans()),
+        "lookahead": draw(st.sampled_from([64, 64, 2])),
     }
 
 
