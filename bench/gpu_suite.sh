@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in one command under 9 minutes: docs/gpu_suite.md, bash bench/gpu_suite.sh --help.
+# Everything that a GPU has to show, in one command under 10 minutes: docs/gpu_suite.md, bash bench/gpu_suite.sh --help.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export OUT="${OUT:+$(realpath -m "$OUT")}"

@@ -56,8 +56,10 @@ class EngineConfig:
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
         from the target's device on. The draft may share a device with a rank.
     enforce_eager: on CUDA, launch every kernel from Python instead of replaying CUDA graphs; the same results.
-    draft_sms: where both models share one GPU, how many multiprocessors the draft's kernels are confined to (a green
-        context), so that they leave the others to the target. None: two streams share them all, the draft's first.
+    capture_seconds: how long building an LLM on CUDA may take to capture graphs of the shapes that will come up; those
+        that are left, and with 0 all, are captured in the round that needs them. Logged by ``pearl.engine.warm_up``.
+    draft_sms: where both models share one GPU, how many multiprocessors, at least, the target leaves to the draft (a
+        green context). None: two streams share them all. Either way the draft's kernels go first.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16", or torch's.
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
@@ -87,6 +89,7 @@ class EngineConfig:
     target_parallel: int = 1
     enforce_eager: bool = False
     draft_sms: int | None = None
+    capture_seconds: int = 10
     dtype: str = "auto"
     target_weights: WeightFormat = "full"
     draft_weights: WeightFormat = "full"
@@ -155,6 +158,7 @@ class EngineConfig:
         for name, highest in (_COUNTS | _OPTIONAL_COUNTS).items():
             if getattr(self, name) is not None or name in _COUNTS:
                 self._set(name, self._count(name, highest))
+        self._set("capture_seconds", self._count("capture_seconds", 3600, least=0))
         if not (isinstance(self.window, str) and self.window == "auto"):
             self._set("window", self._count("window", _COUNTS["max_window"], '"auto" or '))
         if self.max_num_seqs * self.largest_window > _MOST_PENDING:
@@ -173,12 +177,12 @@ class EngineConfig:
         if not isinstance(value, str) or value not in allowed:
             raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
 
-    def _count(self, name: str, highest: int, otherwise: str = "") -> int:
+    def _count(self, name: str, highest: int, otherwise: str = "", least: int = 1) -> int:
         given = getattr(self, name)
         value = as_integer(given)
-        if value is None or not 1 <= value <= highest:
+        if value is None or not least <= value <= highest:
             raise ConfigurationError(
-                f"{name} must be {otherwise}an integer >= 1 and at most {highest}, not {shown(given)}"
+                f"{name} must be {otherwise}an integer >= {least} and at most {highest}, not {shown(given)}"
             )
         return value
 

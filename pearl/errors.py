@@ -37,5 +37,9 @@ class RoundError(PearlError):
     """The engine failed in a round; the output is incomplete."""
 
 
+class CaptureError(PearlError):
+    """A CUDA graph could not be captured, which leaves torch's allocator unusable. The engine can only be closed."""
+
+
 class RankError(PearlError):
     """A rank of a tensor-parallel model ended. The engine can only be closed."""

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from pearl.kv import PageCopy
@@ -134,23 +135,48 @@ Windows = dict[int, tuple[Drafted, ...]]  # by request id
 
 
 @dataclass(frozen=True)
+class DrawnTokens:
+    """Tokens of R requests and their log q in one tensor, so that one transfer takes both: int64 ``[..., 2, R]``."""
+
+    packed: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 ``[..., R]``"""
+        return self.packed[..., 0, :]
+
+    @property
+    def logprobs(self) -> Tensor:
+        """fp32 ``[..., R]``: the first half of its row."""
+        return self.packed[..., 1, :].view(torch.float32)[..., : self.packed.shape[-1]]
+
+
+@dataclass(frozen=True)
 class DeviceWindows:
     """Windows that a device is still drafting, g tokens for each of R requests, with a copy under way to the host.
 
-    tokens: int64 ``[g, R]``, logprobs: fp32 ``[g, R]``, on the drafter's device; on the host after ``ready``.
+    drawn: ``[g, 2, R]`` on the drafter's device: its first tokens, and their rows of the drafter's logits, after
+    ``first_ready``, all after ``ready``; on the host after ``ready``.
     """
 
     rows: dict[int, tuple[int, ...]]  # by request id, in the order of the columns: ``Drafted.row`` of its tokens
-    tokens: Tensor
-    logprobs: Tensor
-    host_tokens: Tensor
-    host_logprobs: Tensor
+    drawn: DrawnTokens
+    on_host: DrawnTokens
+    first_ready: Mark
     ready: Mark
+
+    @property
+    def steps(self) -> int:
+        return self.drawn.packed.shape[0]
+
+    @property
+    def first(self) -> DrawnTokens:
+        return DrawnTokens(self.drawn.packed[0])
 
     def read(self) -> Windows:
         """Waits for them."""
         self.ready.wait()
-        tokens, logprobs = self.host_tokens.T.tolist(), self.host_logprobs.T.tolist()
+        tokens, logprobs = self.on_host.tokens.T.tolist(), self.on_host.logprobs.T.tolist()
         return {
             request_id: tuple(map(Drafted, tokens[column], logprobs[column], rows))
             for column, (request_id, rows) in enumerate(self.rows.items())
@@ -168,6 +194,7 @@ class DraftProposal:
     steps: int = 0  # forwards of the draft model
     busy: Interval = NOT_BUSY
     on_device: DeviceWindows | None = None  # beside ``windows``
+    stored: Mark | None = None  # after it ``logits`` has the rows of ``windows``, of this round and of those before
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ These run on every call of operators that take microseconds: a handful of attrib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,11 +16,38 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/in
 
 @dataclass(frozen=True)
 class Checks:
-    """The limits of one provider: tensors on ``device`` (torch's device type), floating ones of ``dtypes``."""
+    """The limits of one provider: tensors on ``device`` (torch's device type), floating ones of ``dtypes``.
+
+    ``current``: the index of the device that the provider launches on, whatever its tensors'; None: on theirs.
+    """
 
     device: str
     dtypes: Sequence[torch.dtype]
     max_head_dim: int = 256
+    current: Callable[[], int] | None = None
+    _calls: dict[torch.device, CallChecks] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def beside(self, op: str, name: str, tensor: Tensor) -> CallChecks:
+        """The checks of one call, all of whose tensors must be on this one's device; else ValueError."""
+        device = tensor.device
+        checks = self._calls.get(device)
+        if checks is None:
+            if device.type != self.device:
+                wanted = f"{tensor.dtype} {list(tensor.shape)} on {self.device}"
+                raise ValueError(f"{op}: {name} must be {wanted}, not {_describe(tensor)}")
+            checks = self._calls[device] = CallChecks(device, self.dtypes, self.max_head_dim)
+        if self.current is not None and device.index != self.current():
+            raise ValueError(f"{op}: {name} is on {device}, which is not the current device: it must be")
+        return checks
+
+
+@dataclass(frozen=True)
+class CallChecks:
+    """As ``Checks``, on one device: two tensors on two GPUs do not fit together."""
+
+    device: torch.device
+    dtypes: Sequence[torch.dtype]
+    max_head_dim: int
 
     def floating(self, op: str, name: str, tensor: Tensor) -> int:
         """The dtype's code; ValueError unless the provider computes it."""
@@ -34,7 +61,7 @@ class Checks:
         if (
             tensor.dtype is not dtype
             or tensor.shape != shape
-            or tensor.device.type != self.device
+            or tensor.device != self.device
             or not tensor.is_contiguous()
         ):
             raise ValueError(
@@ -48,7 +75,7 @@ class Checks:
 
     def rows(self, op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int]:
         """Address and row stride of a tensor whose rows are contiguous, but may lie apart; else ValueError."""
-        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device.type != self.device:
+        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != self.device:
             raise ValueError(f"{op}: {name} must be {dtype} {list(shape)} on {self.device}, not {_describe(tensor)}")
         if not tensor.is_contiguous():
             expected = 1

@@ -31,13 +31,14 @@ def verify_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    most_rows: int = 0,
 ) -> Tensor:
     """As ``pearl_kernels.reference.verify_attention``; q and the caches are of one dtype, bf16 or fp16.
 
     Probabilities are rounded to that dtype before they meet the values, so the result is less exact than our own
     kernels'. Raises ValueError for inputs that it cannot take.
     """
-    sizes = packaged_attention.checked_sizes(q, k_cache, v_cache, block_tables, query_start, context_lens)
+    sizes = packaged_attention.checked_sizes(q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
     if sizes.page_size % PAGE_SIZE:
         raise ValueError(
             f"verify_attention: flash-attn needs pages of a multiple of {PAGE_SIZE} tokens, not {sizes.page_size}"
@@ -68,13 +69,18 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {"verify_attention": verify_attent
 
 
 def refuses(op: str, situation: Situation) -> str | None:
-    """None if ``op`` can run in ``situation``, else why not. The package is imported only if nothing else refuses."""
+    """None if ``op`` can run in ``situation`` with a package that works, else why not. Does not import it."""
     if reason := packaged_attention.refuses("flash_attn", situation):
         return reason
     if situation.head_dim % 8 or not 8 <= situation.head_dim <= 256:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
     if situation.page_size % PAGE_SIZE:
         return f"needs a page_size that is a multiple of {PAGE_SIZE}, not {situation.page_size}"
+    return None
+
+
+def missing() -> str | None:
+    """None if the package can be imported and has what is called here, else why not."""
     try:
         package = importlib.import_module("flash_attn")
     except Exception as error:  # built for another torch, or without a library that it needs

@@ -42,13 +42,16 @@ class FlashInferAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        most_rows: int = 0,
     ) -> Tensor:
         """As ``pearl_kernels.reference.verify_attention``; q and the caches are of one dtype, bf16 or fp16.
 
         Probabilities are rounded to that dtype before they meet the values, so the result is less exact than our own
         kernels'. Raises ValueError for inputs that it cannot take, RuntimeError while a CUDA graph is captured.
         """
-        sizes = packaged_attention.checked_sizes(q, k_cache, v_cache, block_tables, query_start, context_lens)
+        sizes = packaged_attention.checked_sizes(
+            q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows
+        )
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("verify_attention: flashinfer plans on the host and cannot be captured in a CUDA graph")
         if sizes.rows == 0:
@@ -135,11 +138,16 @@ OPERATORS: Mapping[str, Callable[..., Any]] = _OneForEachWorker()
 
 
 def refuses(op: str, situation: Situation) -> str | None:
-    """None if ``op`` can run in ``situation``, else why not. The package is imported only if nothing else refuses."""
+    """None if ``op`` can run in ``situation`` with a package that works, else why not. Does not import it."""
     if reason := packaged_attention.refuses("flashinfer", situation):
         return reason
     if situation.head_dim not in _HEAD_DIMS:
         return f"has kernels for a head_dim of {', '.join(map(str, _HEAD_DIMS))}, not {situation.head_dim}"
+    return None
+
+
+def missing() -> str | None:
+    """None if the package can be imported and has what is called here, else why not."""
     try:
         package = importlib.import_module("flashinfer")
     except Exception as error:  # built for another torch, or without a library that it needs

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import Checks, cache_shape, group_size
+from pearl_kernels.checks import CallChecks, Checks, cache_shape, group_size
 from pearl_kernels.reference import SamplingTensors
 
 
@@ -49,19 +49,20 @@ def check_rope(
     k_norm: Tensor | None,
 ) -> RopeSizes:
     op, dtype = "rope_and_cache", q.dtype
-    checks.floating(op, "q", q)
-    n, query_heads, head_dim = checks.heads(op, "q", q)
+    call = checks.beside(op, "q", q)
+    call.floating(op, "q", q)
+    n, query_heads, head_dim = call.heads(op, "q", q)
     pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
-    checks.rows(op, "q", q, dtype, (n, query_heads, head_dim))
-    checks.rows(op, "k", k, dtype, (n, kv_heads, head_dim))
-    checks.rows(op, "v", v, dtype, (n, kv_heads, head_dim))
-    checks.contiguous(op, "positions", positions, torch.int64, (n,))
-    checks.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
-    checks.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim))
-    checks.contiguous(op, "v_cache", v_cache, dtype, (pages, page_size, kv_heads, head_dim))
-    checks.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,))
-    checks.optional(op, "q_norm", q_norm, dtype, (head_dim,))
-    checks.optional(op, "k_norm", k_norm, dtype, (head_dim,))
+    call.rows(op, "q", q, dtype, (n, query_heads, head_dim))
+    call.rows(op, "k", k, dtype, (n, kv_heads, head_dim))
+    call.rows(op, "v", v, dtype, (n, kv_heads, head_dim))
+    call.contiguous(op, "positions", positions, torch.int64, (n,))
+    call.contiguous(op, "cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
+    call.contiguous(op, "k_cache", k_cache, dtype, (pages, page_size, kv_heads, head_dim))
+    call.contiguous(op, "v_cache", v_cache, dtype, (pages, page_size, kv_heads, head_dim))
+    call.contiguous(op, "slot_mapping", slot_mapping, torch.int64, (n,))
+    call.optional(op, "q_norm", q_norm, dtype, (head_dim,))
+    call.optional(op, "k_norm", k_norm, dtype, (head_dim,))
     return RopeSizes(n, query_heads, kv_heads, head_dim, cos_sin.shape[0], pages * page_size)
 
 
@@ -73,43 +74,47 @@ def check_attention(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
+    most_rows: int = 0,
     cache_dtype: torch.dtype | None = None,
 ) -> AttentionSizes:
     """``cache_dtype``: what the caches must be of; None: any that the provider computes."""
     op = "verify_attention"
-    checks.floating(op, "q", q)
-    checks.floating(op, "k_cache", k_cache)
-    n, query_heads, head_dim = checks.heads(op, "q", q)
+    if most_rows < 0:
+        raise ValueError(f"{op}: most_rows must be 0 (unknown) or more, not {most_rows}")
+    call = checks.beside(op, "q", q)
+    call.floating(op, "q", q)
+    call.floating(op, "k_cache", k_cache)
+    n, query_heads, head_dim = call.heads(op, "q", q)
     pages, page_size, kv_heads, _ = cache_shape(op, k_cache)
     group_size(op, query_heads, kv_heads)
     if block_tables.dim() != 2:
         raise ValueError(f"{op}: block_tables must be [sequences, pages], not {list(block_tables.shape)}")
     sequences, table_width = context_lens.shape[0], block_tables.shape[1]
     dtype, shape = cache_dtype or k_cache.dtype, (pages, page_size, kv_heads, head_dim)
-    checks.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
-    checks.contiguous(op, "k_cache", k_cache, dtype, shape)
-    checks.contiguous(op, "v_cache", v_cache, dtype, shape)
-    checks.rows(op, "block_tables", block_tables, torch.int32, (sequences, table_width))
-    checks.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
-    checks.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
+    call.rows(op, "q", q, q.dtype, (n, query_heads, head_dim))
+    call.contiguous(op, "k_cache", k_cache, dtype, shape)
+    call.contiguous(op, "v_cache", v_cache, dtype, shape)
+    call.rows(op, "block_tables", block_tables, torch.int32, (sequences, table_width))
+    call.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
+    call.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
     return AttentionSizes(n, query_heads, kv_heads, head_dim, pages, page_size, sequences, table_width)
 
 
-def check_logits(checks: Checks, op: str, name: str, logits: Tensor, vocab_size: int) -> None:
+def check_logits(call: CallChecks, op: str, name: str, logits: Tensor, vocab_size: int) -> None:
     if logits.dim() != 2 or not 0 < vocab_size <= logits.shape[1]:
         raise ValueError(f"{op}: {name} must be [rows, at least {vocab_size}], not {list(logits.shape)}")
-    checks.floating(op, name, logits)
-    checks.rows(op, name, logits, logits.dtype, (logits.shape[0], logits.shape[1]))
+    call.floating(op, name, logits)
+    call.rows(op, name, logits, logits.dtype, (logits.shape[0], logits.shape[1]))
 
 
-def check_sampling(checks: Checks, op: str, params: SamplingTensors, n: int) -> None:
-    if params.layout == (checks.device, n):  # looked at once for all calls that it is handed to
+def check_sampling(call: CallChecks, op: str, params: SamplingTensors, n: int) -> None:
+    if params.layout == (call.device, n):  # looked at once for all calls that it is handed to
         return
-    checks.contiguous(op, "temperature", params.temperature, torch.float32, (n,))
-    checks.contiguous(op, "top_k", params.top_k, torch.int32, (n,))
-    checks.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
-    checks.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
-    checks.contiguous(op, "seed", params.seed, torch.int64, (n,))
+    call.contiguous(op, "temperature", params.temperature, torch.float32, (n,))
+    call.contiguous(op, "top_k", params.top_k, torch.int32, (n,))
+    call.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
+    call.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
+    call.contiguous(op, "seed", params.seed, torch.int64, (n,))
 
 
 def check_verify(
@@ -132,14 +137,15 @@ def check_verify(
         raise ValueError(f"{op}: rule must be 'rejection' or 'coupled', not {rule!r}")
     if requests < 0:
         raise ValueError(f"{op}: row_start needs at least one entry")
-    check_logits(checks, op, "logits", logits, vocab_size)
-    check_sampling(checks, op, params, requests)
-    checks.contiguous(op, "draft_tokens", draft_tokens, torch.int64, (n,))
-    checks.contiguous(op, "row_start", row_start, torch.int32, (requests + 1,))
-    checks.contiguous(op, "positions", positions, torch.int64, (n,))
-    checks.optional(op, "draft_logprobs", draft_logprobs, torch.float32, (n,))
-    checks.optional(op, "draft_rows", draft_rows, torch.int32, (n,))
-    checks.optional(op, "draft_temperature", draft_temperature, torch.float32, (requests,))
+    call = checks.beside(op, "logits", logits)
+    check_logits(call, op, "logits", logits, vocab_size)
+    check_sampling(call, op, params, requests)
+    call.contiguous(op, "draft_tokens", draft_tokens, torch.int64, (n,))
+    call.contiguous(op, "row_start", row_start, torch.int32, (requests + 1,))
+    call.contiguous(op, "positions", positions, torch.int64, (n,))
+    call.optional(op, "draft_logprobs", draft_logprobs, torch.float32, (n,))
+    call.optional(op, "draft_rows", draft_rows, torch.int32, (n,))
+    call.optional(op, "draft_temperature", draft_temperature, torch.float32, (requests,))
     if draft_logits is not None:
-        check_logits(checks, op, "draft_logits", draft_logits, vocab_size)
+        check_logits(call, op, "draft_logits", draft_logits, vocab_size)
     return requests

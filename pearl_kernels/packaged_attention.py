@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -15,14 +16,25 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def checked_sizes(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_start: Tensor, context_lens: Tensor
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    most_rows: int = 0,
 ) -> AttentionSizes:
     """The sizes of a call whose tensors are what the operator asks for, q and the caches of one dtype; else ValueError.
 
     All must be on q's device, whichever it is: the packages refuse a device that they do not know themselves.
     """
-    checks = Checks(q.device.type, DTYPES)
-    return check_attention(checks, q, k_cache, v_cache, block_tables, query_start, context_lens, cache_dtype=q.dtype)
+    checks, index = _checks(q.device.type), (block_tables, query_start, context_lens)
+    return check_attention(checks, q, k_cache, v_cache, *index, most_rows, cache_dtype=q.dtype)
+
+
+@functools.cache
+def _checks(device: str) -> Checks:
+    return Checks(device, DTYPES)
 
 
 def refuses(package: str, situation: Situation) -> str | None:

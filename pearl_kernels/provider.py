@@ -27,6 +27,9 @@ class Situation:
 class Provider:
     """``operators`` by name; ``refuses(op, situation)`` is None, or the reason why the provider cannot run there.
 
+    ``missing()`` is None, or what is wrong with the package behind it. It may import that, which takes seconds and
+    starts CUDA: only a provider that is about to be chosen is asked. ``refuses`` imports nothing that others own.
+
     ``bind(op, situation)`` is the operator for one worker where the situation decides more than whether it runs.
     """
 
@@ -35,6 +38,7 @@ class Provider:
     refuses: Callable[[str, Situation], str | None]
     bind: Callable[[str, Situation], Callable[..., Any]] | None = None
     verify_numbers: Callable[..., Any] | None = None
+    missing: Callable[[], str | None] = lambda: None
 
     def for_worker(self, op: str, situation: Situation) -> Callable[..., Any]:
         return self.bind(op, situation) if self.bind else self.operators[op]

@@ -79,8 +79,8 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("cpu", cpu.OPERATORS, cpu.refuses, cpu.bind, cpu.VERIFY_NUMBERS),
     Provider("cuda", cuda.OPERATORS, cuda.refuses),
     Provider("triton", triton.OPERATORS, triton.refuses),
-    Provider("flash_attn", flash_attn.OPERATORS, flash_attn.refuses),
-    Provider("flashinfer", flashinfer.OPERATORS, flashinfer.refuses),
+    Provider("flash_attn", flash_attn.OPERATORS, flash_attn.refuses, missing=flash_attn.missing),
+    Provider("flashinfer", flashinfer.OPERATORS, flashinfer.refuses, missing=flashinfer.missing),
     Provider("reference", OPERATORS, lambda op, situation: None, _bind_reference),
 )
 
@@ -119,6 +119,9 @@ def explain(op: str, situation: Situation | None = None, prefer: Mapping[str, st
         implemented = op in provider.operators
         reason = (provider.refuses(op, situation) or "") if implemented else "does not implement it"
         runs = not reason and chosen is None and wanted in (None, provider.name)
+        if runs:
+            reason = provider.missing() or ""
+            runs = not reason
         if runs:
             chosen = provider.name
             reason = "asked for" if wanted else "first that can run"

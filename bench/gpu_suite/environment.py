@@ -13,8 +13,8 @@ from typing import Any
 GPU_FIELDS = ("name", "driver_version", "memory.total", "compute_cap", "clocks.sm", "clocks.max.sm", "clocks.mem",
               "clocks.max.mem", "power.limit", "temperature.gpu")  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "safetensors", "typer", "rich", "matplotlib",
-            "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "setuptools", "pybind11", "cmake",
-            "ninja", "flash-attn", "flashinfer-python")  # fmt: skip
+            "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "gguf", "setuptools", "pybind11",
+            "cmake", "ninja", "flash-attn", "flashinfer-python")  # fmt: skip
 # Torch says more than nvidia-smi, but its import may fail or take long: a process of its own.
 _ASK_TORCH = """
 import json, torch

@@ -27,13 +27,15 @@ class RoundBars:
 
 
 def round_bars(found: Mapping[str, Any]) -> list[RoundBars]:
+    """Of rounds with graphs: cells that were measured again without them are in a file of their own."""
     return [
         RoundBars(
             f"{cell['target']}:{cell['draft']}, batch {cell['batch']}, context {cell['context']}",
             cell["verify_ms"], cell["draft_window_ms"], cell["pearl_round_ms"], cell["speculative_round_ms"],
             cell["round_over_longer"],
         )
-        for content in found.get("files", {}).values()
+        for name, content in found.get("files", {}).items()
+        if not name.endswith("-eager")
         for cell in measured(content)
     ]  # fmt: skip
 

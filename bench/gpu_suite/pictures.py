@@ -83,7 +83,7 @@ def main(out: Path, rounds: str, kernels: str) -> None:
 
     matplotlib.use("Agg")
     summary = json.loads((out / "summary.json").read_text())
-    if bars := round_bars(stage_numbers(summary, "latency")):
+    if bars := [bar for name in ("latency", "latency_32b") for bar in round_bars(stage_numbers(summary, name))]:
         draw_rounds(bars, out / rounds, summary["dry_run"])
     if found := stage_numbers(summary, "kernels"):
         draw_kernels(found, out / kernels, summary["dry_run"])

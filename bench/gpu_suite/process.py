@@ -14,6 +14,7 @@ from pathlib import Path
 _POLL = 0.05  # seconds
 _GRACE = 10.0  # seconds, at most, in which an interrupted command writes what it has
 _GRACE_AFTER_SIGNAL = 3.0
+_DYING = 5.0  # seconds, at most, that a killed command is waited for: one that hangs in a driver may never end
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def run_limited(
 
     ``limit`` is of seconds, the grace included: before it ends, or as soon as ``stopped()``, the group is interrupted
     as by Ctrl-C, so that programs write what they have, and then killed. Whatever the command itself left running is
-    killed too.
+    killed too. One that does not even end then is left behind.
     """
     begin = time.monotonic()
     with log.open("a") as output:
@@ -61,8 +62,9 @@ def run_limited(
             cut_off = _wait(process, begin, limit, stopped)
         finally:
             _signal_group(process.pid, signal.SIGKILL)
-            process.wait()
-    return Ended(tuple(argv), process.returncode, time.monotonic() - begin, cut_off)
+            _wait_for_end(process, _DYING)
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
+    return Ended(tuple(argv), code, time.monotonic() - begin, cut_off)
 
 
 def _wait(process: subprocess.Popen[bytes], begin: float, limit: float, stopped: Callable[[], bool]) -> str:

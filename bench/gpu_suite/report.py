@@ -6,38 +6,32 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
+from bench.gpu_suite.archive import ARCHIVE, pack
+from bench.gpu_suite.files import replace_text
 from bench.gpu_suite.latency import latency_sections
 from bench.gpu_suite.markdown import number, share, table
-from bench.gpu_suite.process import Ended
+from bench.gpu_suite.outcome import OK, SKIPPED, Outcome
 from bench.gpu_suite.results import AIM, MALFORMED, UNREADABLE, numbers
 from bench.gpu_suite.stages import DRY, Place
 
 Section = Callable[[Mapping[str, Any]], list[str]]  # the numbers of a stage to paragraphs of markdown
-OK, FAILED, SKIPPED, CUT_OFF = "ok", "failed", "skipped", "cut off"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of a stage. ``reason``: why it is not ok, or what else there is to know."""
-
-    name: str
-    status: str
-    seconds: float
-    reason: str = ""
-    commands: tuple[Ended, ...] = ()
 
 
 @dataclass
 class Summary:
-    """What is known so far; a suite that was cut off has a part of it."""
+    """What is known so far; a suite that was cut off has a part of it.
+
+    ``names``: the stages that this command was asked for. ``earlier``: those that a command before it has run in the
+    same work folder, whose results lie there still.
+    """
 
     place: Place
     names: tuple[str, ...]
     commit: str | None
     outcomes: list[Outcome] = field(default_factory=list)
+    earlier: tuple[Outcome, ...] = ()
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -47,17 +41,23 @@ class Summary:
 
     @property
     def ok(self) -> bool:
+        """Whether all that this command was asked for is."""
         return len(self.outcomes) == len(self.names) and all(o.status == OK for o in self.outcomes)
 
     @property
+    def all(self) -> list[Outcome]:
+        return [*self.earlier, *self.outcomes]
+
+    @property
     def numbers(self) -> dict[str, dict[str, Any]]:
-        """Of the stages that this run began; files of earlier runs do not count."""
-        return {o.name: numbers(o.name, self.place) for o in self.outcomes if o.status != SKIPPED}
+        """Of the stages that were begun; what lies in the work folder of others does not count."""
+        return {o.name: numbers(o.name, self.place) for o in self.all if o.status != SKIPPED}
 
 
 def write(summary: Summary) -> None:
+    """summary.json, summary.md and the archive: whatever ends the suite leaves the latest whole ones."""
     found = summary.numbers
-    stages = [{**asdict(o), "numbers": found.get(o.name, {})} for o in summary.outcomes]
+    stages = [{**asdict(o), "numbers": found.get(o.name, {})} for o in summary.all]
     content = {
         "title": _title(summary),
         "dry_run": summary.place.dry,
@@ -69,15 +69,10 @@ def write(summary: Summary) -> None:
         "notes": summary.notes,
         "stages": stages,
     }
-    _replace(summary.place.out / "summary.json", json.dumps(content, indent=2) + "\n")
-    _replace(summary.place.out / "summary.md", markdown(summary, found, content["date"]))
-
-
-def _replace(path: Path, text: str) -> None:
-    """An interruption never leaves a torn file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    replace_text(summary.place.out / "summary.json", json.dumps(content, indent=2) + "\n")
+    if left_out := pack(summary.place.results, summary.place.out / ARCHIVE):
+        found["archive"] = {"left_out": left_out}
+    replace_text(summary.place.out / "summary.md", markdown(summary, found, content["date"]))
 
 
 def _title(summary: Summary) -> str:
@@ -88,13 +83,16 @@ def markdown(summary: Summary, found: Mapping[str, Mapping[str, Any]], date: Any
     parts = [f"# {_title(summary)}", f"Commit {summary.commit or 'unknown'}, {date}, {summary.seconds:.0f} s."]
     if summary.place.dry:
         parts.append(f"**{DRY}**: nothing here is a measurement of a GPU, and no number means anything.")
-    rows = [(o.name, o.status, f"{o.seconds:.0f}", o.reason) for o in summary.outcomes]
-    rows += [(name, "not reached", "", "") for name in summary.names[len(summary.outcomes) :]]
-    parts.append(table(("stage", "status", "s", "why"), rows, left=(0, 1, 3)))
+    rows = [(o.name, o.status, f"{o.seconds:.0f}", _when(o), o.reason) for o in summary.earlier]
+    rows += [(o.name, o.status, f"{o.seconds:.0f}", "", o.reason) for o in summary.outcomes]
+    rows += [(name, "not reached", "", "", "") for name in summary.names[len(summary.outcomes) :]]
+    parts.append(table(("stage", "status", "s", "by an earlier command", "why"), rows, left=(0, 1, 3, 4)))
     parts += summary.notes
+    if "archive" in found:
+        parts.append(f"Too large for {ARCHIVE}, left out: {', '.join(found['archive']['left_out'])}.")
     sections: dict[str, Section] = {
-        "environment": _environment, "tests": _tests, "kernels": _kernels, "latency": latency_sections,
-        "end_to_end": _end_to_end,
+        "environment": _environment, "smoke": _tests, "latency": latency_sections, "agreement": _greedy,
+        "kernels": _kernels, "tests": _tests, "latency_32b": latency_sections, "more": _more,
     }  # fmt: skip
     for name, section in sections.items():
         if found.get(name):
@@ -103,6 +101,10 @@ def markdown(summary: Summary, found: Mapping[str, Mapping[str, Any]], date: Any
         if (summary.place.out / picture).exists():
             parts.append(f"![{picture}]({picture})")
     return "\n\n".join(parts) + "\n"
+
+
+def _when(outcome: Outcome) -> str:
+    return f"{outcome.date}, commit {outcome.commit or 'unknown'}"
 
 
 def _readable(section: Section, found: Mapping[str, Any]) -> list[str]:
@@ -136,11 +138,12 @@ def _tests(found: Mapping[str, Any]) -> list[str]:
 
 
 def _kernels(found: Mapping[str, Any]) -> list[str]:
-    parts = [
-        f"{found['device']}; share of {number(found['limit_gb_s'])} GB/s, the read bandwidth measured beside. The aim "
-        f"is {share(AIM)} for attention over 8k keys and more, and for sample and verify on vocabularies of 128k: "
-        f"{found['reached']} of {found['aims']} shapes reach it."
-    ]
+    parts = [f"{found['device']}; share of {number(found['limit_gb_s'])} GB/s, the read bandwidth measured beside."]
+    if found["aims"]:
+        parts[0] += (
+            f" The aim is {share(AIM)} for attention over 8k keys and more, and for sample and verify on vocabularies "
+            f"of 128k: {found['reached']} of {found['aims']} shapes reach it."
+        )
     rows = [
         (
             k["op"], k["shape"], k["dtype"], k["provider"], number(k["seconds"] * 1e6), number(k["gb_s"]),
@@ -154,10 +157,8 @@ def _kernels(found: Mapping[str, Any]) -> list[str]:
     return [*parts, table(head, rows, left=(0, 1, 2, 3, 7, 9))]
 
 
-def _end_to_end(found: Mapping[str, Any]) -> list[str]:
+def _more(found: Mapping[str, Any]) -> list[str]:
     parts = []
-    if "greedy" in found:
-        parts += _greedy(found["greedy"])
     if "throughput" in found:
         settings, results = found["throughput"]["settings"], found["throughput"]["results"]
         title = f"The bundled pair on {settings['device']}, {settings['prompts']} prompts, measured acceptance:"
@@ -167,7 +168,9 @@ def _end_to_end(found: Mapping[str, Any]) -> list[str]:
             for r in results
         ]  # fmt: skip
         parts += [title, table(("method", "tok/s", "speedup", "acceptance", "window", "efficiency"), rows, left=(0,))]
-    return parts
+        if not found["throughput"]["complete"]:
+            parts.append("Cut off: medians of the runs that ended.")
+    return [*parts, *_kernels(found["kernels"])] if "kernels" in found else parts
 
 
 def _greedy(found: Mapping[str, Any]) -> list[str]:

@@ -43,8 +43,8 @@ def sees_cuda(place: Place) -> bool | None:
 def numbers(stage: str, place: Place) -> dict[str, Any]:
     """The key numbers of a stage; empty where it wrote none."""
     readers = {
-        "environment": _environment, "tests": _tests, "kernels": _kernels, "latency": _latency,
-        "end_to_end": _end_to_end,
+        "environment": _environment, "smoke": _smoke, "latency": _latency_8b, "agreement": _agreement,
+        "kernels": _kernels_with_aims, "tests": _tests, "latency_32b": _latency_32b, "more": _more,
     }  # fmt: skip
     try:
         return readers[stage](place) if stage in readers else {}
@@ -59,7 +59,7 @@ def complaint(stage: Stage, place: Place) -> str:
         return "it wrote no results"
     if UNREADABLE in found:
         return f"its results are not as expected: {found[UNREADABLE]}"
-    if stage.name == "latency" and not found["measured"]:
+    if "measured" in found and not found["measured"]:
         reasons = [cell["skipped"] for content in found["files"].values() for cell in content["cells"]]
         return f"no cell could be measured: {reasons[0] if reasons else 'there is none'}"
     return ""
@@ -81,9 +81,17 @@ class Failure:
     text: str
 
 
+def _smoke(place: Place) -> dict[str, Any]:
+    return _junit(place, "smoke.xml")
+
+
 def _tests(place: Place) -> dict[str, Any]:
-    """Of all junit files together."""
-    cases = [case for name in ("tests.xml", "tests-triton.xml") for case in _cases(place.file(name))]
+    return _junit(place, "tests.xml", "tests-alone.xml", "tests-triton.xml")
+
+
+def _junit(place: Place, *names: str) -> dict[str, Any]:
+    """Of all these files together."""
+    cases = [case for name in names for case in _cases(place.file(name))]
     if not cases:
         return {}
     failures = [failure for case in cases if (failure := _failure(case))]
@@ -133,10 +141,13 @@ class Kernel:
         return self.aim is None or self.share >= self.aim
 
 
-def _kernels(place: Place) -> dict[str, Any]:
+def _kernels_with_aims(place: Place) -> dict[str, Any]:
+    return _kernels(place, "kernels-aims.json")
+
+
+def _kernels(place: Place, name: str) -> dict[str, Any]:
     rows = [
         benchmark["extra_info"]
-        for name in ("kernels-aims.json", "kernels-others.json")
         for benchmark in (read_json(place.file(name)) or {}).get("benchmarks", [])
         if "gb_s" in benchmark["extra_info"]
     ]
@@ -181,20 +192,36 @@ def _is_aimed(op: str, shape: str) -> bool:
     return match is not None and int(match[1]) >= least
 
 
-def _latency(place: Place) -> dict[str, Any]:
+_32B = "latency-32b-"  # how the names of files begin
+
+
+def _latency_8b(place: Place) -> dict[str, Any]:
+    paths = place.results.glob(f"{place.prefix}latency-*.json")
+    return _latency(path for path in paths if not path.name.startswith(f"{place.prefix}{_32B}"))
+
+
+def _latency_32b(place: Place) -> dict[str, Any]:
+    return _latency(place.results.glob(f"{place.prefix}{_32B}*.json"))
+
+
+def _latency(paths: Iterable[Path]) -> dict[str, Any]:
     """The files as they are: every number in them counts, and a cut off one has its finished cells."""
-    every = {path.stem: read_json(path) for path in sorted(place.out.glob(f"{place.prefix}latency-*.json"))}
+    every = {path.stem: read_json(path) for path in sorted(paths)}
     files = {name: content for name, content in every.items() if content}
     if not files:
         return {}
     return {"measured": sum(len(measured(content)) for content in files.values()), "files": files}
 
 
-def _end_to_end(place: Place) -> dict[str, Any]:
-    greedy, speeds = read_json(place.file("greedy.json")), read_json(place.file("throughput.json"))
+def _agreement(place: Place) -> dict[str, Any]:
+    greedy = read_json(place.file("greedy.json"))
+    return {key: greedy[key] for key in ("settings", "ties", "complete", "agrees", "comparisons")} if greedy else {}
+
+
+def _more(place: Place) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if greedy:
-        found["greedy"] = {key: greedy[key] for key in ("settings", "ties", "complete", "agrees", "comparisons")}
-    if speeds:
-        found["throughput"] = {key: speeds[key] for key in ("settings", "results")}
+    if speeds := read_json(place.file("throughput.json")):
+        found["throughput"] = {key: speeds[key] for key in ("settings", "complete", "results")}
+    if kernels := _kernels(place, "kernels-others.json"):
+        found["kernels"] = kernels
     return found

@@ -47,7 +47,7 @@ DRAWS = {
     "real": [Draw(rows, v, cut) for v in (128256, 151936) for rows in (1, 9, 72) for cut in CUTS],
 }
 WINDOWS = {
-    "tiny": [Windows(3, 4, 130, "rejection")],
+    "tiny": [Windows(3, 4, 130, rule) for rule in ("rejection", "coupled")],
     "small": [Windows(requests, 9, 32000, rule) for requests in (1, 4) for rule in ("rejection", "coupled")],
     "real": [
         Windows(requests, 9, v, rule)

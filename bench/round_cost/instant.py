@@ -78,6 +78,9 @@ class InstantDrafter:
     def __init__(self, text: Text, page_size: int, keeps_logits: bool) -> None:
         self._text, self._batch, self._keeps_logits = text, _core.WorkBatch(page_size), keeps_logits
 
+    def waits(self, plan: DraftPlan) -> bool:
+        return False
+
     def propose(self, plan: DraftPlan) -> DraftProposal:
         self._batch.set([item.forward for item in plan.work])
         windows = {item.forward.state.request_id: self._window(item) for item in plan.work if item.num_draft}

@@ -91,9 +91,8 @@ def _result(load: Load, cost: Cost) -> dict[str, Any]:
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     parts = list(dict.fromkeys(name for result in results for name in result["parts"]))
-    table = Table(
-        title="microseconds of the host: of a round, for each request in it, and of its parts (medians)", box=box.SIMPLE
-    )
+    title = "microseconds of the host: of a round, for each request in it, and of its parts (medians)"
+    table = Table(title=title, box=box.SIMPLE)
     for name in ("method", "sampling", "context"):
         table.add_column(name, no_wrap=True)
     for name in ("batch", "round", "request", *parts):

@@ -58,8 +58,14 @@ class Load:
         return self.context + 1 + self.max_tokens
 
     def config(self, base: EngineConfig) -> EngineConfig:
+        """Of all shapes a cell has few, and its rounds come twice: nothing is captured before."""
         return replace(
-            base, window=self.window, max_num_seqs=self.batch, max_model_len=self.max_model_len, prefix_caching=True
+            base,
+            window=self.window,
+            max_num_seqs=self.batch,
+            max_model_len=self.max_model_len,
+            prefix_caching=True,
+            capture_seconds=0,
         )
 
     def prompts(self, vocab_size: int) -> list[list[int]]:

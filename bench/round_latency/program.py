@@ -44,7 +44,7 @@ def latency(
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
     draft_device: Annotated[str | None, typer.Option(help="The draft's, where it differs")] = None,
     target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
-    draft_sms: Annotated[int | None, typer.Option(help="Confine the draft to a part of a shared GPU")] = None,
+    draft_sms: Annotated[int | None, typer.Option(help="Keep a part of a shared GPU free for the draft")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16) | float32 | bfloat16 | float16")] = "auto",
     eager_too: Annotated[
         bool | None, typer.Option("--eager-too/--no-eager-too", help="Also without CUDA graphs; default: on CUDA")

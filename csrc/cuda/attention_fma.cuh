@@ -6,6 +6,7 @@
 // through shared memory within its warp. 16 rows of 128 columns take about as long as an fp32 tile takes to arrive.
 #pragma once
 
+#include "cuda/attention_merge.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/reduce.cuh"
 
@@ -81,7 +82,7 @@ struct FmaRows {
       for (int j = 0; j < kVectors * kVector; ++j) sum[i][j / kVector][j % kVector] *= factor;
     }
     pass[lane] = make_float4(s[0], s[1], s[2], s[3]);
-    __syncwarp();
+    __syncwarp();  // all lanes' probabilities are added up by each
     add_values(v, pass);
   }
 
@@ -89,7 +90,7 @@ struct FmaRows {
   __device__ __forceinline__ void store(const AttentionTask& task, const BlockRows& rows, int kv_head, int split,
                                         float* queries, float4* pass) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncwarp();  // all lanes are done with the last probabilities
+    __syncwarp();  // other lanes may still read the last probabilities, and queries of the warp's rows
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       if (i >= count) break;
@@ -100,7 +101,7 @@ struct FmaRows {
         store_as(queries + (warp + kFmaWarps * i) * kWidth + (32 * j + lane) * kVector, sum[i][j]);
       }
     }
-    __syncwarp();
+    __syncwarp();  // columns and masses below are other lanes'
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int row = warp + kFmaWarps * i;
@@ -141,20 +142,21 @@ constexpr int64_t kFmaOtherBytes = kFmaRows * kWidth * sizeof(float) + kFmaWarps
 template <class T, int kWidth>
 constexpr int64_t kFmaStageBytes = 2 * kFmaKeys * kWidth * sizeof(T);
 
-/// Grid as attend_mma's.
+inline constexpr int kFmaResident = 2;  // blocks that a multiprocessor is meant to run at a time
+
+/// As attend_mma_split.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(32 * kFmaWarps, 2) attend_fma(const __grid_constant__ AttentionTask task) {
+__device__ __forceinline__ bool attend_fma_split(const AttentionTask& task, int split, float* shared, BlockRows& rows) {
   constexpr int kThreads = 32 * kFmaWarps, kTile = kFmaKeys * kWidth;
-  PEARL_DYN_SMEM(float, shared);
   float* const queries = shared;
   float4* const passes = reinterpret_cast<float4*>(queries + kFmaRows * kWidth);
   T* const ring = reinterpret_cast<T*>(passes + kThreads);
 
-  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads), split = blockIdx.y;
-  const BlockRows rows = block_rows_at<kFmaRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
-  if (rows.count <= 0) return;
-  const KeyRange keys = block_keys(task, rows, split);
-  if (keys.begin >= keys.end) return;
+  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads);
+  rows = block_rows_at<kFmaRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  if (rows.count <= 0) return false;
+  const KeyRange keys = overlap(block_keys(task, rows), split_range(task, rows, split));
+  if (keys.begin >= keys.end) return false;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stages = task.stages;
   for (int i = threadIdx.x; i < kFmaRows * kWidth; i += kThreads) {
@@ -191,6 +193,8 @@ __global__ void __launch_bounds__(32 * kFmaWarps, 2) attend_fma(const __grid_con
   int stage = 0;
   for (int tile = begin; tile < keys.end; tile += kFmaKeys) {
     wait_for_tile(stages);
+    // This tile, and at first the queries, are other threads' copies; the tile before it, over which the next is
+    // copied, and the warp's probabilities may still be read.
     __syncthreads();
     copy_tile(tile + (stages - 1) * kFmaKeys, stage == 0 ? stages - 1 : stage - 1);  // over the tile before this one
     const T* k = ring + stage * 2 * kTile;
@@ -198,6 +202,16 @@ __global__ void __launch_bounds__(32 * kFmaWarps, 2) attend_fma(const __grid_con
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   own.store(task, rows, kv_head, split, queries, passes + warp * kFmaKeys);
+  return true;
+}
+
+/// Grid as attend_mma's.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(32 * kFmaWarps, kFmaResident) attend_fma(const __grid_constant__ AttentionTask task) {
+  PEARL_DYN_SMEM(float, shared);
+  BlockRows rows;
+  walk<32 * kFmaWarps, kFmaRows>(task, rows, reinterpret_cast<bool*>(shared),
+                                 [&](int split) { return attend_fma_split<T, kWidth>(task, split, shared, rows); });
 }
 
 }  // namespace pearl::cuda

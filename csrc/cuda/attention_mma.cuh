@@ -7,6 +7,7 @@
 // tile.) Blocks of 64 rows have two such teams of four warps, which share the copies.
 #pragma once
 
+#include "cuda/attention_merge.cuh"
 #include "cuda/attention_warp.cuh"
 #include "cuda/reduce.cuh"
 
@@ -48,7 +49,7 @@ __device__ __forceinline__ void merge_warps(const AttentionTask& task, const Blo
       float* to = &merge.sum[key_warp][team * 16 + j % 2 * 8 + lane / 4][j / 2 * 8 + lane % 4 * 2];
       *reinterpret_cast<float2*>(to) = make_float2(sums.sum[i][j / 2][j % 2 * 2], sums.sum[i][j / 2][j % 2 * 2 + 1]);
     }
-    __syncthreads();
+    __syncthreads();  // the sums below are other warps'
     for (int e = threadIdx.x; e < 16 * kTeams * kWidth / 4; e += 32 * kKeyWarps * kTeams) {
       const int from = e / (kWidth / 4), column = e % (kWidth / 4) * 4;
       const int row = (from / 16 * kRowTiles + i) * 16 + from % 16;
@@ -66,7 +67,7 @@ __device__ __forceinline__ void merge_warps(const AttentionTask& task, const Blo
       }
       store_row(task, rows, row, kv_head, split, column, sum, peak, mass);
     }
-    __syncthreads();
+    if (i + 1 < kRowTiles) __syncthreads();  // the next tile of rows is written over this one
   }
 }
 
@@ -98,7 +99,8 @@ __device__ __forceinline__ void load_queries(const AttentionTask& task, const Bl
   }
 }
 
-/// Threads of a team wait for the copies of all that share their keys.
+/// A tile that threads have each waited for becomes visible to all that share its keys, and all of them are done with
+/// the tile before it, over which the next is copied.
 template <int kTeams>
 __device__ __forceinline__ void sync_sharers() {
   if constexpr (kTeams == 1) {
@@ -114,20 +116,24 @@ constexpr int64_t kMmaQueryBytes = 16 * kRowTiles * kTeams * kWidth * sizeof(T);
 template <class T, int kWidth>
 constexpr int64_t kMmaStageBytes = 2 * kTileKeys * kWidth * sizeof(T);
 
-/// Grid: {blocks of rows * kv_heads, splits}. The heads of a page, which lie side by side, are neighbours in the grid.
+/// Blocks that a multiprocessor is meant to run at a time. Two teams of warps fill its registers.
+template <int kTeams>
+constexpr int kMmaResident = kTeams == 1 ? 2 : 1;
+
+/// The block's rows against one split of the keys: stores results, or partial ones. False if there is nothing to do.
+/// `rows` become the block's.
 template <class T, int kWidth, int kRowTiles, int kTeams>
-__global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kTeams == 1 ? 2 : 1)
-    attend_mma(const __grid_constant__ AttentionTask task) {
+__device__ __forceinline__ bool attend_mma_split(const AttentionTask& task, int split, unsigned char* shared,
+                                                 BlockRows& rows) {
   constexpr int kThreads = 32 * kKeyWarps * kTeams, kRows = 16 * kRowTiles * kTeams, kTile = kTileKeys * kWidth;
-  PEARL_DYN_SMEM(unsigned char, shared);
   T* const queries = reinterpret_cast<T*>(shared);
   T* const ring = queries + kRows * kWidth;  // stages of a tile of keys and one of values
 
-  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads), split = blockIdx.y;
-  const BlockRows rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
-  if (rows.count <= 0) return;
-  const KeyRange keys = block_keys(task, rows, split);
-  if (keys.begin >= keys.end) return;
+  const int kv_head = blockIdx.x % static_cast<int>(task.p.kv_heads);
+  rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
+  if (rows.count <= 0) return false;
+  const KeyRange keys = overlap(block_keys(task, rows), split_range(task, rows, split));
+  if (keys.begin >= keys.end) return false;
 
   const int lane = threadIdx.x % 32, key_warp = threadIdx.x / 32 % kKeyWarps, team = team_of_thread<kTeams>();
   const PageReader pages(task, rows, keys);
@@ -154,7 +160,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kTeams == 1 ? 2 : 1)
   }
 #pragma unroll
   for (int i = 0; i < kRowTiles * kWidth / 8 * 4; ++i) sums.sum[i / (kWidth / 2)][i / 4 % (kWidth / 8)][i % 4] = 0.0f;
-  __syncthreads();
+  if constexpr (kTeams == 1) __syncthreads();  // queries are other warps'; the loop of two teams begins with a barrier
 
   int stage = 0;
   for (int tile = begin; tile < keys.end; tile += kTileKeys) {
@@ -165,9 +171,24 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kTeams == 1 ? 2 : 1)
     sums.attend(task, queries + team * 16 * kRowTiles * kWidth, k, k + kTile, tile + first);
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
-  cp_async_wait<0>();
-  __syncthreads();
+  // No copy is on its way: the last tile was the youngest that any thread copied.
+  __syncthreads();  // sums are written over queries and keys that other warps may still read
+  // The same rows again, from the cache: kept through the loop they would cost the registers that spills are made of.
+  rows = block_rows_at<kRows>(task, blockIdx.x / static_cast<int>(task.p.kv_heads));
   merge_warps(task, rows, kv_head, split, sums, *reinterpret_cast<MergeBuffer<kWidth, kRowTiles, kTeams>*>(shared));
+  return true;
+}
+
+/// Grid: {blocks of rows * kv_heads, splits, or groups of them if a block walks}. The heads of a page, which lie side
+/// by side, are neighbours in the grid.
+template <class T, int kWidth, int kRowTiles, int kTeams>
+__global__ void __launch_bounds__(32 * kKeyWarps * kTeams, kMmaResident<kTeams>)
+    attend_mma(const __grid_constant__ AttentionTask task) {
+  PEARL_DYN_SMEM(unsigned char, shared);
+  BlockRows rows;
+  walk<32 * kKeyWarps * kTeams, 16 * kRowTiles * kTeams>(task, rows, reinterpret_cast<bool*>(shared), [&](int split) {
+    return attend_mma_split<T, kWidth, kRowTiles, kTeams>(task, split, shared, rows);
+  });
 }
 
 }  // namespace pearl::cuda

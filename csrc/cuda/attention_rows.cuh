@@ -40,6 +40,10 @@ struct BlockRows {
   int sequence, first, count;
   int token;     // the sequence's first query row in q
   int position;  // of that row among the sequence's keys; negative if there are more queries than keys
+  int partial;   // that row's place among the rows of partial results; -1: there are none
+
+  /// The sequence is not split: the first split's block has all keys.
+  __device__ __forceinline__ bool whole() const { return partial < 0; }
 };
 
 /// The block's rows; none if there are more blocks than the sequences need. Sequence r owns the blocks from
@@ -49,7 +53,9 @@ __device__ __forceinline__ BlockRows block_rows_at(const AttentionTask& task, in
   const int r = sequence_at(task, index, task.group, kRows, 1);
   const int begin = task.p.query_start[r], end = task.p.query_start[r + 1];
   const int first = (index - begin * task.group / kRows - r) * kRows, packed = (end - begin) * task.group;
-  return {r, first, min(kRows, packed - first), begin, task.p.context_lens[r] - (end - begin)};
+  const bool whole = task.splits == 1 || end - begin > kWindowRows;
+  const int partial = whole ? -1 : task.partial_by_sequence ? r * kWindowRows : begin;
+  return {r, first, min(kRows, packed - first), begin, task.p.context_lens[r] - (end - begin), partial};
 }
 
 /// Positions [begin, end).
@@ -57,13 +63,14 @@ struct KeyRange {
   int begin, end;
 };
 
+/// Of a row at a position, which may be negative: then it sees none.
 __device__ __forceinline__ KeyRange visible_keys(const AttentionTask& task, int position) {
-  return {max(0, position + 1 - task.window), position + 1};
+  return {max(0, max(position, 0) + 1 - task.window), min(position + 1, task.capacity)};
 }
 
 /// The same, for one key.
 __device__ __forceinline__ bool sees(const AttentionTask& task, int position, int key) {
-  return static_cast<unsigned>(position - key) < static_cast<unsigned>(task.window);
+  return static_cast<unsigned>(position) - static_cast<unsigned>(key) < static_cast<unsigned>(task.window);
 }
 
 __device__ __forceinline__ int row_position(const AttentionTask& task, const BlockRows& rows, int row) {
@@ -75,21 +82,39 @@ __device__ __forceinline__ KeyRange row_keys(const AttentionTask& task, const Bl
 }
 
 /// Keys of a split, whether or not the sequence has them.
-__device__ __forceinline__ KeyRange split_range(const AttentionTask& task, int split) {
-  const int64_t begin = static_cast<int64_t>(split) * task.split_keys, end = begin + task.split_keys;
-  return {static_cast<int>(begin), static_cast<int>(min(end, int64_t{INT32_MAX}))};
+__device__ __forceinline__ KeyRange split_range(const AttentionTask& task, const BlockRows& rows, int split) {
+  if (rows.whole()) return {0, split == 0 ? task.capacity : 0};
+  return {split * task.split_keys, (split + 1) * task.split_keys};
 }
 
-/// Keys of a split that some row of the block sees.
-__device__ __forceinline__ KeyRange block_keys(const AttentionTask& task, const BlockRows& rows, int split) {
-  const KeyRange range = split_range(task, split);
-  return {max(range.begin, row_keys(task, rows, 0).begin), min(range.end, row_keys(task, rows, rows.count - 1).end)};
+/// Keys that some row of the block sees.
+__device__ __forceinline__ KeyRange block_keys(const AttentionTask& task, const BlockRows& rows) {
+  return {row_keys(task, rows, 0).begin, row_keys(task, rows, rows.count - 1).end};
 }
 
-/// Index of a packed row of the block among the rows [N, query_heads] of q and out.
-__device__ __forceinline__ int64_t head_row(const AttentionTask& task, const BlockRows& rows, int row, int kv_head) {
+__device__ __forceinline__ KeyRange overlap(KeyRange a, KeyRange b) {
+  return {max(a.begin, b.begin), min(a.end, b.end)};
+}
+
+/// Whether all of a's keys are b's.
+__device__ __forceinline__ bool within(KeyRange a, KeyRange b) { return a.begin >= b.begin && a.end <= b.end; }
+
+/// Index of a packed row of the block among rows [.., query_heads], of which `first` is the sequence's first.
+__device__ __forceinline__ int64_t head_row(const AttentionTask& task, const BlockRows& rows, int first, int row,
+                                            int kv_head) {
   const int packed = rows.first + row, head = kv_head * task.group + packed % task.group;
-  return (rows.token + packed / task.group) * task.p.query_heads + head;
+  return (first + packed / task.group) * task.p.query_heads + head;
+}
+
+/// The same among those of q and out.
+__device__ __forceinline__ int64_t output_row(const AttentionTask& task, const BlockRows& rows, int row, int kv_head) {
+  return head_row(task, rows, rows.token, row, kv_head);
+}
+
+/// The first slot of a packed row's partial results.
+__device__ __forceinline__ int64_t partial_slots(const AttentionTask& task, const BlockRows& rows, int row,
+                                                 int kv_head) {
+  return head_row(task, rows, rows.partial, row, kv_head) * task.slots;
 }
 
 /// Element offset of a packed row of the block in q.
@@ -121,24 +146,14 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, int64_t i
   }
 }
 
-/// Columns [column, column + kCount) of a row's sums over the block's split, and the peak that they are relative to:
-/// the result if all keys that the row sees are in this split, a partial one if only some are, nothing if none is.
+/// Columns [column, column + kCount) of a row's result: its sums over all keys that it sees, divided by their mass.
 template <int kCount>
-__device__ __forceinline__ void store_row(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
-                                          int split, int column, float (&sum)[kCount], float peak, float mass) {
-  const KeyRange keys = row_keys(task, rows, row), range = split_range(task, split);
-  if (keys.begin >= range.end || keys.end <= range.begin) return;
-  const int64_t to = head_row(task, rows, row, kv_head);
-  if (keys.begin >= range.begin && keys.end <= range.end) {
-    const float inverse = 1.0f / mass;
+__device__ __forceinline__ void store_result(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
+                                             int column, float (&sum)[kCount], float mass) {
+  const float inverse = 1.0f / mass;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] *= inverse;
-    store_output(task.p, to * task.p.head_dim + column, sum);
-    return;
-  }
-  const int64_t partial = to * task.splits + split;
-  store_as(task.partial_sum + partial * task.p.head_dim + column, sum);
-  if (column == 0) task.partial_row[partial] = make_float2(peak, mass);
+  for (int i = 0; i < kCount; ++i) sum[i] *= inverse;
+  store_output(task.p, output_row(task, rows, row, kv_head) * task.p.head_dim + column, sum);
 }
 
 }  // namespace pearl::cuda

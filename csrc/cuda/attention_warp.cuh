@@ -137,7 +137,8 @@ struct WarpSums {
       const int first = key + threadIdx.x % 4 * 2;
       const float above = softmax_row(task, rows[i][0], s[i], 0, first);
       const float below = softmax_row(task, rows[i][1], s[i], 1, first);
-      if (above == 1.0f && below == 1.0f) continue;
+      // All lanes or none: tensor core products follow, which want the warp together.
+      if (__all_sync(kWholeWarp, above == 1.0f && below == 1.0f)) continue;
 #pragma unroll
       for (int j = 0; j < kWidth / 8 * 4; ++j) sum[i][j / 4][j % 4] *= j % 4 < 2 ? above : below;
     }

@@ -22,4 +22,7 @@ cudaError_t copy_blocks(const CopyBlocksParams& p, cudaStream_t stream);
 int64_t verify_attention_workspace(const AttentionParams& p);
 int64_t verify_workspace(const VerifyParams& p);
 
+/// Bytes of shared memory that a block of verify_attention takes at least, q and caches of one type.
+int64_t verify_attention_shared(DType dtype, int64_t head_dim);
+
 }  // namespace pearl::cuda

@@ -26,11 +26,11 @@ __device__ __forceinline__ int coarse_bin(uint32_t key) {
 }
 
 /// Keys low to high, both included.
-struct KeyRange {
+struct KeyBounds {
   uint32_t low, high;
 };
 
-__device__ __forceinline__ KeyRange keys_of_coarse_bins(int first, int last) {
+__device__ __forceinline__ KeyBounds keys_of_coarse_bins(int first, int last) {
   return {first == 0 ? 0 : static_cast<uint32_t>(first + kFirstCoarse) << kCoarseShift,
           last == kBins - 1 ? kLastKey : (static_cast<uint32_t>(last + 1 + kFirstCoarse) << kCoarseShift) - 1};
 }
@@ -84,7 +84,7 @@ __device__ __forceinline__ Found locate(Wide wanted, LocateScratch& scratch, con
   }
   if (lane == kWarpLanes - 1) scratch.warps[warp] = before;
   if (threadIdx.x == 0) scratch.found = {kBins, 0};
-  __syncthreads();
+  __syncthreads();  // the sums of all warps are there; `found` is empty before the thread that has the bin fills it
   before -= own;
   for (int i = 0; i < warp; ++i) before += scratch.warps[i];
   if (before < wanted && wanted <= before + own) {
@@ -92,9 +92,9 @@ __device__ __forceinline__ Found locate(Wide wanted, LocateScratch& scratch, con
     for (Wide weight; before + (weight = weight_of(bin)) < wanted; ++bin) before += weight;
     scratch.found = {bin, before};
   }
-  __syncthreads();
+  __syncthreads();  // `found` is filled before it is read
   const Found found = scratch.found;
-  __syncthreads();
+  __syncthreads();  // it is read before the next call empties it, and the bins before the caller changes them
   return found;
 }
 

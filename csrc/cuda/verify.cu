@@ -49,9 +49,9 @@ cudaError_t launch_passes(const Plan& plan, int splits, int slots, cudaStream_t 
 
 cudaError_t launch_draws(const Plan& plan, cudaStream_t stream) {
   if (plan.p.rule == Rule::kCoupled) {
-    PEARL_LAUNCH(verify_draw_coupled, dim3(plan.draw_tiles, plan.rows), dim3(kDrawThreads), 0, stream, plan);
+    PEARL_LAUNCH(verify_draw_coupled, dim3(plan.draw_blocks, plan.rows), dim3(kDrawThreads), 0, stream, plan);
   } else {
-    PEARL_LAUNCH(verify_draw_rejected, dim3(plan.draw_tiles, plan.requests), dim3(kDrawThreads), 0, stream, plan);
+    PEARL_LAUNCH(verify_draw_rejected, dim3(plan.draw_blocks, plan.requests), dim3(kDrawThreads), 0, stream, plan);
   }
   return cudaGetLastError();
 }

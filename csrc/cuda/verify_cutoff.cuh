@@ -60,12 +60,12 @@ __device__ inline void spread(const Plan& plan, CutoffShared& shared) {
     shared.count[bin] = 0;
   }
   if (threadIdx.x == 0) shared.listed_count = 0;
-  __syncthreads();
+  __syncthreads();  // bins and count are zero before another thread adds to them
   const int length = static_cast<int>(ceil_div(shared.task.row.size, int64_t{gridDim.x} * kVector)) * kVector;
   const int begin = static_cast<int>(blockIdx.x) * length;
   const bool counts = shared.task.top_k > 0;
   float* const list = plan.listed + part_of(blockIdx.x) * kListed;
-  volatile int* const listed_count = &shared.listed_count;
+  volatile int* const listed_count = &shared.listed_count;  // an old value costs an addition, no more
   for_each_scaled<kCutoffVectors>(shared.task.row, shared.z, begin, begin + length, shared.row.floor, [&](float z) {
     const int bin = coarse_bin(key_of(z));
     shared.mass.add(bin, mass_of(z));
@@ -74,7 +74,7 @@ __device__ inline void spread(const Plan& plan, CutoffShared& shared) {
     const int at = atomicAdd(&shared.listed_count, 1);
     if (at < kListed) list[at] = z;
   });
-  __syncthreads();
+  __syncthreads();  // all has been added before bins and count are read
   if (threadIdx.x == 0) plan.listed_count[part_of(blockIdx.x)] = shared.listed_count;
 }
 
@@ -90,7 +90,7 @@ __device__ inline bool merge_bins(const Plan& plan, int slot, CutoffShared& shar
     shared.mass.set(bin, __ldcg(&row.mass[bin]));
     shared.count[bin] = __ldcg(&row.count[bin]);
   }
-  __syncthreads();
+  __syncthreads();  // the row's bins are there before another thread reads them
   return true;
 }
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kCutoffThreads, 2) verify_cutoff(const Plan pl
       shared.z = make_distribution(task.temperature, row.peak);
     }
   }
-  __syncthreads();
+  __syncthreads();  // the first warp has written what all read
   if (shared.leaves) return;
   Summary summary = {shared.row.peak, kMinusInfinity, logf(shared.row.sum), shared.row.token};
   if (shared.task.is_cut()) {

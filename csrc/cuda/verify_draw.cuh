@@ -38,35 +38,46 @@ struct Weights {
 };
 
 /// The winner among the tokens [begin, end), packed with its score. All threads call it and get the result.
+/// A thread has `kVectors` on their way at once.
+template <int kVectors>
 __device__ inline Wide draw_from(const Weights& weights, const NoiseKey& key, int begin, int end, Wide* scratch) {
+  LogitsRow p_row = weights.p_row, q_row = weights.q_row;
+  p_row.size = q_row.size = min(p_row.size, end);
   Race race(kMinusInfinity);
 #pragma unroll 1
-  for (int first = begin; first < end; first += kDrawTile) {
+  for (int first = begin; first < end; first += kVectors * kDrawTile) {
     const int mine = first + static_cast<int>(threadIdx.x) * kVector;
-    float x[1][kVector], q[1][kVector];
-    load(weights.p_row, mine, 0, x);
-    if (weights.minus_q) load(weights.q_row, mine, 0, q);
+    float x[kVectors][kVector], q[kVectors][kVector];
+    load(p_row, mine, kDrawTile, x);
+    if (weights.minus_q) load(q_row, mine, kDrawTile, q);
 #pragma unroll
-    for (int i = 0; i < kVector; i += 4) {
-      float log_p[4];
+    for (int v = 0; v < kVectors; ++v) {
+      const int token = mine + v * kDrawTile;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) log_p[j] = weights.p.log_probability(x[0][i + j]);
-      race.enter(key, mine + i, log_p, [&](int j) { return weights.log_weight(log_p[j], q[0][i + j], mine + i + j); });
+      for (int i = 0; i < kVector; i += 4) {
+        float log_p[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) log_p[j] = weights.p.log_probability(x[v][i + j]);
+        race.enter(key, token + i, log_p,
+                   [&](int j) { return weights.log_weight(log_p[j], q[v][i + j], token + i + j); });
+      }
     }
   }
   return block_reduce<kDrawThreads>(race.packed(), scratch, Larger());
 }
 
-/// This block's tile of a draw. True for the row's last block, which then has the winner of the whole row.
+/// This block's part of a draw. True for the row's last block, which then has the winner of the whole row.
 __device__ inline bool draw_from_row(const Plan& plan, const Weights& weights, const NoiseKey& key, int slot,
                                      DrawShared& shared, Wide* winner) {
-  const int begin = static_cast<int>(blockIdx.x) * kDrawTile;
-  *winner = draw_from(weights, key, begin, min(begin + kDrawTile, plan.vocab_size), shared.wides);
-  Wide* const winners = reinterpret_cast<Wide*>(plan.tile) + static_cast<int64_t>(slot) * plan.draw_tiles;
+  const int length = plan.draw_tiles * kDrawTile, begin = static_cast<int>(blockIdx.x) * length;
+  *winner = plan.draw_tiles == 1 ? draw_from<1>(weights, key, begin, begin + length, shared.wides)
+                                 : draw_from<kDrawVectors>(weights, key, begin, begin + length, shared.wides);
+  Wide* const winners = reinterpret_cast<Wide*>(plan.tile) + static_cast<int64_t>(slot) * gridDim.x;
   if (threadIdx.x == 0) winners[blockIdx.x] = *winner;
   if (!last_to_arrive(&plan.slot_counter[slot], gridDim.x, &shared.last)) return false;
   Wide best = 0;
-  for (int i = threadIdx.x; i < plan.draw_tiles; i += kDrawThreads) best = Larger()(best, __ldcg(&winners[i]));
+  for (int i = threadIdx.x; i < static_cast<int>(gridDim.x); i += kDrawThreads)
+    best = Larger()(best, __ldcg(&winners[i]));
   *winner = block_reduce<kDrawThreads>(best, shared.wides, Larger());
   return true;
 }
@@ -85,7 +96,7 @@ __device__ inline Weights residual(const Plan& plan, int request, int row, const
   return weights;
 }
 
-/// Grid: (draw tiles, requests).
+/// Grid: (parts of a row, requests).
 __global__ void __launch_bounds__(kDrawThreads, 2) verify_draw_rejected(const Plan plan) {
   __shared__ DrawShared shared;
   const int request = blockIdx.y;
@@ -98,11 +109,13 @@ __global__ void __launch_bounds__(kDrawThreads, 2) verify_draw_rejected(const Pl
   const NoiseKey key = noise_key(plan, request, ruling.row, replaces ? kResidualStream : kSampleStream);
   Wide winner;
   if (!draw_from_row(plan, weights, key, request, shared, &winner)) return;
-  if (winner == 0 && replaces) winner = draw_from(plain, key, 0, plan.vocab_size, shared.wides);  // no residual: from p
+  if (winner == 0 && replaces) {  // no residual: from p
+    winner = draw_from<kDrawVectors>(plain, key, 0, plan.vocab_size, shared.wides);
+  }
   if (threadIdx.x == 0) plan.p.next_token[request] = max(token_of(winner), 0);
 }
 
-/// Grid: (draw tiles, rows).
+/// Grid: (parts of a row, rows).
 __global__ void __launch_bounds__(kDrawThreads, 2) verify_draw_coupled(const Plan plan) {
   __shared__ DrawShared shared;
   const int row = blockIdx.y;

@@ -23,20 +23,27 @@ enum class Stage { kTarget, kDraft };
 // depend on nothing: neither on the batch nor on the dtype.
 inline constexpr int kStatisticsThreads = 128, kStatisticsVectors = 4;
 inline constexpr int kChunk = kStatisticsThreads * kStatisticsVectors * kVector, kTile = 2 * kChunk;
-inline constexpr int kDrawThreads = 512;
+inline constexpr int kDrawThreads = 512, kDrawVectors = 2;
 inline constexpr int kDrawTile = kDrawThreads * kVector;
-// Cutoffs: sums of integers, whatever the split. About four blocks for each multiprocessor of a large GPU.
+// Cutoffs: sums of integers, whatever the split. Draws: the largest of numbers, likewise.
 inline constexpr int kCutoffThreads = 512, kCutoffVectors = 4, kListed = 2048;
-inline constexpr int64_t kCutoffBlocks = 512;
+// Two blocks of either for each multiprocessor of a large GPU, as many as it runs at once: where few rows are cut, most
+// blocks find nothing to do, and more of them would come in waves.
+inline constexpr int64_t kResidentBlocks = 256;
 
 __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t tiles_of(int64_t vocab_size) { return ceil_div(vocab_size, kTile); }
-inline int64_t draw_tiles_of(int64_t vocab_size) { return ceil_div(vocab_size, kDrawTile); }
 
 /// Blocks that share a row when its cutoff is sought.
 inline int64_t cutoff_splits(int64_t slots, int64_t vocab_size) {
   const int64_t most = ceil_div(vocab_size, kCutoffThreads * kVector);
-  return std::min(most, ceil_div(kCutoffBlocks, std::max<int64_t>(slots, 1)));
+  return std::min(most, ceil_div(kResidentBlocks, std::max<int64_t>(slots, 1)));
+}
+
+/// Tiles of a row that a block draws from.
+inline int64_t draw_tiles_of(int64_t slots, int64_t vocab_size) {
+  const int64_t tiles = ceil_div(vocab_size, kDrawTile);
+  return ceil_div(tiles, std::min(tiles, ceil_div(kResidentBlocks, std::max<int64_t>(slots, 1))));
 }
 
 /// What a block found in its tile.
@@ -75,18 +82,19 @@ struct Plan {
   VerifyParams p;
   bool logits_aligned, draft_aligned;
   int32_t vocab_size, rows, requests, slots;  // slots: of either stage
-  int32_t tiles, draw_tiles;
-  int32_t target_splits, draft_splits;  // of cutoffs
-  Tile* tile;                           // [slots, max(tiles, draw_tiles)]
-  Histogram* histogram;                 // [slots of the stages whose rows are split]
-  float* listed;                        // [slots, splits, kListed]: values z that a cutoff's block found, if few
-  int32_t* listed_count;                // [slots, splits]: how many it found
-  Summary* target;                      // [rows]
-  Summary* draft;                       // [requests]
-  Ruling* ruling;                       // [requests]
-  int32_t* request_of_row;              // [rows], -1: none
-  uint32_t* slot_counter;               // [slots]
-  uint32_t* request_counter;            // [requests]
+  int32_t tiles;                              // of a row's statistics
+  int32_t draw_tiles, draw_blocks;            // tiles that a block draws from, blocks that share a row
+  int32_t target_splits, draft_splits;        // of cutoffs
+  Tile* tile;                                 // [slots, max(tiles, draw_blocks)]
+  Histogram* histogram;                       // [slots of the stages whose rows are split]
+  float* listed;                              // [slots, splits, kListed]: values z that a cutoff's block found, if few
+  int32_t* listed_count;                      // [slots, splits]: how many it found
+  Summary* target;                            // [rows]
+  Summary* draft;                             // [requests]
+  Ruling* ruling;                             // [requests]
+  int32_t* request_of_row;                    // [rows], -1: none
+  uint32_t* slot_counter;                     // [slots]
+  uint32_t* request_counter;                  // [requests]
   int64_t workspace_bytes;
 };
 
@@ -101,7 +109,9 @@ inline Plan make_plan(const VerifyParams& p, void* workspace) {
   plan.requests = static_cast<int32_t>(p.requests);
   plan.slots = std::max(plan.rows, plan.requests);
   plan.tiles = static_cast<int32_t>(tiles_of(p.vocab_size));
-  plan.draw_tiles = static_cast<int32_t>(draw_tiles_of(p.vocab_size));
+  plan.draw_tiles =
+      static_cast<int32_t>(draw_tiles_of(p.rule == Rule::kCoupled ? plan.rows : plan.requests, p.vocab_size));
+  plan.draw_blocks = static_cast<int32_t>(ceil_div(p.vocab_size, int64_t{plan.draw_tiles} * kDrawTile));
   plan.target_splits = static_cast<int32_t>(cutoff_splits(plan.rows, p.vocab_size));
   plan.draft_splits = static_cast<int32_t>(cutoff_splits(plan.requests, p.vocab_size));
   int64_t bytes = 0;
@@ -109,7 +119,7 @@ inline Plan make_plan(const VerifyParams& p, void* workspace) {
     array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<uintptr_t>(workspace) + bytes);
     bytes += ceil_div(count * static_cast<int64_t>(sizeof(*array)), 16) * 16;
   };
-  take(plan.tile, int64_t{plan.slots} * std::max(plan.tiles, plan.draw_tiles));
+  take(plan.tile, int64_t{plan.slots} * std::max(plan.tiles, plan.draw_blocks));
   take(plan.histogram, std::max(plan.target_splits > 1 ? plan.rows : 0, plan.draft_splits > 1 ? plan.requests : 0));
   const int64_t parts = std::max(int64_t{plan.rows} * plan.target_splits, int64_t{plan.requests} * plan.draft_splits);
   take(plan.listed, parts * kListed);

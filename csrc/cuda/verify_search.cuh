@@ -69,11 +69,18 @@ __device__ __forceinline__ void for_each_scaled(LogitsRow row, const Distributio
   }
 }
 
+/// The same for a whole row by one block, which waits for memory more than anything else: as many vectors are on their
+/// way as registers allow.
+template <class Visit>
+__device__ __forceinline__ void for_each_of_row(const CutoffShared& shared, float floor, const Visit& visit) {
+  for_each_scaled<2>(shared.task.row, shared.z, 0, INT32_MAX, floor, visit);
+}
+
 /// Calls visit(z) for the values among which the cutoff is: the gathered ones or, if they are too many, the row's.
 template <class Visit>
 __device__ __forceinline__ void for_each_candidate(const CutoffShared& shared, const Visit& visit) {
   const int count = shared.gathered_count;
-  if (count > kGathered) return for_each_scaled<1>(shared.task.row, shared.z, 0, INT32_MAX, kMinusInfinity, visit);
+  if (count > kGathered) return for_each_of_row(shared, kMinusInfinity, visit);
   for (int i = threadIdx.x; i < count; i += kCutoffThreads) visit(shared.gathered[i]);
 }
 
@@ -87,19 +94,19 @@ __device__ __forceinline__ Wide wanted_mass(float top_p, double total) {
 
 /// The smallest key such that the candidates with keys from range.low up to it weigh at least `wanted`, or, if that is
 /// 0, top_p of what all in the range weigh; kLastKey if all of them weigh less.
-__device__ inline uint32_t find_key(KeyRange range, Weight weight, Wide wanted, float top_p, CutoffShared& shared) {
+__device__ inline uint32_t find_key(KeyBounds range, Weight weight, Wide wanted, float top_p, CutoffShared& shared) {
   Tally& tally = shared.mass;
   const auto weight_of_bin = [&](int bin) { return tally.at(bin); };
   for (;;) {
     const uint32_t span = range.high - range.low;
     const int bits = 32 - __clz(static_cast<int>(span)), shift = bits > kBinBits ? bits - kBinBits : 0;
     for (int bin = threadIdx.x; bin < kBins; bin += kCutoffThreads) tally.set(bin, 0);
-    __syncthreads();
+    __syncthreads();  // bins are zero before another thread adds to them
     for_each_candidate(shared, [&](float z) {
       const uint32_t distance = key_of(z) - range.low;
       if (distance <= span) tally.add(static_cast<int>(distance >> shift), weight == Weight::kCount ? 1 : mass_of(z));
     });
-    __syncthreads();
+    __syncthreads();  // all has been added before bins are read
     if (wanted == 0) {
       const Wide total = sum_of_bins<kCutoffThreads>(kBins, shared.scratch, weight_of_bin);
       wanted = wanted_mass(top_p, static_cast<double>(total));
@@ -147,39 +154,59 @@ __device__ inline Search search_bins(CutoffShared& shared) {
 /// Where this block of the row, or another, lists values.
 __device__ __forceinline__ int64_t part_of(int split) { return static_cast<int64_t>(blockIdx.y) * gridDim.x + split; }
 
-/// Gathers the values with keys in the range, from the lists if they are complete. They may be too many: then
-/// gathered_count says so.
-__device__ inline void gather(const Plan& plan, KeyRange keys, CutoffShared& shared) {
-  if (threadIdx.x == 0) shared.gathered_count = 0;
-  bool complete = true;
-  for (int split = 0; split < static_cast<int>(gridDim.x); ++split) {
-    complete = complete && __ldcg(&plan.listed_count[part_of(split)]) <= kListed;
+/// Calls visit(z) for each of a list's values. By one warp.
+template <class Visit>
+__device__ __forceinline__ void for_each_listed(const float* list, int count, const Visit& visit) {
+  constexpr int kLoads = 4;  // on their way at once
+  for (int first = static_cast<int>(threadIdx.x) % kWarpLanes; first < count; first += kLoads * kWarpLanes) {
+    float z[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = first + i * kWarpLanes;
+      z[i] = at < count ? __ldcg(&list[at]) : kInfinity;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (z[i] < kInfinity) visit(z[i]);
+    }
   }
-  __syncthreads();
+}
+
+/// Gathers the values with keys in the range, from the lists if they are complete. They may be too many: then
+/// gathered_count says so. Each lane asks how long the list of one split is, so that all answers come at once; a warp
+/// then reads the lists that its lanes asked for.
+__device__ inline void gather(const Plan& plan, KeyBounds keys, CutoffShared& shared) {
+  constexpr int kWarps = kCutoffThreads / kWarpLanes;
+  static_assert(kResidentBlocks <= kCutoffThreads, "a thread for each split");
+  const int splits = static_cast<int>(gridDim.x), lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  const int own_split = warp + lane * kWarps;
+  const int own_count = own_split < splits ? __ldcg(&plan.listed_count[part_of(own_split)]) : 0;
+  if (threadIdx.x == 0) shared.gathered_count = 0;
+  // A vote; and the count is zero before another thread adds to it.
+  const bool complete = __syncthreads_count(own_count > kListed) == 0;
   const auto visit = [&](float z) {
     if (key_of(z) < keys.low || key_of(z) > keys.high) return;
     const int at = atomicAdd(&shared.gathered_count, 1);
     if (at < kGathered) shared.gathered[at] = z;
   };
   if (complete) {
-    for (int split = 0; split < static_cast<int>(gridDim.x); ++split) {
-      const float* list = plan.listed + part_of(split) * kListed;
-      const int count = __ldcg(&plan.listed_count[part_of(split)]);
-      for (int i = threadIdx.x; i < count; i += kCutoffThreads) visit(__ldcg(&list[i]));
+    for (int split = warp; split < splits; split += kWarps) {
+      const int count = __shfl_sync(kAllLanes, own_count, split / kWarps);
+      for_each_listed(plan.listed + part_of(split) * kListed, count, visit);
     }
   } else {
-    for_each_scaled<1>(shared.task.row, shared.z, 0, INT32_MAX, value_of_key(keys.high), visit);
+    for_each_of_row(shared, value_of_key(keys.high), visit);
   }
-  __syncthreads();
+  __syncthreads();  // all is gathered before it is read
 }
 
 /// The row's distribution, from all its coarse bins.
 __device__ inline Summary resolve(const Plan& plan, CutoffShared& shared) {
   const Search found = search_bins(shared);
   if (threadIdx.x == 0) shared.search = found;
-  __syncthreads();
+  __syncthreads();  // written before others read it: there it costs no registers
   const Search& search = shared.search;
-  const KeyRange keys = keys_of_coarse_bins(search.first_bin, search.last_bin);
+  const KeyBounds keys = keys_of_coarse_bins(search.first_bin, search.last_bin);
   gather(plan, keys, shared);
   uint32_t last_key = kLastKey;
 #pragma unroll 1
@@ -187,7 +214,7 @@ __device__ inline Summary resolve(const Plan& plan, CutoffShared& shared) {
     if (turn == 0 ? !search.top_k : !search.top_p) continue;
     const Weight weight = turn == 0 ? Weight::kCount : Weight::kMass;
     const Wide wanted = turn == 0 ? search.wanted_count : search.wanted_mass;
-    const KeyRange kept_so_far = {keys.low, min(keys.high, last_key)};
+    const KeyBounds kept_so_far = {keys.low, min(keys.high, last_key)};
     last_key = min(last_key, find_key(kept_so_far, weight, wanted, shared.task.top_p, shared));
   }
   float cutoff = value_of_key(last_key);

@@ -40,12 +40,12 @@ __device__ inline void prepare(const Plan& plan, int row) {
 /// The request that has this row, or -1.
 __device__ inline int find_request(const Plan& plan, int row, int* shared) {
   if (threadIdx.x == 0) *shared = -1;
-  __syncthreads();
+  __syncthreads();  // it is -1 before the thread that finds the request writes it
 #pragma unroll 1
   for (int r = threadIdx.x; r < plan.requests; r += kStatisticsThreads) {
     if (plan.p.row_start[r] <= row && row < plan.p.row_start[r + 1]) *shared = r;
   }
-  __syncthreads();
+  __syncthreads();  // it is found before it is read
   return *shared;
 }
 
@@ -55,7 +55,7 @@ __device__ inline float reached_by(int k, float value) {
   const uint32_t bits = ordered_bits(value);
   uint32_t reached = 0;
   for (uint32_t bit = 0x80000000u; bit >= 0x10000u; bit >>= 1) {
-    const int count = __syncthreads_count(bits >= (reached | bit));
+    const int count = __syncthreads_count(bits >= (reached | bit));  // a vote, no memory is involved
     if (count >= k) reached |= bit;
   }
   return reached <= ordered_bits(kMinusInfinity) ? kMinusInfinity : float_of_ordered(reached);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, 8) verify_statistics(const
   } else if (threadIdx.x == 0) {
     shared.task = draft_task(plan, slot);
   }
-  __syncthreads();
+  __syncthreads();  // the first thread has written the task that all read
   const Task& task = shared.task;
   if (task.request < 0) return;
   if (task.is_cut() && (kStage == Stage::kTarget ? plan.target_splits : plan.draft_splits) > 1) {

@@ -102,6 +102,8 @@ PYBIND11_MODULE(_cuda, m) {
   bind_with_workspace(m, "verify_attention", make_verify_attention, cuda::verify_attention,
                       cuda::verify_attention_workspace);
   bind_with_workspace(m, "verify", make_verify, cuda::verify, cuda::verify_workspace);
+  m.def("verify_attention_shared",
+        [](int dtype, int64_t head_dim) { return cuda::verify_attention_shared(static_cast<DType>(dtype), head_dim); });
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
 }

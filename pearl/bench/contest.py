@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +44,8 @@ class Contest:
     shapes: tuple[str, str] | None = None
     acceptance: float | None = None
 
-    def run(self, console: Console) -> list[MethodResult]:
+    def run(self, console: Console, ended: Callable[[list[MethodResult]], None]) -> list[MethodResult]:
+        """``ended`` as in ``compare``."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn())  # fmt: skip
         # Scripted verdicts hang on the seed: with one for all, all requests would have the same luck.
@@ -57,7 +58,7 @@ class Contest:
                 try:
                     return compare(
                         contenders, self.prompts, params, self.repeats,
-                        lambda name: progress.update(task, advance=1, description=name),
+                        lambda name: progress.update(task, advance=1, description=name), ended,
                     )  # fmt: skip
                 finally:
                     for llm in contenders.values():

@@ -16,7 +16,7 @@ from pearl.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One row of the report. ``tokens`` are returned tokens of one run; ``seconds`` the median run."""
+    """One row of the report. ``tokens`` are returned tokens of one run; ``seconds`` the median of ``runs``."""
 
     method: str
     tokens: int
@@ -29,6 +29,7 @@ class MethodResult:
     target_forwards: int
     draft_forwards: int
     efficiency: float
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ def compare(
     params: SamplingParams | Sequence[SamplingParams],
     repeats: int,
     advance: Callable[[str], None],
+    ended: Callable[[list[MethodResult]], None] = lambda results: None,
 ) -> list[MethodResult]:
     """Run every contender ``repeats`` times, in turns; the first one is the baseline of ``speedup``.
 
     prompts: texts or token ids. params: one for all, or one for each prompt.
-    ``advance(name)`` is called after each finished output and after each run's replay.
+    ``advance(name)`` is called after each finished output and after each run's replay, ``ended(results)`` after each
+    run with what all runs until then say; a method that has none yet is missing there.
     """
     every = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     field_ = [_Contender(name, llm) for name, llm in contenders.items()]
@@ -97,9 +100,16 @@ def compare(
     for repeat in range(repeats):
         for contender in field_ if repeat % 2 == 0 else field_[::-1]:
             contender.run(prompts, every, partial(advance, contender.name))
+            ended(_results(field_))
+    return _results(field_)
+
+
+def _results(contenders: Sequence[_Contender]) -> list[MethodResult]:
+    """The first contender is also the first that has run."""
     results: list[MethodResult] = []
-    for contender in field_:
-        results.append(_summarise(contender, results[0].tok_s if results else None))
+    for contender in contenders:
+        if contender.runs:
+            results.append(_summarise(contender, results[0].tok_s if results else None))
     return results
 
 
@@ -124,6 +134,7 @@ def _summarise(contender: _Contender, baseline: float | None) -> MethodResult:
         target_forwards=sum(m.target_forwards for m in metrics),
         draft_forwards=sum(m.draft_forwards for m in metrics),
         efficiency=statistics.median(run.efficiency for run in contender.runs),
+        runs=len(contender.runs),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,25 @@ def table(results: Sequence[MethodResult], title: str) -> Table:
     return rows
 
 
-def write_json(path: Path, results: Sequence[MethodResult], settings: dict[str, Any]) -> None:
-    report = {
-        **provenance(),
-        "settings": settings,
-        "results": [asdict(result) for result in results],
-    }
-    write_whole(path, json.dumps(report, indent=2) + "\n")
+@dataclass(frozen=True)
+class JsonReport:
+    """A comparison's report, written anew after each run, so that whatever ends it leaves what was measured.
+
+    ``complete`` in the file: whether every run is in it.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=provenance)  # asked once, not between runs
+
+    def write(self, results: Sequence[MethodResult], complete: bool = False) -> None:
+        report = {
+            **self.origin,
+            "settings": self.settings,
+            "complete": complete,
+            "results": [asdict(result) for result in results],
+        }
+        write_whole(self.path, json.dumps(report, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -52,7 +52,7 @@ def throughput(
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
     draft_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the draft")] = 1,
     target_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the target, in every method")] = 1,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the report here")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the report here, anew after each run")] = None,
 ) -> None:
     """Tokens per second of the decoding methods, interleaved, on the same prompts; medians. Warm-up is not counted."""
     settings: dict[str, Any] = {
@@ -80,7 +80,7 @@ def throughput(
     from rich.console import Console
 
     from pearl.bench.contest import Contest, read_prompts
-    from pearl.bench.report import table, write_json
+    from pearl.bench.report import JsonReport, table
     from pearl.config import EngineConfig
 
     for name in names:
@@ -89,13 +89,14 @@ def throughput(
         names, options, read_prompts(dataset, prompts, pair, prompt_tokens), params, repeats, pair, synthetic_acceptance
     )
     console = Console()
-    results = contest.run(console)
     label = _label(settings)
+    report = None if json_out is None else JsonReport(json_out, settings | {"label": label} if label else settings)
+    results = contest.run(console, (lambda results: None) if report is None else report.write)
     work = f"{len(contest.prompts)} prompts, up to {max_tokens} tokens, batch {batch_size}"
     console.print(table(results, f"{label}\n{work}" if label else f"{dataset}: {work}"))
-    if json_out is not None:
-        write_json(json_out, results, settings | {"label": label} if label else settings)
-        console.print(f"written to {json_out}")
+    if report is not None:
+        report.write(results, complete=True)
+        console.print(f"written to {report.path}")
 
 
 def _method_names(methods: str) -> list[str]:

@@ -15,6 +15,7 @@ def loaded(options: EngineOptions, terminal: Terminal, max_num_seqs: int = 1) ->
     """The LLM, with a spinner while it loads; closed at the end. Raises ConfigurationError as ``LLM`` does."""
     keywords = options.keywords()
     with terminal.busy("loading the models"):
-        llm = LLM(**keywords, max_num_seqs=max_num_seqs)
+        # For one conversation most shapes never come up: those that do are captured then.
+        llm = LLM(**keywords, max_num_seqs=max_num_seqs, capture_seconds=0)
     with llm:
         yield llm

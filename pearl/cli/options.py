@@ -51,7 +51,9 @@ class EngineOptions:
     target_device: Annotated[str | None, _hardware(help="Device of the target, where it differs.")] = None
     target_parallel: Annotated[int, _hardware(help="Ranks that share the target, each a process.")] = 1
     enforce_eager: Annotated[bool, _hardware("--enforce-eager", help="On CUDA: no CUDA graphs.")] = False
-    draft_sms: Annotated[int | None, _hardware(help="Of a shared GPU: confine the draft to N multiprocessors.")] = None
+    draft_sms: Annotated[int | None, _hardware(help="Of a shared GPU: keep N multiprocessors free for the draft.")] = (
+        None
+    )
     dtype: Annotated[str, _hardware(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto"
     target_weights: Annotated[str, _hardware(help="full or int8 (CPU): another, smaller model.")] = "full"
     draft_weights: Annotated[str, _hardware(help="full or int8 (CPU); the output stays the target's.")] = "full"

@@ -8,7 +8,7 @@ from pearl.messages import DraftPlan, DraftProposal
 
 
 class Drafter(Protocol):
-    """Runs on the draft worker's thread. The scheduler needs to know only two things about it."""
+    """Runs on the draft worker's thread."""
 
     reads_history: bool  # wants SequenceState.history of every request
 
@@ -19,4 +19,8 @@ class Drafter(Protocol):
         ``DraftProposal.logits`` with the logits it was drawn from; that row must stay valid until the token is
         decided, at the latest two rounds on.
         """
+        ...
+
+    def waits(self, plan: DraftPlan) -> bool:
+        """Whether ``propose`` will wait for its device, token by token: what can work meanwhile is enqueued before."""
         ...

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from pearl.drafting.logits_ring import LogitsRing, keeps_logits
 from pearl.messages import Drafted, DraftWork, Windows
 from pearl.models import FusedDecoder
 from pearl.sampling_batch import SamplingBatches
 from pearl.workers import ModelRunner
 from pearl_kernels import KernelSet, Rule, SamplingTensors, Stream
+
+_CPU = torch.device("cpu")
 
 
 def can_fuse_windows(kernels: KernelSet) -> bool:
@@ -58,7 +62,7 @@ class FusedWindows:
     def _draw(self, work: Sequence[DraftWork], params: SamplingTensors) -> tuple[list[list[int]], list[list[float]]]:
         """Drafted tokens and their log q, a list for each item."""
         counts = [item.num_draft for item in work]
-        if params.layout != ("cpu", len(counts)):
+        if params.layout != (_CPU, len(counts)):
             raise ValueError(f"draft_window: parameters for {len(counts)} requests on cpu, not {params.layout}")
         states = [item.forward.state for item in work]
         bases = [self._ring.base(s.lane) if keeps_logits(s.params, self._rule) else -1 for s in states]

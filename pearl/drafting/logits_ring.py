@@ -26,12 +26,12 @@ class LogitsRing:
     """
 
     def __init__(self, lanes: int, window: int) -> None:
-        self._lanes, self.size = lanes, 2 * window
+        self.lanes, self.window, self.size = lanes, window, 2 * window
         self.logits: Tensor | None = None
 
     @property
     def spare_row(self) -> int:
-        return self._lanes * self.size
+        return self.lanes * self.size
 
     def base(self, lane: int) -> int:
         """The first row of a lane."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from pearl.drafting.fused_window import FusedWindows, can_fuse_windows
 from pearl.drafting.logits_ring import LogitsRing, keeps_logits
 from pearl.drafting.window_graph import WindowGraphs, divide
 from pearl.engine.logits_processing import process_row
-from pearl.host_tensors import from_numbers
-from pearl.messages import DeviceWindows, Drafted, DraftPlan, DraftProposal, DraftWork, Windows
+from pearl.host_tensors import from_numbers, start_download
+from pearl.messages import DeviceWindows, Drafted, DraftPlan, DraftProposal, DraftWork, Mark, Windows
 from pearl.sampling_batch import SamplingBatches
 from pearl.workers import GraphRunner, ModelRunner
 from pearl_kernels import Rule, SamplingTensors, Stream
@@ -31,6 +31,7 @@ class ModelDrafter:
         self._stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
         self._graphs: WindowGraphs | None = None
         self._fused: FusedWindows | None = None
+        self._stored: Mark | None = None  # the end of what was stored in the ring from here, not by a captured window
         if isinstance(runner, GraphRunner):
             self._graphs = WindowGraphs(runner, rule, vocab_size, ring, self._stream)
         elif runner.fused is not None and can_fuse_windows(runner.kernels):
@@ -39,10 +40,21 @@ class ModelDrafter:
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if not plan.work:
             return DraftProposal()
-        begin = self._runner.queue.mark()
+        self._runner.stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         windows, steps, late = self._draft(plan.work)
-        return DraftProposal(windows, self._ring.logits, steps, self._runner.queue.since(begin), late)
+        return DraftProposal(windows, self._ring.logits, steps, self._runner.stopwatch.stop(), late, self._stored)
+
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """As of ``ModelRunner.captures``: windows, and the first forwards of those that are drafted from the host."""
+        return [] if self._graphs is None else [*self._graphs.captures(), *self._runner.captures()]
+
+    def waits(self, plan: DraftPlan) -> bool:
+        if not self._runner.queue.asynchronous:
+            return False
+        return any(
+            item.num_draft and (self._graphs is None or item.forward.state.params.changes_logits) for item in plan.work
+        )
 
     def _draft(self, work: tuple[DraftWork, ...]) -> tuple[Windows, int, DeviceWindows | None]:
         """Windows, how many forwards they took, and windows that a device still drafts."""
@@ -50,9 +62,10 @@ class ModelDrafter:
             on_host, on_device = divide(work)
             windows, steps = self._draft_on_host(on_host) if on_host else ({}, 0)
             late = self._graphs.draft(on_device) if on_device else None
-            return windows, steps + (late.tokens.shape[0] if late is not None else 0), late
+            return windows, steps + (late.steps if late is not None else 0), late
         if self._fused is None or any(item.forward.state.params.changes_logits for item in work):
             return *self._draft_on_host(work), None
+        self._runner.stopwatch.start()
         return *self._fused.draft(work), None
 
     def _draft_on_host(self, work: Sequence[DraftWork]) -> tuple[Windows, int]:
@@ -68,6 +81,7 @@ class ModelDrafter:
         active = [drafting[i] for i in order]
         windows: dict[int, list[Drafted]] = {item.forward.state.request_id: [] for item in active}
         steps = self._draft_step_by_step(active, logits, windows)
+        self._stored = self._runner.queue.mark()
         return {request_id: tuple(window) for request_id, window in windows.items()}, steps
 
     def _draft_step_by_step(self, active: list[DraftWork], logits: Tensor, windows: dict[int, list[Drafted]]) -> int:
@@ -98,8 +112,10 @@ class ModelDrafter:
         logits = self._process(active, logits, windows)
         where = from_numbers(positions, torch.int64, self._device)
         sampled = self._runner.kernels.sample(logits, params, where, self._vocab_size, self._stream)
-        tokens: list[int] = sampled.tokens.tolist()
-        logprobs: list[float] = sampled.logprobs.tolist()
+        on_host = start_download(sampled)
+        self._runner.queue.mark().wait()  # once, for both
+        tokens: list[int] = on_host[0].tolist()
+        logprobs: list[float] = on_host[1].tolist()
         for row, item in enumerate(active):
             state = item.forward.state
             index = -1

@@ -24,6 +24,9 @@ class NGramDrafter:
             windows[state.request_id] = tuple(Drafted(token, 0.0, -1) for token in tokens)
         return DraftProposal(windows, busy=Busy.since(begin))
 
+    def waits(self, plan: DraftPlan) -> bool:
+        return False
+
     def _lookup(self, history: Sequence[int], count: int) -> Sequence[int]:
         for size in self._sizes:
             tail = history[-size:]

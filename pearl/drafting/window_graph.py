@@ -1,8 +1,10 @@
-"""A whole window drafted in one captured call: forward, draw, forward, draw, ... with no host in between."""
+"""Windows drafted by captured calls: forward, draw, forward, draw, ... with no host in between."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,27 +12,22 @@ from torch import Tensor
 
 from pearl.drafting.logits_ring import LogitsRing
 from pearl.host_tensors import Array, array, start_download
-from pearl.messages import DeviceWindows, DraftWork
+from pearl.messages import DeviceWindows, DraftWork, DrawnTokens
 from pearl.models import ForwardBatch
 from pearl.sampling_batch import sampling_arrays
-from pearl.workers.batch_arrays import DTYPES, BatchLists, BatchShape, bucket
+from pearl.workers.batch_arrays import DTYPES, BatchLists
 from pearl.workers.graph_runner import GraphRunner
-from pearl.workers.graphs import Graphs
+from pearl.workers.graphs import Calls, Graphs
+from pearl.workers.shapes import BatchShape, row_bucket
 from pearl_kernels import Rule, SamplingTensors, Stream
 
-_MOST_GRAPHS = 32  # each as many forwards as its window is long
+_MOST_GRAPHS = 192  # each has two forwards
 _CATCH_UP = 2  # tokens of a request that the draft may still have to compute: after a bonus token two
 
 
 class _Key(NamedTuple):
     shape: BatchShape
-    steps: int
     stores: bool  # q of some request is kept
-
-
-class _Drawn(NamedTuple):
-    tokens: Tensor  # int64 [steps, sequences]
-    logprobs: Tensor  # fp32
 
 
 def divide(work: Sequence[DraftWork]) -> tuple[tuple[DraftWork, ...], tuple[DraftWork, ...]]:
@@ -54,29 +51,55 @@ def divide(work: Sequence[DraftWork]) -> tuple[tuple[DraftWork, ...], tuple[Draf
 
 
 class WindowGraphs:
-    """Of one drafter. Every request drafts as many tokens as the longest window; what a shorter one has too many is
-    drafted from the state that its last token left, written nowhere, and not looked at.
+    """Of one drafter. Two captured calls draft windows of any length: one catches up and draws the first token, the
+    other, repeated, draws one more. So no graph depends on how long windows are, and whoever waits for first tokens
+    need not wait for the rest.
+
+    Every request drafts as many tokens as the longest window; what a shorter one has too many is drafted from the
+    state that its last token left, written nowhere, and not looked at.
     """
 
     def __init__(self, runner: GraphRunner, rule: Rule, vocab_size: int, ring: LogitsRing, stream: Stream) -> None:
         self._runner, self._rule, self._vocab_size = runner, rule, vocab_size
         self._ring, self._stream = ring, stream
-        self._graphs: Graphs[_Drawn] = Graphs(runner.queue, _MOST_GRAPHS)
+        self._graphs: Graphs[DrawnTokens] = Graphs(runner.queue, _MOST_GRAPHS)
 
     def draft(self, work: Sequence[DraftWork]) -> DeviceWindows:
         """Enqueue the windows of ``work``, at least one item, as ``divide`` makes them."""
         rows = {item.forward.state.request_id: self._ring.window_rows(item, self._rule) for item in work}
         steps = max(item.num_draft for item in work)
         lists = BatchLists.of([item.forward for item in work], self._runner.page_size)
-        shape = lists.shape(self._runner.page_size)
-        if len(lists.input_ids) > len(work):
-            # A decoder that is asked for as many logits as it has rows takes them as they are: here some are left out.
-            shape = shape._replace(rows=max(shape.rows, bucket(shape.sequences + 1)))
-        key = _Key(shape, steps, any(kept[0] >= 0 for kept in rows.values()))
+        shape = self._shape(len(work), max(len(item.forward.block_table) for item in work))
+        key = _Key(shape, any(kept[0] >= 0 for kept in rows.values()))
         arrays = self._arrays(work, rows, lists, shape)
-        drawn = self._graphs.run(key, arrays, lambda inputs: self._bind(key, inputs))
-        tokens, logprobs = start_download(drawn)
-        return DeviceWindows(rows, *drawn, tokens, logprobs, self._runner.queue.mark())
+        graph = self._graphs.ready(key, arrays, lambda inputs: self._bind(key, inputs))
+        drawn = DrawnTokens(graph.outputs.packed[:steps])
+        self._runner.stopwatch.start()
+        graph.replays[0]()
+        first_ready = self._runner.queue.mark()
+        for _ in range(1, steps):
+            graph.replays[1]()
+        (on_host,) = start_download([drawn.packed])
+        return DeviceWindows(rows, drawn, DrawnTokens(on_host), first_ready, self._runner.queue.mark())
+
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """One for each key that can come up, as of ``ModelRunner.captures``."""
+        sequences = sorted({row_bucket(count) for count in range(1, self._ring.lanes + 1)})
+        keeps = (False, True) if self._rule == "rejection" else (False,)
+        keys = itertools.product(self._runner.limits.widths(), sequences, keeps)
+        return [
+            partial(self._capture, _Key(self._shape(count, pages), stores))
+            for pages, count, stores in itertools.islice(keys, _MOST_GRAPHS)
+        ]
+
+    def _capture(self, key: _Key) -> None:
+        arrays = self._arrays([], {}, BatchLists.of([], self._runner.page_size), key.shape)
+        self._graphs.ready(key, arrays, partial(self._bind, key))
+
+    def _shape(self, sequences: int, pages: int) -> BatchShape:
+        """Rows for as much as each may have to catch up on: they cost a forward next to nothing."""
+        sequences = row_bucket(sequences)
+        return self._runner.limits.shape(_CATCH_UP * sequences, sequences, pages)._replace(sequences=sequences)
 
     def _arrays(
         self, work: Sequence[DraftWork], rows: Mapping[int, Sequence[int]], lists: BatchLists, shape: BatchShape
@@ -95,38 +118,41 @@ class WindowGraphs:
             **sampling_arrays(states, for_draft=True, padding=padding),
         }
 
-    def _bind(self, key: _Key, inputs: Mapping[str, Tensor]) -> tuple[Callable[[], None], _Drawn]:
-        sequences, device = key.shape.sequences, self._runner.queue.device
-        drawn = _Drawn(
-            torch.empty((key.steps, sequences), dtype=torch.int64, device=device),
-            torch.empty((key.steps, sequences), dtype=torch.float32, device=device),
-        )
+    def _bind(self, key: _Key, inputs: Mapping[str, Tensor]) -> tuple[Calls, DrawnTokens]:
+        sequences, device, longest = key.shape.sequences, self._runner.queue.device, self._ring.window
+        drawn = DrawnTokens(torch.empty((longest, 2, sequences), dtype=torch.int64, device=device))
         params = SamplingTensors(**{name: inputs[name] for name in SamplingTensors.__dataclass_fields__})
-        first = ForwardBatch(**{name: inputs[name] for name in DTYPES})
+        first = ForwardBatch(**{name: inputs[name] for name in DTYPES}, most_rows=_CATCH_UP)
+        step = torch.zeros(1, dtype=torch.int64, device=device)  # how many tokens each window has, but for this one
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         every = torch.arange(sequences, device=device)
         tables = first.block_tables[:sequences]
         end, last, base = inputs["end"], inputs["last"], inputs["ring_base"]
 
-        def call() -> None:
-            logits = self._forward(first)
-            for step in range(key.steps):
-                position = end + last.clamp(max=step)
-                sampled = self._runner.kernels.sample(logits, params, position, self._vocab_size, self._stream)
-                drawn.tokens[step].copy_(sampled.tokens)
-                drawn.logprobs[step].copy_(sampled.logprobs)
-                if key.stores:
-                    self._store(logits, position, base, last >= step)
-                if step + 1 < key.steps:
-                    # A window that has ended sees what its last token saw; that token itself is not computed.
-                    lives = last > step
-                    slots = self._slots(tables, position, lives)
-                    contexts = (position + lives).to(torch.int32)
-                    logits = self._forward(
-                        ForwardBatch(drawn.tokens[step], position, slots, tables, starts, contexts, every)
-                    )
+        def draw(logits: Tensor) -> None:
+            position = end + torch.minimum(last, step)
+            sampled = self._runner.kernels.sample(logits, params, position, self._vocab_size, self._stream)
+            drawn.tokens.index_copy_(0, step, sampled.tokens[None])
+            drawn.logprobs.index_copy_(0, step, sampled.logprobs[None])
+            if key.stores:
+                self._store(logits, position, base, last >= step)
 
-        return call, drawn
+        def begin() -> None:
+            step.zero_()
+            draw(self._forward(first))
+
+        def go_on() -> None:
+            position = end + torch.minimum(last, step)
+            # A window that has ended sees what its last token saw; that token itself is not computed.
+            lives = last > step
+            slots, contexts = self._slots(tables, position, lives), (position + lives).to(torch.int32)
+            tokens = drawn.tokens.index_select(0, step)[0]
+            batch = ForwardBatch(tokens, position, slots, tables, starts, contexts, every, most_rows=1)
+            logits = self._forward(batch)
+            step.add_(1).clamp_(max=longest - 1)  # to be captured it may run once more than any window is long
+            draw(logits)
+
+        return ((begin, go_on) if longest > 1 else (begin,)), drawn
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         return self._runner.model.forward(batch, self._runner.cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels
 from pearl.engine.scheduler import Scheduler
 from pearl.engine.verifier import Verifier
+from pearl.engine.warm_up import Side, warm_up
 from pearl.engine.window import (
     FixedWindow,
     MeasuredWindow,
@@ -27,7 +28,7 @@ from pearl.engine.window import (
 from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
 from pearl.methods import build_method
-from pearl.workers import HostQueue, InlineWorker, TargetRunner, ThreadWorker, Worker
+from pearl.workers import HostQueue, InlineWorker, ModelRunner, TargetRunner, ThreadWorker, Worker
 
 
 def connect(
@@ -65,7 +66,8 @@ def connect(
     )
     kernels, queue = models.target.kernels, models.target.queue
     draft_queue = models.draft.queue if models.draft else None
-    verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, draft_queue)
+    sends = draft_queue.aside("sends") if draft_queue else None
+    verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, sends)
     if wrap_verifier is not None:
         verifier = wrap_verifier(verifier)
     draft_threads, target_threads = config.resolve_threads()
@@ -79,8 +81,36 @@ def connect(
         draft_worker = ThreadWorker("draft", draft_threads)
         if models.draft is None or models.draft.fused is not None:  # nothing of it depends on the thread it runs on
             draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
+    if config.capture_seconds:
+        sides = [Side(target_worker, queue.device, models.target.captures())]
+        if isinstance(drafter, ModelDrafter) and draft_worker is not None and draft_queue is not None:
+            sides.append(Side(draft_worker, draft_queue.device, drafter.captures()))
+        _warm_up(config, sides)
     target = TargetRunner(models.target)
-    return Engine(scheduler, target, target_worker, drafter, draft_worker, verifier, window, observer, draft_alone)
+    prepared = _preparations([runner for runner in (models.target, models.draft) if runner is not None])
+    return Engine(
+        scheduler, target, target_worker, drafter, draft_worker, verifier, window, observer, draft_alone, prepared
+    )
+
+
+def _warm_up(config: EngineConfig, sides: Sequence[Side]) -> None:
+    try:
+        warm_up(sides, config.capture_seconds)
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            "no memory was left to capture CUDA graphs; give kv_cache_memory, or less of it, or use enforce_eager=True"
+        ) from error
+
+
+def _preparations(runners: Sequence[ModelRunner]) -> Callable[[], int]:
+    """What tells how many graphs were captured and kernels compiled so far."""
+    queues = [runner.queue for runner in runners]
+    if all("triton" not in runner.kernels.providers.values() for runner in runners):
+        return lambda: sum(queue.captured for queue in queues)
+    from pearl_kernels.triton.compiled import count_compiled
+
+    compiled = count_compiled()
+    return lambda: sum(queue.captured for queue in queues) + compiled()
 
 
 def _window_policy(config: EngineConfig) -> WindowPolicy:

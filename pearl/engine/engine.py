@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pearl.drafting import Drafter
+from pearl.engine.failures import ends_engine
 from pearl.engine.judge import Judge
 from pearl.engine.request import Request
 from pearl.engine.scheduler import Scheduler
@@ -30,6 +28,15 @@ from pearl.outputs import OutputDelta
 from pearl.workers import Reply, TargetRunner, Worker
 
 _CUT_IN_TWO = "a round was cut in two, so that this engine cannot go on; close it and build a new one"
+_CANNOT_GO_ON = "this engine cannot go on; close it and build a new one, after an error of CUDA in a new process"
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Since the engine was built."""
+
+    rounds: int = 0
+    preparations: int = 0  # graphs captured and kernels compiled in them: more than a few means that shapes thrash
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class RoundRecord:
     target: Interval
     result: VerifyResult
     whole: Interval
+    preparations: int = 0  # graphs captured and kernels compiled on the way: such a round takes longer, but once
 
 
 class Engine:
@@ -57,8 +65,11 @@ class Engine:
         window: WindowPolicy,
         observer: Callable[[RoundRecord], None] | None = None,
         draft_alone: Worker | None = None,
+        preparations: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``draft_alone``: where the draft works in rounds without the target; None: where it always does."""
+        """``draft_alone``: where the draft works in rounds without the target; None: where it always does.
+        ``preparations``: how many graphs were captured and kernels compiled so far; asked between rounds.
+        """
         self.scheduler = scheduler
         self.observer = observer
         self._target, self._target_worker = target, target_worker
@@ -67,14 +78,22 @@ class Engine:
         self._verifier, self._window = verifier, window
         self._closed = False
         self._broken: str | None = None  # why no round can follow
+        self._cause: BaseException | None = None  # of that, where it is an error
+        self._preparations, self._prepared = preparations, preparations()
+        self.stats = EngineStats()
         self._outbox: list[OutputDelta] = []
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
-        self._draft_logits: Tensor | None = None
+        self._latest = DraftProposal()
 
     def add(self, request: Request) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed; build a new one")
+        self._require_whole()
         self.scheduler.add(request)
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise EngineClosedError(self._broken) from self._cause
 
     @property
     def has_work(self) -> bool:
@@ -84,11 +103,11 @@ class Engine:
         """One round: plan, let both models work at the same time, meet once, commit or roll back.
 
         Returns what ``take`` does. An exception in a worker fails the requests of that round, one in the making of an
-        output that request alone, each with an ``OutputDelta.error``; the others go on. What an observer raises, and
-        an interruption, passes through; the outputs then wait for ``take``.
+        output that request alone, each with an ``OutputDelta.error``; the others go on. An error that leaves a device
+        unusable ends all requests so, and the engine: EngineClosedError from then on. What an observer raises, and an
+        interruption, passes through; the outputs then wait for ``take``.
         """
-        if self._broken is not None:
-            raise EngineClosedError(self._broken)
+        self._require_whole()
         begin = time.perf_counter()
         plan: SchedulerOutput | None = None
         try:
@@ -102,12 +121,18 @@ class Engine:
                 raise
             return self.take()
         self._commit(plan, result)
-        record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin))
-        if self._window.learns:
-            self._learn(record)
+        record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin), self._count_round())
+        self._learn(record)
         if self.observer is not None:
             self.observer(record)
         return self.take()
+
+    def _count_round(self) -> int:
+        """What was prepared since the last one."""
+        before, self._prepared = self._prepared, self._preparations()
+        new = self._prepared - before
+        self.stats = EngineStats(self.stats.rounds + 1, self.stats.preparations + new)
+        return new
 
     def take(self) -> list[OutputDelta]:
         """What rounds, ``abort`` and ``close`` have added to outputs since the last call, in order."""
@@ -134,14 +159,17 @@ class Engine:
         self._broken = None
 
     def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
-        # The draft first: the target's worker may be this very thread.
-        draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
+        """Let both work. Whichever would keep this very thread busy comes last, or the other would begin after it."""
+        target_first = self._drafter is not None and not self._target_worker.blocks and self._drafter.waits(plan.draft)
+        target = self._submit_target(plan.target) if target_first else None
+        draft: Reply[DraftProposal] | None = None
         try:
-            target = self._submit_target(plan.target)
+            draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
+            target = target or self._submit_target(plan.target)
             output = target.result() if target else TargetOutput(None)
         finally:  # both must be at rest before anyone touches their KV again
-            proposal = draft.result() if draft else DraftProposal(logits=self._draft_logits)
-        self._draft_logits = proposal.logits
+            proposal = draft.result() if draft else self._latest
+        self._latest = DraftProposal(logits=proposal.logits, stored=proposal.stored)
         return proposal, output
 
     def _submit_target(self, plan: TargetPlan) -> Reply[TargetOutput] | None:
@@ -186,31 +214,49 @@ class Engine:
         return delta
 
     def _learn(self, record: RoundRecord) -> None:
-        plan, proposal = record.plan, record.proposal
+        """From a round like those to come: without prompts, preemptions, and what is prepared only once."""
+        plan = record.plan
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
         if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return
+        if record.preparations or plan.preempted or not self._window.learns:
+            return
+        try:
+            self._window.observe(self._measured(record))
+        except Exception as error:  # times are waited for: of a device that has failed since the verdict
+            if not ends_engine(error):
+                raise
+            self._end(error)
+
+    def _measured(self, record: RoundRecord) -> MeasuredRound:
+        plan, proposal = record.plan, record.proposal
         decisions = record.result.decisions.values()
         rows = sum(len(w.tokens) for w in plan.target.work)
-        self._window.observe(
-            MeasuredRound(
-                batch=max(len(plan.target.work), len(plan.draft.work)),
-                draft_steps=proposal.steps,
-                draft_seconds=proposal.busy.seconds,
-                target_rows=rows / max(1, len(plan.target.work)),
-                target_seconds=record.target.seconds,
-                tested=sum(min(d.accepted + 1, len(d.tested)) for d in decisions),
-                accepted=sum(d.accepted for d in decisions),
-                overhead_seconds=record.whole.seconds - max(record.target.seconds, proposal.busy.seconds),
-            )
+        return MeasuredRound(
+            batch=max(len(plan.target.work), len(plan.draft.work)),
+            draft_steps=proposal.steps,
+            draft_seconds=proposal.busy.seconds,
+            target_rows=rows / max(1, len(plan.target.work)),
+            target_seconds=record.target.seconds,
+            tested=sum(min(d.accepted + 1, len(d.tested)) for d in decisions),
+            accepted=sum(d.accepted for d in decisions),
+            overhead_seconds=record.whole.seconds - max(record.target.seconds, proposal.busy.seconds),
         )
 
     def _fail(self, plan: SchedulerOutput | None, error: BaseException) -> None:
-        """End the requests of a round that was not applied; where none could be planned, all that run."""
+        """End the requests of a round that was not applied; where none could be planned, all that run; all that there
+        are where no device can be trusted any more.
+        """
         self._broken = _CUT_IN_TWO
+        fatal = error if ends_engine(error) else None
         for worker in filter(None, (self._target_worker, self._draft_worker)):
-            with contextlib.suppress(Exception):  # of a device that failed, what failed there is raised again
+            try:
                 worker.rest()
+            except Exception as again:  # a device that failed for good raises at every wait
+                fatal = fatal or again
+        if fatal is not None:
+            self._end(fatal)
+            return
         if plan is None:  # without one that runs it was the next to run
             failed = {r.id for r in self.scheduler.running or list(self.scheduler.waiting)[:1]}
         else:
@@ -220,6 +266,12 @@ class Engine:
         for request_id in sorted(failed):
             self.abort(request_id, _sentence(error))
         self._broken = None
+
+    def _end(self, error: BaseException) -> None:
+        """No round can follow: every request is answered."""
+        self._broken, self._cause = f"{_sentence(error)}\n{_CANNOT_GO_ON}", error
+        for request_id in list(self.scheduler.requests):
+            self.abort(request_id, _sentence(error))
 
     def abort(self, request_id: int, error: str | None = None) -> OutputDelta:
         """End a request now, whatever its state, and free what it holds. KeyError if it is not (or no longer) known."""

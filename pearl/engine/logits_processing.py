@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from pearl.host_tensors import from_numbers
 from pearl.messages import SequenceState
 
 
@@ -24,20 +25,20 @@ def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_i
     params = state.params
     output = history[state.prompt_length :]
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(history)), device=row.device)
+        seen = from_numbers(sorted(set(history)), torch.int64, row.device)
         logits = row[seen]
         row[seen] = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
     if output and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(output)
-        tokens = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), device=row.device, dtype=torch.float32)
+        tokens = from_numbers(list(counts), torch.int64, row.device)
+        times = from_numbers(list(counts.values()), torch.float32, row.device)
         row[tokens] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
-        tokens = torch.tensor(list(params.logit_bias), device=row.device)
-        row[tokens] += torch.tensor(list(params.logit_bias.values()), device=row.device, dtype=torch.float32)
+        tokens = from_numbers(list(params.logit_bias), torch.int64, row.device)
+        row[tokens] += from_numbers(list(params.logit_bias.values()), torch.float32, row.device)
     if len(output) < params.min_tokens:
         ending = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(eos_ids))
-        row[torch.tensor(sorted(ending), device=row.device, dtype=torch.int64)] = -torch.inf
+        row.index_fill_(0, from_numbers(sorted(ending), torch.int64, row.device), -torch.inf)
 
 
 def process_rows(

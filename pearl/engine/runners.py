@@ -29,7 +29,9 @@ def make_runner(config: EngineConfig, role: Role, model: Decoder, cache: KVCache
     queue, threads = _queue(config, role), draft_threads if role == "draft" else target_threads
     most_rows = _most_graph_rows(config, role, model.kernels, queue)
     if most_rows:
-        return GraphRunner(model, cache, config.page_size, queue, most_rows)
+        return GraphRunner(
+            model, cache, config.page_size, queue, most_rows, config.max_num_seqs, _rows_per_sequence(config, role)
+        )
     return ModelRunner(model, cache, config.page_size, queue, threads)
 
 
@@ -51,7 +53,8 @@ def make_parallel_runner(
         threads=max(1, config.resolve_threads()[1] // len(devices)),
         most_rows=_most_graph_rows(config, "target", kernels_for(config, "target", model), queue),
     )
-    return start_parallel(spec, [str(device) for device in devices], queue)
+    names = [str(device) for device in devices]
+    return start_parallel(spec, names, queue, config.max_num_seqs, _rows_per_sequence(config, "target"))
 
 
 def _most_graph_rows(config: EngineConfig, role: Role, kernels: KernelSet, queue: DeviceQueue) -> int:
@@ -60,9 +63,17 @@ def _most_graph_rows(config: EngineConfig, role: Role, kernels: KernelSet, queue
         return 0
     if reason := why_not_captured(kernels):
         raise ConfigurationError(f"no CUDA graphs of the {role}: {reason}; use enforce_eager=True")
-    return min(config.max_num_seqs * (config.largest_window + 1), _MOST_GRAPH_ROWS)
+    return min(config.max_num_seqs * _rows_per_sequence(config, role), _MOST_GRAPH_ROWS)
+
+
+def _rows_per_sequence(config: EngineConfig, role: Role) -> int:
+    """Of captured forwards: the target's have one for each pending token and one more. Windows are not among them."""
+    return config.largest_window + 1 if role == "target" and config.uses_draft else 1
 
 
 def _queue(config: EngineConfig, role: Role) -> DeviceQueue:
-    shares = role == "draft" and config.shares_gpu
-    return open_queue(role, config.resolve_device(role), urgent=shares, sms=config.draft_sms if shares else None)
+    """Where both share a GPU the draft's kernels go first, on multiprocessors that the target may leave to it."""
+    shares, device = config.shares_gpu, config.resolve_device(role)
+    if role == "draft":
+        return open_queue(role, device, urgent=shares)
+    return open_queue(role, device, spare=config.draft_sms if shares else None)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pearl.engine.logits_processing import process_rows
-from pearl.host_tensors import array, from_numbers, start_download, upload
+from pearl.engine.token_logprobs import Span, TopLogprobs
+from pearl.host_tensors import array, from_numbers, send_rows, start_download, upload
 from pearl.messages import (
     Decision,
     DeviceWindows,
     Drafted,
     DraftProposal,
+    DrawnTokens,
     ForwardWork,
     SchedulerOutput,
     SequenceState,
@@ -78,7 +80,9 @@ class Verifier:
         queue: DeviceQueue,
         draft_queue: DeviceQueue | None = None,
     ) -> None:
-        """``draft_queue``: of the drafter whose logits proposals name rows of."""
+        """``draft_queue``: of the device of the drafter whose logits proposals name rows of, not its own: rows are sent
+        from there while it drafts on.
+        """
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
         self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
         self._batches = SamplingBatches(queue.device)
@@ -97,16 +101,16 @@ class Verifier:
             assert target.logits is not None
             late = proposal.on_device
             requests = self._align(plan, proposal.windows if late is None else proposal.windows | late.outlines())
-            # Log-softmax of raw rows, before any processing changes them in place.
-            logprobs = [self._top_logprobs(target.logits, rows) for rows in requests]
+            top = self._top_logprobs(target.logits, requests)  # of raw rows, before processing changes them in place
             logits = self._process(target.logits, requests)
-            read_verdict = self._judge(requests, logits, proposal)
+            read_verdict = self._judge(requests, logits, proposal, top)
             self._queue.mark().wait()
         if late is not None:
             proposal = _read(proposal)
             requests = self._align(plan, proposal.windows)
         accepted, next_tokens = read_verdict()
-        decisions = map(partial(self._decision, logits), requests, accepted, next_tokens, logprobs)
+        logprobs = top.read() if top else {}
+        decisions = map(partial(self._decision, logits, logprobs), requests, accepted, next_tokens)
         ids = [rows.work.request_id for rows in requests]
         return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows)
 
@@ -125,21 +129,39 @@ class Verifier:
         return aligned
 
     def _judge(
-        self, requests: Sequence[_Rows], logits: Tensor, proposal: DraftProposal
+        self, requests: Sequence[_Rows], logits: Tensor, proposal: DraftProposal, top: TopLogprobs | None
     ) -> Callable[[], tuple[list[int], list[int]]]:
-        """Ask for the verdict. What is returned gives accepted counts and next tokens, once the target is at rest."""
+        """Ask for the verdict, and for the log-probabilities of what it commits.
+
+        What is returned gives accepted counts and next tokens, once the target is at rest.
+        """
         states = [rows.forward.state for rows in requests]
         numbers, draft_logits = self._numbers(requests, states, proposal)
         params = self._batches.tensors(states)
         common = {"vocab_size": self._vocab_size, "rule": self._rule, "draft_logits": draft_logits}
         if self._kernels.verify_numbers is not None and not self._queue.asynchronous:
-            verdict = self._kernels.verify_numbers(logits, **numbers, params=params, **common)
-            return lambda: verdict
+            counts, following = self._kernels.verify_numbers(logits, **numbers, params=params, **common)
+            if top is not None:
+                drafted, here = numbers["draft_tokens"], self._queue.device
+                verdict = [from_numbers(values, torch.int64, here) for values in (drafted, counts, following)]
+                top.choose(self._committed(requests, *verdict))
+            return lambda: (counts, following)
         with torch.inference_mode():
             tensors = self._tensors(requests, numbers, proposal)
             verdict = self._kernels.verify(logits, **tensors, params=params, **common)
-            accepted, next_token = start_download((verdict.accepted, verdict.next_token))
+            if top is not None:
+                top.choose(self._committed(requests, tensors["draft_tokens"], *verdict))
+            accepted, next_token = start_download(verdict)
         return lambda: (accepted.tolist(), next_token.tolist())
+
+    def _committed(
+        self, requests: Sequence[_Rows], draft_tokens: Tensor, accepted: Tensor, next_token: Tensor
+    ) -> Tensor:
+        """The token that each row of logits commits, int64 ``[N]``; of rows behind the last one that does, any."""
+        owners = [index for index, rows in enumerate(requests) for _ in rows.tokens]
+        places = [place for rows in requests for place in range(len(rows.tokens))]
+        owner, place = upload([array(v, torch.int64) for v in (owners, places)], self._queue.device)
+        return torch.where(place < accepted[owner], draft_tokens, next_token[owner])
 
     def _numbers(
         self, requests: Sequence[_Rows], states: Sequence[SequenceState], proposal: DraftProposal
@@ -159,7 +181,7 @@ class Verifier:
         }
         if self._rule != "rejection" or all(state.params.temperature <= 0 for state in states):
             return numbers, None
-        draft_logits, draft_rows = self._draft_logits(drafted, proposal.logits)
+        draft_logits, draft_rows = self._draft_logits(drafted, proposal)
         numbers["draft_logprobs"] = [d.logprob for d in drafted]
         numbers["draft_rows"] = draft_rows
         numbers["draft_temperature"] = [draft_temperature(state.params) for state in states]
@@ -182,22 +204,29 @@ class Verifier:
         return tensors
 
     def _fill_in(self, late: DeviceWindows, tensors: dict[str, Tensor], rows: Tensor, columns: Tensor) -> None:
-        """The first drafted tokens, from where the drafter's device writes them."""
-        self._queue.follow(late.ready)
-        for name, values in (("draft_tokens", late.tokens[0]), ("draft_logprobs", late.logprobs[0])):
+        """The first drafted tokens, from where the drafter's device writes them; it drafts on meanwhile."""
+        self._queue.follow(late.first_ready)
+        first = DrawnTokens(late.first.packed.to(self._queue.device, non_blocking=True))
+        for name, values in (("draft_tokens", first.tokens), ("draft_logprobs", first.logprobs)):
             if name in tensors:
-                tensors[name][rows] = values.to(self._queue.device, non_blocking=True)[columns]
+                tensors[name][rows] = values[columns]
 
-    def _draft_logits(self, drafted: Sequence[Drafted], logits: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    def _draft_logits(self, drafted: Sequence[Drafted], proposal: DraftProposal) -> tuple[Tensor | None, list[int]]:
         """The drafter's logits where the target is, and each token's row of them; other devices send what is named."""
-        rows = [token.row for token in drafted]
+        logits, rows = proposal.logits, [token.row for token in drafted]
+        if proposal.stored is not None:
+            self._queue.follow(proposal.stored)
         if logits is None or logits.device == self._queue.device or self._draft_queue is None:
             return logits, rows
         named = sorted({row for row in rows if row >= 0})
         if not named:
             return None, rows
         with self._draft_queue.enter("send q"):
-            near = logits[from_numbers(named, torch.int64, logits.device)].to(self._queue.device, non_blocking=True)
+            # Rows of pending tokens were there before this round.
+            written = (proposal.stored, proposal.on_device.first_ready if proposal.on_device else None)
+            for mark in filter(None, written):
+                self._draft_queue.follow(mark)
+            near = send_rows(logits, named, self._queue.device)
             sent = self._draft_queue.mark()
         self._queue.follow(sent)
         place = {row: index for index, row in enumerate(named)}
@@ -214,21 +243,27 @@ class Verifier:
             process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
         return logits
 
-    def _top_logprobs(self, logits: Tensor, rows: _Rows) -> tuple[Tensor, int] | None:
-        count = rows.forward.state.params.logprobs
-        if count is None:
-            return None
-        with torch.inference_mode():
-            return logits[rows.begin : rows.end, : self._vocab_size].float().log_softmax(-1), count
+    def _top_logprobs(self, logits: Tensor, requests: Sequence[_Rows]) -> TopLogprobs | None:
+        counts = [rows.forward.state.params.logprobs for rows in requests]
+        spans = [
+            Span(rows.begin, rows.end, count) for rows, count in zip(requests, counts, strict=True) if count is not None
+        ]
+        return TopLogprobs(logits, spans, self._vocab_size) if spans else None
 
     def _decision(
-        self, logits: Tensor, rows: _Rows, accepted: int, next_token: int, top: tuple[Tensor, int] | None
+        self,
+        logits: Tensor,
+        logprobs: Mapping[int, Sequence[TokenLogprobs]],
+        rows: _Rows,
+        accepted: int,
+        next_token: int,
     ) -> Decision:
         decision = Decision(rows.tested, accepted, next_token if next_token >= 0 else None, None)
         committed = decision.committed
         if _OF_NO_DISTRIBUTION in committed and (error := self._nothing_to_draw(logits, rows, committed)):
             return decision._replace(error=error)
-        return decision if top is None else decision._replace(logprobs=_pick(*top, committed))
+        asked = logprobs.get(rows.begin)
+        return decision if asked is None else decision._replace(logprobs=tuple(asked[: len(committed)]))
 
     @torch.inference_mode()
     def _nothing_to_draw(self, logits: Tensor, rows: _Rows, committed: Sequence[int]) -> str | None:
@@ -255,11 +290,3 @@ def _read(proposal: DraftProposal) -> DraftProposal:
     """With the windows on the host."""
     late = proposal.on_device
     return proposal if late is None else replace(proposal, windows=proposal.windows | late.read(), on_device=None)
-
-
-def _pick(logprobs: Tensor, count: int, committed: Sequence[int]) -> tuple[TokenLogprobs, ...]:
-    values, ids = logprobs.topk(count, dim=-1)
-    return tuple(
-        TokenLogprobs(logprobs[row, token].item(), tuple(zip(ids[row].tolist(), values[row].tolist(), strict=True)))
-        for row, token in enumerate(committed)
-    )

@@ -77,7 +77,8 @@ class Decoder:
         assert residual is not None  # ModelConfig has at least one layer
         rows = batch.logits_rows
         if rows.shape[0] == 0:
-            return x.new_empty(0, self.config.vocab_size)
+            embedding = self.weights.embedding  # of a rank whole, while its head is a part
+            return x.new_empty(0, self.config.vocab_size if embedding is None else embedding.shape[0])
         if rows.shape[0] < x.shape[0]:
             x, residual = x[rows], residual[rows]
         normed = kernels.add_rms_norm(x, residual, self.weights.norm, eps)
@@ -105,6 +106,7 @@ class Decoder:
             layer.q_norm, layer.k_norm, config.eps,
         )  # fmt: skip
         attended = kernels.verify_attention(
-            q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, config.head_dim**-0.5, window
-        )
+            q, keys, values, batch.block_tables, batch.query_start, batch.context_lens,
+            config.head_dim**-0.5, window, 0.0, batch.most_rows,
+        )  # fmt: skip
         return self._add_up(kernels.linear(attended.view(x.shape[0], -1), layer.output, layer.output_bias))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pearl.host_tensors import Array
-from pearl.workers.batch_arrays import BatchShape
+from pearl.workers.shapes import BatchShape
 
 
 @dataclass(frozen=True)

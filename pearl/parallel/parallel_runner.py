@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
+from pearl.errors import RankError
 from pearl.host_tensors import Array
 from pearl.kv import PageCopy
 from pearl.models import Decoder, KVCache
 from pearl.parallel.messages import Compute, CopyPages, RankSpec, Replay
 from pearl.parallel.rank_loader import host_store, join, load_rank
 from pearl.parallel.ranks import Ranks
-from pearl.workers.batch_arrays import BatchShape
 from pearl.workers.graph_runner import GraphRunner
+from pearl.workers.graphs import Graphs
 from pearl.workers.queue import DeviceQueue
+from pearl.workers.shapes import BatchShape
 
 
 class ParallelRunner(GraphRunner):
     """Every command goes to all ranks before this one's part is computed; the logits are whole on this one."""
 
     def __init__(
-        self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, most_rows: int, ranks: Ranks
+        self,
+        model: Decoder,
+        cache: KVCache,
+        page_size: int,
+        queue: DeviceQueue,
+        most_rows: int,
+        ranks: Ranks,
+        most_sequences: int = 0,
+        rows_per_sequence: int = 0,
     ) -> None:
-        super().__init__(model, cache, page_size, queue, most_rows)
+        super().__init__(model, cache, page_size, queue, most_rows, most_sequences, rows_per_sequence)
         self._ranks = ranks
+        self._process = os.getpid()
+        # Also where nobody closes it: the interpreter would destroy group and graphs in any order.
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        if copies:
-            self._ranks.tell(CopyPages(tuple((c.source, c.destination) for c in copies)))
-        super().copy_pages(copies)
+        with self._in_step():
+            if copies:
+                self._ranks.tell(CopyPages(tuple((c.source, c.destination) for c in copies)))
+            super().copy_pages(copies)
 
     def launch(self, arrays: Mapping[str, Array]) -> Tensor:
-        self._ranks.tell(Compute(arrays))
-        with self._explaining_loss():
+        with self._in_step():
+            self._ranks.tell(Compute(arrays))
             return super().launch(arrays)
 
     def replay(self, shape: BatchShape, arrays: Mapping[str, Array]) -> Tensor:
-        self._ranks.tell(Replay(shape, arrays))
-        with self._explaining_loss():
+        with self._in_step():
+            self._ranks.tell(Replay(shape, arrays))
             return super().replay(shape, arrays)
 
     def check(self) -> None:
         self._ranks.check()
 
     @contextmanager
-    def _explaining_loss(self) -> Iterator[None]:
+    def _in_step(self) -> Iterator[None]:
+        """What fails here, or is interrupted, leaves the others in a collective, or a step ahead: the group ends."""
         try:
             yield
-        except RuntimeError as error:  # what a collective raises when the other side has gone
-            raise self._ranks.error() from error
+        except RankError:
+            raise
+        except BaseException as error:
+            self._drop_graphs()  # the group cannot end while they live
+            reason = self._ranks.give_up(error)
+            if not isinstance(error, Exception):
+                raise
+            raise reason from error
+
+    def _drop_graphs(self) -> None:
+        """NCCL ends a communicator only when no graph that was captured with it is left."""
+        self._graphs = Graphs(self.queue, 1)
 
     @property
     def rank_pids(self) -> tuple[int, ...]:
@@ -59,11 +89,23 @@ class ParallelRunner(GraphRunner):
         return self._ranks.pids
 
     def close(self) -> None:
-        self._ranks.close()
+        """End the group. Idempotent; in a fork of the engine's process nothing is ended."""
+        if os.getpid() == self._process:
+            atexit.unregister(self._at_exit)
+            self._drop_graphs()
+            self._ranks.close()
 
 
-def start_parallel(spec: RankSpec, devices: Sequence[str], queue: DeviceQueue) -> ParallelRunner:
+def _close(runner: weakref.ref[ParallelRunner]) -> None:
+    if (alive := runner()) is not None:
+        alive.close()
+
+
+def start_parallel(
+    spec: RankSpec, devices: Sequence[str], queue: DeviceQueue, most_sequences: int = 0, rows_per_sequence: int = 0
+) -> ParallelRunner:
     """Load a model on ``devices``, one rank on each. ``spec`` is rank 0's, without a port; so is ``queue``.
+    ``most_sequences`` and ``rows_per_sequence`` as in ``GraphRunner``.
 
     Raises what loading raises; RankError if another rank could not load. Nothing is left running then.
     """
@@ -77,4 +119,4 @@ def start_parallel(spec: RankSpec, devices: Sequence[str], queue: DeviceQueue) -
     except BaseException:
         ranks.close()
         raise
-    return ParallelRunner(model, cache, spec.page_size, queue, spec.most_rows, ranks)
+    return ParallelRunner(model, cache, spec.page_size, queue, spec.most_rows, ranks, most_sequences, rows_per_sequence)

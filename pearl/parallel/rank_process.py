@@ -1,30 +1,32 @@
-"""The process of one rank: ``python -m pearl.parallel.rank_process FD``, FD being its end of the pipe to the engine.
+"""The process of one rank: ``python -m pearl.parallel.rank_process FD PID``.
 
-It ends when the pipe does: a rank never outlives the engine's process, however that ended.
+FD is its end of the pipe to the engine's process, PID that process. It ends when either does: a rank never outlives the
+engine, however that ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import os
+import select
 import signal
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
 
 import torch
 
+from pearl.host_tensors import from_numbers
 from pearl.parallel.messages import Command, Compute, CopyPages, Failed, Loaded, RankSpec, Replay
 from pearl.parallel.rank_loader import join, load_rank, open_store
 from pearl.workers.graph_runner import GraphRunner
 from pearl.workers.queue import open_queue
 
-_PR_SET_PDEATHSIG = 1
 
-
-def main(descriptor: int) -> int:
+def main(descriptor: int, engine: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
-    _die_with_parent()
+    threading.Thread(target=end_with, args=(descriptor, engine), name="pearl-engine-watch", daemon=True).start()
     pipe: Connection[object, object] = Connection(descriptor)
     try:
         spec = pipe.recv()
@@ -63,14 +65,28 @@ def obey(command: object, runner: GraphRunner, device: torch.device) -> None:
         case Replay(shape, arrays):
             runner.replay(shape, arrays)
         case CopyPages(pairs):
-            runner.copy_pairs(torch.tensor(pairs, device=device))
+            runner.copy_pairs(from_numbers(pairs, torch.int64, device))
 
 
-def _die_with_parent() -> None:
-    """A collective that waits for a dead engine would not see the pipe end. Linux only; elsewhere gloo's sockets do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with(descriptor: int, engine: int) -> None:
+    """Wait until the pipe or the engine's process ends, then end this one, wherever it is: a rank that waits in a
+    collective does not read its pipe.
+
+    Not by a signal at the parent's death (PR_SET_PDEATHSIG): Linux means the thread that started this process, which
+    may end long before its process. The pipe alone is not enough: a fork of the engine's process holds it too.
+    """
+    ends = select.poll()
+    ends.register(descriptor, 0)  # a hang-up is told without being asked for
+    with contextlib.suppress(OSError, AttributeError):  # where there are no pidfds, or the process has ended already
+        ends.register(os.pidfd_open(engine), select.POLLIN)
+    if os.getppid() == engine:
+        ends.poll()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    status = main(int(sys.argv[1]), int(sys.argv[2]))
+    # Not in an orderly way: group and graphs would be destroyed in any order, and NCCL's end waits for its graphs'.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pearl.host_tensors import Array, array
 from pearl.messages import ForwardWork
 from pearl.models import ForwardBatch
+from pearl.workers.shapes import BatchShape
 
 DTYPES = {
     "input_ids": torch.int64,
@@ -21,30 +22,12 @@ DTYPES = {
     "context_lens": torch.int32,
     "logits_rows": torch.int64,
 }
-assert list(DTYPES) == [field.name for field in fields(ForwardBatch)]
-
-
-class BatchShape(NamedTuple):
-    """What a captured forward is fixed to. Its arrays have one sequence more, which takes the padding rows."""
-
-    rows: int
-    sequences: int
-    pages: int  # columns of the block tables
-
-
-def bucket(count: int) -> int:
-    """The least of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... that holds ``count``: a fifth at most is padding."""
-    step = 1 << max(0, (count - 1).bit_length() - 3)
-    return -(-count // step) * step
-
-
-def next_power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+assert [*DTYPES, "most_rows"] == [field.name for field in fields(ForwardBatch)]
 
 
 @dataclass
 class BatchLists:
-    """As ``ForwardBatch``, in Python numbers."""
+    """As ``ForwardBatch``, in Python numbers. ``columns``: of the block tables; 0: as many as the longest needs."""
 
     input_ids: list[int]
     positions: list[int]
@@ -53,6 +36,7 @@ class BatchLists:
     query_start: list[int]
     context_lens: list[int]
     logits_rows: list[int]
+    columns: int = 0
 
     @classmethod
     def of(cls, work: Sequence[ForwardWork], page_size: int) -> BatchLists:
@@ -68,12 +52,6 @@ class BatchLists:
             lists.query_start.append(len(tokens))
         return lists
 
-    def shape(self, page_size: int) -> BatchShape:
-        """The smallest bucket that holds them."""
-        rows = bucket(len(self.input_ids))
-        pages = max(*map(len, self.block_tables), 4, -(-rows // page_size))  # the padding's positions need pages too
-        return BatchShape(rows, bucket(len(self.block_tables)), next_power_of_two(pages))
-
     def pad(self, shape: BatchShape) -> None:
         """Fill up to ``shape``: sequences without rows, then one whose rows are written nowhere and read page 0."""
         rows = shape.rows - len(self.input_ids)
@@ -83,11 +61,15 @@ class BatchLists:
         missing = shape.sequences - len(self.block_tables)
         self.query_start += [self.query_start[-1]] * missing + [shape.rows]
         self.context_lens += [0] * missing + [rows]
-        self.block_tables = [table + (-1,) * (shape.pages - len(table)) for table in self.block_tables]
-        self.block_tables += [(0,) * shape.pages] * (missing + 1)
+        self.block_tables += [(0,)] * missing + [(0,) * min(rows, shape.pages)]  # as many as its positions need
+        self.columns = shape.pages
 
     def arrays(self) -> dict[str, Array]:
-        longest = max(map(len, self.block_tables))
+        numbers = {name: getattr(self, name) for name in DTYPES if name != "block_tables"}
+        arrays = {name: array(values, DTYPES[name]) for name, values in numbers.items()}
         # Short tables are padded with -1, which no kernel reads.
-        self.block_tables = [table + (-1,) * (longest - len(table)) for table in self.block_tables]
-        return {name: array(getattr(self, name), dtype) for name, dtype in DTYPES.items()}
+        columns = self.columns or max(map(len, self.block_tables))
+        tables = np.full((len(self.block_tables), columns), -1, dtype=np.int32)
+        for row, table in zip(tables, self.block_tables, strict=True):
+            row[: len(table)] = table
+        return {name: tables if name == "block_tables" else arrays[name] for name in DTYPES}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pearl.errors import ConfigurationError
+from pearl.errors import CaptureError, ConfigurationError
 from pearl.messages import Mark
 
 
@@ -44,14 +44,18 @@ class CudaInterval:
 class CudaQueue:
     asynchronous = True
 
-    def __init__(self, name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> None:
-        """``urgent``: its kernels go first where a device runs several queues. ``sms``: confine it to so many
-        multiprocessors. ConfigurationError if torch or the driver cannot do that.
+    def __init__(self, name: str, device: torch.device, *, urgent: bool = False, spare: int | None = None) -> None:
+        """``urgent``: its kernels go first where a device runs several queues. ``spare``: leave at least so many
+        multiprocessors to others. ConfigurationError if torch or the driver cannot do that.
+
+        Not both: a partition's stream has the priority that it has.
         """
+        assert not (urgent and spare)
         self.device = torch.device("cuda", device.index or 0)
         self._name = name
+        self.captured = 0
         with torch.cuda.device(self.device):
-            self._partition = None if sms is None else _green_context(self.device, sms)
+            self._partition = None if spare is None else _green_context(self.device, spare)
             if self._partition is None:
                 self._stream = torch.cuda.Stream(self.device, priority=-1 if urgent else 0)  # type: ignore[no-untyped-call]
             else:
@@ -67,6 +71,9 @@ class CudaQueue:
                 yield
             finally:
                 torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+
+    def aside(self, what: str) -> CudaQueue:
+        return CudaQueue(f"{self._name} {what}", self.device)
 
     def mark(self) -> CudaMark:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -89,8 +96,15 @@ class CudaQueue:
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads (another LLM, a CPU draft) may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                call()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    call()
+            except Exception as error:
+                raise CaptureError(
+                    f"a CUDA graph could not be captured ({type(error).__name__}: {error}); build a new engine, with "
+                    "enforce_eager=True, or with a smaller kv_cache_memory if memory ran out"
+                ) from error
+        self.captured += 1
         replay: Callable[[], None] = graph.replay
         return replay
 
@@ -98,14 +112,24 @@ class CudaQueue:
         self._stream.synchronize()
 
 
-def _green_context(device: torch.device, sms: int) -> Any:
+def _green_context(device: torch.device, spare: int) -> Any:
+    """All of the device's multiprocessors but ``spare``, or a few more, as a partition of it.
+
+    torch makes partitions of the first n multiprocessors only, so that two of them would overlap: the queue with the
+    long work is confined, and the urgent one may use all.
+    """
     there = torch.cuda.get_device_properties(device).multi_processor_count
-    if sms >= there:
-        raise ConfigurationError(f"draft_sms={sms}, but {device} has {there} multiprocessors; leave some to the target")
+    # The driver cuts a device in such steps, and rounds up what is asked for.
+    step = 8 if torch.cuda.get_device_capability(device) >= (9, 0) else 2
+    sms = (there - spare) // step * step
+    if sms < max(step, 4):
+        raise ConfigurationError(
+            f"draft_sms={spare}, but {device} has {there} multiprocessors; leave some to the target"
+        )
     try:
         context = torch.cuda.green_contexts.GreenContext.create(num_sms=sms, device_id=device.index)
         if not hasattr(context, "Stream"):
             raise RuntimeError("this torch cannot make streams of green contexts; 2.13 can")
     except (AttributeError, RuntimeError) as error:
-        raise ConfigurationError(f"draft_sms={sms} needs green contexts: {error}; leave draft_sms out") from error
+        raise ConfigurationError(f"draft_sms={spare} needs green contexts: {error}; leave draft_sms out") from error
     return context

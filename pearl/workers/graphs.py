@@ -29,13 +29,17 @@ class StaticInputs:
 
 
 T = TypeVar("T")
-Bind = Callable[[Mapping[str, Tensor]], tuple[Callable[[], None], T]]
+Calls = tuple[Callable[[], None], ...]
+Bind = Callable[[Mapping[str, Tensor]], tuple[Calls, T]]
 
 
 @dataclass(frozen=True)
-class _Graph(Generic[T]):
+class Graph(Generic[T]):
+    """Captured calls that read the same inputs. ``outputs``: tensors that each replay fills again."""
+
     inputs: StaticInputs
-    replay: Callable[[], None]
+    calls: Calls  # a replay knows addresses only: what a call made for itself lives as long as the call
+    replays: Calls
     outputs: T
 
 
@@ -44,28 +48,45 @@ class Graphs(Generic[T]):
 
     def __init__(self, queue: DeviceQueue, most: int) -> None:
         self._queue, self._most = queue, most
-        self._graphs: OrderedDict[Hashable, _Graph[T]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Graph[T]] = OrderedDict()
 
-    def run(self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T]) -> T:
-        """Run a call on these values; returns its outputs, tensors that each replay fills again.
+    def run(
+        self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T], launching: Callable[[], None] | None = None
+    ) -> T:
+        """Run a key's calls once, in order, on these values; returns their outputs. ``launching`` is called when all
+        is prepared, right before the first.
+        """
+        graph = self.ready(key, arrays, bind)
+        if launching is not None:
+            launching()
+        for replay in graph.replays:
+            replay()
+        return graph.outputs
 
-        ``bind`` makes the call, and its outputs, of the inputs' tensors; it is asked once for a key. The call must do
-        the same, on the same memory, whatever the values; and twice the same is as good as once.
+    def ready(self, key: Hashable, arrays: Mapping[str, Array], bind: Bind[T]) -> Graph[T]:
+        """A key's graph, with these values as its inputs.
+
+        ``bind`` makes the calls, and their outputs, of the inputs' tensors; it is asked once for a key. A call must do
+        the same, on the same memory, whatever the values. To be captured each is also run, once or twice, before the
+        first replay: that must change nothing of what the replays do.
         """
         graph = self._graphs.get(key)
-        if graph is None:
-            inputs = StaticInputs(arrays, self._queue.device)
-            inputs.fill(arrays)
-            call, outputs = bind(inputs.tensors)
-            graph = self._graphs[key] = _Graph(inputs, self._queue.capture(call), outputs)
-            if len(self._graphs) > self._most:
-                self._queue.synchronize()  # it may be running
-                self._graphs.popitem(last=False)
-        else:
+        if graph is not None:
             graph.inputs.fill(arrays)
             self._graphs.move_to_end(key)
-        graph.replay()
-        return graph.outputs
+            return graph
+        inputs = StaticInputs(arrays, self._queue.device)
+        inputs.fill(arrays)
+        calls, outputs = bind(inputs.tensors)
+        replays = tuple(self._queue.capture(call) for call in calls)
+        graph = self._graphs[key] = Graph(inputs, calls, replays, outputs)
+        if len(self._graphs) > self._most:
+            self._queue.synchronize()  # it may be running
+            self._graphs.popitem(last=False)
+        return graph
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
 
     def __len__(self) -> int:
         return len(self._graphs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from pearl.messages import ForwardWork, TargetOutput, TargetPlan
 from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
 from pearl.workers.batch_arrays import BatchLists
 from pearl.workers.queue import DeviceQueue
+from pearl.workers.stopwatch import Stopwatch
 
 
 class ModelRunner:
@@ -22,8 +23,16 @@ class ModelRunner:
         """``threads``: of a fused forward, the calling one included."""
         self.model, self.cache, self.page_size, self.queue = model, cache, page_size, queue
         self.kernels = model.kernels
+        self.stopwatch = Stopwatch(queue)
         # Where it is there, a forward is one call, with threads of its own.
         self.fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
+
+    def captures(self) -> Sequence[Callable[[], object]]:
+        """Calls that prepare what rounds would else have to, each a part, the likeliest first. None computes anything.
+
+        To be called as forwards are, before the first.
+        """
+        return ()
 
     def check(self) -> None:
         """Raises if what was computed cannot be trusted: a tensor-parallel model may have lost a rank meanwhile."""
@@ -40,6 +49,7 @@ class ModelRunner:
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
         if self.fused is not None:
+            self.stopwatch.start()
             return self.fused.forward_work(work)
         return self.launch(BatchLists.of(work, self.page_size).arrays())
 
@@ -63,6 +73,7 @@ class ModelRunner:
 
     def compute(self, batch: ForwardBatch) -> Tensor:
         """Logits ``[M, V]`` of batch.logits_rows."""
+        self.stopwatch.start()
         return self.model.forward(batch, self.cache) if self.fused is None else self.fused.forward(batch)
 
 
@@ -71,7 +82,8 @@ def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.devic
 
 
 def upload_batch(arrays: Mapping[str, Array], device: torch.device) -> ForwardBatch:
-    return ForwardBatch(*upload(list(arrays.values()), device))
+    rows = arrays["query_start"][1:] - arrays["query_start"][:-1]
+    return ForwardBatch(*upload(list(arrays.values()), device), most_rows=int(rows.max(initial=0)))
 
 
 class TargetRunner:
@@ -83,10 +95,10 @@ class TargetRunner:
     def run(self, plan: TargetPlan) -> TargetOutput:
         if not plan.work:
             return TargetOutput(None)
-        begin = self._runner.queue.mark()
+        self._runner.stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         logits = self._runner.forward(plan.work)
-        return TargetOutput(logits, self._runner.queue.since(begin))
+        return TargetOutput(logits, self._runner.stopwatch.stop())
 
     def check(self) -> None:
         self._runner.check()

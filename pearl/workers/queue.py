@@ -29,8 +29,17 @@ class DeviceQueue(Protocol):
         """Whether calls only enqueue work: then nothing in them may wait for it, and capturing them saves time."""
         ...
 
+    @property
+    def captured(self) -> int:
+        """How many calls so far."""
+        ...
+
     def enter(self, what: str) -> AbstractContextManager[None]:
         """What is called inside runs here, in order. ``what`` names it for profilers."""
+        ...
+
+    def aside(self, what: str) -> DeviceQueue:
+        """Another queue of the device, for what need not wait for all that is enqueued here."""
         ...
 
     def mark(self) -> Mark:
@@ -46,7 +55,11 @@ class DeviceQueue(Protocol):
         ...
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Run ``call``, and return what repeats it on the same memory, on a GPU without Python in between."""
+        """Run ``call``, and return what repeats it on the same memory, on a GPU without Python in between.
+
+        Tensors that ``call`` uses and does not make itself must outlive what is returned, which does not keep them.
+        CaptureError if capturing fails; what ``call`` raises when it is merely run, before, passes through.
+        """
         ...
 
     def synchronize(self) -> None:
@@ -66,12 +79,16 @@ class HostQueue:
     """The CPU: a call is done when it returns."""
 
     asynchronous = False
+    captured = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def enter(self, what: str) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def aside(self, what: str) -> HostQueue:
+        return self
 
     def mark(self) -> HostMark:
         return HostMark(time.perf_counter())
@@ -91,8 +108,8 @@ class HostQueue:
         pass
 
 
-def open_queue(name: str, device: torch.device, *, urgent: bool = False, sms: int | None = None) -> DeviceQueue:
-    """For a worker of that name; ``urgent`` and ``sms`` as in ``CudaQueue``."""
+def open_queue(name: str, device: torch.device, *, urgent: bool = False, spare: int | None = None) -> DeviceQueue:
+    """For a worker of that name; ``urgent`` and ``spare`` as in ``CudaQueue``."""
     if device.type == "cpu":
         return HostQueue(device)
-    return CudaQueue(name, device, urgent=urgent, sms=sms)
+    return CudaQueue(name, device, urgent=urgent, spare=spare)

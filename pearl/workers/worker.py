@@ -57,6 +57,11 @@ class Reply(Generic[T]):
 class Worker(Protocol):
     """Runs submitted calls one after another, in inference mode."""
 
+    @property
+    def blocks(self) -> bool:
+        """Whether ``submit`` returns only when the work is done, not when it is begun or enqueued."""
+        ...
+
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Reply[T]: ...
 
     def rest(self) -> None:
@@ -73,6 +78,8 @@ _Calls = SimpleQueue[tuple[Reply[Any], Callable[[], Any]] | None]  # None: the e
 
 class ThreadWorker:
     """A thread of its own. Two of them overlap because torch and our kernels release the GIL."""
+
+    blocks = False
 
     def __init__(self, name: str, intra_op_threads: int) -> None:
         self._calls: _Calls = SimpleQueue()
@@ -142,6 +149,7 @@ class InlineWorker:
 
     def __init__(self, queue: DeviceQueue) -> None:
         self._queue, self._inference = queue, torch.inference_mode()
+        self.blocks = not queue.asynchronous
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Reply[T]:
         reply: Reply[T] = Reply()

@@ -14,9 +14,9 @@ from pearl_kernels.reference import pack_linear as reference_pack
 
 def pack_linear(weight: Tensor, weights: WeightFormat = "full") -> LinearWeight:
     """Panels of ``_core.PANEL_COLUMNS`` rows of weight, padded with zeros: ``WeightFormat`` in params.h."""
-    CHECKS.floating("pack_linear", "weight", weight)
-    if weight.dim() != 2 or not weight.is_cpu:
-        raise ValueError(f"pack_linear: weight must be a matrix on cpu, not {list(weight.shape)} on {weight.device}")
+    CHECKS.beside("pack_linear", "weight", weight).floating("pack_linear", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"pack_linear: weight must be a matrix, not {list(weight.shape)}")
     plain = reference_pack(weight, weights)
     rows, columns, panel = plain.out_features, plain.in_features, _core.PANEL_COLUMNS
     step = 2 if weights == "int8" else 4 // weight.element_size()
@@ -32,6 +32,8 @@ def weight_rows(weight: LinearWeight, rows: Tensor) -> Tensor:
     _require_packed("weight_rows", weight)
     if weight.scale is not None:
         raise ValueError("weight_rows: an int8 weight no longer has the numbers that were packed")
+    checks = CHECKS.beside("weight_rows", "weight", weight.data)
+    checks.contiguous("weight_rows", "rows", rows, torch.int64, (len(rows),))
     panel = _core.PANEL_COLUMNS
     steps = weight.data[rows // panel, :, rows % panel]
     return steps.flatten(1)[:, : weight.in_features].contiguous()
@@ -59,11 +61,12 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tenso
 def _linear(threads: _core.LinearThreads, x: Tensor, weight: LinearWeight, bias: Tensor | None) -> Tensor:
     data, scale, width, out_width = weight.data, weight.scale, weight.in_features, weight.out_features
     _require_packed("linear", weight)
-    code = CHECKS.floating("linear", "x", x)
+    checks = CHECKS.beside("linear", "x", x)
+    code = checks.floating("linear", "x", x)
     dtype = data.dtype if scale is None else x.dtype
     n, _ = matrix("linear", x)
-    address, stride = CHECKS.rows("linear", "x", x, dtype, (n, width))
-    add = 0 if bias is None else CHECKS.contiguous("linear", "bias", bias, dtype, (out_width,))
+    address, stride = checks.rows("linear", "x", x, dtype, (n, width))
+    add = 0 if bias is None else checks.contiguous("linear", "bias", bias, dtype, (out_width,))
     out = x.new_empty((n, out_width))
     threads.linear(
         code, n, width, out_width, address, stride, data.data_ptr(), 0 if scale is None else scale.data_ptr(), add,

@@ -35,10 +35,11 @@ def verify_numbers(
 
     The same kernel: what costs time on a CPU is ten tensors for a call of microseconds.
     """
-    check_logits(CHECKS, "verify", "logits", logits, vocab_size)
-    check_sampling(CHECKS, "verify", params, len(row_start) - 1)
+    checks = CHECKS.beside("verify", "logits", logits)
+    check_logits(checks, "verify", "logits", logits, vocab_size)
+    check_sampling(checks, "verify", params, len(row_start) - 1)
     if draft_logits is not None:
-        check_logits(CHECKS, "verify", "draft_logits", draft_logits, vocab_size)
+        check_logits(checks, "verify", "draft_logits", draft_logits, vocab_size)
     return _core.verify_numbers(
         _NATIVE.logits(logits),
         _NATIVE.sampling(params),
@@ -58,9 +59,10 @@ def sample(
     logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
 ) -> Sampled:
     op, n = "sample", logits.shape[0]
-    check_logits(CHECKS, op, "logits", logits, vocab_size)
-    check_sampling(CHECKS, op, params, n)
-    CHECKS.contiguous(op, "positions", positions, torch.int64, (n,))
+    checks = CHECKS.beside(op, "logits", logits)
+    check_logits(checks, op, "logits", logits, vocab_size)
+    check_sampling(checks, op, params, n)
+    checks.contiguous(op, "positions", positions, torch.int64, (n,))
     tokens = logits.new_empty(n, dtype=torch.int64)
     logprobs = logits.new_empty(n, dtype=torch.float32)
     _core.sample(

@@ -10,6 +10,7 @@ import importlib
 
 import torch
 
+from pearl_kernels.checks import DTYPE_CODES
 from pearl_kernels.lazy import LazyOperators
 from pearl_kernels.provider import Situation
 
@@ -39,7 +40,7 @@ def refuses(op: str, situation: Situation) -> str | None:
         return f"computes float32, bfloat16 and float16, not {situation.dtype}"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
-    return _cannot_load() or _no_device()
+    return _cannot_load() or _no_device() or _does_not_fit(op, situation)
 
 
 def _cannot_load() -> str | None:
@@ -66,6 +67,22 @@ def _no_device() -> str | None:
     if capability < _CAPABILITY:
         return f"needs compute capability 8.0 or newer; this GPU has {capability[0]}.{capability[1]}"
     return None
+
+
+def _does_not_fit(op: str, situation: Situation) -> str | None:
+    """Cards of capability 8.6, 8.9 and 12 have 99 KiB of shared memory for a block, the others 163 or 227."""
+    if op != "verify_attention":
+        return None
+    module = importlib.import_module("pearl_kernels.cuda._cuda")
+    needed = module.verify_attention_shared(DTYPE_CODES[situation.dtype], situation.head_dim) >> 10
+    # What a block may have is a KiB less than a multiprocessor has, on all of them.
+    there = (torch.cuda.get_device_properties().shared_memory_per_multiprocessor >> 10) - 1
+    if needed <= there:
+        return None
+    return (
+        f"needs {needed} KiB of shared memory for a head_dim of {situation.head_dim} in {situation.dtype}; "
+        f"a block has {there} KiB on this GPU"
+    )
 
 
 def _version(number: int) -> str:

@@ -8,6 +8,7 @@ RuntimeError.
 
 from typing import Any
 
+def verify_attention_shared(dtype: int, head_dim: int) -> int: ...  # bytes that a block takes at least
 def driver_version() -> int: ...  # 1000 * major + 10 * minor; 0 without a driver
 def runtime_version() -> int: ...  # of the toolkit that the module was built with
 def __getattr__(operator: str) -> Any: ...

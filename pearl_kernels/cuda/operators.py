@@ -17,8 +17,28 @@ def where(tensor: Tensor) -> tuple[int, int]:
     return tensor.get_device(), torch.cuda.current_stream(device).cuda_stream
 
 
+class StreamCounters:
+    """Zeros for each stream, with which the blocks of a call find out who is last.
+
+    Calls on one stream follow each other, and each leaves zeros, so that they can share; a captured call must be
+    replayed on the stream that it was captured on. While a stream captures its first call there are none.
+    """
+
+    def __init__(self, count: int = 1 << 16) -> None:
+        """``count``: a block of rows takes one for eight splits of its keys; larger calls use their workspace."""
+        self._count = count
+        self._of: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, like: Tensor) -> Tensor | None:
+        key = where(like)
+        found = self._of.get(key)
+        if found is None and not torch.cuda.is_current_stream_capturing():
+            found = self._of[key] = torch.zeros(self._count, dtype=torch.int32, device=like.device)
+        return found
+
+
 _CHECKS = Checks("cuda", DTYPES)
-_LAYERS = NativeLayers(_cuda, _CHECKS, where, workspace)
+_LAYERS = NativeLayers(_cuda, _CHECKS, where, workspace, StreamCounters())
 _SAMPLING = NativeSampling(_cuda, _CHECKS, where, workspace)
 
 rms_norm = _LAYERS.rms_norm

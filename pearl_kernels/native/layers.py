@@ -16,7 +16,7 @@ from pearl_kernels.operands import check_attention, check_rope
 
 class NativeLayers(NativeModule):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        checks = self.checks
+        checks = self.checks.beside("rms_norm", "x", x)
         code = checks.floating("rms_norm", "x", x)
         n, width = matrix("rms_norm", x)
         address, stride = checks.rows("rms_norm", "x", x, x.dtype, (n, width))
@@ -28,7 +28,8 @@ class NativeLayers(NativeModule):
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        checks, op = self.checks, "add_rms_norm"
+        op = "add_rms_norm"
+        checks = self.checks.beside(op, "x", x)
         code = checks.floating(op, "x", x)
         n, width = matrix(op, x)
         address, stride = checks.rows(op, "x", x, x.dtype, (n, width))
@@ -51,11 +52,12 @@ class NativeLayers(NativeModule):
         return out
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        code = self.checks.floating("silu_and_mul", "x", x)
+        checks = self.checks.beside("silu_and_mul", "x", x)
+        code = checks.floating("silu_and_mul", "x", x)
         n, width = matrix("silu_and_mul", x)
         if width % 2:
             raise ValueError(f"silu_and_mul: x must have an even width, not {width}")
-        address, stride = self.checks.rows("silu_and_mul", "x", x, x.dtype, (n, width))
+        address, stride = checks.rows("silu_and_mul", "x", x, x.dtype, (n, width))
         out = x.new_empty((n, width // 2))
         self.module.silu_and_mul(code, n, width // 2, address, stride, out.data_ptr(), self.where and self.where(x))
         return out
@@ -110,8 +112,10 @@ class NativeLayers(NativeModule):
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        most_rows: int = 0,
     ) -> Tensor:
-        sizes = check_attention(self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens)
+        sizes = check_attention(self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
+        counters = self.counters and self.counters(q)
         out = q.new_empty((sizes.rows, sizes.query_heads, sizes.head_dim))
         arguments = (
             DTYPE_CODES[q.dtype],
@@ -135,14 +139,17 @@ class NativeLayers(NativeModule):
             scale,
             window,
             softcap,
+            most_rows,
+            *((0, 0) if counters is None else (counters.data_ptr(), counters.numel())),
         )
         self.run("verify_attention", q, arguments)
         return out
 
     def copy_blocks(self, cache: Tensor, pairs: Tensor) -> None:
         """As the reference, for a contiguous cache of any dtype."""
-        address = self.checks.contiguous("copy_blocks", "cache", cache, cache.dtype, cache.shape)
+        checks = self.checks.beside("copy_blocks", "cache", cache)
+        address = checks.contiguous("copy_blocks", "cache", cache, cache.dtype, cache.shape)
         count = pairs.shape[0]
-        moves = self.checks.contiguous("copy_blocks", "pairs", pairs, torch.int64, (count, 2))
+        moves = checks.contiguous("copy_blocks", "pairs", pairs, torch.int64, (count, 2))
         page_bytes = cache.stride(0) * cache.element_size() if cache.numel() else 0  # an empty tensor has strides too
         self.module.copy_blocks(address, cache.shape[0], page_bytes, moves, count, self.where and self.where(cache))

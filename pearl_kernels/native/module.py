@@ -24,12 +24,15 @@ class NativeModule:
 
     ``where``: device number and stream for work on this tensor, the last argument of every operator; None on the CPU.
     ``scratch``: makes the workspace, of so many bytes, of operators that need one; None where none does.
+    ``counters``: int32 zeros on a tensor's device, which a call on its current stream uses and leaves zero; they stay
+    there as long as anything captured lives. None, or a result of None: each call makes its own in its workspace.
     """
 
     module: ModuleType
     checks: Checks
     where: Callable[[Tensor], tuple[int, int]] | None = None
     scratch: Callable[[Tensor, int], Tensor] | None = None
+    counters: Callable[[Tensor], Tensor | None] | None = None
 
     def run(self, op: str, like: Tensor, arguments: tuple[Any, ...]) -> None:
         """Calls an operator that may need a workspace, after it has said how large."""

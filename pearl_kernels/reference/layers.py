@@ -144,6 +144,7 @@ def verify_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    most_rows: int = 0,
 ) -> Tensor:
     """Causal attention of ragged query rows over the paged KV cache, which already holds the queries' own keys.
 
@@ -157,6 +158,8 @@ def verify_attention(
         query_start: int32 ``[R + 1]``. context_lens: int32 ``[R]``, keys in all, the queries' included.
         window: > 0 keeps only the last ``window`` keys, the row's own included (sliding window).
         softcap: > 0 replaces scores s by ``softcap * tanh(s / softcap)``.
+        most_rows: rows of the sequence that has most, as far as the host knows; 0: unknown. A hint to kernels, which
+            may be wrong: no result depends on it.
     Returns: ``[N, Hq, D]`` in q's dtype.
     """
     page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]

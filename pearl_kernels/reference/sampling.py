@@ -39,12 +39,12 @@ class SamplingTensors:
     seed: Tensor
 
     @functools.cached_property
-    def layout(self) -> tuple[str, int] | None:
-        """Device type and number of entries, if the tensors are as described and contiguous; looked at once."""
-        device, n = self.seed.device.type, self.seed.numel()
+    def layout(self) -> tuple[torch.device, int] | None:
+        """Device and number of entries, if the tensors are as described and contiguous; looked at once."""
+        device, n = self.seed.device, self.seed.numel()
         dtypes = torch.float32, torch.int32, torch.float32, torch.float32, torch.int64
         as_described = all(
-            t.dtype is dtype and t.shape == (n,) and t.device.type == device and t.is_contiguous()
+            t.dtype is dtype and t.shape == (n,) and t.device == device and t.is_contiguous()
             for t, dtype in zip(self._tensors, dtypes, strict=True)
         )
         return (device, n) if as_described else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
+
 from pearl_kernels.checks import DTYPE_CODES, Checks
 from pearl_kernels.lazy import LazyOperators
 from pearl_kernels.provider import Situation
@@ -32,7 +34,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-CHECKS = Checks("cpu" if interpreting() else "cuda", tuple(DTYPE_CODES))
+def _current_device() -> int:
+    """Triton launches there, wherever its tensors are."""
+    return torch.cuda.current_device()
+
+
+_DTYPES = tuple(DTYPE_CODES)
+CHECKS = Checks("cpu", _DTYPES) if interpreting() else Checks("cuda", _DTYPES, current=_current_device)
 
 
 def refuses(op: str, situation: Situation) -> str | None:

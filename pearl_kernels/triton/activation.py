@@ -34,11 +34,12 @@ def silu_and_mul_kernel(x, out, x_stride, width, tiles, BLOCK: tl.constexpr):
 
 def silu_and_mul(x: Tensor) -> Tensor:
     op = "silu_and_mul"
-    CHECKS.floating(op, "x", x)
+    checks = CHECKS.beside(op, "x", x)
+    checks.floating(op, "x", x)
     n, width = matrix(op, x)
     if width % 2:
         raise ValueError(f"{op}: x must have an even width, not {width}")
-    CHECKS.rows(op, "x", x, x.dtype, (n, width))
+    checks.rows(op, "x", x, x.dtype, (n, width))
     width //= 2
     out = x.new_empty((n, width))
     if out.numel():

@@ -11,11 +11,13 @@ import math
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from pearl_kernels.operands import check_attention
 from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.attention_kernels import attend_kernel, merge_kernel
 from pearl_kernels.triton.attention_plan import (
+    Gpu,
     Plan,
     Tile,
     padded_head_dim,
@@ -27,7 +29,8 @@ from pearl_kernels.triton.attention_plan import (
 from pearl_kernels.triton.variants import Variant
 
 _LOG2E = math.log2(math.e)
-_INTERPRETED_CORES = 1
+_INTERPRETED = Gpu(cores=1, shared=1 << 20)
+_REPORTED_SHARED = 163 * 1024  # of sm_80, the least of what the report compiles for
 
 
 def verify_attention(
@@ -40,15 +43,16 @@ def verify_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    most_rows: int = 0,
 ) -> Tensor:
     """The values of the index tensors are not checked: that would wait for the device."""
-    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens)
+    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
     n, query_heads, kv_heads, head_dim = sizes[:4]
     if n == 0 or sizes.sequences == 0:
         return q.new_empty((n, query_heads, head_dim))
     dtype, capacity = compute_dtype(q, k_cache), sizes.table_width * sizes.page_size
-    group, cores = query_heads // kv_heads, _cores(q.device)
-    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, cores)
+    group, gpu = query_heads // kv_heads, _gpu(q.device)
+    cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, gpu, most_rows)
     return attend(q, k_cache, v_cache, block_tables, query_start, context_lens, scale, window, softcap, cut)
 
 
@@ -57,10 +61,11 @@ def compute_dtype(q: Tensor, cache: Tensor) -> torch.dtype:
     return q.dtype if q.dtype is cache.dtype else torch.float32
 
 
-def _cores(device: torch.device) -> int:
+def _gpu(device: torch.device) -> Gpu:
     if device.type == "cpu":
-        return _INTERPRETED_CORES
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return _INTERPRETED
+    found = driver.active.utils.get_device_properties(device.index)  # by these Triton refuses a launch
+    return Gpu(found["multiprocessor_count"], found["max_shared_mem"])
 
 
 def attend(
@@ -155,7 +160,7 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def _attend_variant(
     dtype: torch.dtype, head_dim: int, packed: int, split: bool, windowed: bool = False, spills: str | None = None
 ) -> Variant:
-    tile, pointer = plan_tile(packed, head_dim, dtype), f"*{_TYPES[dtype]}"
+    tile, pointer = plan_tile(packed, head_dim, dtype, _REPORTED_SHARED), f"*{_TYPES[dtype]}"
     constants = _constants(tile, 8, 4 if packed < 64 else 8, head_dim, 16, windowed, False, split)
     pointers = dict.fromkeys(("q", "k_cache", "v_cache"), pointer) | dict.fromkeys(_INTEGERS, "*i32")
     results = {"out": "*fp32", "peaks": "*fp32"} if split else {"out": pointer, "peaks": "constexpr"}

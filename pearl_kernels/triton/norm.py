@@ -44,12 +44,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def _launch(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    CHECKS.floating(op, "x", x)
+    checks = CHECKS.beside(op, "x", x)
+    checks.floating(op, "x", x)
     n, width = matrix(op, x)
-    CHECKS.rows(op, "x", x, x.dtype, (n, width))
+    checks.rows(op, "x", x, x.dtype, (n, width))
     if residual is not None:
-        CHECKS.rows(op, "residual", residual, x.dtype, (n, width))
-    CHECKS.contiguous(op, "weight", weight, x.dtype, (width,))
+        checks.rows(op, "residual", residual, x.dtype, (n, width))
+    checks.contiguous(op, "weight", weight, x.dtype, (width,))
     if width > _MAX_WIDTH:
         raise ValueError(f"{op}: x must be at most {_MAX_WIDTH} wide, not {width}")
     out = x.new_empty((n, width))

@@ -103,9 +103,10 @@ def sample(
     logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
 ) -> Sampled:
     op, n = "sample", logits.shape[0]
-    check_logits(CHECKS, op, "logits", logits, vocab_size)
-    check_sampling(CHECKS, op, params, n)
-    CHECKS.contiguous(op, "positions", positions, torch.int64, (n,))
+    checks = CHECKS.beside(op, "logits", logits)
+    check_logits(checks, op, "logits", logits, vocab_size)
+    check_sampling(checks, op, params, n)
+    checks.contiguous(op, "positions", positions, torch.int64, (n,))
     if n == 0:
         return Sampled(logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32))
     drawn = draw(make_plan(n, vocab_size), logits, params, positions, stream=stream)

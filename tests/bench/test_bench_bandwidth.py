@@ -81,6 +81,7 @@ def test_the_last_level_cache_is_megabytes() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_reads_faster_than_a_cpu_thread() -> None:
     assert read_bandwidth(256 << 20, "cuda") > 100

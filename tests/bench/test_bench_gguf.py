@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from bench.roofline.gguf_export import write_gguf
 from pearl import ConfigurationError
 from pearl.models import bundled_path
 
+GGUFReader = pytest.importorskip("gguf", reason="reads what was written with the package gguf").GGUFReader
 DRAFT = Path(bundled_path("draft"))
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 import pytest
 from bench_support import ROOT
 
+from bench.gpu_suite.outcome import CUT_OFF, FAILED, OK, SKIPPED
 from bench.gpu_suite.process import run_limited
-from bench.gpu_suite.report import CUT_OFF, FAILED, OK, SKIPPED
 from bench.gpu_suite.stages import Command, Place, Stage
 from bench.gpu_suite.suite import Stop, run_stage
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    (tmp_path / "logs").mkdir()
-    return Place(ROOT, tmp_path)
+    place = Place(ROOT, tmp_path / "out", tmp_path / "work")
+    place.log("").parent.mkdir(parents=True)
+    return place
 
 
 def python(code: str, name: str = "it", **options: Any) -> Command:
@@ -109,13 +111,11 @@ def test_a_command_that_fails_does_not_stop_the_next(place: Place) -> None:
     assert file.exists()
 
 
-@pytest.mark.parametrize(("first", "status", "used"), [("pass", OK, False), ("raise SystemExit(3)", OK, True)])
-def test_a_substitute_runs_only_where_it_is_needed(place: Place, first: str, status: str, used: bool) -> None:
-    other = python("print('instead')", "the other", instead=True)
-    outcome = run_stage(Stage("build", 9, (python(first, "pip"), other)), 9.0, place, Stop())
-    assert outcome.status == status
-    assert ("instead" in (place.out / "logs" / "build.log").read_text().splitlines()) is used
-    assert outcome.reason == ("pip could not (see the log): the other" if used else "")
+def test_packages_that_were_carried_along_are_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels unpacked beside the checkout are put on PYTHONPATH by whoever starts the suite."""
+    monkeypatch.setenv("PYTHONPATH", "/tmp/carried")
+    run_stage(Stage("path", 9, (python("import os; print(os.environ['PYTHONPATH'])"),)), 9.0, place, Stop())
+    assert place.log("path").read_text().splitlines()[-1] == f"{ROOT}{os.pathsep}/tmp/carried"
 
 
 def test_results_of_an_earlier_run_are_not_taken_for_this_one(place: Place) -> None:
@@ -126,7 +126,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_one(place: Place) -> N
 
 def test_results_that_are_not_as_expected_cost_one_stage_only(place: Place) -> None:
     code = f"open({str(place.file('greedy.json'))!r}, 'w').write('{{\"agrees\": true}}')"
-    outcome = run_stage(Stage("end_to_end", 9, (python(code),), ("greedy.json",)), 9.0, place, Stop())
+    outcome = run_stage(Stage("agreement", 9, (python(code),), ("greedy.json",)), 9.0, place, Stop())
     assert (outcome.status, outcome.reason) == (FAILED, "its results are not as expected: KeyError('settings')")
 
 
@@ -136,7 +136,8 @@ def test_results_that_are_not_as_expected_cost_one_stage_only(place: Place) -> N
 def suite(*arguments: str, out: Path, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
     return subprocess.Popen(
-        ["bash", str(ROOT / "bench" / "gpu_suite.sh"), *arguments], env=environment, text=True,
+        ["bash", str(ROOT / "bench" / "gpu_suite.sh"), *arguments, "--work", str(out / "work")], env=environment,
+        text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
@@ -147,7 +148,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def test_a_dry_run_of_one_stage_says_what_it_is_everywhere(tmp_path: Path) -> None:
-    code, shown, error = finished(suite("--dry-run", "--stages", "environment", out=tmp_path))
+    code, shown, error = finished(suite("--dry-run", "--only", "environment", out=tmp_path))
     assert (code, error) == (0, "")
     assert "environment: ok" in shown
     content = json.loads((tmp_path / "summary.json").read_text())
@@ -158,17 +159,25 @@ def test_a_dry_run_of_one_stage_says_what_it_is_everywhere(tmp_path: Path) -> No
     assert stage["numbers"]["packages"]["torch"]
     assert stage["numbers"]["providers"]["cpu"]["verify"]
     assert (tmp_path / "summary.md").read_text().startswith("# DRY RUN")
-    assert sorted(p.name for p in tmp_path.glob("*.json")) == [
-        *("dry-run-environment.json", "dry-run-providers.json", "summary.json")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        *("results.tar.gz", "summary.json", "summary.md")
     ]
-    assert (tmp_path / "logs" / "environment.log").read_text().startswith("DRY RUN\n")
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        packed = {member.name for member in archive if member.isfile()}
+        log = archive.extractfile("logs/environment.log")
+        assert log is not None
+        assert log.read().startswith(b"DRY RUN\n")
+    assert {"dry-run-environment.json", "dry-run-providers.json", "outcomes.json"} <= packed
 
 
 def test_a_folder_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    code, shown, error = finished(suite("--stages", "environment", out=file))
-    assert (code, shown) == (2, "")
+    environment = {**os.environ, "OUT": str(file), "PYTHON": sys.executable}
+    script = ["bash", str(ROOT / "bench" / "gpu_suite.sh"), "--only", "environment"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    error = done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
     assert error.startswith("gpu_suite.sh: error: OUT: ")
     assert str(file) in error
 
@@ -181,7 +190,7 @@ from bench.gpu_suite.stages import Command, Stage
 child = Command("slow", (sys.executable, "-c", sys.argv[1], sys.argv[2]))
 made = (Stage("build", 9, ()), Stage("slow", 60, (child,)), Stage("later", 60, ()))
 suite.stages = lambda place, compute_capability="": made
-sys.exit(suite.main(["--dry-run", "--stages", "slow,later"]))
+sys.exit(suite.main(["--dry-run", "--work", sys.argv[3], "--only", "slow,later"]))
 """
 
 
@@ -189,8 +198,8 @@ sys.exit(suite.main(["--dry-run", "--stages", "slow,later"]))
 def test_a_signal_ends_what_runs_and_writes_the_summary(tmp_path: Path, number: signal.Signals, status: int) -> None:
     file = tmp_path / "part.json"
     process = subprocess.Popen(
-        [sys.executable, "-c", SUITE, SLOW, str(file)], cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", SUITE, SLOW, str(file), str(tmp_path / "work")], cwd=ROOT,
+        env={**os.environ, "OUT": str(tmp_path)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     until(file.exists)
     until(lambda: bool(file.read_text()))
@@ -206,6 +215,8 @@ def test_a_signal_ends_what_runs_and_writes_the_summary(tmp_path: Path, number: 
     assert states["later"] == (SKIPPED, "the suite was interrupted")
     assert content["ok"] is False
     assert "| later | skipped |" in (tmp_path / "summary.md").read_text()
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert "logs/slow.log" in archive.getnames()
 
 
 def test_the_suite_starts_where_no_package_works(tmp_path: Path) -> None:

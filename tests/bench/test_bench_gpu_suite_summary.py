@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from bench_support import ROOT
 
 from bench.gpu_suite.latency import SYNTHETIC, round_bars
 from bench.gpu_suite.markdown import number, table
-from bench.gpu_suite.report import CUT_OFF, OK, SKIPPED, Outcome, Summary, write
+from bench.gpu_suite.outcome import CUT_OFF, OK, SKIPPED, Outcome
+from bench.gpu_suite.report import Summary, write
 from bench.gpu_suite.results import best_kernels, numbers
 from bench.gpu_suite.stages import Place
 
@@ -93,26 +95,28 @@ PROVIDERS = {
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    (tmp_path / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    (tmp_path / "providers.json").write_text(json.dumps(PROVIDERS))
-    (tmp_path / "tests.xml").write_text(TESTS % ("x" * 5000))
+    place = Place(ROOT, tmp_path, tmp_path / "work")
+    place.results.mkdir(parents=True)
+    place.file("environment.json").write_text(json.dumps(ENVIRONMENT))
+    place.file("providers.json").write_text(json.dumps(PROVIDERS))
+    place.file("tests.xml").write_text(TESTS % ("x" * 5000))
     benchmarks = [{"extra_info": row} for row in KERNELS]
-    (tmp_path / "kernels-aims.json").write_text(json.dumps({"benchmarks": [*benchmarks, {"extra_info": {}}]}))
-    (tmp_path / "kernels-others.json").write_text('{"benchmarks": [{"extra')  # cut off while it was written
-    (tmp_path / "latency-8b-1b.json").write_text(json.dumps(LATENCY))
-    (tmp_path / "greedy.json").write_text(json.dumps(GREEDY))
-    return Place(ROOT, tmp_path)
+    place.file("kernels-aims.json").write_text(json.dumps({"benchmarks": [*benchmarks, {"extra_info": {}}]}))
+    place.file("kernels-others.json").write_text('{"benchmarks": [{"extra')  # cut off while it was written
+    place.file("latency-8b-1b.json").write_text(json.dumps(LATENCY))
+    place.file("greedy.json").write_text(json.dumps(GREEDY))
+    return place
 
 
 @pytest.fixture
 def summary(place: Place) -> Summary:
-    names = ("environment", "tests", "kernels", "latency", "end_to_end", "more")
+    names = ("environment", "tests", "kernels", "latency", "agreement", "more")
     summary = Summary(place, names, "abc")
     summary.add(Outcome("environment", OK, 3.0), 3.0)
     summary.add(Outcome("tests", "failed", 100.0, "pytest ended with status 1"), 103.0)
     for name in ("kernels", "latency"):
         summary.add(Outcome(name, CUT_OFF, 100.0, "by its limit | of 100 s"), 200.0)
-    summary.add(Outcome("end_to_end", SKIPPED, 0.0, "2 s of the budget are left, it needs 15"), 401.5)
+    summary.add(Outcome("agreement", SKIPPED, 0.0, "2 s of the budget are left, it needs 15"), 401.5)
     return summary
 
 
@@ -131,7 +135,7 @@ def test_the_json_has_every_stage_with_its_numbers(summary: Summary) -> None:
     assert len(first["text"]) == 1500
     assert second["text"] == "CUDA error: out of memory"
     assert stages["latency"]["numbers"]["files"]["latency-8b-1b"] == LATENCY
-    assert stages["end_to_end"]["numbers"] == {}, "a skipped stage has no results, whatever files lie there"
+    assert stages["agreement"]["numbers"] == {}, "a skipped stage has no results, whatever files lie there"
     assert not list(summary.place.out.glob("*.partial"))
 
 
@@ -152,8 +156,8 @@ def test_the_markdown_says_what_was_reached_and_what_is_synthetic(summary: Summa
     write(summary)
     text = (summary.place.out / "summary.md").read_text()
     assert "DRY RUN" not in text
-    assert "| end_to_end | skipped | 0 | 2 s of the budget are left, it needs 15 |" in text
-    assert "| latency | cut off | 100 | by its limit \\| of 100 s |" in text
+    assert "| agreement | skipped | 0 |  | 2 s of the budget are left, it needs 15 |" in text
+    assert "| latency | cut off | 100 |  | by its limit \\| of 100 s |" in text
     assert "| more | not reached |" in text
     assert "Not installed: hypothesis." in text
     assert "Chosen on cuda: verify: triton." in text
@@ -171,8 +175,8 @@ def test_the_markdown_says_what_was_reached_and_what_is_synthetic(summary: Summa
 
 
 def test_differences_that_are_no_ties_stand_out(place: Place) -> None:
-    summary = Summary(place, ("end_to_end",), None)
-    summary.add(Outcome("end_to_end", "failed", 9.0), 9.0)
+    summary = Summary(place, ("agreement",), None)
+    summary.add(Outcome("agreement", "failed", 9.0), 9.0)
     write(summary)
     text = (place.out / "summary.md").read_text()
     assert "SOME DIFFERENCES ARE NO TIES" in text
@@ -183,7 +187,7 @@ def test_differences_that_are_no_ties_stand_out(place: Place) -> None:
 
 @pytest.mark.parametrize("wrong", [{"cells": [{}]}, {"cells": [{"decode_ms": 1.0}]}, ["x"]])
 def test_a_file_that_is_not_as_expected_costs_its_own_section_only(summary: Summary, wrong: Any) -> None:
-    (summary.place.out / "latency-8b-1b.json").write_text(json.dumps(wrong))
+    summary.place.file("latency-8b-1b.json").write_text(json.dumps(wrong))
     write(summary)
     text = (summary.place.out / "summary.md").read_text()
     assert "Not as expected" in text.partition("## Latency")[2]
@@ -191,7 +195,7 @@ def test_a_file_that_is_not_as_expected_costs_its_own_section_only(summary: Summ
 
 
 def test_a_dry_run_says_so(place: Place) -> None:
-    dry = Place(place.root, place.out, dry=True)
+    dry = replace(place, dry=True)
     summary = Summary(dry, ("tests",), None)
     summary.add(Outcome("tests", OK, 1.0), 1.0)
     assert summary.numbers == {"tests": {}}, "results of real runs are not a dry run's"

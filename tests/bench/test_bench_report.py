@@ -17,10 +17,10 @@ from rich.console import Console
 
 from pearl.bench import report
 from pearl.bench.measure import MethodResult
-from pearl.bench.report import commit, machine, table, versions, write_json, write_whole
+from pearl.bench.report import JsonReport, commit, machine, table, versions, write_whole
 
-PEARL = MethodResult("pearl", 200, 0.5, 400.25, 2.5, 6.25, 0.875, 4.0, 60, 210, 0.934)
-AUTOREGRESSIVE = MethodResult("autoregressive", 200, 1.25, 160.1, 1.0, 0.0, 0.0, 0.0, 200, 0, 0.99)
+PEARL = MethodResult("pearl", 200, 0.5, 400.25, 2.5, 6.25, 0.875, 4.0, 60, 210, 0.934, 3)
+AUTOREGRESSIVE = MethodResult("autoregressive", 200, 1.25, 160.1, 1.0, 0.0, 0.0, 0.0, 200, 0, 0.99, 3)
 
 
 def cells(*results: MethodResult, width: int = 200) -> list[list[str]]:
@@ -56,14 +56,19 @@ def test_the_table_fits_a_terminal_of_80_columns() -> None:
 def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     settings = {"dataset": "b\u00e4ume", "window": "auto", "temperature": 0.0, "ignore_eos": False}
-    write_json(path, [AUTOREGRESSIVE, PEARL], settings)
+    report = JsonReport(path, settings)
+    report.write([AUTOREGRESSIVE])
     read = json.loads(path.read_text())
+    assert (read["complete"], len(read["results"])) == (False, 1)
+    report.write([AUTOREGRESSIVE, PEARL], complete=True)
+    read = json.loads(path.read_text())
+    assert read["complete"] is True
     assert [MethodResult(**row) for row in read["results"]] == [AUTOREGRESSIVE, PEARL]
     assert read["settings"] == settings
     assert read["machine"] == machine()
     assert read["versions"] == versions()
     assert read["commit"] == commit()
-    assert len(read) == 5
+    assert len(read) == 6
 
 
 def test_the_machine_is_described() -> None:

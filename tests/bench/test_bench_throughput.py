@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ RESULT_KEYS = (
     "target_forwards",
     "draft_forwards",
     "efficiency",
+    "runs",
 )
 Script = Callable[..., Finished]
 SCRIPT = "throughput.py"
@@ -51,13 +53,32 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
 
+def test_a_run_that_is_killed_leaves_what_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    options = ("--prompts", "1", "--max-tokens", "8", "--repeats", "100000", "--json", str(out))
+    with subprocess.Popen([sys.executable, "bench/throughput.py", *options], cwd=ROOT, stdout=subprocess.DEVNULL) as it:
+        try:
+            end = time.monotonic() + 60
+            while not out.exists():
+                assert it.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        finally:
+            it.kill()
+    report: dict[str, Any] = json.loads(out.read_text())
+    assert report["complete"] is False
+    assert report["results"][0]["runs"] >= 1
+    assert report["settings"]["repeats"] == 100000
+
+
 def test_the_main_job_writes_the_promised_report(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     finished = command("--prompts", "2", "--max-tokens", "8", "--repeats", "1", "--json", str(out))
     assert finished.returncode == 0, finished.stderr
     assert str(out) in finished.stdout.replace("\n", "")
     report: dict[str, Any] = json.loads(out.read_text())
-    assert sorted(report) == ["commit", "machine", "results", "settings", "versions"]
+    assert report["complete"] is True
+    assert sorted(report) == ["commit", "complete", "machine", "results", "settings", "versions"]
     assert [row["method"] for row in report["results"]] == ["autoregressive", "speculative", "pearl"]
     for row in report["results"]:
         assert tuple(row) == RESULT_KEYS
@@ -191,7 +212,7 @@ def test_options_reach_the_library(script: Script, tmp_path: Path, monkeypatch: 
         def close(self) -> None:
             pass
 
-    def compare(contenders: dict[str, Any], prompts: list[str], params: Any, repeats: int, advance: Any) -> list[Any]:
+    def compare(contenders: dict[str, Any], prompts: list[str], params: Any, repeats: int, *_: Any) -> list[Any]:
         asked.append((list(contenders), prompts, params, repeats))
         return []
 

@@ -14,6 +14,7 @@ PEARL_WEAK cudaError_t verify(const VerifyParams&, cudaStream_t);
 PEARL_WEAK cudaError_t copy_blocks(const CopyBlocksParams&, cudaStream_t);
 PEARL_WEAK int64_t verify_attention_workspace(const AttentionParams&);
 PEARL_WEAK int64_t verify_workspace(const VerifyParams&);
+PEARL_WEAK int64_t verify_attention_shared(DType, int64_t);
 #undef PEARL_WEAK
 
 }  // namespace pearl::cuda

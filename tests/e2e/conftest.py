@@ -59,6 +59,7 @@ def open_llm() -> Iterator[Callable[..., LLM]]:
     opened: list[LLM] = []
 
     def build(pair: Pair | None = None, **options: Any) -> LLM:
+        options = {"capture_seconds": 0, **options}
         llm = pair.llm(**options) if pair is not None else LLM(**{"device": "cpu", **options})
         opened.append(llm)
         return llm

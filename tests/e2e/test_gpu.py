@@ -57,6 +57,19 @@ def test_graphs_draw_what_eager_mode_draws(llama: Pair, open_llm: OpenLLM, metho
     assert acceptance(runs[0]) == acceptance(runs[1])
 
 
+def test_nothing_is_captured_after_the_warm_up(llama: Pair, open_llm: OpenLLM) -> None:
+    batch = prompts(LENGTHS, seed=3)
+    params = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=24, ignore_eos=True) for i in range(6)]
+    llm = open_llm(llama, device="cuda", window=3, max_num_seqs=3, capture_seconds=120)
+    queues = [runner.queue for runner in (llm.models.target, llm.models.draft) if runner]
+    captured = [queue.captured for queue in queues]
+    assert min(captured) > 5
+    outputs = llm.generate(batch, params)
+    assert [queue.captured for queue in queues] == captured
+    assert token_ids(outputs) == token_ids(open_llm(llama, device="cuda", enforce_eager=True).generate(batch, params))
+
+
+@pytest.mark.alone
 def test_the_models_work_at_the_same_time(open_llm: OpenLLM) -> None:
     """The bundled pair, on one GPU: by their events, both were busy for longer than the rounds lasted."""
     rounds = Rounds()
@@ -98,4 +111,4 @@ def test_a_queue_captures_marks_and_follows() -> None:
 
 def test_more_multiprocessors_than_there_are() -> None:
     with pytest.raises(ConfigurationError, match="leave some to the target"):
-        CudaQueue("draft", torch.device("cuda", 0), sms=10_000)
+        CudaQueue("target", torch.device("cuda", 0), spare=10_000)

@@ -1,44 +1,14 @@
-"""What is special to CUDA's verify_attention: its splits, block sizes, alignment, workspace and refusals."""
+"""What is special to CUDA's verify_attention: its block sizes, alignment, workspace and refusals."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from cuda_attention import BF16, FP16, FP32, HALF_ULPS, arguments, attention, exact, inputs, run
 from cuda_emu import build
-from ops_support import Paged, assert_rounds_to, paged, strided_rows
-from torch import Tensor
-
-from pearl_kernels import reference
+from ops_support import Paged, assert_rounds_to, strided_rows
 
 pytestmark = build.on_linux
-
-attention = build.operator("verify_attention")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-HALF_ULPS = {FP32: 0.0, BF16: 0.5, FP16: 0.5 * 2.0**-3}  # in bf16's units
-
-
-def inputs(
-    sequences: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, page_size: int = 16
-) -> tuple[Tensor, Paged]:
-    """``sequences``: queries and context of each. Contexts above 256 keys are split on the shim's small device."""
-    queries, contexts = zip(*sequences, strict=True)
-    q = strided_rows((torch.randn(sum(queries), heads[0], head_dim) * 2).to(dtype))
-    return q, paged(queries, contexts, heads[1], head_dim, page_size, dtype)
-
-
-def run(function: Any, q: Tensor, cache: Paged, window: int = 0, softcap: float = 0.0) -> Tensor:
-    index = (cache.block_tables, cache.query_start, cache.context_lens)
-    result = function(q, cache.k_cache, cache.v_cache, *index, q.shape[2] ** -0.5, window, softcap)
-    assert isinstance(result, Tensor)
-    return result
-
-
-def exact(q: Tensor, cache: Paged, window: int = 0, softcap: float = 0.0) -> Tensor:
-    index = (cache.block_tables, cache.query_start, cache.context_lens)
-    wide = Paged(cache.k_cache.float(), cache.v_cache.float(), *index)
-    return run(reference.verify_attention, q.float(), wide, window, softcap)
 
 
 @pytest.mark.parametrize(
@@ -77,27 +47,25 @@ def test_a_window_gives_each_row_what_decoding_gives_it(
         assert torch.equal(run(attention, q[i : i + 1], alone)[0], together[i])
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(BF16, 1), (BF16, 9), (FP32, 2)])
-def test_nothing_hangs_on_the_order_of_threads_or_copies(
-    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q, cache = inputs([(rows, 400), (1, 90)], (8, 1), 64, dtype)
-    results = []
-    for order in ("ascending", "descending"):
-        for copies in ("early", "late"):
-            monkeypatch.setenv("PEARL_EMU_ORDER", order)
-            monkeypatch.setenv("PEARL_EMU_ASYNC", copies)
-            results.append(run(attention, q, cache))
-    assert_rounds_to(results[0], exact(q, cache), HALF_ULPS[dtype], tolerance=2e-5)
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=("fp32", "bf16"))
 def test_misaligned_queries_change_nothing(dtype: torch.dtype) -> None:
     q, cache = inputs([(3, 70), (1, 20)], (3, 1), 24, dtype)
     apart = torch.full((4, 3 * 24 + 7), torch.nan, dtype=dtype)
     apart[:, 3:-4] = q.flatten(1)
     assert torch.equal(run(attention, apart[:, 3:-4].unflatten(1, (3, 24)), cache), run(attention, q, cache))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=("fp32", "bf16"))
+def test_rows_before_the_first_key_see_nothing_and_disturb_nobody(dtype: torch.dtype, window: int) -> None:
+    """More rows than keys: no caller has that, but a batch's other rows, and those that do see keys, hold."""
+    q, cache = inputs([(7, 7), (2, 40)], (4, 1), 64, dtype)
+    cache.context_lens[0] = 3  # of its seven rows four have a negative position
+    fewer = Paged(cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start - 4, cache.context_lens)
+    fewer.query_start[0] = 0
+    assert_rounds_to(
+        run(attention, q, cache, window)[4:], exact(q[4:], fewer, window), HALF_ULPS[dtype], tolerance=2e-5
+    )
 
 
 def test_rows_that_no_sequence_has_are_left_alone() -> None:
@@ -107,26 +75,15 @@ def test_rows_that_no_sequence_has_are_left_alone() -> None:
     assert torch.equal(run(attention, padded, cache)[:3], run(attention, q, cache))
 
 
-def arguments(q: Tensor, cache: Paged, out: Tensor) -> list[Any]:
-    """What the compiled module takes, but for the workspace and the stream."""
-    (tokens, query_heads, head_dim), (pages, page_size, kv_heads, _) = q.shape, cache.k_cache.shape
-    tables = cache.block_tables
-    sizes = [len(cache.context_lens), tokens, query_heads, kv_heads, head_dim, pages, page_size]
-    caches = [cache.k_cache.data_ptr(), cache.v_cache.data_ptr()]
-    index = [tables.data_ptr(), tables.shape[1], tables.stride(0)]
-    ranges = [cache.query_start.data_ptr(), cache.context_lens.data_ptr()]
-    codes = [{FP32: 0, BF16: 1, FP16: 2}[t.dtype] for t in (q, cache.k_cache)]
-    return [*codes, *sizes, q.data_ptr(), q.stride(0), *caches, *index, *ranges, out.data_ptr(), 0.125, 0, 0.0]
-
-
 def test_the_workspace_is_exactly_what_is_asked_for() -> None:
     module = build.module("attention.cu")
     q, cache = inputs([(2, 600), (1, 300)], (4, 2), 64, BF16)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     given = arguments(q, cache, out)
     size = module.verify_attention_workspace(*given, (0, 0))
-    splits = -(-cache.block_tables.shape[1] * 16 // 256)
-    assert size == 3 * 4 * splits * (64 + 2) * 4
+    assert cache.block_tables.shape[1] * 16 == 640
+    blocks = (3 * 2 // 16 + 2) * 2
+    assert size == 3 * 4 * 3 * (64 + 2) * 4 + blocks * 4
     held = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
     module.verify_attention(*given, held.data_ptr(), size, (0, 0))
     assert torch.equal(out, run(attention, q, cache))
@@ -136,20 +93,22 @@ def test_the_workspace_is_exactly_what_is_asked_for() -> None:
             module.verify_attention(*given, data, bytes_given, (0, 0))
 
 
-@pytest.mark.parametrize(("tokens", "splits"), [(1, True), (32, True), (128, True), (4096, False)])
-def test_windows_are_split_and_prefill_is_not(tokens: int, splits: bool) -> None:
-    """Partial results of prefill would take more memory than they are worth. Only sizes are looked at."""
-    sizes = [1, tokens, 32, 8, 128, 512, 16]
-    given = [1, 1, *sizes, 16, 32 * 128, 16, 16, 16, 512, 512, 16, 16, 16, 0.1, 0, 0.0]
-    size = build.module("attention.cu").verify_attention_workspace(*given, (0, 0))
-    assert (size > 0) == splits
-    assert size <= 256 << 20
-
-
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(6, 60), (6, 264), (6, 0), (4, 5), (5, 0), (8, 0), (11, 8), (12, 8), (18, 8)],
-    ids=("width-60", "width-264", "width-0", "group", "no-kv-heads", "page-size", "k-cache", "v-cache", "out"),
+    [(6, 60), (6, 264), (6, 0), (4, 5), (5, 0), (8, 0), (11, 8), (12, 8), (14, 1 << 21), (18, 8), (22, -1)],
+    ids=(
+        "width-60",
+        "width-264",
+        "width-0",
+        "group",
+        "no-kv-heads",
+        "page-size",
+        "k-cache",
+        "v-cache",
+        "table-width",
+        "out",
+        "most-rows",
+    ),
 )
 def test_what_cannot_be_run_is_refused(position: int, value: int) -> None:
     """Before a kernel is launched: the values 8 are addresses that are no multiple of 16."""

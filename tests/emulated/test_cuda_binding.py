@@ -96,12 +96,16 @@ GPU = Situation(device="cuda", dtype=torch.bfloat16, head_dim=128)
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine that can run everything; a test takes away what it wants."""
-    it = SimpleNamespace(driver=13000, runtime=13000, devices=1, capability=(9, 0))
+    it = SimpleNamespace(driver=13000, runtime=13000, devices=1, capability=(9, 0), shared=228 << 10)
     module = SimpleNamespace(driver_version=lambda: it.driver, runtime_version=lambda: it.runtime)
+    module.verify_attention_shared = lambda dtype, head_dim: (144 if head_dim > 128 else 80) << 10
     monkeypatch.setitem(sys.modules, "pearl_kernels.cuda._cuda", module)
     monkeypatch.setattr(cuda, "_cuda", module, raising=False)  # the package's own name for it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: it.devices > 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: it.capability)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda: SimpleNamespace(shared_memory_per_multiprocessor=it.shared)
+    )
     return it
 
 
@@ -121,6 +125,34 @@ def test_operators_run_on_the_tensor_s_device_and_its_current_stream(
         assert native.where is operators.where
         assert native.scratch is workspace
         assert native.checks == Checks("cuda", cuda.DTYPES)
+
+
+def test_each_stream_has_counters_of_its_own_made_before_it_captures(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls on one stream follow each other and share; a graph must find them where they were, and zero."""
+    monkeypatch.delitem(sys.modules, "pearl_kernels.cuda.operators", raising=False)
+    operators = importlib.import_module("pearl_kernels.cuda.operators")
+    monkeypatch.delitem(sys.modules, "pearl_kernels.cuda.operators")
+    now = SimpleNamespace(device=0, stream=7, captures=False)
+    monkeypatch.setattr(operators, "where", lambda _: (now.device, now.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.captures)
+    counters, tensor = operators.StreamCounters(12), torch.empty(0)
+    first = counters(tensor)
+    assert first.tolist() == [0] * 12
+    assert first.dtype == torch.int32
+    now.captures = True
+    assert counters(tensor) is first
+    now.stream = 8
+    assert counters(tensor) is None  # zeroing them would be part of the graph
+    now.captures = False
+    second = counters(tensor)
+    assert second.data_ptr() != first.data_ptr()
+    now.device, now.stream = 1, 7
+    assert counters(tensor).data_ptr() not in (first.data_ptr(), second.data_ptr())
+    now.device = 0
+    assert counters(tensor) is first
+    assert isinstance(operators.verify_attention.__self__.counters, operators.StreamCounters)
 
 
 @pytest.mark.parametrize("op", cuda.OPERATORS)
@@ -177,6 +209,31 @@ def test_what_the_kernels_cannot_do_is_told(
     machine: SimpleNamespace, op: str, situation: Situation, reason: str | None
 ) -> None:
     assert cuda.refuses(op, situation) == reason
+
+
+@pytest.mark.parametrize(("shared", "head_dim"), [(100, 256), (100, 136), (100, 128), (164, 256), (228, 256)])
+def test_attention_is_refused_where_its_blocks_do_not_fit(machine: SimpleNamespace, shared: int, head_dim: int) -> None:
+    """Cards with 99 KiB of shared memory for a block."""
+    machine.shared = shared << 10
+    situation = Situation("cuda", torch.bfloat16, head_dim)
+    assert cuda.refuses("rope_and_cache", situation) is None
+    reason = cuda.refuses("verify_attention", situation)
+    if shared > 100 or head_dim <= 128:
+        assert reason is None
+    else:
+        assert reason == (
+            f"needs 144 KiB of shared memory for a head_dim of {head_dim} in torch.bfloat16; "
+            "a block has 99 KiB on this GPU"
+        )
+
+
+@needs_shim
+def test_the_shared_memory_that_attention_says_it_needs_is_what_its_smallest_ring_takes() -> None:
+    """Queries, and two stages of 64 keys and values; in fp32 probabilities too, and tiles of 32."""
+    needed = build.module("attention.cu").verify_attention_shared
+    for code in (1, 2):
+        assert [needed(code, width) >> 10 for width in (64, 72, 128, 256)] == [8 + 32, 16 + 64, 16 + 64, 16 + 128]
+    assert [needed(0, width) >> 10 for width in (64, 128, 256)] == [4 + 2 + 32, 8 + 2 + 64, 16 + 2 + 128]
 
 
 def test_without_the_compiled_module_the_reason_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:

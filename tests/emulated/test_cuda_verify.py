@@ -125,6 +125,20 @@ def test_cutoffs_are_the_reference_s(kind: str, cut: dict[str, Any]) -> None:
     assert accepted.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 3000}, {"top_p": 0.9}])
+def test_a_row_of_more_blocks_than_a_block_has_warps(cut: dict[str, Any]) -> None:
+    """A warp of the last block reads the lists of several, and all that counts is in those that it reads last."""
+    vocab_size = 17 * SPLIT_TILE + 5
+    logits, params = rows_of(NORMAL, 1, vocab_size), sampling(1, 0.7, **cut)
+    logits[:, 16 * SPLIT_TILE :] += 12.0
+    log_p = log_probabilities(logits, params, vocab_size)[0]
+    last = torch.where(log_p > -torch.inf, log_p, torch.inf).argmin()
+    next_one = torch.where(log_p > -torch.inf, -torch.inf, logits[0, :vocab_size]).argmax()
+    for token, holds in ((last, 1), (next_one, 0)):
+        case = one_row_each(logits, params, token[None], draft_logprobs=torch.full((1,), -100.0))
+        assert verify(**(case | {"vocab_size": vocab_size})).accepted.tolist() == [holds]
+
+
 @pytest.mark.parametrize("kind", [NORMAL, FLAT])
 def test_draws_from_many_tiles_are_the_reference_s(kind: str) -> None:
     """In nearly equal rows the noise alone decides: no token's may be passed over."""
@@ -136,6 +150,18 @@ def test_draws_from_many_tiles_are_the_reference_s(kind: str) -> None:
     for rule in ("rejection", "coupled"):
         _, next_token = verify(**(case | {"rule": rule}))
         assert torch.equal(next_token[clear], drawn[clear])
+
+
+@both_rules
+def test_draws_of_blocks_with_several_tiles_are_the_reference_s(rule: Rule) -> None:
+    """In a batch of more than 256 rows that are cut a block draws from all three tiles of its row."""
+    n, vocab_size = 257, 2 * SPLIT_TILE + 2000
+    logits, params = rows_of(NORMAL, n, vocab_size), sampling(n, 0.8, top_k=50)
+    case = one_row_each(logits, params, torch.full((n,), -1)) | {"vocab_size": vocab_size, "rule": rule}
+    clear = decided(logits, params, case["positions"], vocab_size)
+    drawn = reference.sample(logits, params, case["positions"], vocab_size).tokens
+    assert torch.equal(verify(**case).next_token[clear], drawn[clear])
+    assert set((drawn[clear] // SPLIT_TILE).tolist()) == {0, 1, 2}
 
 
 def test_the_first_of_equal_logits_wins_across_tiles() -> None:
@@ -175,12 +201,12 @@ def test_the_order_of_blocks_does_not_matter(rule: Rule, monkeypatch: pytest.Mon
 
 @both_rules
 def test_the_number_of_blocks_to_a_row_does_not_matter(rule: Rule) -> None:
-    """In a batch of more than 512 rows each row's cutoff is one block's; alone it is two blocks'."""
-    vocab_size, copies = SPLIT_TILE + 100, 130
+    """In a batch of more than 256 rows one block has all of a row; alone each of its three tiles has a block."""
+    vocab_size, copies = 2 * SPLIT_TILE + 100, 65
     few = ragged(rule, vocab_size, BF16, FP32, requests=5)
     few["params"] = mixed_sampling(5)
     n = int(few["row_start"][-1])
-    assert n * copies > 512
+    assert n * copies > 256
     rows = torch.arange(copies * n) % n
     requests = torch.arange(copies * 5) % 5
     many = few | {k: few[k][rows] for k in ("logits", "draft_tokens", "positions", "draft_logprobs", "draft_rows")}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pearl_kernels import reference
 from pearl_kernels.triton import attention as triton_attention
-from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Plan, Tile, plan, plan_merge, row_blocks
+from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Gpu, Plan, Tile, plan, plan_merge, row_blocks
 
 # Rows of a block that no sequence has see no keys; numpy, which the interpreter computes with, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
@@ -132,6 +132,16 @@ def test_any_scale_matches_reference(attention: Implementation, scale: float) ->
 )
 def test_query_and_cache_dtypes_may_differ(attention: Implementation, q_dtype: torch.dtype, dtype: torch.dtype) -> None:
     check(attention, [(5, 67), (1, 20), (0, 3)], (4, 2), 32, dtype, q_dtype=q_dtype)
+
+
+@attention
+def test_results_do_not_hang_on_the_hint_of_the_most_rows(attention: Implementation) -> None:
+    q, cache = inputs(MIXED, (8, 2), 32, torch.bfloat16, 16)
+    results = [attention(*arguments(q, cache), 0.2, 0, 0.0, most_rows) for most_rows in (0, 1, 12, 300)]
+    assert_rounds_to(results[0], exactly(q, cache, 0.2), ULPS[torch.bfloat16], tolerance=2e-5)
+    assert all(torch.equal(result, results[0]) for result in results)
+    with pytest.raises(ValueError, match=r"verify_attention: most_rows must be 0 \(unknown\) or more, not -1"):
+        attention(*arguments(q, cache), 0.2, 0, 0.0, -1)
 
 
 @attention
@@ -339,7 +349,7 @@ every_shape = pytest.mark.parametrize(("tokens", "sequences"), SHAPES)
 
 
 def planned(tokens: int, sequences: int, capacity: int, group: int = 4, dtype: torch.dtype = torch.bfloat16) -> Plan:
-    return plan(tokens, sequences, group, 8, 128, dtype, capacity, cores=132)
+    return plan(tokens, sequences, group, 8, 128, dtype, capacity, Gpu(cores=132, shared=227 * 1024))
 
 
 @every_shape
@@ -369,6 +379,16 @@ def test_splits_do_not_depend_on_the_window(sequences: int, group: int) -> None:
     assert len({(cut.splits, cut.split_keys) for cut in cuts}) == 1
     for rows, chosen in enumerate(cuts, start=1):
         assert chosen.tile.block_m >= rows * group  # keys are read once
+
+
+def test_a_hint_makes_blocks_large_enough_and_changes_no_split() -> None:
+    """Of a graph's two sequences one may be padding."""
+    for most_rows, block_m in ((0, 16), (8, 32), (1000, 32), (1, 16)):
+        gpu = Gpu(cores=132, shared=227 * 1024)
+        cut = plan(8, 2, 4, 8, 128, torch.bfloat16, 8192, gpu, most_rows)
+        plain = planned(8, 2, 8192)
+        assert (cut.splits, cut.split_keys) == (plain.splits, plain.split_keys)
+        assert cut.tile.block_m == block_m
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])

@@ -188,6 +188,9 @@ class SimulatedDrafter:
         self._accuracy, self._moody = accuracy, moody
         self.reads_history = memory is None
 
+    def waits(self, plan: DraftPlan) -> bool:
+        return False
+
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if self._memory is not None:
             self._memory.copy(plan.copies)

@@ -20,6 +20,7 @@ from pearl.messages import ForwardWork
 from pearl.methods import Autoregressive
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, InlineWorker, TargetRunner, Worker
+from pearl.workers.stopwatch import Stopwatch
 from pearl_kernels import KernelSet, Rule, select
 from pearl_kernels.registry import OPERATORS
 
@@ -38,6 +39,7 @@ class ToyRunner:
         self, page_size: int, blur: float = 0.0, kernels: KernelSet = KERNELS, dtype: torch.dtype = torch.float32
     ) -> None:
         self.kernels, self.queue, self.fused, self._dtype = kernels, QUEUE, None, dtype
+        self.stopwatch = Stopwatch(QUEUE)
         self._memory, self._blur = PagedMemory(page_size), blur
         self.batches: list[int] = []  # sequences in each forward
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from pearl.errors import ConfigurationError
+from pearl.errors import CaptureError, ConfigurationError
 from pearl.workers import HostQueue
 from pearl.workers.cuda_queue import CudaQueue
 
@@ -95,6 +96,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         "graph": lambda *args, **kwargs: made.context("graph", *args, **kwargs),
         "current_stream": lambda device: "the loading stream",
         "graph_pool_handle": lambda: "P",
+        "get_device_capability": lambda device: (9, 0),
         "get_device_properties": lambda device: type("Properties", (), {"multi_processor_count": 132}),
     }
     for name, stand_in in stand_ins.items():
@@ -132,6 +134,24 @@ def test_a_call_is_warmed_up_then_captured_then_only_replayed(machine: Machine) 
     assert machine.calls.count("call") == 2
 
 
+def test_a_capture_that_fails_is_told_from_a_call_that_fails(machine: Machine) -> None:
+    """What fails before the capture began leaves torch's allocator as it was."""
+    queue = CudaQueue("target", DEVICE)
+
+    def call(fails_at: int) -> None:
+        machine.calls.append("call")
+        if machine.calls.count("call") == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for fails_at, kind in ((1, torch.OutOfMemoryError), (2, CaptureError)):
+        machine.calls.clear()
+        with pytest.raises(kind, match="CUDA out of memory"):
+            queue.capture(partial(call, fails_at))
+    assert queue.captured == 0
+    queue.capture(lambda: None)
+    assert queue.captured == 1
+
+
 def test_intervals_are_what_the_events_say(machine: Machine) -> None:
     queue = CudaQueue("target", DEVICE)
     begin = queue.mark()
@@ -155,16 +175,27 @@ def test_a_queue_follows_a_device_by_event_and_a_host_by_waiting(machine: Machin
 
 
 def test_a_part_of_the_device_is_refused_with_the_reason(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match=r"draft_sms=132, but cuda:0 has 132 multiprocessors"):
-        CudaQueue("draft", DEVICE, sms=132)
+    for spare in (125, 132, 1000):
+        with pytest.raises(ConfigurationError, match=rf"draft_sms={spare}, but cuda:0 has 132 multiprocessors"):
+            CudaQueue("target", DEVICE, spare=spare)
     with pytest.raises(ConfigurationError, match=r"draft_sms=16 needs green contexts: .*; leave draft_sms out"):
-        CudaQueue("draft", DEVICE, sms=16)  # this torch was built without CUDA
+        CudaQueue("target", DEVICE, spare=16)  # this torch was built without CUDA
+
+
+@pytest.mark.parametrize(
+    ("capability", "spare", "confined_to"), [((9, 0), 16, 112), ((9, 0), 12, 120), ((9, 0), 13, 112), ((8, 6), 16, 116)]
+)
+def test_a_queue_leaves_at_least_what_it_is_to_spare(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], spare: int, confined_to: int
+) -> None:
+    """In the driver's steps: it would round up what is asked for."""
 
     made = Stream(machine, 0)
 
     def create(num_sms: int, device_id: int) -> Any:
-        assert (num_sms, device_id) == (16, 0)
+        assert (num_sms, device_id) == (confined_to, 0)
         return type("Context", (), {"Stream": lambda self: made})()
 
     monkeypatch.setattr(torch.cuda.green_contexts.GreenContext, "create", create)
-    assert CudaQueue("draft", DEVICE, sms=16)._stream is made
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert CudaQueue("target", DEVICE, spare=spare)._stream is made

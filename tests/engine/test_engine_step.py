@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from engine_sim import METHODS, SimulatedVerifier, drafted, request_of
 
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine, EngineStats, RoundRecord
 from pearl.engine.request import Status
 from pearl.engine.scheduler import Scheduler
 from pearl.engine.window import MeasuredRound
@@ -38,6 +39,9 @@ class FakeDrafter:
 
     def __init__(self) -> None:
         self.before: Callable[[DraftPlan], Any] = lambda plan: None
+
+    def waits(self, plan: DraftPlan) -> bool:
+        return False
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
         self.before(plan)
@@ -77,6 +81,7 @@ class Rig:
         self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
         self.window = RecordingWindow()
         self.records: list[RoundRecord] = []
+        self.prepared = 5  # before the engine was built
         self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
         self.scheduler = Scheduler(
             METHODS[method],
@@ -97,6 +102,7 @@ class Rig:
             self.window,
             self.records.append,
             draft_alone,
+            lambda: self.prepared,
         )
 
     def add(self, *ids: int, max_tokens: int = 9, length: int = 3) -> None:
@@ -334,6 +340,31 @@ def test_window_learns_from_decoding_rounds_only() -> None:
     last = rig.window.measured[0]
     assert (last.batch, last.draft_steps, last.tested, last.accepted) == (1, 2, 2, 2)
     rig.engine.close()
+
+
+def test_window_does_not_learn_from_rounds_that_prepared_something(rig: Rig) -> None:
+    """A graph that is captured, or a kernel that is compiled, takes a hundred times as long as the round."""
+    rig.add(1, max_tokens=30)
+    rig.engine.step()
+    learned = len(rig.window.measured)
+    for new in (0, 2, 0, 0, 1):
+        rig.prepared += new
+        rig.engine.step()
+        learned += new == 0
+        assert len(rig.window.measured) == learned
+        assert rig.records[-1].preparations == new
+    assert rig.engine.stats == EngineStats(rounds=6, preparations=3)
+
+
+def test_window_does_not_learn_from_rounds_with_a_preemption(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.add(1, max_tokens=30)
+    rig.engine.step()
+    schedule, learned = rig.scheduler.schedule, len(rig.window.measured)
+    for preempted in ((), (7,), (), (8, 9)):
+        monkeypatch.setattr(rig.scheduler, "schedule", lambda gone=preempted: replace(schedule(), preempted=gone))
+        rig.engine.step()
+        learned += not preempted
+        assert len(rig.window.measured) == learned
 
 
 def test_window_is_asked_for_the_batch_at_hand(rig: Rig) -> None:

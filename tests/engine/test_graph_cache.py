@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pearl.host_tensors import Array, array
 from pearl.workers import HostQueue
-from pearl.workers.graphs import Graphs, StaticInputs
+from pearl.workers.graphs import Calls, Graphs, StaticInputs
 
 CPU = torch.device("cpu")
 
@@ -33,13 +33,13 @@ def numbers(*values: int) -> dict[str, Array]:
     return {"values": array(values, torch.int64), "scale": array([2.0], torch.float32)}
 
 
-def scaled(inputs: Mapping[str, Tensor]) -> tuple[Callable[[], None], Tensor]:
+def scaled(inputs: Mapping[str, Tensor]) -> tuple[Calls, Tensor]:
     out = torch.empty(inputs["values"].shape)
 
     def call() -> None:
         torch.mul(inputs["values"], inputs["scale"], out=out)
 
-    return call, out
+    return (call,), out
 
 
 def test_a_call_is_captured_once_for_a_key_and_sees_new_values() -> None:

@@ -303,6 +303,7 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_is_filled_and_still_works() -> None:
     """On a GPU that is full but for the margin and less than all sequences want."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pearl.engine.runners import kernels_for, make_runner
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, bundled_path, load_model
 from pearl.workers import GraphRunner, HostQueue, why_not_captured
+from pearl.workers.shapes import ShapeLimits
 
 CPU = torch.device("cpu")
 ON_A_GPU = {"verify_attention": "triton", "rope_and_cache": "cuda", "sample": "triton"}
@@ -52,9 +54,9 @@ def test_on_a_cpu_nothing_is_captured(draft: Decoder, cache: KVCache) -> None:
 @pytest.mark.usefixtures("asynchronous")
 def test_forwards_are_captured_unless_eager_mode_is_asked_for(draft: Decoder, cache: KVCache) -> None:
     config = EngineConfig(device="cpu", max_num_seqs=3, window=4)
-    runner = make_runner(config, "draft", captured(draft), cache)
-    assert isinstance(runner, GraphRunner)
-    assert runner._most_rows == 16  # three requests with five rows each, and padding
+    runners = [make_runner(config, role, captured(draft), cache) for role in ("draft", "target")]
+    limits = [runner.limits for runner in runners if isinstance(runner, GraphRunner)]
+    assert limits == [ShapeLimits(4, 1, 3, 4, 16), ShapeLimits(16, 5, 3, 4, 16)]  # of the target five rows a request
     assert not isinstance(
         make_runner(replace(config, enforce_eager=True), "draft", captured(draft), cache), GraphRunner
     )
@@ -76,3 +78,25 @@ def test_each_operator_of_a_captured_call_counts(draft: Decoder, op: str) -> Non
     reason = why_not_captured(replace(kernels, providers={**kernels.providers, op: "reference"}))
     assert reason is not None
     assert reason.startswith(f"{op} runs on 'reference'")
+
+
+@pytest.mark.parametrize(
+    ("options", "draft", "target"),
+    [
+        ({}, {"urgent": True}, {"spare": None}),
+        ({"draft_sms": 16}, {"urgent": True}, {"spare": 16}),
+        ({"draft_device": "cuda:1"}, {"urgent": False}, {"spare": None}),
+    ],
+    ids=str,
+)
+def test_on_a_shared_gpu_the_draft_goes_first_and_the_target_leaves_it_a_part(
+    options: dict[str, Any], draft: dict[str, Any], target: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runners, "open_queue", lambda name, device, **how: opened.update({name: how}))
+    config = EngineConfig(device="cuda:0", **options)
+    for role in ("draft", "target"):
+        runners._queue(config, role)  # type: ignore[arg-type]
+    assert opened == {"draft": draft, "target": target}

@@ -221,5 +221,5 @@ def test_parameters_for_another_batch_are_refused(llama: Decoder) -> None:
     assert fused is not None
     work = (item(0, 0, 2, 2), item(1, 0, 2, 2))
     params = fused._batches.tensors([work[0].forward.state])
-    with pytest.raises(ValueError, match=r"parameters for 2 requests on cpu, not \('cpu', 1\)"):
+    with pytest.raises(ValueError, match=r"parameters for 2 requests on cpu, not \(device\(type='cpu'\), 1\)"):
         fused._draw(work, params)

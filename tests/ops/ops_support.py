@@ -219,6 +219,12 @@ def padded_logits(n: int, vocab_size: int, width: int, dtype: torch.dtype, poiso
     return logits
 
 
+def assert_frequencies(counts: Tensor, expected: Tensor) -> None:
+    """Draws fall on each value as often as they should, by a chi-square test."""
+    stats = pytest.importorskip("scipy.stats", reason="frequencies are judged by scipy's chi-square test")
+    assert stats.chisquare(counts, expected).pvalue > 1e-4
+
+
 def decided(
     logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
 ) -> Tensor:

@@ -74,6 +74,15 @@ def test_softcap_matches_reference(attention: Implementation, softcap: float, dt
 
 
 @attention
+def test_results_do_not_hang_on_the_hint_of_the_most_rows(attention: Implementation) -> None:
+    queries, contexts = zip(*MIXED, strict=True)
+    cache = paged(queries, contexts, 2, 64, 16, torch.float32)
+    call = (torch.randn(sum(queries), 4, 64), cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start)
+    results = [attention(*call, cache.context_lens, 0.2, 0, 0.0, most_rows) for most_rows in (0, 1, 70, 300)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@attention
 def test_query_and_cache_dtypes_may_differ(attention: Implementation) -> None:
     check(attention, MIXED, (4, 2), 64, torch.bfloat16, q_dtype=torch.float32)
     check(attention, MIXED, (4, 2), 64, torch.float32, q_dtype=torch.bfloat16)

@@ -25,6 +25,7 @@ from pearl_kernels import Situation, reference, registry
 from pearl_kernels import flash_attn as flash_adapter
 from pearl_kernels import flashinfer as flashinfer_adapter
 from pearl_kernels.flashinfer import FlashInferAttention, page_lists
+from pearl_kernels.provider import Provider
 from pearl_kernels.registry import explain, select
 
 GROUP, KV_HEADS, HEAD_DIM = 3, 2, 64
@@ -255,6 +256,32 @@ def test_what_is_missing_is_a_reason(provider: str, situation: Situation, monkey
 
     monkeypatch.setattr(importlib, "import_module", broken)
     assert reason() == f"{provider} cannot be imported: undefined symbol: _ZN3c10"
+
+
+def test_a_package_is_imported_only_if_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, and starts CUDA: not for a report of what else there is."""
+    imported: list[str] = []
+    real = importlib.import_module
+
+    def counting(name: str) -> ModuleType:
+        if name in ("flash_attn", "flashinfer"):
+            imported.append(name)
+            return module(name)  # an empty one
+        return real(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # all are installed
+    monkeypatch.setattr(importlib, "import_module", counting)
+    select(FLASH, {"verify_attention": "reference"})
+    first = Provider("first", {"verify_attention": reference.verify_attention}, lambda op, situation: None)
+    monkeypatch.setattr(registry, "PROVIDERS", (first, *registry.PROVIDERS))
+    reasons = {status.provider: status.reason for status in explain("verify_attention", FLASH)}
+    assert reasons["flash_attn"] == reasons["flashinfer"] == "first comes first"
+    assert imported == []
+    with pytest.raises(
+        ValueError, match=r"flash_attn: needs flash-attn 2\.6 or newer; .*flashinfer: flash_attn was asked"
+    ):
+        explain("verify_attention", FLASH, {"verify_attention": "flash_attn"})
+    assert imported == ["flash_attn"]
 
 
 @pytest.mark.gpu

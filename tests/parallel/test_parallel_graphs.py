@@ -6,6 +6,7 @@ The ranks are threads here, each with a recording device; rank 0 tells the other
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,6 +58,13 @@ class Told:
     def error(self) -> RankError:
         return RankError(self.lost or "nobody knows")
 
+    def give_up(self, error: BaseException) -> RankError:
+        self.lost = f"rank 0 failed: {error}"
+        return self.error()
+
+    def close(self) -> None:
+        self.lost = "closed"
+
 
 def captured(model: Decoder, device: RecordingQueue) -> Decoder:
     collective: Any = model.collective
@@ -71,7 +79,7 @@ def obeying(path: str, ranks: int, told: Told, port: int) -> Iterator[list[Futur
     """Ranks 1, 2, ... as their processes run them, until None comes."""
 
     def run(rank: int) -> RecordingQueue:
-        mine, device = replace(spec(path, ranks), rank=rank, store_port=port), RecordingQueue()
+        mine, device = replace(spec(path, ranks), rank=rank, store_port=port), RecordingQueue(late=False)
         model, cache = load_rank(mine, join(mine, open_store(port)))
         runner = GraphRunner(captured(model, device), cache, PAGE, device, most_rows=8)
         with torch.inference_mode(), device.enter("serve"):
@@ -86,7 +94,7 @@ def obeying(path: str, ranks: int, told: Told, port: int) -> Iterator[list[Futur
 @pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("llama-one-kv-head", 3)])
 def test_captured_forwards_of_all_ranks_are_those_of_the_whole_model(family: str, ranks: int, tmp_path: Path) -> None:
     path, store = save(family, tmp_path), host_store()
-    told, device = Told([queue.Queue() for _ in range(ranks - 1)]), RecordingQueue()
+    told, device = Told([queue.Queue() for _ in range(ranks - 1)]), RecordingQueue(late=False)
     whole = load(tmp_path)
     alone = ModelRunner(whole, KVCache.allocate(whole.config, PAGES, PAGE, torch.float32, CPU), PAGE, HostQueue(CPU))
     seen: list[Any] = []
@@ -129,6 +137,63 @@ def test_when_a_rank_is_lost_nccl_is_told_to_give_up(backend: str, aborted: int,
         ranks.await_loaded(group)  # type: ignore[arg-type]
     assert group.aborted == aborted
     ranks.close()
+    assert group.aborted == 2 * aborted
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> ParallelRunner:
+    """Rank 0 of one, on a recording device, after forwards that were captured."""
+    path, store, device = save("llama", tmp_path), host_store(), RecordingQueue()
+    mine = replace(spec(path, 1), store_port=store.port)
+    model, cache = load_rank(mine, join(mine, store))
+    runner = ParallelRunner(captured(model, device), cache, PAGE, device, 8, Told([]))  # type: ignore[arg-type]
+    with torch.inference_mode(), device.enter("forward"):
+        for batch in BATCHES[:3]:
+            runner.forward(batch)
+    assert len(runner._graphs) == 2
+    return runner
+
+
+@pytest.mark.parametrize("how", ["close", "exit", "failure"])
+def test_graphs_go_before_the_group_that_they_were_captured_with(
+    alone: ParallelRunner, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL waits, for ever, until the last of them is gone."""
+    ended: list[str] = []
+    graphs = [weakref.ref(graph) for graph in alone._graphs._graphs.values()]
+
+    def end(self: Told, *args: object) -> RankError:
+        assert [graph() for graph in graphs] == [None, None]
+        ended.append(how)
+        return RankError("rank 0 failed")
+
+    monkeypatch.setattr(Told, "close", end)
+    monkeypatch.setattr(Told, "give_up", end)
+    if how == "close":
+        alone.close()
+    elif how == "exit":
+        alone._at_exit()  # what the interpreter calls
+    else:
+        monkeypatch.setattr(alone.model, "forward", lambda *args: 1 / 0)
+        with pytest.raises(RankError), torch.inference_mode():
+            alone.launch({})
+    assert ended == [how]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_forward_ends_the_group_and_stays_an_interruption(
+    alone: ParallelRunner, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would be a forward ahead from then on, and every sum one of two different forwards."""
+
+    def interrupt(*args: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(alone.model, "forward", interrupt)
+    with pytest.raises(error), torch.inference_mode():
+        alone.forward(BATCHES[0])
+    with pytest.raises(RankError, match="rank 0 failed"):
+        alone.check()
 
 
 def test_what_was_computed_while_a_rank_was_lost_is_not_believed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from families import build, load
 from torch import Tensor
 
 from pearl import LLM, SamplingParams
-from pearl.errors import ConfigurationError, RankError
+from pearl.errors import ConfigurationError, EngineClosedError, RankError
 from pearl.messages import ForwardWork, SequenceState
 from pearl.models import KVCache
 from pearl.parallel import ParallelRunner, RankSpec, start_parallel
@@ -90,7 +91,14 @@ def test_every_rank_has_the_logits_of_the_whole_model(family: str, ranks: int, t
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[LLM]:
-    with LLM(target_parallel=2, dtype="float32", window=4, max_model_len=256) as llm:
+    """Built by a thread that ends: its ranks are the process's, not the thread's."""
+    built: list[LLM] = []
+    thread = threading.Thread(
+        target=lambda: built.append(LLM(target_parallel=2, dtype="float32", window=4, max_model_len=256))
+    )
+    thread.start()
+    thread.join()
+    with built[0] as llm:
         yield llm
 
 
@@ -148,10 +156,12 @@ def test_a_rank_that_dies_is_a_readable_error_and_takes_the_others_with_it() -> 
         assert llm.generate("a", params)[0].outputs[0].error is None
         pids = runner_of(llm).rank_pids
         os.kill(pids[1], signal.SIGKILL)
-        for _ in range(2):  # and stays one
-            error = llm.generate("a", params)[0].outputs[0].error
-            assert error is not None
-            assert "rank 2 of 4 ended with status -9" in error
+        error = llm.generate("a", params)[0].outputs[0].error
+        assert error is not None
+        assert "rank 2 of 4 ended with status -9" in error
+        with pytest.raises(EngineClosedError, match="rank 2 of 4 ended with status -9") as closed:
+            llm.generate("a", params)
+        assert isinstance(closed.value.__cause__, RankError)
         deadline = time.monotonic() + 10
         while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -175,19 +185,50 @@ def test_a_rank_that_cannot_load_says_why_and_nothing_is_left_running(tmp_path: 
 
 
 def test_ranks_do_not_outlive_an_engine_that_is_killed() -> None:
+    """Nor wait for its forks, which hold the pipes to them."""
     program = (
-        "import sys, time; from pearl import LLM; llm = LLM(target_parallel=2, method='autoregressive');"
-        "print(*llm.models.target.rank_pids, flush=True); time.sleep(600)"
+        "import os, time; from pearl import LLM; llm = LLM(target_parallel=2, method='autoregressive');"
+        "fork = os.fork(); fork or time.sleep(600);"
+        "print(*llm.models.target.rank_pids, fork, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as engine:
         assert engine.stdout is not None
-        pids = [int(pid) for pid in engine.stdout.readline().split()]
+        pid, fork = (int(pid) for pid in engine.stdout.readline().split())
         engine.kill()
-    assert len(pids) == 1
-    deadline = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, pids))
+    try:
+        deadline = time.monotonic() + 10
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(pid)
+        assert alive(fork)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+def test_a_forward_that_fails_here_ends_the_ranks_that_were_told_of_it(tmp_path: Path) -> None:
+    """They wait in its first collective. The reason stays, and is no riddle about ranks that lost each other."""
+    runner = start_parallel(spec(save("llama", tmp_path), 2), ["cpu"] * 2, HostQueue(CPU))
+    try:
+        with torch.inference_mode():
+            runner.forward(BATCHES[0])
+
+            def fail(*args: object) -> Tensor:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+            runner.model.forward = fail  # type: ignore[method-assign]
+            began = time.monotonic()
+            for attempt in range(2):
+                with pytest.raises(
+                    RankError, match="rank 0 of 2 failed: OutOfMemoryError: CUDA out of memory"
+                ) as found:
+                    runner.forward(BATCHES[1])
+                assert isinstance(found.value.__cause__, torch.OutOfMemoryError) == (attempt == 0)
+            with pytest.raises(RankError, match="rank 0 of 2 failed"):
+                runner.check()
+        assert not any(map(alive, runner.rank_pids))
+        assert time.monotonic() - began < 2  # without waiting whether somebody else was lost
+    finally:
+        runner.close()
 
 
 @pytest.mark.parametrize("ranks", [0, -1, "two"])
