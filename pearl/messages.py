@@ -1,4 +1,5 @@
-"""What crosses between the stages of a round. Every message is frozen; token ids are Python ints.
+"""What crosses between the stages of a round. Every message is frozen; token ids are Python ints. Those of which each
+request has one in every round are tuples, which are made three times as fast as frozen dataclasses.
 
 Notation: a request has L committed tokens and k pending ones (drafted, not yet verified), at positions
 [0, L) and [L, L + k). ``start`` is the position of a work item's first token.
@@ -30,8 +31,7 @@ class SequenceState:
     history: tuple[int, ...] | None  # committed + pending tokens; None where nothing reads them
 
 
-@dataclass(frozen=True)
-class ForwardWork:
+class ForwardWork(NamedTuple):
     """One sequence's share of a forward: compute ``tokens`` at positions [start, start + len(tokens))."""
 
     state: SequenceState
@@ -45,8 +45,7 @@ class ForwardWork:
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True)
-class DraftWork:
+class DraftWork(NamedTuple):
     """Catch up on ``forward``, then draft ``num_draft`` tokens after it (0: only catch up)."""
 
     forward: ForwardWork
@@ -107,8 +106,7 @@ class Drafted(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
-class VerifyWork:
+class VerifyWork(NamedTuple):
     """Tokens to test for one request, aligned with the logits rows of its ForwardWork.
 
     ``pending`` are tested on rows [0, k). If the forward yields one row more, the first token drafted this round
@@ -215,8 +213,7 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The verdict for one request: what was tested, how much of it holds, what follows."""
 
     tested: tuple[int, ...]

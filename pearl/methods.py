@@ -35,13 +35,13 @@ class Progress(NamedTuple):
 class Intent(NamedTuple):
     draft: bool
     verify: bool
-    bonus: bool = True  # of a verification without a draft: whether the target adds a token of its own
+    bonus: bool = True  # whether a row behind the pending tokens is judged: for a drafted token, or one of the target's
 
     def pinned(self, progress: Progress) -> Intent:
         """The same for a request whose tokens must all be drafted. Where its drafter is dry, there is no other way."""
         if self.draft or not self.verify or progress.draft_is_dry:
             return self
-        return Intent(draft=not progress.pending, verify=True, bonus=False)
+        return Intent(draft=False, verify=True, bonus=False) if progress.pending else Intent(draft=True, verify=True)
 
 
 WAIT = Intent(draft=False, verify=False)

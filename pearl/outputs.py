@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pearl.messages import TokenLogprobs
 
@@ -56,8 +56,7 @@ class RequestMetrics:
         return None if self.finished_at is None else self.finished_at - self.arrival
 
 
-@dataclass(frozen=True)
-class OutputDelta:
+class OutputDelta(NamedTuple):
     """What one engine step added to one output."""
 
     request_id: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -24,14 +25,19 @@ class SamplingBatches:
 
     def __init__(self, device: torch.device, for_draft: bool = False) -> None:
         self._device, self._for_draft = device, for_draft
-        self._key: tuple[tuple[SamplingParams, int], ...] | None = None
+        self._states: list[SequenceState] = []
+        self._key: tuple[tuple[SamplingParams, int], ...] = ()
         self._tensors: SamplingTensors | None = None
 
     def tensors(self, states: Sequence[SequenceState]) -> SamplingTensors:
         """One entry for each sequence. Must not be written to."""
-        key = tuple((state.params, state.seed) for state in states)
+        before = self._states
+        if self._tensors is not None and len(states) == len(before) and all(map(operator.is_, states, before)):
+            return self._tensors
+        key = tuple([(state.params, state.seed) for state in states])
         if self._tensors is None or key != self._key:
             self._key, self._tensors = key, self._make(states)
+        self._states = list(states)
         return self._tensors
 
     def _make(self, states: Sequence[SequenceState]) -> SamplingTensors:

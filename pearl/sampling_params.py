@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, NamedTuple, NoReturn, cast
 
 from pearl.errors import InvalidRequestError
@@ -190,7 +191,7 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         return cast(tuple[str, ...], self.stop or ())
 
-    @property
+    @cached_property
     def changes_logits(self) -> bool:
         """Whether logits depend on more than temperature and cutoffs (see ``pearl.engine.logits_processing``)."""
         return bool(

@@ -50,13 +50,13 @@ class InstantTarget:
     """In the place of ``TargetRunner``."""
 
     def __init__(self, text: Text, page_size: int, watch: Stopwatch) -> None:
-        self._text, self._page_size, self._watch = text, page_size, watch
+        self._text, self._batch, self._watch = text, _core.WorkBatch(page_size), watch
 
     def run(self, plan: TargetPlan) -> TargetOutput:
         if not plan.work:
             return TargetOutput(None)
         with self._watch.part("pack"):
-            _pack(plan.work, self._page_size)
+            self._batch.set(plan.work)
         with self._watch.part(MODELS):
             return TargetOutput(self._logits(plan.work))
 
@@ -76,13 +76,13 @@ class InstantDrafter:
     reads_history = False
 
     def __init__(self, text: Text, page_size: int, keeps_logits: bool) -> None:
-        self._text, self._page_size, self._keeps_logits = text, page_size, keeps_logits
+        self._text, self._batch, self._keeps_logits = text, _core.WorkBatch(page_size), keeps_logits
 
     def waits(self, plan: DraftPlan) -> bool:
         return False
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
-        _pack([item.forward for item in plan.work], self._page_size)
+        self._batch.set([item.forward for item in plan.work])
         windows = {item.forward.state.request_id: self._window(item) for item in plan.work if item.num_draft}
         return DraftProposal(windows, self._text.logits if self._keeps_logits else None, 1)
 
@@ -90,7 +90,3 @@ class InstantDrafter:
         words = self._text.drafted(item.forward.state.seed, item.forward.end, item.num_draft)
         rows = words if self._keeps_logits else [-1] * len(words)
         return tuple(map(Drafted, [_FIRST_WORD + word for word in words], [0.0] * len(words), rows))
-
-
-def _pack(work: Sequence[ForwardWork], page_size: int) -> None:
-    _core.WorkBatch([(item.tokens, item.start, item.num_logits, item.block_table) for item in work], page_size)

@@ -35,7 +35,11 @@ void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) 
   for (int64_t sequence = 0; sequence < first.sequences; ++sequence) drafting_.push_back(sequence);
   for (int64_t step = 0;; ++step) {
     const auto ended = [&](int64_t sequence) { return window.num_draft[sequence] <= step; };
-    drafting_.erase(std::remove_if(drafting_.begin(), drafting_.end(), ended), drafting_.end());
+    const auto end = std::remove_if(drafting_.begin(), drafting_.end(), ended);
+    if (end != drafting_.end()) {
+      drafting_.erase(end, drafting_.end());
+      gather_tables(first);
+    }
     if (drafting_.empty()) return;
     if (step > 0) decoder_.forward(next(first, window, step));
     draw(first, window, step);
@@ -68,6 +72,15 @@ void WindowDrafter::check_sequence(const DecoderBatch& first, const DraftWindow&
   for (int64_t i = 0; i < pages; ++i) check_range("a page", table[i], 0, shape.pages);
   if (window.ring_base[sequence] >= 0) {
     check_range("ring_base", window.ring_base[sequence], 0, window.ring_rows - window.ring_size + 1);
+  }
+}
+
+/// The block tables of the sequences that go on, where these are not all.
+void WindowDrafter::gather_tables(const DecoderBatch& first) {
+  tables_.clear();
+  for (const int64_t sequence : drafting_) {
+    const int32_t* table = first.block_tables + sequence * first.table_width;
+    tables_.insert(tables_.end(), table, table + first.table_width);
   }
 }
 
@@ -115,7 +128,6 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
   positions_.clear();
   slots_.clear();
   rows_.clear();
-  tables_.clear();
   contexts_.clear();
   starts_.assign(1, 0);
   for (const int64_t sequence : drafting_) {
@@ -125,7 +137,6 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
     positions_.push_back(position);
     slots_.push_back(table[position / page_size] * page_size + position % page_size);
     rows_.push_back(static_cast<int64_t>(rows_.size()));
-    tables_.insert(tables_.end(), table, table + first.table_width);
     contexts_.push_back(static_cast<int32_t>(position + 1));
     starts_.push_back(static_cast<int32_t>(rows_.size()));
   }
@@ -137,7 +148,7 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
           input_ids_.data(),
           positions_.data(),
           slots_.data(),
-          tables_.data(),
+          rows == first.sequences ? first.block_tables : tables_.data(),
           starts_.data(),
           contexts_.data(),
           rows_.data(),

@@ -37,6 +37,7 @@ class WindowDrafter {
  private:
   void check(const DecoderBatch& first, const DraftWindow& window) const;
   void check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const;
+  void gather_tables(const DecoderBatch& first);
   void draw(const DecoderBatch& first, const DraftWindow& window, int64_t step);
   void keep_logits(const DecoderBatch& first, const DraftWindow& window, int64_t row, int64_t position) const;
   DecoderBatch next(const DecoderBatch& first, const DraftWindow& window, int64_t step);

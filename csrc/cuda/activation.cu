@@ -42,8 +42,7 @@ cudaError_t launch(const SiluAndMulParams& p, cudaStream_t stream) {
   const int64_t stretches = (p.width + kStretch - 1) / kStretch;
   const dim3 grid(static_cast<unsigned>(p.rows), static_cast<unsigned>(stretches < kMaxGridY ? stretches : kMaxGridY));
   const auto kernel = vectors ? silu_and_mul_kernel<T, true> : silu_and_mul_kernel<T, false>;
-  PEARL_LAUNCH(kernel, grid, kThreads, 0, stream, p);
-  return cudaGetLastError();
+  return PEARL_LAUNCH(kernel, grid, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -35,15 +35,10 @@ cudaError_t launch(void (*kernel)(AttentionTask), AttentionTask task, const Cut&
   if (error != cudaSuccess) return error;
   task.stages = ring_stages(ring.beside, ring.stage, ring.resident, device);
   const int64_t bytes = std::max(ring.beside + task.stages * ring.stage, ring.least);
-  const void* function = reinterpret_cast<const void*>(kernel);
-  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
-  error =
-      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  error = allow_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(cut.blocks), static_cast<unsigned>(cut.strides()));
-  PEARL_LAUNCH(kernel, grid, dim3(threads), bytes, stream, task);
-  return cudaGetLastError();
+  return PEARL_LAUNCH(kernel, grid, dim3(threads), bytes, stream, task);
 }
 
 template <class T, int kWidth, int kRowTiles, int kTeams>

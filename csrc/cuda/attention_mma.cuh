@@ -104,9 +104,9 @@ __device__ __forceinline__ void load_queries(const AttentionTask& task, const Bl
 template <int kTeams>
 __device__ __forceinline__ void sync_sharers() {
   if constexpr (kTeams == 1) {
-    __syncwarp();
+    __syncwarp();  // other lanes' copies have arrived; and this tile's predecessor, copied over next, is read no more
   } else {
-    __syncthreads();
+    __syncthreads();  // the same of both teams
   }
 }
 

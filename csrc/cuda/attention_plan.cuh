@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/launch.cuh"
 #include "pearl/params.h"
 
 namespace pearl::cuda {
@@ -37,14 +38,9 @@ struct Device {
 };
 
 inline cudaError_t current_device(Device& device) {
-  int id;
-  cudaError_t error = cudaGetDevice(&id);
-  const auto get = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, id);
-  };
-  get(device.block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(device.multiprocessor_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  return error;
+  const cudaError_t error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.block_shared);
+  if (error != cudaSuccess) return error;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.multiprocessor_shared);
 }
 
 /// Tensor cores take queries and keys of the same two-byte type.

@@ -46,11 +46,11 @@ template <int kThreads, class T, class Combine>
 __device__ __forceinline__ T block_reduce(T value, T* scratch, const Combine& combine) {
   value = warp_reduce(value, combine);
   if (threadIdx.x % kWarpLanes == 0) scratch[threadIdx.x / kWarpLanes] = value;
-  __syncthreads();
+  __syncthreads();  // the warps' values are written before they are read
   value = scratch[0];
 #pragma unroll
   for (int warp = 1; warp < kThreads / kWarpLanes; ++warp) value = combine(value, scratch[warp]);
-  __syncthreads();
+  __syncthreads();  // they are read before the next call writes over them
   return value;
 }
 
@@ -76,16 +76,16 @@ __device__ __forceinline__ int32_t token_of(Wide packed) {
 
 /// Whether the calling block is the last of `expected` that get here. What the others wrote before is then visible to
 /// all its threads through __ldcg. The last one sets the counter back to zero. All threads call it; `flag` is shared
-/// memory.
+/// memory. One thread fences for its block: a fence passes on what a barrier has brought to it.
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t expected, bool* flag) {
-  __threadfence();
-  __syncthreads();
+  __syncthreads();  // all of the block's writes come before the fence; and reads of a flag before it is written again
   if (threadIdx.x == 0) {
+    __threadfence();  // what this block wrote is seen by who sees it counted
     *flag = atomicAdd(counter, 1u) + 1 == expected;
-    if (*flag) *counter = 0;
+    if (*flag) atomicExch(counter, 0u);  // a plain store would race with the others' counting
+    __threadfence();                     // what the counted blocks wrote is seen from here on
   }
-  __syncthreads();
-  __threadfence();
+  __syncthreads();  // the flag is written, and what its writer sees is seen by all, before anyone reads it
   return *flag;
 }
 

@@ -37,8 +37,7 @@ cudaError_t launch(const CopyBlocksParams& p, cudaStream_t stream) {
   const int64_t stretches = (p.page_bytes + stretch - 1) / stretch;
   const dim3 grid(static_cast<unsigned>(p.count), static_cast<unsigned>(stretches < kMaxGridY ? stretches : kMaxGridY));
   const auto kernel = copy_blocks_kernel<Unit>;
-  PEARL_LAUNCH(kernel, grid, kThreads, 0, stream, p);
-  return cudaGetLastError();
+  return PEARL_LAUNCH(kernel, grid, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -126,12 +126,10 @@ cudaError_t launch(const RmsNormParams& p, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(p.rows);
   if (vectors && p.width <= kCount * kPacks * kMaxThreads) {
     const auto kernel = norm_in_registers<T, kAdd>;
-    PEARL_LAUNCH(kernel, rows, whole_warps((p.width / kCount + kPacks - 1) / kPacks), 0, stream, p);
-  } else {
-    const auto kernel = norm_by_elements<T, kAdd>;
-    PEARL_LAUNCH(kernel, rows, whole_warps(p.width), 0, stream, p);
+    return PEARL_LAUNCH(kernel, rows, whole_warps((p.width / kCount + kPacks - 1) / kPacks), 0, stream, p);
   }
-  return cudaGetLastError();
+  const auto kernel = norm_by_elements<T, kAdd>;
+  return PEARL_LAUNCH(kernel, rows, whole_warps(p.width), 0, stream, p);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The instructions that C++ has no name for: asynchronous copies to shared memory, matrix loads and tensor core
-// products (PTX ISA, "cp.async", "ldmatrix", "mma.m16n8k16"), and the fast exponential. All need sm_80. Under the test
-// shim each has an exact emulation.
+// The instructions that C++ has no name for: asynchronous copies to shared memory, barriers of some warps, matrix loads
+// and tensor core products (PTX ISA, "cp.async", "bar.sync", "ldmatrix", "mma.m16n8k16"), and the fast exponential. All
+// need sm_80. Under the test shim each has an emulation.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -53,11 +53,20 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
 #ifdef PEARL_EMU
-  emu::async_wait(kPending);
+  emu::async_wait(kPending);  // what the copies wrote comes before what this thread reads
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
+
+/// Barrier `id`, 1 to 15, of the `threads` threads, whole warps, that come to it; __syncthreads is another barrier.
+#ifdef PEARL_EMU
+using emu::named_barrier;
+#else
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+#endif
 
 /// Two / four 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 i + j gives the address of row j of matrix i
 /// (x2: lanes 0 to 15), a multiple of 16. Lane l gets, of each matrix, elements 2 (l % 4) and 2 (l % 4) + 1 of row l /

@@ -22,7 +22,7 @@ __device__ __forceinline__ float block_sum(float x) {
   x = group_sum(x);
   if (warps == 1) return x;
   if (lane == 0) sums[warp] = x;
-  __syncthreads();
+  __syncthreads();  // the warps' sums are written before they are read
   return group_sum(lane < warps ? sums[lane] : 0.0f);
 }
 

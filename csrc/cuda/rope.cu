@@ -117,8 +117,7 @@ cudaError_t launch(const RopeAndCacheParams& p, cudaStream_t stream) {
                        aligned(kElements * sizeof(float), p.cos_sin) &&
                        (p.q_stride | p.k_stride | p.v_stride) % kElements == 0;
   const auto kernel = vectors ? rope_and_cache_kernel<T, kGroup, true> : rope_and_cache_kernel<T, kGroup, false>;
-  PEARL_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
-  return cudaGetLastError();
+  return PEARL_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
 }
 
 }  // namespace

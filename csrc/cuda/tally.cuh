@@ -68,7 +68,8 @@ struct LocateScratch {
   Found found;
 };
 
-/// The first bin at which the sum of weight_of(bin) reaches `wanted` > 0. All threads call it and get the result.
+/// The first bin at which the sum of weight_of(bin) reaches `wanted` > 0. All threads call it and get the result. A
+/// barrier lies between two calls.
 template <int kThreads, class WeightOf>
 __device__ __forceinline__ Found locate(Wide wanted, LocateScratch& scratch, const WeightOf& weight_of) {
   constexpr int kOwn = kBins / kThreads;
@@ -93,9 +94,7 @@ __device__ __forceinline__ Found locate(Wide wanted, LocateScratch& scratch, con
     scratch.found = {bin, before};
   }
   __syncthreads();  // `found` is filled before it is read
-  const Found found = scratch.found;
-  __syncthreads();  // it is read before the next call empties it, and the bins before the caller changes them
-  return found;
+  return scratch.found;
 }
 
 /// Weight of the bins below `end`.

@@ -41,19 +41,17 @@ bool can_run(const VerifyParams& p) {
 template <Stage kStage>
 cudaError_t launch_passes(const Plan& plan, int splits, int slots, cudaStream_t stream) {
   const auto statistics = verify_statistics<kStage>;
-  PEARL_LAUNCH(statistics, dim3(plan.tiles, slots), dim3(kStatisticsThreads), 0, stream, plan);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  PEARL_LAUNCH(verify_cutoff, dim3(splits, slots), dim3(kCutoffThreads), 0, stream, plan, kStage);
-  return cudaGetLastError();
+  const cudaError_t error =
+      PEARL_LAUNCH(statistics, dim3(plan.tiles, slots), dim3(kStatisticsThreads), 0, stream, plan);
+  if (error != cudaSuccess) return error;
+  return PEARL_LAUNCH(verify_cutoff, dim3(splits, slots), dim3(kCutoffThreads), 0, stream, plan, kStage);
 }
 
 cudaError_t launch_draws(const Plan& plan, cudaStream_t stream) {
   if (plan.p.rule == Rule::kCoupled) {
-    PEARL_LAUNCH(verify_draw_coupled, dim3(plan.draw_blocks, plan.rows), dim3(kDrawThreads), 0, stream, plan);
-  } else {
-    PEARL_LAUNCH(verify_draw_rejected, dim3(plan.draw_blocks, plan.requests), dim3(kDrawThreads), 0, stream, plan);
+    return PEARL_LAUNCH(verify_draw_coupled, dim3(plan.draw_blocks, plan.rows), dim3(kDrawThreads), 0, stream, plan);
   }
-  return cudaGetLastError();
+  return PEARL_LAUNCH(verify_draw_rejected, dim3(plan.draw_blocks, plan.requests), dim3(kDrawThreads), 0, stream, plan);
 }
 
 /// No request has a row.

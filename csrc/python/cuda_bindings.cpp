@@ -21,14 +21,41 @@ namespace {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 using Where = std::pair<int, Address>;  // device number, stream
 
+/// A call's error becomes an exception, and is not left for others to find.
 void require(cudaError_t error, const std::string& op) {
   if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());
   const std::string words = op + ": CUDA error: " + cudaGetErrorString(error);
   if (error == cudaErrorInvalidValue) throw std::invalid_argument(words + "; the kernel cannot take these arguments");
   throw std::runtime_error(words);
 }
 
-/// Makes a device current for as long as it lives.
+/// cuDevicePrimaryCtxGetState, without linking the driver, which may not be there; null if it is not.
+using ContextState = int (*)(int device, unsigned* flags, int* active);
+ContextState find_context_state() {
+  const char* const name = "cuDevicePrimaryCtxGetState";
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 7000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<ContextState>(found)
+                                                                       : nullptr;
+}
+
+/// Whether the process has used a device. Making another one current would create its context: hundreds of MB there.
+bool is_used(int device) {
+  static const ContextState state = find_context_state();
+  unsigned flags = 0;
+  int active = 0;
+  return state == nullptr || state(device, &flags, &active) != 0 || active != 0;
+}
+
+/// Makes a device current for as long as it lives. A thread whose own is the first only because it has chosen none, and
+/// that nobody has used, keeps the device, as with torch's guards.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const std::string& op) {
@@ -39,7 +66,8 @@ class DeviceGuard {
   }
   DeviceGuard(const DeviceGuard&) = delete;
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (!changed_ || !is_used(before_)) return;
+    if (cudaSetDevice(before_) != cudaSuccess) static_cast<void>(cudaGetLastError());
   }
 
  private:

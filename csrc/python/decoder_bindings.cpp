@@ -142,7 +142,7 @@ void bind_decoder(py::module_& m) {
   py::class_<BatchArgument, pearl::DecoderBatch>(m, "Batch")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address,
                     Address>());
-  py::class_<WorkBatch, pearl::DecoderBatch>(m, "WorkBatch").def(py::init<const py::list&, int64_t>());
+  py::class_<WorkBatch, pearl::DecoderBatch>(m, "WorkBatch").def(py::init<int64_t>()).def("set", &WorkBatch::set);
   py::class_<pearl::Decoder>(m, "Decoder")
       .def(py::init(&make_decoder))
       .def("forward", &forward, py::call_guard<py::gil_scoped_release>());

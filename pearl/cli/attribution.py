@@ -26,7 +26,7 @@ class Attribution:
         """(piece, drafted) for each stretch of equal origin; the pieces join to ``chunk.text``."""
         for token, drafted in zip(chunk.token_ids, chunk.drafted, strict=True):
             self._last = drafted
-            if length := len(self._detokenizer.feed(token)):
+            if length := len(self._detokenizer.feed((token,))):
                 self._append(length, drafted)
         text = chunk.text
         while text:

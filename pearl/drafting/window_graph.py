@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -45,8 +44,8 @@ def divide(work: Sequence[DraftWork]) -> tuple[tuple[DraftWork, ...], tuple[Draf
             on_host.append(item)
             continue
         if len(forward.tokens) > _CATCH_UP:
-            on_host.append(DraftWork(replace(forward, tokens=forward.tokens[:-1], num_logits=0), 0))
-            item = DraftWork(replace(forward, tokens=forward.tokens[-1:], start=forward.end - 1), item.num_draft)
+            on_host.append(DraftWork(forward._replace(tokens=forward.tokens[:-1], num_logits=0), 0))
+            item = DraftWork(forward._replace(tokens=forward.tokens[-1:], start=forward.end - 1), item.num_draft)
         on_device.append(item)
     return tuple(on_host), tuple(on_device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pearl.drafting import Drafter
@@ -144,7 +144,7 @@ class Engine:
         self._broken = _CUT_IN_TWO
         target = {work.state.request_id: work for work in plan.target.work}
         draft = {work.forward.state.request_id: work for work in plan.draft.work}
-        for request_id in target.keys() | draft.keys() | result.decisions.keys():
+        for request_id in target | draft:
             try:
                 request, decision = self.scheduler.requests[request_id], result.decisions.get(request_id)
                 committed = self.scheduler.update(request, target.get(request_id), draft.get(request_id), result)
@@ -198,20 +198,18 @@ class Engine:
         self._draft_worker.rest()
         return proposal
 
-    def _output(self, request: Request, committed: Sequence[int], decision: Decision) -> OutputDelta:
+    def _output(self, request: Request, committed: tuple[int, ...], decision: Decision) -> OutputDelta:
         """Turn committed tokens into the caller's output, cut at its end."""
-        accepted = request.output.accept(committed)
-        tokens = tuple(committed[: accepted.kept])
+        kept, text, finish_reason = request.output.accept(committed)
         metrics = request.metrics
-        request.count(decision, len(tokens))
-        now = time.monotonic()
+        request.count(decision, kept)
         if metrics.first_token_at is None:
-            metrics.first_token_at = now
-        drafted = tuple(index < decision.accepted for index in range(len(tokens)))
-        logprobs = None if decision.logprobs is None else decision.logprobs[: len(tokens)]
-        delta = OutputDelta(request.id, tokens, drafted, accepted.text, logprobs, accepted.finish_reason, metrics)
-        if accepted.finish_reason is not None:
-            metrics.finished_at = now
+            metrics.first_token_at = time.monotonic()
+        drafted = ((True,) * decision.accepted + (False,))[:kept]  # one at most, the last, is the target's own
+        logprobs = None if decision.logprobs is None else decision.logprobs[:kept]
+        delta = OutputDelta(request.id, committed[:kept], drafted, text, logprobs, finish_reason, metrics)
+        if finish_reason is not None:
+            metrics.finished_at = time.monotonic()
             self.scheduler.finish(request.id)
         return delta
 

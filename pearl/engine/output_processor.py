@@ -50,22 +50,41 @@ class OutputProcessor:
 
     def accept(self, tokens: Sequence[int]) -> Accepted:
         """Take newly committed tokens, in order. Must not be called again after it gave a finish_reason."""
-        text: list[str] = []
-        for index, token in enumerate(tokens):
+        kept, reason = self._end(tokens)
+        shown = tokens[: kept - 1 if reason == "stop" else kept]
+        if self._stop_strings:
+            return self._search(shown, kept, reason)
+        self._count += kept
+        text = self._detokenizer.feed(shown)
+        return Accepted(kept, text if reason is None else text + self._detokenizer.flush(), reason)
+
+    def _end(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None]:
+        """How many of the tokens belong to the output, and why no more: a stop string may still end it before."""
+        left = self._max_tokens - self._count
+        if not self._ending_ids.isdisjoint(tokens):
+            exempt = self._min_tokens - self._count
+            for index, token in enumerate(tokens[:left]):
+                if token in self._ending_ids and index >= exempt:
+                    return index + 1, "stop"
+        return (left, "length") if left <= len(tokens) else (len(tokens), None)
+
+    def _search(self, shown: Sequence[int], kept: int, reason: FinishReason | None) -> Accepted:
+        """Give out what no stop string can begin in; token by token, so that the first stop string ends the output."""
+        text = ""
+        for index, token in enumerate(shown):
             self._count += 1
-            if token in self._ending_ids and self._count > self._min_tokens:
-                return Accepted(index + 1, "".join(text) + self._close()[0], "stop")
             mark = self._marks.get(token)
-            self._held += self._detokenizer.feed(token) if mark is None else self._detokenizer.flush() + mark
+            self._held += self._detokenizer.feed((token,)) if mark is None else self._detokenizer.flush() + mark
             if self._count <= self._min_tokens:
                 self._exempt = len(self._held)
             elif (found := self._find_stop()) is not None:
-                return Accepted(index + 1, "".join(text) + self._give_out(found), "stop")
-            if self._count >= self._max_tokens:
-                rest, stopped = self._close()
-                return Accepted(index + 1, "".join(text) + rest, "stop" if stopped else "length")
-            text.append(self._give_out(len(self._held) - self._longest_stop_prefix()))
-        return Accepted(len(tokens), "".join(text), None)
+                return Accepted(index + 1, text + self._give_out(found), "stop")
+            text += self._give_out(len(self._held) - self._longest_stop_prefix())
+        if reason is None:
+            return Accepted(kept, text, None)
+        self._count += kept - len(shown)
+        rest, stopped = self._close()
+        return Accepted(kept, text + rest, "stop" if stopped else reason)
 
     def _close(self) -> tuple[str, bool]:
         """The text still held, cut at a stop string that its last bytes complete; and whether there was one."""

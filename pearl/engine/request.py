@@ -43,6 +43,7 @@ class Request:
     draft_computed: int = 0
     draft_is_dry: bool = False
     run_length: int = field(default=0, repr=False)  # accepted tokens of the run in progress
+    _state: SequenceState | None = field(default=None, repr=False)  # without a history, of the lane that it has
 
     @property
     def length(self) -> int:
@@ -54,7 +55,7 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        return self.max_tokens - self.num_output
+        return self.max_tokens + self.prompt_length - len(self.tokens)
 
     def start_running(self, lane: int, target_cached: int, draft_cached: int) -> None:
         self.status, self.lane = Status.RUNNING, lane
@@ -70,7 +71,13 @@ class Request:
         self.metrics.preemptions += 1
 
     def state(self, with_history: bool) -> SequenceState:
-        history = (*self.tokens, *(drafted.token for drafted in self.pending)) if with_history else None
+        if with_history:
+            return self._make_state(self.token_range(0, len(self.tokens) + len(self.pending)))
+        if self._state is None or self._state.lane != self.lane:
+            self._state = self._make_state(None)
+        return self._state
+
+    def _make_state(self, history: tuple[int, ...] | None) -> SequenceState:
         return SequenceState(self.id, self.lane, self.params, self.seed, self.prompt_length, history)
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
@@ -78,7 +85,7 @@ class Request:
         length = len(self.tokens)
         if end <= length:
             return tuple(self.tokens[start:end])
-        tail = (drafted.token for drafted in self.pending[max(0, start - length) : end - length])
+        tail = [drafted.token for drafted in self.pending[max(0, start - length) : end - length]]
         return (*self.tokens[start:length], *tail)
 
     def apply(
@@ -93,29 +100,29 @@ class Request:
         Returns the newly committed tokens. Rollback happens here and is only this: ``*_computed`` never covers a
         token that was rejected.
         """
-        length, pending = len(self.tokens), self.pending
-        self.metrics.rounds += 1
+        length, pending, metrics = len(self.tokens), self.pending, self.metrics
+        metrics.rounds += 1
         if target is not None:
             self.target_computed = target.end
-            self.metrics.target_forwards += 1
+            metrics.target_forwards += 1
         if draft is not None:
-            self.metrics.drafted += len(window)
+            metrics.drafted += len(window)
             if draft.forward.tokens:  # a drafter without KV computes nothing
                 # The window's last token is not computed; after an empty window neither is the token before it, so
                 # that the next draft has something to start from.
                 self.draft_computed = draft.forward.end + (len(window) - 1 if draft.num_draft else 0)
-                self.metrics.draft_forwards += max(1, len(window))
+                metrics.draft_forwards += len(window) or 1
         if decision is None:
             if draft is not None and draft.num_draft:
                 self.pending, self.draft_is_dry = (*pending, *window), not window
             return ()
-        committed = decision.committed
+        committed, rejected = decision.committed, decision.rejected
         self.draft_is_dry = False
-        self.target_computed = min(self.target_computed, length + min(decision.accepted, len(pending)))
-        if decision.rejected:
+        self.target_computed = min(self.target_computed, length + decision.accepted, length + len(pending))
+        if rejected:
             self.draft_computed = min(self.draft_computed, length + decision.accepted)
         # Where the first drafted token was tested and held, the rest of its window is pending now.
-        continues = not decision.rejected and decision.next_token is None
+        continues = not rejected and decision.next_token is None
         self.pending = window[1:] if continues else ()
         self.tokens.extend(committed)
         return committed
@@ -123,12 +130,12 @@ class Request:
     def count(self, decision: Decision, kept: int) -> None:
         """Add to the metrics what of a verdict is returned: its first ``kept`` committed tokens."""
         metrics = self.metrics
-        accepted = min(decision.accepted, kept)
+        accepted, tested = min(decision.accepted, kept), len(decision.tested)
         metrics.output_tokens += kept
-        metrics.tested += min(kept, len(decision.tested))
+        metrics.tested += min(kept, tested)
         metrics.accepted += accepted
         self.run_length += accepted
-        if kept > accepted and decision.tested:  # a correction or a bonus token
+        if kept > accepted and tested:  # a correction or a bonus token
             metrics.runs += 1
             self.run_length = 0
 

@@ -7,6 +7,7 @@ that has caught up takes part in the round as its decoding method wants. Rejecti
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from pearl.engine.request import Request, Status
 from pearl.errors import InvalidRequestError, QueueFullError
@@ -126,78 +127,91 @@ class Scheduler:
         intents = METHODS[pace.mode].intents(progress)
         if pinned:
             intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(batch, intents, progress, strict=True)]
-        # Decoding rows are never held back by prompts; prompts share what is left of the budget, at least a page.
+        lag = [self._lags(request) for request in batch]
+        if any(lag):
+            self._share_budget(plan, batch)
+        for request, intent, window, lags in zip(batch, intents, pace.windows, lag, strict=True):
+            if request.lane >= 0:  # it may have been preempted for an earlier one
+                self._plan_request(plan, request, intent, window, lags)
+        return plan
+
+    def _share_budget(self, plan: _Round, batch: Sequence[Request]) -> None:
+        """Decoding rows are never held back by prompts; prompts share what is left of the budget, at least a page."""
         target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
         draft_rows = sum(not _draft_lags(r) for r in batch)
         plan.target_budget = max(plan.target_budget - target_rows, self.target_kv.page_size)
         plan.draft_budget = max(plan.draft_budget - draft_rows, self.target_kv.page_size)
-        for request, intent, window in zip(batch, intents, pace.windows, strict=True):
-            if request.status is Status.RUNNING:  # it may have been preempted for an earlier one
-                self._plan_request(plan, request, intent, window)
-        return plan
 
-    def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int) -> None:
-        k = len(request.pending)
-        num_draft = min(window, request.remaining - k) if intent.draft else 0
+    def _lags(self, request: Request) -> bool:
+        """Whether a model still computes the prompt; otherwise both are ready for whatever the method wants."""
+        return _target_lags(request) or (self.draft_kv is not None and _draft_lags(request))
+
+    def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int, lags: bool) -> None:
+        length, k, remaining = len(request.tokens), len(request.pending), request.remaining
+        num_draft = min(window, remaining - k) if intent.draft else 0
         # Rows the target judges: the pending tokens and one more, never past max_tokens.
-        rows = min(k + 1, request.remaining) if intent.verify or (intent.draft and not num_draft) else 0
-        if not intent.bonus:
-            rows = min(rows, k)
-        target_end = request.length + rows - 1 if rows else request.target_computed
-        draft_end = request.length + k if num_draft and self.draft_kv else request.draft_computed
-        target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed
-        target_ready = target_lag <= max(plan.target_budget, k + 1)
-        draft_ready = draft_lag <= max(plan.draft_budget, 2)
-        if not (target_ready and draft_ready):
-            # One model still computes the prompt. The other waits when it is done: then every token is decided in
-            # the same way however the prompts were cut, and a seeded output does not depend on the batch.
+        rows = min(k + intent.bonus, remaining) if intent.verify or (intent.draft and not num_draft) else 0
+        target_end = length + rows - 1 if rows else request.target_computed
+        draft_end = length + k if num_draft and self.draft_kv else request.draft_computed
+        if lags and (chunks := self._chunks(plan, request, target_end, draft_end)):
             rows = num_draft = 0
-            chunk = 0 if target_ready else max(0, plan.target_budget)
-            # Never into the last committed token or the pending ones: those are computed only to be judged.
-            target_end = min(request.target_computed + chunk, request.length - 1)
-            draft_end = request.draft_computed + (0 if draft_ready else max(0, plan.draft_budget))
-        if self._reserve(plan, request, target_end, draft_end + max(0, num_draft - 1)):
+            target_end, draft_end = chunks
+        if self._reserve(plan, request, target_end, draft_end + num_draft - 1 if num_draft else draft_end):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
+            if lags:
+                plan.target_budget -= target_end - request.target_computed if _target_lags(request) else 0
+                plan.draft_budget -= draft_end - request.draft_computed if _draft_lags(request) else 0
+
+    @staticmethod
+    def _chunks(plan: _Round, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
+        """Where both forwards end instead, if a model cannot come as far as the method wants; None if both can.
+
+        One model still computes the prompt. The other waits when it is done: then every token is decided in the same
+        way however the prompts were cut, and a seeded output does not depend on the batch.
+        """
+        target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed
+        target_ready = target_lag <= max(plan.target_budget, len(request.pending) + 1)
+        draft_ready = draft_lag <= max(plan.draft_budget, 2)
+        if target_ready and draft_ready:
+            return None
+        target_chunk = 0 if target_ready else max(0, plan.target_budget)
+        draft_chunk = 0 if draft_ready else max(0, plan.draft_budget)
+        # Never into the last committed token or the pending ones: the target computes those only to judge them.
+        return min(request.target_computed + target_chunk, request.length - 1), request.draft_computed + draft_chunk
 
     def _reserve(self, plan: _Round, request: Request, target_end: int, draft_end: int) -> bool:
         """Reserve pages for both models, preempting later requests as needed; False: the request itself had to go."""
-        target_copies = self._reserve_in(self.target_kv, plan, request, request.target_computed, target_end)
-        draft_copies = self._reserve_in(self.draft_kv, plan, request, request.draft_computed, draft_end)
-        if request.status is not Status.RUNNING:
-            return False
-        plan.target_copies.extend(target_copies)
-        plan.draft_copies.extend(draft_copies)
-        return True
-
-    def _reserve_in(
-        self, kv: KVCacheManager | None, plan: _Round, request: Request, start: int, end: int
-    ) -> tuple[PageCopy, ...]:
-        while kv is not None and end > start and request.status is Status.RUNNING:
-            try:
-                return kv.reserve(request.id, end, start)
+        target_copies: tuple[PageCopy, ...] = ()
+        draft_copies: tuple[PageCopy, ...] = ()
+        while request.lane >= 0:
+            try:  # what was reserved before a preemption is reserved again at once, with nothing more to copy
+                if target_end > request.target_computed:
+                    target_copies += self.target_kv.reserve(request.id, target_end, request.target_computed)
+                if self.draft_kv is not None and draft_end > request.draft_computed:
+                    draft_copies += self.draft_kv.reserve(request.id, draft_end, request.draft_computed)
             except OutOfPages:
                 victim = self.running[-1]  # not planned yet in this round, or the request itself
                 self._preempt(victim)
                 plan.preempted.append(victim.id)
-        return ()
+            else:
+                plan.target_copies += target_copies
+                plan.draft_copies += draft_copies
+                return True
+        return False
 
     def _emit(self, plan: _Round, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int) -> None:
         state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)
-        if target_end > request.target_computed:
-            tokens = request.token_range(request.target_computed, target_end)
+        start = request.target_computed
+        if target_end > start:
             table = self.target_kv.block_table(request.id)
-            plan.target.append(ForwardWork(state, tokens, request.target_computed, rows, table))
-            if _target_lags(request):
-                plan.target_budget -= len(tokens)
+            plan.target.append(ForwardWork(state, request.token_range(start, target_end), start, rows, table))
         if rows:
-            plan.verify.append(VerifyWork(request.id, request.pending, request.length))
-        if num_draft or draft_end > request.draft_computed:
-            tokens = request.token_range(request.draft_computed, draft_end)
-            draft_table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
-            forward = ForwardWork(state, tokens, request.draft_computed, 1 if num_draft else 0, draft_table)
-            plan.draft.append(DraftWork(forward, num_draft))
-            if _draft_lags(request):
-                plan.draft_budget -= len(tokens)
+            plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens)))
+        start = request.draft_computed
+        if num_draft or draft_end > start:
+            table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
+            tokens = request.token_range(start, draft_end)
+            plan.draft.append(DraftWork(ForwardWork(state, tokens, start, 1 if num_draft else 0, table), num_draft))
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:
@@ -227,17 +241,13 @@ class Scheduler:
         self, request: Request, target: ForwardWork | None, draft: DraftWork | None, result: VerifyResult
     ) -> tuple[int, ...]:
         """Commit and roll back what a round did for one request. Returns its newly committed tokens."""
-        window, decision = result.windows.get(request.id, ()), result.decisions.get(request.id)
+        request_id = request.id
+        window, decision = result.windows.get(request_id, ()), result.decisions.get(request_id)
         committed = request.apply(target, draft, window, decision)
-        self._roll_back(request)
+        self.target_kv.settle(request_id, request.tokens, request.target_computed)
+        if self.draft_kv is not None:
+            self.draft_kv.settle(request_id, request.tokens, request.draft_computed)
         return committed
-
-    def _roll_back(self, request: Request) -> None:
-        self.target_kv.truncate(request.id, request.target_computed)
-        self.target_kv.commit(request.id, request.tokens, request.target_computed)
-        if self.draft_kv:
-            self.draft_kv.truncate(request.id, request.draft_computed)
-            self.draft_kv.commit(request.id, request.tokens, request.draft_computed)
 
     def finish(self, request_id: int) -> Request:
         """Remove a request in any state (finished, aborted, failed) and free what it holds."""

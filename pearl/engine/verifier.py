@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """One request's logits rows [begin, end) and what is tested on each; a last _BONUS is drawn, not tested."""
 
     work: VerifyWork
@@ -65,7 +65,7 @@ class _Rows:
 
     @property
     def tested(self) -> tuple[int, ...]:
-        return tuple(d.token for d in self.tokens if d is not _BONUS)
+        return tuple([d.token for d in self.tokens if d is not _BONUS])
 
 
 class Verifier:
@@ -261,9 +261,9 @@ class Verifier:
         decision = Decision(rows.tested, accepted, next_token if next_token >= 0 else None, None)
         committed = decision.committed
         if _OF_NO_DISTRIBUTION in committed and (error := self._nothing_to_draw(logits, rows, committed)):
-            return replace(decision, error=error)
+            return decision._replace(error=error)
         asked = logprobs.get(rows.begin)
-        return decision if asked is None else replace(decision, logprobs=tuple(asked[: len(committed)]))
+        return decision if asked is None else decision._replace(logprobs=tuple(asked[: len(committed)]))
 
     @torch.inference_mode()
     def _nothing_to_draw(self, logits: Tensor, rows: _Rows, committed: Sequence[int]) -> str | None:

@@ -36,12 +36,16 @@ class CacheStats:
 class _SequencePages:
     """What one sequence holds.
 
-    Invariant: ``prefix[i]`` is the key of the tokens that page i holds for this sequence, for i in [0, len(prefix)),
-    len(prefix) <= len(pages). The page carries that key itself unless another page was cached under it first.
+    Invariants:
+    * ``prefix[i]`` is the key of the tokens that page i holds for this sequence, for i in [0, len(prefix)),
+      len(prefix) <= len(pages). The page carries that key itself unless another page was cached under it first.
+    * pages [own_from, len(pages)) are held by this sequence alone, and not cached: they may be written to as they are.
+      There may be more of these before them.
     """
 
     pages: list[int] = field(default_factory=list)
     prefix: list[PrefixKey] = field(default_factory=list)
+    own_from: int = 0
     block_table: tuple[int, ...] | None = None  # tuple(pages), made when asked for
 
 
@@ -52,10 +56,14 @@ class KVCacheManager:
     ``seq_id`` raises KeyError.
     """
 
-    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
-        """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1."""
-        self._pool = PagePool(num_pages, page_size)
-        self._prefix_caching = prefix_caching
+    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True, lookahead: int = 64) -> None:
+        """``page_size`` is in tokens. Raises ValueError unless both numbers are at least 1.
+
+        ``lookahead``: a sequence that needs a page takes one more for each so many that it has. Each time that its
+        pages change there is a new block table, which costs O(context): so a long sequence's change seldom.
+        """
+        self._pool, self._page_size = PagePool(num_pages, page_size), page_size
+        self._prefix_caching, self._lookahead = prefix_caching, lookahead
         self._sequences: dict[int, _SequencePages] = {}
         self._queried_tokens = self._hit_tokens = self._page_copies = 0
 
@@ -66,7 +74,7 @@ class KVCacheManager:
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return self._pool.page_size
+        return self._page_size
 
     @property
     def num_free_pages(self) -> int:
@@ -91,7 +99,7 @@ class KVCacheManager:
 
     def capacity_tokens(self, seq_id: int) -> int:
         """How many tokens the sequence's pages can hold."""
-        return len(self._sequences[seq_id].pages) * self.page_size
+        return len(self._sequences[seq_id].pages) * self._page_size
 
     def begin(self, seq_id: int, tokens: Sequence[int]) -> int:
         """Register a sequence with the pages of its longest cached prefix.
@@ -103,14 +111,15 @@ class KVCacheManager:
         self._register(seq_id, sequence)
         if self._prefix_caching:
             self._attach_cached(sequence, tokens)
-        num_cached = len(sequence.pages) * self.page_size
+        sequence.own_from = len(sequence.pages)
+        num_cached = len(sequence.pages) * self._page_size
         self._queried_tokens += len(tokens)
         self._hit_tokens += num_cached
         return num_cached
 
     def _attach_cached(self, sequence: _SequencePages, tokens: Sequence[int]) -> None:
         parent = None
-        for index in range((len(tokens) - 1) // self.page_size):
+        for index in range((len(tokens) - 1) // self._page_size):
             found = self._pool.lookup(self._key(parent, tokens, index))
             if found is None:
                 return
@@ -125,7 +134,9 @@ class KVCacheManager:
         Raises ValueError if the child's id exists.
         """
         parent = self._sequences[parent_id]
-        self._register(child_id, _SequencePages(parent.pages.copy(), parent.prefix.copy(), parent.block_table))
+        parent.own_from = len(parent.pages)
+        child = _SequencePages(parent.pages.copy(), parent.prefix.copy(), parent.own_from, parent.block_table)
+        self._register(child_id, child)
         for page in parent.pages:
             self._pool.retain(page)
 
@@ -143,8 +154,8 @@ class KVCacheManager:
     def reserve(self, seq_id: int, num_tokens: int, write_from: int) -> tuple[PageCopy, ...]:
         """Make positions [write_from, num_tokens) ready to be written, and keep [0, write_from) readable.
 
-        Afterwards there are pages for [0, num_tokens), and each page with a position to be written is held by this
-        sequence alone and not cached. The KV at positions >= write_from counts as invalid from here on.
+        Afterwards there are pages for [0, num_tokens), or more, and each page with a position to be written is held by
+        this sequence alone and not cached. The KV at positions >= write_from counts as invalid from here on.
 
         Returns the copies to perform before anything is written. Copies of several calls are right in the order of
         the calls; if no sequence was freed, truncated or forked in between, no destination is a source or a
@@ -155,7 +166,10 @@ class KVCacheManager:
         if not 0 <= write_from <= num_tokens:
             raise ValueError(f"positions [{write_from}, {num_tokens}) cannot be reserved")
         sequence = self._sequences[seq_id]
-        pages = sequence.pages
+        pages, first = sequence.pages, write_from // self._page_size
+        if sequence.own_from <= first and num_tokens <= len(pages) * self._page_size:  # most often
+            del sequence.prefix[first:]
+            return ()
         missing, written, shared = self._plan(pages, num_tokens, write_from)
         needed = missing + len(shared)
         if needed > self.num_free_pages:
@@ -168,9 +182,12 @@ class KVCacheManager:
                 self._pool.uncache(pages[index])
         copies = self._own(pages, shared, write_from) if shared else ()
         if needed:
-            pages += [self._pool.allocate() for _ in range(missing)]
+            wanted = missing + self._ahead(len(pages), missing) if missing else 0
+            pages += [self._pool.allocate() for _ in range(wanted)]
             sequence.block_table = None
-        del sequence.prefix[write_from // self.page_size :]
+        if written.stop >= sequence.own_from:
+            sequence.own_from = min(sequence.own_from, written.start)
+        del sequence.prefix[first:]
         return copies
 
     def _plan(self, pages: list[int], num_tokens: int, write_from: int) -> tuple[int, range, list[int]]:
@@ -178,8 +195,13 @@ class KVCacheManager:
         have such a position; those of them that are shared, each of which needs a page of its own.
         """
         wanted, held = self._num_pages_for(num_tokens), len(pages)
-        written = range(write_from // self.page_size, min(held, wanted)) if write_from < num_tokens else range(0)
+        written = range(write_from // self._page_size, min(held, wanted)) if write_from < num_tokens else range(0)
         return max(0, wanted - held), written, [i for i in written if self._pool.is_shared(pages[i])]
+
+    def _ahead(self, held: int, missing: int) -> int:
+        """How many pages to take before they are needed; none that would make pages scarce."""
+        plenty = self.num_free_pages - missing - len(self._sequences)
+        return max(0, min((held + missing) // self._lookahead, plenty))
 
     def _own(self, pages: list[int], shared: list[int], write_from: int) -> tuple[PageCopy, ...]:
         copies = []
@@ -187,7 +209,7 @@ class KVCacheManager:
             page = pages[index]
             pages[index] = self._pool.allocate()
             self._pool.release(page)
-            if index * self.page_size < write_from:  # later pages hold nothing that is still valid
+            if index * self._page_size < write_from:  # later pages hold nothing that is still valid
                 copies.append(PageCopy(page, pages[index]))
         self._page_copies += len(copies)
         return tuple(copies)
@@ -200,21 +222,22 @@ class KVCacheManager:
         than there are pages for, or if a page that is cached already was overwritten without ``reserve``.
         """
         sequence = self._sequences[seq_id]
-        if num_computed > len(sequence.pages) * self.page_size:
+        if num_computed > len(sequence.pages) * self._page_size:
             raise ValueError(
-                f"sequence {seq_id} has pages for {len(sequence.pages) * self.page_size} tokens, "
+                f"sequence {seq_id} has pages for {len(sequence.pages) * self._page_size} tokens, "
                 f"so {num_computed} cannot be computed"
             )
         if not self._prefix_caching:
             return
         prefix = sequence.prefix
-        for index in range(len(prefix), min(len(tokens), num_computed) // self.page_size):
+        for index in range(len(prefix), min(len(tokens), num_computed) // self._page_size):
             key = self._key(prefix[-1] if prefix else None, tokens, index)
             prefix.append(self._pool.cache(sequence.pages[index], key))
+            sequence.own_from = max(sequence.own_from, index + 1)
 
     def _key(self, parent: PrefixKey | None, tokens: Sequence[int], index: int) -> PrefixKey:
-        start = index * self.page_size
-        return PrefixKey(parent, tuple(tokens[start : start + self.page_size]))
+        start = index * self._page_size
+        return PrefixKey(parent, tuple(tokens[start : start + self._page_size]))
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         """Roll back: KV at positions >= num_tokens is invalid, pages wholly beyond are given back.
@@ -228,8 +251,30 @@ class KVCacheManager:
         num_kept = self._num_pages_for(num_tokens)
         if num_kept < len(sequence.pages):
             self._release(sequence, num_kept)
+            sequence.own_from = min(sequence.own_from, num_kept)
             sequence.block_table = None
-        del sequence.prefix[num_tokens // self.page_size :]
+        del sequence.prefix[num_tokens // self._page_size :]
+
+    def settle(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
+        """After a round: ``truncate`` to ``num_computed`` tokens and ``commit``; most often there is nothing to do.
+
+        Unless pages are scarce, a page that was rolled back stays, and those that were reserved ahead: the next round
+        needs them.
+        """
+        sequence, page_size = self._sequences[seq_id], self._page_size
+        beyond = len(sequence.pages) * page_size - num_computed  # tokens that the pages could still hold
+        most = (2 + len(sequence.pages) // self._lookahead) * page_size
+        if beyond >= page_size and (beyond >= most or self._is_scarce()):
+            self.truncate(seq_id, num_computed)
+        else:
+            del sequence.prefix[num_computed // page_size :]
+        verified = min(len(tokens), num_computed) // page_size if self._prefix_caching else 0
+        if verified > len(sequence.prefix) or beyond < 0:
+            self.commit(seq_id, tokens, num_computed)
+
+    def _is_scarce(self) -> bool:
+        """Whether not every sequence could be given another page."""
+        return self.num_free_pages < len(self._sequences)
 
     def free(self, seq_id: int) -> None:
         """Forget the sequence; its cached pages stay findable until they are needed for something else."""
@@ -241,7 +286,7 @@ class KVCacheManager:
             self._pool.release(sequence.pages.pop())
 
     def _num_pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        return -(-num_tokens // self._page_size)
 
     def check_integrity(self) -> None:
         """Raise AssertionError, saying what is wrong, if an invariant is broken. For tests: O(all pages)."""
@@ -251,6 +296,10 @@ class KVCacheManager:
             assert len(set(pages)) == len(pages), f"sequence {seq_id} holds a page twice: {pages}"
             assert sequence.block_table in (None, tuple(pages)), f"sequence {seq_id} has a stale block table"
             assert len(prefix) <= len(pages), f"sequence {seq_id} has more prefix keys than pages"
+            assert 0 <= sequence.own_from <= len(pages), f"sequence {seq_id} owns pages that it does not hold"
+            for page in pages[sequence.own_from :]:
+                assert not self._pool.is_shared(page), f"page {page} counts as sequence {seq_id}'s own, but is shared"
+                assert self._pool.key_of(page) is None, f"page {page} counts as sequence {seq_id}'s own, but is cached"
             holders.update(pages)
             for index, (page, key) in enumerate(zip(pages, prefix, strict=False)):
                 parent = prefix[index - 1] if index else None

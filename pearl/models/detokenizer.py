@@ -19,12 +19,12 @@ Decode = Callable[[Sequence[int]], str]
 class IncrementalDetokenizer(Protocol):
     """Feeds on tokens, gives text that will not change any more; a token's cost grows with nothing.
 
-    The pieces joined are what the output adds to the text of prompt and output. Where a prompt ends inside a character,
-    its whole text is the output's.
+    The pieces joined are what the output adds to the text of prompt and output, however its tokens were fed. Where a
+    prompt ends inside a character, its whole text is the output's.
     """
 
-    def feed(self, token: int) -> str:
-        """Add a token; returns the text that is now certain, often its own, sometimes none."""
+    def feed(self, tokens: Sequence[int]) -> str:
+        """Add tokens; returns the text that is now certain, often their own, sometimes none."""
         ...
 
     def flush(self) -> str:
@@ -46,16 +46,21 @@ class ByteDetokenizer:
         self._prompts = 0  # bytes of it that the prompt's own text shows, as U+FFFD
         self._look_back(prompt_ids)
 
-    def feed(self, token: int) -> str:
-        data = self._bytes[token]
-        if data == b"":
-            return ""
-        last, self._last = self._last, token
-        if data is None:
-            return self.flush() + self._text(last, token)
-        if last is None and data == b" ":
-            return self._text(None, token)
-        return self._complete(self._pending + data)
+    def feed(self, tokens: Sequence[int]) -> str:
+        text, data = "", self._pending
+        for token in tokens:
+            piece = self._bytes[token]
+            if piece == b"":
+                continue
+            last, self._last = self._last, token
+            if piece is None:
+                text += self._complete(data, final=True) + self._text(last, token)
+                data = b""
+            elif last is None and piece == b" ":
+                text += self._text(None, token)
+            else:
+                data += piece
+        return text + self._complete(data)
 
     def flush(self) -> str:
         return self._complete(self._pending, final=True) if self._pending else ""
@@ -88,6 +93,8 @@ class ByteDetokenizer:
             try:
                 whole, used = codecs.utf_8_decode(data, "strict", final)
             except UnicodeDecodeError as error:
+                if error.start:
+                    self._prompts = 0
                 text += data[: error.start].decode() + self._replaced(error.end - error.start)
                 data = data[error.end :]
             else:
@@ -117,7 +124,10 @@ class TextDetokenizer:
             del self._ids[0]
         self._context, self._done = 0, len(self._ids)
 
-    def feed(self, token: int) -> str:
+    def feed(self, tokens: Sequence[int]) -> str:
+        return "".join([self._feed(token) for token in tokens])
+
+    def _feed(self, token: int) -> str:
         if token in self._special:
             return ""
         self._ids.append(token)

@@ -42,7 +42,7 @@ class FusedDecoder:
         self._core = _core
         config, weights = model.config, model.weights
         pages, page_size, _, _ = cache.layers[0][0].shape
-        self._page_size = page_size
+        self._batch = _core.WorkBatch(page_size)
         shape = _core.Shape(
             DTYPE_CODES[model.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
             config.ffn, config.vocab_size, model.cos_sin.shape[0], pages, page_size, config.eps, config.head_dim**-0.5,
@@ -85,8 +85,9 @@ class FusedDecoder:
         return self._forward(self.work_batch(work), sum(item.num_logits for item in work))
 
     def work_batch(self, work: Sequence[ForwardWork]) -> _core.WorkBatch:
-        items = [(item.tokens, item.start, item.num_logits, item.block_table) for item in work]
-        return self._core.WorkBatch(items, self._page_size)
+        """The batch of these items: always the same object, which holds it until the next call."""
+        self._batch.set(work)
+        return self._batch
 
     def new_logits(self, rows: int) -> Tensor:
         """Uninitialised, ``[rows, V]``."""

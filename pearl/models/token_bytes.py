@@ -13,18 +13,18 @@ _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte f
 _FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
-class TokenBytes:
-    """Of a tokenizer in Rust. ``[token]`` is b"" for a token without text; where only some tokens are bytes, it is None
-    for the others, whose text is whole characters.
+class TokenBytes(dict[int, "bytes | None"]):
+    """Of a tokenizer in Rust; fills itself as it is asked. ``[token]`` is b"" for a token without text; where only some
+    tokens are bytes, it is None for the others, whose text is whole characters.
 
     ``replaces_each``: bytes that are no character decode to a U+FFFD each; otherwise a stretch of them that could have
     begun a character decodes to one.
     """
 
     def __init__(self, backend: Any, special: Collection[int], byte_level: bool) -> None:
+        super().__init__()
         self._backend, self._special, self._byte_level = backend, frozenset(special), byte_level
         self.replaces_each = not byte_level
-        self._known: dict[int, bytes | None] = {}
 
     @classmethod
     def of(cls, backend: Any, special: Collection[int]) -> TokenBytes | None:
@@ -33,10 +33,9 @@ class TokenBytes:
         byte_level = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
         return cls(backend, special, byte_level) if byte_level or "ByteFallback" in kinds else None
 
-    def __getitem__(self, token: int) -> bytes | None:
-        if token not in self._known:
-            self._known[token] = self._read(token)
-        return self._known[token]
+    def __missing__(self, token: int) -> bytes | None:
+        data = self[token] = self._read(token)
+        return data
 
     def _read(self, token: int) -> bytes | None:
         text = None if token in self._special else self._backend.id_to_token(token)

@@ -21,6 +21,7 @@ from pearl.pace.speed import Situation, tokens_per_second
 _LEARNING_ROUNDS = 32
 _SOON, _BETWEEN_CHOICES = 4, 64  # rounds until the next choice: while little is known, and later
 _MARGIN = 0.01  # by which another pace must be better, beside the scatter
+_MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model
 _STALE = 256  # rounds after which such knowledge is renewed,
 _PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
@@ -103,7 +104,7 @@ class AutoPace:
         choices = {mode: self._best(mode, now) for mode in modes}
         chosen = max(choices.values(), key=lambda choice: choice.rate)
         if before is not None:
-            margin = _MARGIN + 2 * self._curves.spread(load)
+            margin = (_MARGIN_TO_DRAFT if before.mode == "autoregressive" else _MARGIN) + 2 * self._curves.spread(load)
             same = self._again(before, now)
             if chosen.rate < same.rate * (1 + margin):
                 chosen = same
@@ -165,6 +166,8 @@ class AutoPace:
             if not self._knows(load, alone):
                 return best
             age = self._curves.rounds_since(load, beside=not alone)
+            if chosen.mode == "autoregressive":  # what it costs to let the draft catch up is more than to know
+                continue
             if age is not None and age > _STALE and best.rate > _PROMISING * chosen.rate:
                 return best
         return None

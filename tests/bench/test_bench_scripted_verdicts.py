@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -196,7 +196,7 @@ def test_a_verdict_keeps_its_form(real: Decision, rate: float, rows: int, wanted
 def test_a_verdict_that_needs_no_change_is_the_real_one() -> None:
     real = Decision((1, 2), 2, 7, ())
     assert decide(real, 1.0, 3) is real
-    assert decide(replace(real, accepted=0), 1.0, 3).logprobs is None
+    assert decide(real._replace(accepted=0), 1.0, 3).logprobs is None
 
 
 @pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**64 - 1])

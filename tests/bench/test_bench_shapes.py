@@ -133,7 +133,7 @@ def test_words_are_numbers(models: LoadedModels) -> None:
     assert tokenizer.decode([17, 0, 511]) == "<17><0><511>"
     assert tokenizer.eos_ids == frozenset()
     pieces = tokenizer.detokenizer([1, 2])
-    assert [pieces.feed(3), pieces.feed(44), pieces.flush()] == ["<3>", "<44>", ""]
+    assert [pieces.feed((3,)), pieces.feed((44,)), pieces.flush()] == ["<3>", "<44>", ""]
     with pytest.raises(InvalidRequestError, match='words like "<17>"'):
         tokenizer.encode("hello")
 

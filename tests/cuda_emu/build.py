@@ -36,11 +36,13 @@ SHIM = ROOT / "tests" / "cuda_emu"
 CACHE = ROOT / "build" / "emulated"
 _INCLUDE_PATH = (ROOT / "csrc", ROOT / "csrc" / "include", SHIM)
 _FLAGS = (
-    *("-std=c++17", "-O2", "-g1", "-fPIC", "-x", "c++", "-DPEARL_EMU", "-ffp-contract=off"),
+    *("-std=c++17", "-g1", "-fPIC", "-x", "c++", "-DPEARL_EMU", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-fno-gnu-unique"),  # two such libraries in one process share nothing
-    *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all", "-U_FORTIFY_SOURCE"),
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-fdata-sections", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
 )
+_CHECKED = ("-O2", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
+# Volatile accesses are relaxed atomic ones. The process must have loaded ThreadSanitizer before anything else.
+_WATCHED = ("-O1", "-fsanitize=thread", "--param=tsan-distinguish-volatile=1")
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the shim's fibers and guarded pages are Linux's")
@@ -81,21 +83,21 @@ def _missing() -> str | None:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL:
+def library(source: Path, races: bool = False) -> ctypes.CDLL:
     """One source with functions that it exports."""
-    return ctypes.CDLL(str(_build(source.stem, [source])))
+    return ctypes.CDLL(str(compiled_library(source, races)))
+
+
+def compiled_library(source: Path, races: bool = False) -> Path:
+    """That library's file."""
+    return _build(f"{'races_' if races else ''}{source.stem}", [source], races)
 
 
 @functools.cache
-def module(kernels: str) -> ModuleType:
-    """``pearl_kernels.cuda._cuda`` for CPU memory, with the kernels of one source: a test compiles what it needs."""
-    folder = ROOT / "csrc"
-    sources = (
-        folder / "cuda" / kernels,
-        folder / "python" / "cuda_bindings.cpp",
-        folder / "python" / "make_params.cpp",
-    )
-    path = _build(f"_cuda_{Path(kernels).stem}", sources)
+def module(kernels: str, races: bool = False) -> ModuleType:
+    """``pearl_kernels.cuda._cuda`` for CPU memory, with the kernels of one source: a test compiles what it needs.
+    With ``races`` ThreadSanitizer watches (``races.py``)."""
+    path = compiled(kernels, races)
     spec = importlib.util.spec_from_file_location(f"{path.stem}._cuda", path)  # pybind11 caches modules by their name
     assert spec is not None
     assert spec.loader is not None
@@ -104,74 +106,87 @@ def module(kernels: str) -> ModuleType:
     return made
 
 
-def layers(kernels: str) -> NativeLayers:
-    return NativeLayers(module(kernels), _CHECKS, _where, _poisoned)
+def compiled(kernels: str, races: bool = False) -> Path:
+    """That module's file."""
+    folder = ROOT / "csrc"
+    sources = (
+        folder / "cuda" / kernels,
+        folder / "python" / "cuda_bindings.cpp",
+        folder / "python" / "make_params.cpp",
+    )
+    return _build(f"_{'races' if races else 'cuda'}_{Path(kernels).stem}", sources, races)
 
 
-def sampling(kernels: str) -> NativeSampling:
-    return NativeSampling(module(kernels), _CHECKS, _where, _poisoned)
-
-
-_OPERATORS: Mapping[str, Callable[[], Callable[..., Any]]] = {
-    "rms_norm": lambda: layers("norm.cu").rms_norm,
-    "add_rms_norm": lambda: layers("norm.cu").add_rms_norm,
-    "silu_and_mul": lambda: layers("activation.cu").silu_and_mul,
-    "rope_and_cache": lambda: layers("rope.cu").rope_and_cache,
-    "verify_attention": lambda: layers("attention.cu").verify_attention,
-    "copy_blocks": lambda: layers("copy_blocks.cu").copy_blocks,
-    "verify": lambda: sampling("verify.cu").verify,
+SOURCES: Mapping[str, str] = {
+    "rms_norm": "norm.cu",
+    "add_rms_norm": "norm.cu",
+    "silu_and_mul": "activation.cu",
+    "rope_and_cache": "rope.cu",
+    "verify_attention": "attention.cu",
+    "copy_blocks": "copy_blocks.cu",
+    "verify": "verify.cu",
 }
 
 
-def operator(op: str) -> Callable[..., Any]:
+def operator(op: str, races: bool = False) -> Callable[..., Any]:
     """The CUDA provider's operator on CPU tensors, built when it is first called. Its workspace holds NaN."""
-    make = _OPERATORS[op]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return make()(*args, **kwargs)
+        made = NativeSampling if op == "verify" else NativeLayers
+        return getattr(made(module(SOURCES[op], races), _CHECKS, _where, _poisoned), op)(*args, **kwargs)
 
     return run
 
 
-def _build(name: str, sources: Sequence[Path]) -> Path:
+def _build(name: str, sources: Sequence[Path], races: bool = False) -> Path:
     """A shared library of these sources; at most one build at a time."""
     if reason := _missing():
         raise RuntimeError(reason)
-    command = ["g++", *_FLAGS, *(f"-I{path}" for path in _INCLUDE_PATH), *toolkit_headers()]
+    checks = _WATCHED if races else _CHECKED
+    command = ["g++", *_FLAGS, *checks, *(f"-I{path}" for path in _INCLUDE_PATH), *toolkit_headers()]
     python = sysconfig.get_path("include")
     folder = importlib.util.find_spec("pybind11")
     assert folder is not None
     assert folder.origin is not None
     command += ["-isystem", python, "-isystem", str(Path(folder.origin).parent / "include")]
     with _locked():
-        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(command, source), sources))
-        key = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+        objects = [_object(command, source, races) for source in sources]
+        missing = [(made, source) for made, source in zip(objects, sources, strict=True) if not made.exists()]
+        if missing:
+            with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                list(pool.map(lambda pair: _compile(command, *pair), missing))
+        script = SHIM / "shared_pages.ld"
+        key = hashlib.sha256("".join(path.name for path in objects).encode() + script.read_bytes()).hexdigest()[:16]
         linked = CACHE / f"{name}-{key}.so"
         if not linked.exists():
-            _run([*command[:1], "-shared", "-fsanitize=alignment,bounds", *map(str, objects), "-o"], linked)
+            _run(["g++", "-shared", f"-Wl,-T,{script}", *checks, *map(str, objects), "-o"], linked)
         for old in CACHE.glob(f"{name}-*.so"):
             if old != linked:
                 old.unlink()
     return linked
 
 
-def _compile(command: Sequence[str], source: Path) -> Path:
-    headers = [SHIM / "cuda_emu.h", *([SHIM / "some_kernels.h"] if source.suffix == ".cpp" else [])]
-    shim = [part for header in headers for part in ("-include", str(header))]
-    digest = hashlib.sha256(" ".join((*command, *shim)).encode())
-    for path in sorted(set().union(*map(_included, (source, *headers)))):
+def _shim_headers(source: Path) -> list[Path]:
+    return [SHIM / "cuda_emu.h", *([SHIM / "some_kernels.h"] if source.suffix == ".cpp" else [])]
+
+
+def _object(command: Sequence[str], source: Path, races: bool) -> Path:
+    """Where a source's object is kept."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in sorted(set().union(*map(included, (source, *_shim_headers(source))))):
         digest.update(path.read_bytes())
-    made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-    if not made.exists():
-        _run([*command, *shim, "-c", str(source), "-o"], made)
-        for old in CACHE.glob(f"{source.stem}-*.o"):
-            if old != made:
-                old.unlink()
-    return made
+    return CACHE / f"{'races_' if races else ''}{source.stem}-{digest.hexdigest()[:16]}.o"
 
 
-def _included(source: Path) -> set[Path]:
+def _compile(command: Sequence[str], made: Path, source: Path) -> None:
+    shim = [part for header in _shim_headers(source) for part in ("-include", str(header))]
+    _run([*command, *shim, "-c", str(source), "-o"], made)
+    for old in CACHE.glob(f"{made.name.rpartition('-')[0]}-*.o"):
+        if old != made:
+            old.unlink()
+
+
+def included(source: Path) -> set[Path]:
     """The file and all of ours that it includes."""
     found: set[Path] = set()
     waiting = [source]

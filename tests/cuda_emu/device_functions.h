@@ -6,6 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "fibers.h"
+
 namespace emu {
 
 template <class T>
@@ -24,13 +26,39 @@ To bit_cast(const From& from) {
   return to;
 }
 
+/// The current thread sees the value of an atomic, and with it what that value tells of; its own then tells of what
+/// came before its last fence, too.
+inline void pass_on_order(void* address) {
+  Thread& t = *machine.current;
+  if (!order::kWatches || (machine.published.empty() && t.fenced == nullptr)) return;
+  const order::Unwatched unwatched;
+  std::vector<void*>& told = machine.published[address];
+  t.observed.insert(t.observed.end(), told.begin(), told.end());
+  if (t.fenced != nullptr && (told.empty() || told.back() != t.fenced)) told.push_back(t.fenced);
+}
+
 /// *address becomes change(*address); returns what was there. Threads run one at a time.
 template <class T, class Change>
 T atomic(T* address, Change change) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics take 4 or 8 bytes");
-  const T before = *address;
-  *address = change(before);
+  using Bits = typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type;
+  typedef Bits __attribute__((may_alias)) Word;
+  Word* const word = reinterpret_cast<Word*>(address);
+  const T before = bit_cast<T>(__atomic_load_n(word, __ATOMIC_RELAXED));
+  __atomic_store_n(word, bit_cast<Bits>(static_cast<T>(change(before))), __ATOMIC_RELAXED);
+  pass_on_order(address);
   return before;
+}
+
+/// What the thread's atomics saw before is before what follows; what came before is told of by the atomics that follow.
+inline void fence(const Place& place) {
+  if (!order::kWatches || !orders_memory(place)) return;
+  const order::Unwatched unwatched;
+  Thread& t = *machine.current;
+  for (void* const order : t.observed) order::acquire(order);
+  t.observed.clear();
+  t.fenced = make_order();
+  order::release(t.fenced);
 }
 
 }  // namespace emu
@@ -74,9 +102,9 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return emu::atomic(address, [=](unsigned x) { return x >= limit ? 0u : x + 1; });
 }
 
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::fence({file, line});
+}
 inline void __nanosleep(unsigned) {}
 
 // Loads and stores with a cache hint.

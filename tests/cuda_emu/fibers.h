@@ -1,23 +1,29 @@
 // The threads of a block as fibers, and their waiting for each other.
 #pragma once
 
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
+#include "contexts.h"
+#include "memory_order.h"
+
 namespace emu {
 
-inline constexpr unsigned kWarp = 32, kMaxThreads = 1024;
-inline constexpr size_t kStackBytes = 256 * 1024, kSlotBytes = 64;
+inline constexpr unsigned kWarp = 32, kMaxThreads = 1024, kNamedBarriers = 16;
+inline constexpr size_t kSlotBytes = 64;
 
-enum class State { kRuns, kWaitsForBlock, kWaitsForWarp, kEnded };
+enum class State { kRuns, kWaitsForBlock, kWaitsForNamed, kWaitsForWarp, kEnded };
+
+/// A place in a kernel, by which a test can tell a barrier or a fence.
+struct Place {
+  const char* file;
+  int line;
+};
 
 struct AsyncCopy {
   void* shared;
@@ -25,23 +31,37 @@ struct AsyncCopy {
   size_t bytes;
 };
 
+struct AsyncGroup {
+  std::vector<AsyncCopy> copies;
+  void* arrival;  // orders them before what follows the wait
+};
+
+/// What runs threads, one of each block that it serves.
+struct Fiber {
+  Context context;
+  order::Fiber watched = nullptr;
+  order::Fiber copier = nullptr;  // makes its threads' asynchronous copies
+  alignas(8) char issued[8];      // orders what a thread did before the copies that it issues then
+};
+
 struct Thread {
-  std::unique_ptr<char[]> stack;
-  bool started = false;
-  jmp_buf here;  // where it goes on, once started
-  ucontext_t start;
+  Fiber* fiber;
   State state;
   uint3 index;
-  unsigned number;                                   // in the block
-  const char* what;                                  // while it waits: the intrinsic,
-  int line;                                          // the line of a barrier,
-  unsigned mask;                                     // the lanes of a warp intrinsic
-  unsigned participants;                             // of the last warp intrinsic: the mask's lanes that had not ended
-  int vote;                                          // handed over at a barrier
-  alignas(16) unsigned char slot[kSlotBytes];        // what it hands over at a warp intrinsic
-  alignas(16) unsigned char shown[kSlotBytes];       // the same, kept until the next is complete: what other lanes read
-  std::vector<std::vector<AsyncCopy>> async_groups;  // committed, not waited for
+  unsigned number;                              // in the block
+  const char* what;                             // while it waits: the intrinsic,
+  Place place;                                  // the place of a barrier,
+  unsigned mask;                                // the lanes of a warp intrinsic,
+  unsigned id, expected;                        // the number of a named barrier, and of the threads that meet there
+  bool orders;                                  // whether that orders memory
+  unsigned participants;                        // of the last warp intrinsic: the mask's lanes that had not ended
+  int vote;                                     // handed over at a barrier
+  alignas(16) unsigned char slot[kSlotBytes];   // what it hands over at a warp intrinsic
+  alignas(16) unsigned char shown[kSlotBytes];  // the same, kept until the next is complete: what other lanes read
+  std::vector<AsyncGroup> async_groups;         // committed, not waited for
   std::vector<AsyncCopy> async_open;
+  void* fenced;                 // orders what came before the last fence
+  std::vector<void*> observed;  // such of other threads, whose values its atomics have seen since its last fence
 
   unsigned lane() const { return number % kWarp; }
 };
@@ -53,13 +73,18 @@ struct Machine {
   uint3 block_index;
   unsigned char* dynamic_shared = nullptr;
   std::function<void()> body;
-  std::vector<Thread> threads;
+  Thread* threads = nullptr;
+  Fiber* fibers = nullptr;
   unsigned count = 0;  // threads of the block
   Thread* current = nullptr;
-  jmp_buf scheduler;
+  Scheduler scheduler;
+  order::Fiber watched_scheduler = nullptr;
   int votes_for = 0, votes = 0;  // of the last barrier
   bool descending = false, async_early = false;
-  cudaError_t last_error = cudaSuccess;
+  Place without = {"", 0};                        // the barrier or fence that orders nothing
+  void *launched = nullptr, *ended = nullptr;     // order what is before a launch, and what is in it
+  std::map<void*, std::vector<void*>> published;  // by address of an atomic: what its value tells of
+  size_t orders_made = 0;                         // in this launch
 };
 inline Machine machine;
 
@@ -69,31 +94,67 @@ inline Machine machine;
   std::abort();
 }
 
-/// Gives control back to the scheduler until the current thread may run again.
-__attribute__((noinline)) inline void pause(State state) {
-  machine.current->state = state;
-  if (_setjmp(machine.current->here) == 0) _longjmp(machine.scheduler, 1);
+/// An address that stands for one event, which threads are ordered by. The next launch uses it again: all of this one
+/// is then before all of that.
+inline void* make_order() {
+  static constexpr size_t kMost = order::kWatches ? size_t{1} << 20 : 1;
+  alignas(8) static char events[kMost][8];
+  if (!order::kWatches) return nullptr;
+  if (machine.orders_made == kMost) fail("too many barriers for one launch");
+  return events[machine.orders_made++];
 }
 
-/// A fiber runs every block's thread of its number.
-inline void fiber_main() {
+/// Whether the barrier or fence at this place is to order memory: all but one that a test takes away.
+PEARL_UNWATCHED inline bool orders_memory(const Place& place) {
+  if (!order::kWatches || place.line != machine.without.line) return true;
+  const char* const slash = __builtin_strrchr(place.file, '/');
+  return __builtin_strcmp(slash == nullptr ? place.file : slash + 1, machine.without.file) != 0;
+}
+
+/// Gives control back to the scheduler until the current thread may run again.
+PEARL_UNWATCHED __attribute__((noinline)) inline void pause(State state) {
+  Thread& thread = *machine.current;
+  thread.state = state;
+  order::switch_to(machine.watched_scheduler);
+  leave(thread.fiber->context, machine.scheduler);
+}
+
+/// A fiber runs one thread after another.
+PEARL_UNWATCHED inline void fiber_main() {
   for (;;) {
     machine.body();
     pause(State::kEnded);
   }
 }
 
-__attribute__((noinline)) inline void resume(Thread& thread) {
+PEARL_UNWATCHED __attribute__((noinline)) inline void resume(Thread& thread) {
   machine.current = &thread;
-  if (_setjmp(machine.scheduler) != 0) return;
-  if (thread.started) _longjmp(thread.here, 1);
-  thread.started = true;
-  getcontext(&thread.start);
-  thread.start.uc_stack.ss_sp = thread.stack.get();
-  thread.start.uc_stack.ss_size = kStackBytes;
-  thread.start.uc_link = nullptr;
-  makecontext(&thread.start, fiber_main, 0);
-  setcontext(&thread.start);
+  order::switch_to(thread.fiber->watched);
+  enter(thread.fiber->context, machine.scheduler, fiber_main);
+}
+
+/// Does something as each of some fibers.
+PEARL_UNWATCHED inline void as_each(const order::Fiber* fibers, unsigned count, void (*act)(void*), void* order) {
+  for (unsigned i = 0; i < count; ++i) {
+    order::switch_to(fibers[i]);
+    act(order);
+  }
+  order::switch_to(machine.watched_scheduler);
+}
+
+/// Those of `count` threads that are chosen meet: what each did is before what each will do.
+template <class Chosen>
+void meet(const Thread* threads, unsigned count, const Chosen& chosen) {
+  if (!order::kWatches) return;
+  order::Fiber fibers[kMaxThreads];
+  unsigned ordered = 0;
+  for (unsigned i = 0; i < count; ++i) {
+    if (threads[i].orders && chosen(threads[i])) fibers[ordered++] = threads[i].fiber->watched;
+  }
+  if (ordered == 0) return;
+  void* const order = make_order();
+  as_each(fibers, ordered, order::release, order);
+  as_each(fibers, ordered, order::acquire, order);
 }
 
 /// Prints where the threads are, and aborts.
@@ -102,12 +163,15 @@ __attribute__((noinline)) inline void resume(Thread& thread) {
   for (unsigned i = 0, end; i < machine.count; i = end) {
     const Thread& t = machine.threads[i];
     const auto same = [&](const Thread& u) {
-      return t.state == u.state && (t.state == State::kEnded || (t.what == u.what && t.line == u.line));
+      return t.state == u.state && (t.state == State::kEnded || (t.what == u.what && t.place.line == u.place.line));
     };
     for (end = i + 1; end < machine.count && same(machine.threads[end]);) ++end;
     std::fprintf(stderr, "  %u to %u ", i, end - 1);
     if (t.state == State::kEnded) std::fprintf(stderr, "have ended\n");
-    if (t.state == State::kWaitsForBlock) std::fprintf(stderr, "wait in %s, line %d\n", t.what, t.line);
+    if (t.state == State::kWaitsForBlock) std::fprintf(stderr, "wait in %s, line %d\n", t.what, t.place.line);
+    if (t.state == State::kWaitsForNamed) {
+      std::fprintf(stderr, "wait in named barrier %u for %u threads, line %d\n", t.id, t.expected, t.place.line);
+    }
     if (t.state == State::kWaitsForWarp) std::fprintf(stderr, "wait in %s, mask %08x\n", t.what, t.mask);
   }
   fail(message);
@@ -128,6 +192,7 @@ inline bool release_warp(Thread* lanes, unsigned count) {
     }
     if (!complete) continue;
     released = true;
+    meet(lanes, count, [=](const Thread& t) { return (participants >> t.lane() & 1) != 0; });
     for (unsigned j = 0; j < count; ++j) {
       if (!(participants >> j & 1)) continue;
       lanes[j].state = State::kRuns;
@@ -147,14 +212,39 @@ inline bool release_block() {
     if (t.state == State::kEnded) continue;
     if (t.state != State::kWaitsForBlock) return false;
     if (first == nullptr) first = &t;
-    if (t.line != first->line || t.what != first->what) fail_with_states("a divergent barrier");
+    if (t.place.line != first->place.line || t.what != first->what) fail_with_states("a divergent barrier");
     ++machine.votes;
     machine.votes_for += t.vote != 0;
   }
+  const auto waits = [](const Thread& t) { return t.state == State::kWaitsForBlock; };
+  meet(machine.threads, machine.count, waits);
   for (unsigned i = 0; i < machine.count; ++i) {
-    if (machine.threads[i].state == State::kWaitsForBlock) machine.threads[i].state = State::kRuns;
+    if (waits(machine.threads[i])) machine.threads[i].state = State::kRuns;
   }
   return first != nullptr;
+}
+
+/// Lets the threads go that wait at a named barrier, if as many have come as it expects; true if there were any.
+inline bool release_named() {
+  bool released = false;
+  for (unsigned id = 0; id < kNamedBarriers; ++id) {
+    const auto waits = [=](const Thread& t) { return t.state == State::kWaitsForNamed && t.id == id; };
+    unsigned arrived = 0, expected = 0;
+    for (unsigned i = 0; i < machine.count; ++i) {
+      const Thread& t = machine.threads[i];
+      if (!waits(t)) continue;
+      if (++arrived > 1 && t.expected != expected) fail_with_states("a named barrier for two numbers of threads");
+      expected = t.expected;
+    }
+    if (arrived == 0 || arrived < expected) continue;
+    if (arrived > expected) fail_with_states("more threads at a named barrier than it expects");
+    meet(machine.threads, machine.count, waits);
+    for (unsigned i = 0; i < machine.count; ++i) {
+      if (waits(machine.threads[i])) machine.threads[i].state = State::kRuns;
+    }
+    released = true;
+  }
+  return released;
 }
 
 /// Runs a warp until it waits for the block or has ended; true if any of its lanes ran.
@@ -184,7 +274,7 @@ inline void run_block() {
     unsigned ended = 0;
     for (unsigned i = 0; i < machine.count; ++i) ended += machine.threads[i].state == State::kEnded;
     if (ended == machine.count) return;
-    progress = release_block() || progress;
+    progress = release_named() || release_block() || progress;
     if (!progress) fail_with_states("deadlock: a divergent barrier or warp intrinsic");
   }
 }

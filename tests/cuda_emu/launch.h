@@ -7,12 +7,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
+#include <string>
 
+#include "devices.h"
 #include "fibers.h"
 
-// The linker names the ends of the section of __shared__ variables.
+// shared_pages.ld names the ends of the section of __shared__ variables.
 extern "C" {
 extern unsigned char __start_emu_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_emu_shared[] __attribute__((weak, visibility("hidden")));
@@ -41,6 +44,8 @@ class DynamicShared {
   /// Its start, aligned to 16 bytes; the bytes in it and shortly before it are poison.
   unsigned char* prepare(size_t bytes) const {
     unsigned char* start = begin_ + size_ - (bytes + 15) / 16 * 16;
+    const size_t pages = (bytes + kMargin + page_ - 1) / page_ * page_;
+    if (!order::renew(begin_ + size_ - pages, pages)) fail("mmap failed");
     std::memset(start - kMargin, kPoison, bytes + kMargin);
     return start;
   }
@@ -103,29 +108,104 @@ inline bool environment_is(const char* name, const char* value) {
   return found != nullptr && std::strcmp(found, value) == 0;
 }
 
-inline void prepare_threads() {
-  if (machine.threads.empty()) machine.threads = std::vector<Thread>(kMaxThreads);
+/// FILE:LINE of the barrier or fence that is to order nothing.
+inline Place without_from_environment() {
+  static std::string file;
+  const char* const found = std::getenv("PEARL_EMU_WITHOUT");
+  const char* const colon = found == nullptr ? nullptr : std::strrchr(found, ':');
+  if (colon == nullptr) return {"", 0};
+  file.assign(found, colon);
+  return {file.c_str(), std::atoi(colon + 1)};
+}
+
+inline void prepare_fiber(Fiber& fiber) {
+  if (fiber.context.stack) return;
+  fiber.context.stack.reset(new char[kStackBytes]);
+  fiber.watched = order::create_fiber();
+}
+
+/// The threads of the machine's block, and fibers for them: where accesses are watched, others than the block's before.
+inline void prepare_threads(uint64_t block) {
+  if (machine.threads == nullptr) {
+    machine.threads = new Thread[kMaxThreads]();
+    machine.fibers = new Fiber[kMaxThreads]();
+  }
+  const uint64_t first = order::kWatches ? block * machine.count : 0;
   const dim3 b = machine.block;
   for (unsigned i = 0; i < machine.count; ++i) {
     Thread& t = machine.threads[i];
-    if (!t.stack) t.stack.reset(new char[kStackBytes]);
+    t.fiber = &machine.fibers[(first + i) % kMaxThreads];
+    prepare_fiber(*t.fiber);
     t.state = State::kRuns;
     t.number = i;
     t.index = make_uint3(i % b.x, i / b.x % b.y, i / (b.x * b.y));
     t.async_groups.clear();
     t.async_open.clear();
+    t.fenced = nullptr;
+    t.observed.clear();
+    if (!order::kWatches) continue;
+    char name[64];
+    std::snprintf(name, sizeof(name), "block (%u, %u, %u), thread %u", machine.block_index.x, machine.block_index.y,
+                  machine.block_index.z, i);
+    order::name_fiber(t.fiber->watched, name);
   }
 }
 
-inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                   std::function<void()> body) {
+/// Says to all of the block's fibers what is before it, or to what follows the launch what they did.
+inline void as_each_thread(void (*act)(void*), void* order) {
+  if (!order::kWatches) return;
+  order::Fiber fibers[2 * kMaxThreads];
+  unsigned count = 0;
+  for (unsigned i = 0; i < machine.count; ++i) {
+    const Fiber& fiber = *machine.threads[i].fiber;
+    fibers[count++] = fiber.watched;
+    if (fiber.copier != nullptr) fibers[count++] = fiber.copier;
+  }
+  as_each(fibers, count, act, order);
+}
+
+/// Shared memory as a block finds it. What atomics told of there was another block's.
+inline void prepare_shared(size_t shared_bytes) {
+  machine.dynamic_shared = dynamic_shared().prepare(shared_bytes);
+  unsigned char* const begin = __start_emu_shared;
+  unsigned char* const end = __stop_emu_shared;
+  if (begin != end) {
+    if (!order::renew(begin, end - begin)) fail("__shared__ variables do not fill whole pages");
+    std::memset(begin, kPoison, end - begin);
+  }
+  for (auto it = machine.published.begin(); it != machine.published.end();) {
+    const auto* const p = static_cast<const unsigned char*>(it->first);
+    const bool inside =
+        (p >= begin && p < end) || (p >= machine.dynamic_shared && p < machine.dynamic_shared + shared_bytes);
+    it = inside ? machine.published.erase(it) : std::next(it);
+  }
+}
+
+inline void run_blocks(size_t shared_bytes) {
+  const dim3 grid = machine.grid;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = machine.descending ? blocks - 1 - i : i;
+    machine.block_index = make_uint3(b % grid.x, b / grid.x % grid.y, b / (uint64_t{grid.x} * grid.y));
+    prepare_shared(shared_bytes);
+    prepare_threads(i);
+    as_each_thread(order::acquire, machine.launched);
+    run_block();
+    as_each_thread(order::release, machine.ended);
+    if (dynamic_shared().underrun(machine.dynamic_shared)) fail("a write before dynamic shared memory");
+  }
+}
+
+inline cudaError_t launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                          std::function<void()> body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (const cudaError_t error = launch_error(kernel, grid, block, shared_bytes); error != cudaSuccess) {
-    machine.last_error = error;
-    return;
+    return failed(error);
   }
+  devices.used[current_device] = true;
   const FaultHandler handler;
+  const order::Unwatched unwatched;
   machine.kernel = name;
   machine.grid = grid;
   machine.block = block;
@@ -133,18 +213,17 @@ inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, 
   machine.body = std::move(body);
   machine.descending = environment_is("PEARL_EMU_ORDER", "descending");
   machine.async_early = environment_is("PEARL_EMU_ASYNC", "early");
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t b = machine.descending ? blocks - 1 - i : i;
-    machine.block_index = make_uint3(b % grid.x, b / grid.x % grid.y, b / (uint64_t{grid.x} * grid.y));
-    machine.dynamic_shared = dynamic_shared().prepare(shared_bytes);
-    if (__start_emu_shared != nullptr) {
-      std::memset(__start_emu_shared, kPoison, __stop_emu_shared - __start_emu_shared);
-    }
-    prepare_threads();
-    run_block();
-    if (dynamic_shared().underrun(machine.dynamic_shared)) fail("a write before dynamic shared memory");
-  }
+  machine.without = without_from_environment();
+  machine.watched_scheduler = order::current_fiber();
+  machine.published.clear();
+  machine.orders_made = 0;
+  machine.launched = make_order();
+  machine.ended = make_order();
+  if (order::kWatches && 2 * machine.count > kMaxThreads) fail("a block without fibers of its own");
+  order::release(machine.launched);
+  run_blocks(shared_bytes);
+  order::acquire(machine.ended);
+  return cudaSuccess;
 }
 
 }  // namespace emu

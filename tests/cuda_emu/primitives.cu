@@ -70,9 +70,10 @@ __global__ void shared_sums(const int32_t* in, int32_t* out) {
 }
 
 // What shared memory holds before anything is written: out[2], static and dynamic.
-__global__ void uninitialised(uint32_t* out) {
-  PEARL_DYN_SMEM(uint32_t, dynamic);
-  __shared__ uint32_t fixed;
+template <class T>
+__global__ void uninitialised(T* out) {
+  PEARL_DYN_SMEM(T, dynamic);
+  __shared__ T fixed;
   out[0] = fixed;
   out[1] = dynamic[threadIdx.x];
   fixed = dynamic[threadIdx.x] = 0;
@@ -133,6 +134,23 @@ __global__ void products(const T* a, const T* b_transposed, const T* b, float* c
     pearl::cuda::mma_m16n8k16<T>(sums, left, right);
     for (int i = 0; i < 4; ++i) out[64 * (i / 2) + i % 2] = sums[i];
   }
+}
+
+// The same product of halves added `times` times to C [16, 8].
+__global__ void repeated_products(const __half* a, const __half* b_transposed, float* c, int times) {
+  __shared__ __align__(16) __half tile[16 * 16], columns[8 * 16];
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) tile[i] = a[i];
+  for (int i = lane; i < 128; i += 32) columns[i] = b_transposed[i];
+  __syncwarp();
+  uint32_t left[4], right[2];
+  pearl::cuda::ldmatrix_x4(left, tile + (lane % 16) * 16 + (lane / 16) * 8);
+  pearl::cuda::ldmatrix_x2(right, columns + (lane % 8) * 16 + (lane / 8 % 2) * 8);
+  float* out = c + (lane / 4) * 8 + 2 * (lane % 4);
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = out[64 * (i / 2) + i % 2];
+  for (int i = 0; i < times; ++i) pearl::cuda::mma_m16n8k16<__half>(sums, left, right);
+  for (int i = 0; i < 4; ++i) out[64 * (i / 2) + i % 2] = sums[i];
 }
 
 // ldmatrix_x4_trans by itself: out[32][4] of in[32][8].
@@ -211,7 +229,8 @@ EXPORT int run_shared_sums(const int32_t* in, int32_t* out, int blocks, int thre
   return launched();
 }
 EXPORT int run_uninitialised(uint32_t* out) {
-  PEARL_LAUNCH(uninitialised, 2, 1, 4, nullptr, out);
+  const auto kernel = uninitialised<uint32_t>;
+  PEARL_LAUNCH(kernel, 2, 1, 4, nullptr, out);
   return launched();
 }
 EXPORT int run_atomics(const int64_t* in, unsigned long long* state, float* float_sum, unsigned* counter) {
@@ -234,6 +253,11 @@ EXPORT int run_products_fp16(const void* a, const void* b_transposed, const void
   PEARL_LAUNCH(kernel, 1, 32, 0, nullptr, static_cast<T>(a), static_cast<T>(b_transposed), static_cast<T>(b), c);
   return launched();
 }
+EXPORT int run_repeated_products(const void* a, const void* b_transposed, float* c, int times) {
+  const auto* const halves = static_cast<const __half*>(b_transposed);
+  PEARL_LAUNCH(repeated_products, 1, 32, 0, nullptr, static_cast<const __half*>(a), halves, c, times);
+  return launched();
+}
 EXPORT int run_transposed_matrices(const uint16_t* in, uint32_t* out) {
   PEARL_LAUNCH(transposed_matrices, 1, 32, 0, nullptr, in, out);
   return launched();
@@ -252,6 +276,16 @@ EXPORT int run_launch(unsigned x, unsigned y, unsigned z, unsigned threads, size
   PEARL_LAUNCH(writes_past_the_end, dim3(x, y, z), threads, shared_bytes, nullptr, 0);
   return launched();
 }
+EXPORT int run_allow_shared_memory(int bytes) {
+  const auto kernel = writes_past_the_end;
+  return pearl::cuda::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+}
+EXPORT int run_device_attribute(int attribute) {
+  int value = -1;
+  const cudaError_t error = pearl::cuda::device_attribute(static_cast<cudaDeviceAttr>(attribute), value);
+  return error == cudaSuccess ? value : -error;
+}
+EXPORT int run_set_device(int device) { return cudaSetDevice(device); }
 EXPORT int run_divergent_barrier() {
   PEARL_LAUNCH(divergent_barrier, 1, 32, 0, nullptr);
   return launched();

@@ -13,14 +13,14 @@ namespace emu {
 template <class T>
 class Lanes {
  public:
-  Lanes() : first_(&machine.threads[machine.current->number / kWarp * kWarp]) {}
-  bool has(unsigned lane) const { return machine.current->participants >> lane & 1; }
-  T operator[](unsigned lane) const {
+  PEARL_UNWATCHED Lanes() : first_(&machine.threads[machine.current->number / kWarp * kWarp]) {}
+  PEARL_UNWATCHED bool has(unsigned lane) const { return machine.current->participants >> lane & 1; }
+  PEARL_UNWATCHED T operator[](unsigned lane) const {
     T value;
     if (has(lane)) {
-      std::memcpy(&value, first_[lane].shown, sizeof(T));
+      __builtin_memcpy(static_cast<void*>(&value), first_[lane].shown, sizeof(T));
     } else {
-      std::memset(static_cast<void*>(&value), kPoison, sizeof(T));
+      __builtin_memset(static_cast<void*>(&value), kPoison, sizeof(T));
     }
     return value;
   }
@@ -31,13 +31,14 @@ class Lanes {
 
 /// Hands over a value and waits for the lanes of the mask. The result is to be read before the next exchange.
 template <class T>
-Lanes<T> exchange(const char* what, unsigned mask, const T& value) {
+PEARL_UNWATCHED Lanes<T> exchange(const char* what, unsigned mask, const T& value, bool orders = false) {
   static_assert(sizeof(T) <= kSlotBytes && std::is_trivially_copyable<T>::value, "does not fit a lane's slot");
   Thread& t = *machine.current;
   t.what = what;
   t.mask = mask;
-  if (!(mask >> t.lane() & 1)) fail("a lane is missing from its own mask");
-  std::memcpy(t.slot, &value, sizeof(T));
+  t.orders = orders;
+  if (!(mask >> t.number % kWarp & 1)) fail("a lane is missing from its own mask");
+  __builtin_memcpy(t.slot, &value, sizeof(T));
   pause(State::kWaitsForWarp);
   return Lanes<T>();
 }
@@ -71,29 +72,49 @@ T reduce(const char* what, unsigned mask, T value, Combine combine) {
   return result;
 }
 
-inline void block_barrier(const char* what, int line, int vote) {
-  machine.current->what = what;
-  machine.current->line = line;
-  machine.current->vote = vote;
+PEARL_UNWATCHED inline void block_barrier(const char* what, const Place& place, int vote) {
+  Thread& t = *machine.current;
+  t.what = what;
+  t.place = place;
+  t.vote = vote;
+  t.orders = orders_memory(place);
   pause(State::kWaitsForBlock);
+}
+
+/// bar.sync id, threads: whole warps, and a barrier that __syncthreads does not use.
+PEARL_UNWATCHED inline void named_barrier(int id, int threads, const char* file = __builtin_FILE(),
+                                          int line = __builtin_LINE()) {
+  if (id < 1 || id >= static_cast<int>(kNamedBarriers)) fail("named barriers have the numbers 1 to 15");
+  if (threads < 1 || threads % kWarp != 0) fail("a named barrier is for whole warps");
+  Thread& t = *machine.current;
+  t.what = "bar.sync";
+  t.place = {file, line};
+  t.id = static_cast<unsigned>(id);
+  t.expected = static_cast<unsigned>(threads);
+  t.orders = orders_memory(t.place);
+  pause(State::kWaitsForNamed);
 }
 
 }  // namespace emu
 
-inline void __syncthreads(int line = __builtin_LINE()) { emu::block_barrier("__syncthreads", line, 0); }
-inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
-  emu::block_barrier("__syncthreads_or", line, predicate);
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::block_barrier("__syncthreads", {file, line}, 0);
+}
+inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::block_barrier("__syncthreads_or", {file, line}, predicate);
   return emu::machine.votes_for > 0;
 }
-inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
-  emu::block_barrier("__syncthreads_and", line, predicate);
+inline int __syncthreads_and(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::block_barrier("__syncthreads_and", {file, line}, predicate);
   return emu::machine.votes_for == emu::machine.votes;
 }
-inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
-  emu::block_barrier("__syncthreads_count", line, predicate);
+inline int __syncthreads_count(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::block_barrier("__syncthreads_count", {file, line}, predicate);
   return emu::machine.votes_for;
 }
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { emu::exchange("__syncwarp", mask, 0); }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::exchange("__syncwarp", mask, 0, emu::orders_memory({file, line}));
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {

@@ -6,6 +6,9 @@ import ctypes
 import re
 import subprocess
 import sys
+from fractions import Fraction
+from itertools import product
+from math import frexp, trunc
 
 import pytest
 import torch
@@ -138,16 +141,62 @@ def test_asynchronous_copies_arrive_when_waited_for(
     assert torch.equal(first, torch.cat((source[:threads], unfinished)))
 
 
+def sum_of_products(c: float, a: list[float], b: list[float]) -> float:
+    """c and eight products, aligned to the largest exponent with 24 bits behind it; all that is cut off is lost."""
+    exponents = [frexp(x)[1] + frexp(y)[1] - 2 for x, y in zip(a, b, strict=True) if x * y] + [frexp(c)[1] - 1] * (
+        c != 0
+    )
+    if not exponents:
+        return c
+    unit = Fraction(2) ** (max(exponents) - 24)
+    total = sum(trunc(Fraction(x) * Fraction(y) / unit) for x, y in zip([c, *a], [1.0, *b], strict=True)) * unit
+    last = Fraction(2) ** (frexp(float(total))[1] - 24)  # of fp32
+    return float(trunc(total / last) * last)
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_tensor_core_products(name: str) -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e4])
+def test_tensor_core_products(name: str, size: float) -> None:
+    """``size``: of what is added to, beside products of about 1."""
     torch.manual_seed(1)
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
-    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8) * size
+    a[0, :9] = c[0, :4] = 0.0
     out = c.repeat(2, 1, 1)
     assert run(f"products_{name}", a, b.T.contiguous(), b, out) == 0
-    exact = (a.double() @ b.double() + c.double()).float()
-    assert torch.equal(out[0], exact)
-    assert torch.equal(out[1], exact)
+    expected = c.clone()
+    for i, j in product(range(16), range(8)):
+        for k in (slice(0, 8), slice(8, 16)):
+            expected[i, j] = sum_of_products(expected[i, j].item(), a[i, k].tolist(), b[k, j].tolist())
+    assert torch.equal(out[0], expected)
+    assert torch.equal(out[1], expected)
+    assert not torch.equal(expected, (a.double() @ b.double() + c.double()).float())
+
+
+def test_tensor_cores_pass_on_what_is_not_finite() -> None:
+    a, b = torch.ones(16, 16).half(), torch.ones(16, 8).half()
+    a[0, 3], a[1, 2] = torch.inf, torch.nan
+    out = torch.zeros(2, 16, 8)
+    assert run("products_fp16", a, b.T.contiguous(), b, out) == 0
+    assert (out[:, 0] == torch.inf).all()
+    assert out[:, 1].isnan().all()
+    assert (out[:, 2:] == 16).all()
+
+
+@pytest.mark.parametrize("start", [0.0, 100.0])
+def test_sums_over_32k_keys_keep_the_documented_bound(start: float) -> None:
+    """A warp of an attention block adds the products of 8,192 of 32,768 keys, 16 at a time and each twice
+    (docs/kernels.md): with positive values all that is cut off goes one way."""
+    torch.manual_seed(2)
+    times = 8192 // 16 * 2
+    a, b = torch.rand(16, 16).half() / 10, torch.rand(16, 8).half()
+    exact = start + times * (a.double() @ b.double())
+    out = torch.full((16, 8), start)
+    assert run("repeated_products", a, b.T.contiguous(), out, times) == 0
+    error = (out.double() - exact) / exact
+    assert (error <= 0).all()
+    assert error.min() > -2 * times * 10 * 2.0**-24
+    assert error.mean() < -times * 2.0**-24  # it is no rounding to nearest
 
 
 def test_transposed_matrix_loads() -> None:

@@ -53,8 +53,8 @@ class PieceDetokenizer:
     def __init__(self, pieces: Sequence[str] | None = None, tail: str = "") -> None:
         self._pieces, self._tail = pieces, tail
 
-    def feed(self, token: int) -> str:
-        return f"<{token}>" if self._pieces is None else self._pieces[token]
+    def feed(self, tokens: Sequence[int]) -> str:
+        return "".join(f"<{token}>" if self._pieces is None else self._pieces[token] for token in tokens)
 
     def flush(self) -> str:
         return self._tail
@@ -339,13 +339,14 @@ def simulate(
     accuracy: float = 0.7,
     moody: bool = False,
     prefix_caching: bool = True,
+    lookahead: int = 64,
 ) -> Simulation:
     pace = pace_of(method, window)
     draft_keeps_kv = draft_keeps_kv and method != "autoregressive"
     scheduler = CheckedScheduler(
         pace,
-        KVCacheManager(num_pages, page_size, prefix_caching),
-        KVCacheManager(num_pages, page_size, prefix_caching) if draft_keeps_kv else None,
+        KVCacheManager(num_pages, page_size, prefix_caching, lookahead),
+        KVCacheManager(num_pages, page_size, prefix_caching, lookahead) if draft_keeps_kv else None,
         max_num_seqs=lanes,
         max_num_batched_tokens=budget,
         max_waiting=max_waiting,

@@ -24,14 +24,14 @@ from pearl.sampling_params import SamplingParams
 CLASSES = [
     value
     for _, value in inspect.getmembers(messages, inspect.isclass)
-    if value.__module__ == messages.__name__ and dataclasses.is_dataclass(value)
+    if value.__module__ == messages.__name__ and (dataclasses.is_dataclass(value) or issubclass(value, tuple))
 ]
 STATE = sequence_state(SamplingParams())
 
 
 def test_every_message_is_frozen() -> None:
-    assert len(CLASSES) >= 10
-    assert [c.__name__ for c in CLASSES if not c.__dataclass_params__.frozen] == []
+    assert len(CLASSES) >= 15
+    assert [c.__name__ for c in CLASSES if not (issubclass(c, tuple) or c.__dataclass_params__.frozen)] == []
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,17 @@ def test_every_message_is_frozen() -> None:
     ],
 )
 def test_a_message_cannot_be_changed(message: Any, name: str) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         setattr(message, name, None)
 
 
 def test_sequences_in_messages_are_tuples() -> None:
     """A frozen message with a list inside would still be shared, mutable state."""
     wrong = [
-        f"{c.__name__}.{f.name}: {f.type}"
+        f"{c.__name__}.{name}: {kind}"
         for c in CLASSES
-        for f in dataclasses.fields(c)
-        if str(f.type).startswith(("list[", "set[", "Sequence["))
+        for name, kind in inspect.get_annotations(c).items()
+        if getattr(kind, "__forward_arg__", kind).startswith(("list[", "set[", "Sequence["))
     ]
     assert wrong == []
 

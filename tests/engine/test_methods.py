@@ -71,7 +71,7 @@ def test_every_batch_makes_progress(mode: Mode) -> None:
     ("intent", "progress", "pinned"),
     [
         (VERIFY, Progress(3, False), Intent(draft=False, verify=True, bonus=False)),
-        (VERIFY, Progress(0, False), Intent(draft=True, verify=True, bonus=False)),
+        (VERIFY, Progress(0, False), BOTH),
         (VERIFY, Progress(0, True), VERIFY),  # its drafter has nothing
         (BOTH, Progress(3, False), BOTH),
         (DRAFT, Progress(0, False), DRAFT),

@@ -229,7 +229,10 @@ class Utf8Detokenizer:
     def __init__(self) -> None:
         self._bytes = b""
 
-    def feed(self, token: int) -> str:
+    def feed(self, tokens: Sequence[int]) -> str:
+        return "".join(map(self._feed, tokens))
+
+    def _feed(self, token: int) -> str:
         self._bytes += bytes([token])
         try:
             text, self._bytes = self._bytes.decode(), b""

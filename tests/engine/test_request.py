@@ -268,6 +268,16 @@ def test_token_range_runs_from_committed_into_pending(start: int, end: int, toke
     assert running(drafted(10, 11, 12)).token_range(start, end) == tokens
 
 
+def test_the_state_without_history_is_one_object_while_the_request_keeps_its_lane() -> None:
+    request = running(drafted(10))
+    state = request.state(with_history=False)
+    play(request, window=(11,), accepted=2)
+    assert request.state(with_history=False) is state
+    request.preempt()
+    request.start_running(3, target_cached=0, draft_cached=0)
+    assert request.state(with_history=False).lane == 3
+
+
 def test_state_carries_the_history_only_where_it_is_read() -> None:
     request = running(drafted(10, 11))
     assert request.state(with_history=True).history == (*PROMPT, 10, 11)

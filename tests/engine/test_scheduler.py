@@ -147,6 +147,20 @@ def test_a_token_is_only_decided_when_both_models_are_ready(ahead: str) -> None:
     assert waiting == {1: (5, 5, 0)} or waiting == {}
 
 
+def test_the_target_waits_for_a_draft_that_computes_the_prompt_again() -> None:
+    """As after a preemption, where only the target's pages were still in a prefix cache."""
+    simulation = simulate("pearl", budget=5, page_size=1, window=1)  # which leaves nothing pending
+    request = long_running(1, length=11)
+    simulation.add(request)
+    while request.num_output == 0:
+        simulation.step()
+    request.draft_computed = 0
+    simulation.scheduler.draft_kv.truncate(1, 0)
+    plans = [simulation.step() for _ in range(3)]
+    assert [target_chunks(plan) for plan in plans] == [{}, {}, {1: (11, 1, 1)}]
+    assert [draft_chunks(plan)[1] for plan in plans] == [(0, 5, 0), (5, 5, 0), (10, 2, 1)]
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("speculative", "two-halves", "switching")])
 def test_decoding_requests_work_in_every_round_while_prompts_are_computed(method: str) -> None:
     simulation = simulate(method, budget=4, page_size=1, num_pages=600, window=2)

@@ -53,6 +53,7 @@ def engines(draw: st.DrawFn) -> dict[str, Any]:
         "accuracy": draw(st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])),
         "moody": draw(st.booleans()),
         "prefix_caching": draw(st.booleans()),
+        "lookahead": draw(st.sampled_from([64, 64, 2])),
     }
 
 
@@ -158,3 +159,17 @@ def test_the_oldest_running_request_is_never_preempted(
         simulation.step()
         assert oldest.status is not Status.WAITING
     raise AssertionError("not finished after 1000 rounds")
+
+
+@given(st.lists(arrivals(), min_size=1, max_size=6), engines(), st.integers(0, 3))
+def test_requests_that_have_caught_up_are_planned_as_if_they_might_lag(
+    plan: list[Arrival], options: dict[str, Any], spare_pages: int
+) -> None:
+    """The budget is worked out for the requests that lag only; asking it about all changes no plan."""
+    size = options["page_size"]
+    num_pages = max(-(-arrival.positions // size) for arrival in plan) + spare_pages
+    short, general = (simulate(num_pages=num_pages, **options) for _ in range(2))
+    general.scheduler._lags = lambda request: True  # type: ignore[method-assign]
+    for simulation in (short, general):
+        play(simulation, plan, bound=2000)
+    assert [record.plan for record in short.records] == [record.plan for record in general.records]

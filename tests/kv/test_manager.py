@@ -333,6 +333,41 @@ class TestTruncate:
             kv.truncate(0, -1)
 
 
+class TestSettle:
+    def test_a_page_that_was_rolled_back_stays_for_the_next_round(self) -> None:
+        kv = manager_with(PROMPT)
+        table = kv.block_table(0)
+        kv.settle(0, PROMPT, 8)
+        assert kv.block_table(0) is table
+        kv.settle(0, PROMPT, 4)  # two pages beyond are more than one
+        assert kv.block_table(0) == table[:1]
+
+    def test_where_pages_are_scarce_it_does_not(self) -> None:
+        kv = manager_with(PROMPT, num_pages=3)
+        kv.settle(0, PROMPT, 8)
+        assert kv.num_free_pages == 1
+
+    @pytest.mark.parametrize(("num_pages", "ahead"), [(4, 0), (5, 1), (6, 2), (9, 3)])
+    def test_pages_are_taken_ahead_where_there_are_enough(self, num_pages: int, ahead: int) -> None:
+        """Not the last one, which a sequence may need."""
+        kv = KVCacheManager(num_pages, 4, lookahead=1)
+        kv.begin(0, PROMPT)
+        kv.reserve(0, 9, 0)
+        assert len(kv.block_table(0)) == 3 + ahead
+        kv.settle(0, PROMPT, 9)
+        assert len(kv.block_table(0)) == 3 + ahead
+
+    def test_what_is_rolled_back_must_be_reserved_before_it_is_other_tokens(self) -> None:
+        kv = manager_with(PROMPT)
+        kv.settle(0, PROMPT[:5], 5)
+        with pytest.raises(ValueError, match="without being reserved"):
+            kv.commit(0, [1, 2, 3, 4, 50, 60, 70, 80], 8)
+
+    def test_no_more_is_computed_than_there_are_pages_for(self) -> None:
+        with pytest.raises(ValueError, match="so 13 cannot be computed"):
+            manager_with(PROMPT).settle(0, PROMPT, 13)
+
+
 class TestSequenceIds:
     def test_an_id_is_used_once_at_a_time(self) -> None:
         kv = manager_with(PROMPT)
@@ -350,6 +385,7 @@ class TestSequenceIds:
             lambda kv: kv.can_reserve(5, 1),
             lambda kv: kv.commit(5, [1], 1),
             lambda kv: kv.truncate(5, 0),
+            lambda kv: kv.settle(5, [1], 1),
             lambda kv: kv.fork(5, 6),
             lambda kv: kv.free(5),
             lambda kv: kv.block_table(5),
@@ -367,6 +403,12 @@ CORRUPTIONS: dict[str, tuple[Callable[[KVCacheManager], object], str]] = {
     "a forgotten sequence": (lambda kv: kv._sequences.pop(0), "refcount 2, but 1 sequences hold it"),
     "more keys than pages": (lambda kv: kv._sequences[0].prefix.extend(kv._sequences[0].prefix), "more prefix keys"),
     "a broken chain": (lambda kv: kv._sequences[0].prefix.reverse(), "does not follow from its parent"),
+    "a shared page as its own": (lambda kv: setattr(kv._sequences[0], "own_from", 0), "own, but is shared"),
+    "a cached page as its own": (
+        lambda kv: (kv.free(1), setattr(kv._sequences[0], "own_from", 1)),
+        "own, but is cached",
+    ),
+    "own pages it has not": (lambda kv: setattr(kv._sequences[0], "own_from", 4), "owns pages that it does not hold"),
     "pages in the wrong order": (lambda kv: kv._sequences[1].pages.reverse(), "cached as another prefix"),
 }
 

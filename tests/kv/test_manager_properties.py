@@ -77,10 +77,15 @@ def prefix_of(key: PrefixKey) -> Tokens:
 class Rounds(RuleBasedStateMachine):
     """Each rule is one disturbance and the rounds after it: hypothesis leaves out rules at random, rounds never."""
 
-    @initialize(num_tokens=st.integers(MAX_LENGTH, 3 * MAX_LENGTH), page_size=st.sampled_from([4, 2, 1]))
-    def build(self, num_tokens: int, page_size: int) -> None:
+    @initialize(
+        num_tokens=st.integers(MAX_LENGTH, 3 * MAX_LENGTH),
+        page_size=st.sampled_from([4, 2, 1]),
+        lookahead=st.sampled_from([64, 4, 1]),
+    )
+    def build(self, num_tokens: int, page_size: int, lookahead: int) -> None:
         num_pages = num_tokens // page_size
-        self.kv = KVCacheManager(num_pages, page_size)
+        self.kv = KVCacheManager(num_pages, page_size, lookahead=lookahead)
+        self.lookahead = lookahead
         self.memory = Memory(num_pages, page_size)
         self.live: dict[int, Live] = {}
         self.begun = 0
@@ -204,7 +209,8 @@ class Rounds(RuleBasedStateMachine):
 
     def snapshot(self) -> object:
         cached = {prefix_of(key): entry.page for key, entry in self.kv._pool._cache.items()}
-        return [self.kv.block_table(seq_id) for seq_id in self.live], self.kv.num_free_pages, self.kv.stats, cached
+        sequences = [(list(s.pages), list(s.prefix), s.own_from) for s in self.kv._sequences.values()]
+        return sequences, self.kv.num_free_pages, self.kv.stats, cached
 
     def reserve(self, seq_id: int, end: int) -> tuple[PageCopy, ...]:
         start, size = self.live[seq_id].computed, self.kv.page_size
@@ -214,7 +220,11 @@ class Rounds(RuleBasedStateMachine):
         shared = sum(index < len(before) and before[index] in others for index in written)
         copies = self.kv.reserve(seq_id, end, start)
         table = self.kv.block_table(seq_id)
-        assert free - self.kv.num_free_pages == max(0, -(-end // size) - len(before)) + shared
+        wanted = max(len(before), -(-end // size))
+        ahead = len(table) - wanted
+        assert free - self.kv.num_free_pages == wanted - len(before) + shared + ahead
+        assert ahead == 0 or (wanted > len(before) and self.kv.num_free_pages >= len(self.live))
+        assert ahead in range(wanted // self.lookahead + 1)
         assert self.kv.capacity_tokens(seq_id) >= end
         assert table[: start // size] == before[: start // size]
         for index in written:
@@ -234,12 +244,20 @@ class Rounds(RuleBasedStateMachine):
         state = self.live[seq_id]
         correction = data.draw(st.none() | TOKEN)
         state.judge(data.draw(st.integers(0, len(state.pending))), correction)
-        if data.draw(st.booleans()):  # reserve must manage without
-            self.kv.truncate(seq_id, state.computed)
-            assert self.kv.capacity_tokens(seq_id) - state.computed in range(self.kv.page_size)
         valid = state.committed[: state.computed]
         self.verified |= {tuple(valid[:end]) for end in range(len(valid) + 1)}
-        self.kv.commit(seq_id, state.committed, state.computed)
+        if data.draw(st.booleans()):
+            self.kv.settle(seq_id, state.committed, state.computed)
+            beyond = self.kv.capacity_tokens(seq_id) - state.computed
+            held = self.kv.capacity_tokens(seq_id) // self.kv.page_size
+            assert beyond in range((2 + held // self.lookahead) * self.kv.page_size)
+            assert beyond < self.kv.page_size or self.kv.num_free_pages >= len(self.kv._sequences)
+            assert len(self.kv._sequences[seq_id].prefix) == len(valid) // self.kv.page_size
+            settled = self.snapshot()
+            self.kv.commit(seq_id, state.committed, state.computed)
+            assert self.snapshot() == settled, "settle left something to commit"
+        else:  # reserve must manage without truncate
+            self.kv.commit(seq_id, state.committed, state.computed)
         if len(state.committed) >= MAX_LENGTH:
             self.drop(seq_id)
 

@@ -71,7 +71,7 @@ def ids(name: str, *tokens: str) -> list[int]:
 
 def pieces(name: str, prompt: Sequence[int], output: Sequence[int]) -> list[str]:
     detokenizer = TOKENIZERS[name].detokenizer(prompt)
-    return [*(detokenizer.feed(token) for token in output), detokenizer.flush()]
+    return [*(detokenizer.feed((token,)) for token in output), detokenizer.flush()]
 
 
 @pytest.mark.parametrize("name", ["llama-2", "gemma", "byte-level", "bundled"])
@@ -111,6 +111,22 @@ def test_bytes_that_are_no_text_are_replaced_as_in_decoding(data: st.DataObject)
     assert "".join(pieces("byte-level", tokens[:split], tokens[split:])) == whole[len(before) :]
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_tokens_may_be_fed_several_at_once(name: str, data: st.DataObject) -> None:
+    """Each verdict's text is the same as token by token, after every prompt, whatever its bytes."""
+    several = (
+        [0, 1, *byte_ids(name, b"a \xe8\xaa\x9e\xc3\xa9\xff")] if name in ("llama-2", "gemma", "byte-level") else [0, 1]
+    )
+    known = st.sampled_from(several) | st.integers(0, len(TOKENIZERS[name]._tokenizer) - 1)
+    prompt = data.draw(st.lists(known, max_size=4))
+    one_by_one, at_once = (TOKENIZERS[name].detokenizer(prompt) for _ in range(2))
+    for verdict in data.draw(st.lists(st.lists(known, max_size=5), max_size=6)):
+        assert at_once.feed(verdict) == "".join(one_by_one.feed((token,)) for token in verdict)
+    assert at_once.flush() == one_by_one.flush()
+
+
 @pytest.mark.parametrize("name", ["llama-2", "gemma"])
 @pytest.mark.parametrize(
     ("data", "text"),
@@ -146,6 +162,13 @@ def test_a_prompt_that_ends_inside_a_character(name: str, inside: int) -> None:
     a = ids(name, "a")
     assert "".join(pieces(name, prompt, a)) == "a" == TOKENIZERS[name].decode([*prompt, *a])[-1]
     assert pieces(name, prompt, []) == [""]
+
+
+@of_bytes
+def test_what_completes_the_prompts_character_is_not_taken_for_its_replacement(name: str) -> None:
+    """Nor is the next byte that is no character, which comes in the same verdict."""
+    detokenizer = TOKENIZERS[name].detokenizer(byte_ids(name, b"x\xc3"))
+    assert detokenizer.feed(byte_ids(name, b"\xa9\xff")) == "é\ufffd"
 
 
 def test_a_character_is_given_out_though_its_token_begins_another() -> None:

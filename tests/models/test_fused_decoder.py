@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -106,6 +108,46 @@ def test_work_items_give_the_same_bits_as_their_tensors(folder: Path) -> None:
             assert torch.equal(bits(of_items.forward_work(work_of(*items))), bits(of_tensors.forward(batch)))
 
 
+def random_work(rng: random.Random, before: Sequence[ForwardWork]) -> list[ForwardWork]:
+    """Of some sequences of the round before with tables cut, continued or changed anywhere, and of new ones."""
+    tables = [item.block_table[: rng.randint(0, 9)] for item in before if rng.random() < 0.7]
+    tables += [()] * rng.randint(0, 3)
+    work = []
+    for table in tables:
+        table += tuple(rng.randrange(PAGES) for _ in range(rng.randint(not table, 2)))
+        if rng.random() < 0.3:
+            at = rng.randrange(len(table))
+            table = (*table[:at], rng.randrange(PAGES), *table[at + 1 :])
+        start = rng.randrange(PAGE * len(table))
+        tokens = tuple(rng.randrange(131) for _ in range(rng.randint(1, min(5, PAGE * len(table) - start))))
+        state = SequenceState(len(work), len(work), SamplingParams(), 0, 0, None)
+        work.append(ForwardWork(state, tokens, start, rng.randint(0, len(tokens)), table))
+    return work
+
+
+def test_block_tables_that_stay_from_round_to_round_are_those_of_each_round(llama: Decoder) -> None:
+    """Rows are kept from forward to forward; one that was refused leaves nothing behind."""
+    rng = random.Random(0)
+    caches = [KVCache.allocate(llama.config, PAGES, PAGE, torch.float32, CPU) for _ in range(2)]
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        for keys, copied in zip(one, other, strict=True):
+            keys.normal_(generator=torch.Generator().manual_seed(0))
+            copied.copy_(keys)
+    kept, fresh = (FusedDecoder(llama, cache) for cache in caches)
+    work: list[ForwardWork] = []
+    for _ in range(150):
+        work = random_work(rng, work)
+        if not sum(item.num_logits for item in work):
+            continue
+        if rng.random() < 0.3:
+            broken = work[0]._replace(block_table=(*work[0].block_table, "no page"))
+            with pytest.raises(TypeError):
+                kept.forward_work([*work[1:], broken])
+        with torch.inference_mode():
+            found, expected = kept.forward_work(work), fresh.forward(build_batch(work, PAGE, CPU))
+        assert torch.equal(bits(found), bits(expected))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -125,7 +167,7 @@ def test_work_that_does_not_fit_is_refused_before_anything_is_written(
     cache = poisoned_cache(llama, torch.float32)
     (work,) = work_of((1, 2, 3, 1))
     with pytest.raises(ValueError, match=message):
-        FusedDecoder(llama, cache).forward_work([replace(work, **change)])  # type: ignore[arg-type]
+        FusedDecoder(llama, cache).forward_work([work._replace(**change)])  # type: ignore[arg-type]
     assert all(t.isnan().all() for layer in cache.layers for t in layer)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -173,11 +173,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     drafting = Drafting(llama, "rejection", fused=True)
     good = item(0, 0, 6, 6, HOT)
-    bad = DraftWork(replace(good.forward, **change), good.num_draft)  # type: ignore[arg-type]
+    bad = DraftWork(good.forward._replace(**change), good.num_draft)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         drafting.propose((item(1, 0, 2, 2), bad))
     assert all(memory.isnan().all() for memory in drafting.memory())
     assert drafting.propose((good,)).steps == 6  # and goes on
+
+
+def test_a_shorter_table_holds_nothing_of_the_one_before(llama: Decoder) -> None:
+    """It would be written to, by a window that the table does not reach. Also where the one before was refused."""
+    drafting = Drafting(llama, "rejection", fused=True)
+    good = item(0, 0, 6, 6, HOT)
+    table = good.forward.block_table
+    short, broken = (
+        DraftWork(good.forward._replace(block_table=other), good.num_draft)
+        for other in (table[:2], (*table[1:], table[0], "no page"))
+    )
+    for before in (good, broken):
+        with suppress(TypeError):
+            drafting.propose((before,))
+        with pytest.raises(ValueError, match="a page is -1"):
+            drafting.propose((short,))
 
 
 def test_a_window_past_the_models_last_position_is_refused(llama: Decoder) -> None:

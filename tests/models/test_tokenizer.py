@@ -38,7 +38,7 @@ def words() -> Tokenizer:
 
 def pieces(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list[str]:
     detokenizer = tokenizer.detokenizer(prompt)
-    return [*(detokenizer.feed(token) for token in output), detokenizer.flush()]
+    return [*(detokenizer.feed((token,)) for token in output), detokenizer.flush()]
 
 
 @settings(max_examples=60, deadline=None)
