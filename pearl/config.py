@@ -72,7 +72,8 @@ class EngineConfig:
         GPUs what is free after a profiling run.
     max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
         fresh ones.
-    draft_threads, target_threads: intra-op CPU threads of each worker; None splits the cores.
+    draft_threads, target_threads: CPU threads of each model's forwards; None: all cores for the target, and for a draft
+        that works beside it a quarter.
     """
 
     target: str | None = None
@@ -238,15 +239,19 @@ class EngineConfig:
     def resolve_threads(self) -> tuple[int, int]:
         """(draft, target) intra-op threads.
 
-        Where both models work at the same time the draft gets a quarter of the cores (at least one). Where they take
-        turns each gets all: the other's threads sleep.
+        The target gets all cores: its helpers sleep while it rests, and where the draft works beside it they use what
+        the draft leaves of its cores. The draft gets all where the models always take turns, else a quarter.
         """
         cores = cpu_cores()
-        if not self.uses_draft_model:
-            return self.draft_threads or 1, self.target_threads or cores
-        take_turns = self.method == "speculative"
-        draft = self.draft_threads or (cores if take_turns else max(1, cores // 4))
-        return draft, self.target_threads or (cores if take_turns else max(1, cores - draft))
+        alone = cores if self.method == "speculative" else max(1, cores // 4)
+        return self.draft_threads or (alone if self.uses_draft_model else 1), self.target_threads or cores
+
+    @property
+    def target_torch_threads(self) -> int:
+        """Of a target that torch computes, whose threads spin: those that the draft leaves."""
+        if self.target_threads or not self.uses_draft_model or self.method == "speculative":
+            return self.resolve_threads()[1]
+        return max(1, cpu_cores() - self.resolve_threads()[0])
 
 
 def _model_name(role: str, given: object) -> str | None:

@@ -61,8 +61,11 @@ class EngineOptions:
     dtype: Annotated[str, _hardware(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto"
     target_weights: Annotated[str, _hardware(help="full or int8 (CPU): another, smaller model.")] = "full"
     draft_weights: Annotated[str, _hardware(help="full or int8 (CPU); the output stays the target's.")] = "full"
-    draft_threads: Annotated[int | None, _hardware(help="CPU threads of the draft. Default: a quarter.")] = None
-    target_threads: Annotated[int | None, _hardware(help="CPU threads of the target. Default: the rest.")] = None
+    draft_threads: Annotated[
+        int | None,
+        _hardware(help="CPU threads of the draft. Default: a quarter, or all if it never works beside the target."),
+    ] = None
+    target_threads: Annotated[int | None, _hardware(help="CPU threads of the target. Default: all.")] = None
     max_model_len: Annotated[int | None, _hardware(help="Most tokens of prompt and output. Default: the model's.")] = (
         None
     )

@@ -60,9 +60,9 @@ def connect(
     verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, sends)
     if wrap_verifier is not None:
         verifier = wrap_verifier(verifier)
-    draft_threads, target_threads = config.resolve_threads()
+    draft_threads, _ = config.resolve_threads()
     inline = models.target.fused is not None or queue.asynchronous
-    target_worker = InlineWorker(queue) if inline else ThreadWorker("target", target_threads)
+    target_worker = InlineWorker(queue) if inline else ThreadWorker("target", config.target_torch_threads)
     draft_worker: Worker | None = None
     draft_alone: Worker | None = None
     if draft_queue is not None and draft_queue.asynchronous:

@@ -22,7 +22,8 @@ _LEARNING_ROUNDS = 32
 _SOON, _BETWEEN_CHOICES = 4, 64  # rounds until the next choice: while little is known, and later
 _MARGIN = 0.01  # by which another pace must be better, beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
-_PROBED = 3  # rounds that tell how long forwards take in a state of the other model
+_PROBED, _PROBED_WELL = 3, 12  # rounds that tell how long forwards take in a state of the other model: at first, and
+_COLD = 64  # after so many rounds, the first of which take longer than later ones
 _STALE = 256  # rounds after which such knowledge is renewed,
 _PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
@@ -173,7 +174,8 @@ class AutoPace:
         return None
 
     def _knows(self, load: Load, alone: bool) -> bool:
-        return self._curves.knows(load, beside=not alone, rounds=_PROBED)
+        rounds = _PROBED if self._curves.rounds < _COLD else _PROBED_WELL
+        return self._curves.knows(load, beside=not alone, rounds=rounds)
 
 
 def _row_seconds(now: Situation, windows: Numbers) -> Numbers:

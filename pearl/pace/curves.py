@@ -121,12 +121,15 @@ class Curves:
         return enough >= rounds
 
     def overhead(self, batch: int, mode: Mode) -> float:
-        """Seconds of a mode's round beyond its longer forward."""
+        """Seconds of a mode's round beyond its longer forward: the mean, as its rounds may be of several kinds, without
+        the tenth that took longest.
+        """
         size = batch.bit_length()
         known = [key for key, samples in self._overhead.items() if samples]
         if not known:
             return 0.0
-        return statistics.median(self._overhead[min(known, key=lambda key: (abs(key[0] - size), key[1] != mode))])
+        samples = sorted(self._overhead[min(known, key=lambda key: (abs(key[0] - size), key[1] != mode))])
+        return statistics.fmean(samples[: max(1, len(samples) * 9 // 10)])
 
     def spread(self, load: Load) -> float:
         """The relative error of what is known of the target's times, from their own scatter around it."""

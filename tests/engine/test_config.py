@@ -207,26 +207,27 @@ def test_each_model_may_have_its_own_device(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("cores", "options", "threads"),
+    ("cores", "options", "threads", "torch_threads"),
     [
-        (1, {}, (1, 1)),
-        (2, {}, (1, 1)),
-        (8, {}, (2, 6)),
-        (12, {}, (3, 9)),
-        (8, {"method": "autoregressive"}, (1, 8)),
-        (8, {"draft": "ngram"}, (1, 8)),
-        (8, {"draft_threads": 3}, (3, 5)),
-        (8, {"target_threads": 2}, (2, 2)),
-        (8, {"method": "speculative"}, (8, 8)),
-        (8, {"method": "speculative", "draft_threads": 3}, (3, 8)),
-        (8, {"method": "speculative", "draft": "ngram"}, (1, 8)),
+        (1, {}, (1, 1), 1),
+        (2, {}, (1, 2), 1),
+        (8, {}, (2, 8), 6),
+        (12, {}, (3, 12), 9),
+        (8, {"method": "autoregressive"}, (1, 8), 8),
+        (8, {"draft": "ngram"}, (1, 8), 8),
+        (8, {"draft_threads": 3}, (3, 8), 5),
+        (8, {"target_threads": 2}, (2, 2), 2),
+        (8, {"method": "speculative"}, (8, 8), 8),
+        (8, {"method": "speculative", "draft_threads": 3}, (3, 8), 8),
+        (8, {"method": "speculative", "draft": "ngram"}, (1, 8), 8),
     ],
 )
-def test_cores_are_split_between_the_models(
-    cores: int, options: dict[str, Any], threads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+def test_the_target_may_use_all_cores_but_where_its_threads_would_spin(
+    cores: int, options: dict[str, Any], threads: tuple[int, int], torch_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert EngineConfig(**options).resolve_threads() == threads
+    config = EngineConfig(**options)
+    assert (config.resolve_threads(), config.target_torch_threads) == (threads, torch_threads)
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
