@@ -26,6 +26,7 @@ _PROBED, _PROBED_WELL = 3, 12  # rounds that tell how long forwards take in a st
 _COLD = 64  # after so many rounds, the first of which take longer than later ones
 _STALE = 256  # rounds after which such knowledge is renewed,
 _PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
+_WORTH_A_TRY = 0.75  # of the best one's speed: what a mode that was never run must promise
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
@@ -155,7 +156,9 @@ class AutoPace:
         return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
 
     def _probe(self, choices: dict[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
-        """A choice that tells how long forwards take beside each other, or alone, where that is not known."""
+        """A choice that tells what is not known: how long forwards take beside each other, or alone; and what a mode is
+        like that promises nearly as much and was never run.
+        """
         takes_turns = chosen.mode in _TAKES_TURNS
         for alone in (takes_turns, not takes_turns):
             there = [choice for mode, choice in choices.items() if (mode in _TAKES_TURNS) == alone]
@@ -166,12 +169,17 @@ class AutoPace:
             best = max(there, key=lambda choice: choice.rate)
             if not self._knows(load, alone):
                 return best
-            age = self._curves.rounds_since(load, beside=not alone)
             if chosen.mode == "autoregressive":  # what it costs to let the draft catch up is more than to know
                 continue
+            age = self._curves.rounds_since(load, beside=not alone)
             if age is not None and age > _STALE and best.rate > _PROMISING * chosen.rate:
                 return best
-        return None
+        untried = [
+            choice
+            for mode, choice in choices.items()
+            if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED)
+        ]
+        return max(untried, key=lambda choice: choice.rate, default=None)
 
     def _knows(self, load: Load, alone: bool) -> bool:
         rounds = _PROBED if self._curves.rounds < _COLD else _PROBED_WELL

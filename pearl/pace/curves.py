@@ -93,6 +93,7 @@ class Curves:
         self._samples: defaultdict[_Key, _Forwards] = defaultdict(_Forwards)
         self._overhead: defaultdict[tuple[int, Mode], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self.rounds = 0
+        self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
 
     def observe(self, measured: MeasuredRound) -> None:
         self.rounds += 1
@@ -119,6 +120,15 @@ class Curves:
             if state == beside and abs(key[0] - batch) <= 1 and abs(key[1] - context) <= 2:
                 enough = max(enough, min(samples.target.count, samples.draft.count))
         return enough >= rounds
+
+    def tried(self, batch: int, mode: Mode, rounds: int) -> bool:
+        """Whether the mode was run for so many rounds of about such a batch."""
+        size = batch.bit_length()
+        return any(
+            len(samples) >= rounds
+            for (other, its), samples in self._overhead.items()
+            if its == mode and abs(other - size) <= 1
+        )
 
     def overhead(self, batch: int, mode: Mode) -> float:
         """Seconds of a mode's round beyond its longer forward: the mean, as its rounds may be of several kinds, without
@@ -154,7 +164,27 @@ class Curves:
             # As many times faster than the target as it is smaller.
             scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
             steps = [(1.0, sizes.draft_bytes * scale)]
-        return Times(tuple(points), _slope(samples), tuple(steps))
+        return Times(tuple(points), self._slope(samples), tuple(steps))
+
+    def _slope(self, states: Sequence[Sequence[tuple[float, float]]]) -> float:
+        """Seconds of a row beside the measured ones: what rows cost in both states of the draft, least squares, drawn
+        towards what they cost under other loads as long as their numbers hardly differ and noise would decide.
+        """
+        x0, y0 = np.mean(states[0] or states[1], axis=0).tolist()
+        moments = [_moments(samples) for samples in states]
+        weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x0) ** 2
+        xx, xy = weight, weight * self._row_share() * y0 / x0
+        slope: float = (xy + sum(m[1] for m in moments)) / (xx + sum(m[0] for m in moments))
+        return max(0.0, slope)
+
+    def _row_share(self) -> float:
+        """Of a forward's time for each of its rows, what one row more costs, under all loads that were measured."""
+        if self._share_of != self.rounds:
+            moments = [_moments(forwards.target.all(), relative=True) for forwards in self._samples.values()]
+            xx, xy = _GUESS_WEIGHT * _GUESS_SPREAD**2, _GUESS_WEIGHT * _GUESS_SPREAD**2 * _ROW_SHARE
+            share = (xy + sum(m[1] for m in moments)) / (xx + sum(m[0] for m in moments))
+            self._share, self._share_of = max(0.0, share), self.rounds
+        return self._share
 
     def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[float, float]]:
         """Samples of the most similar load, rather with the other model in the same state than without."""
@@ -188,16 +218,12 @@ def _medians(samples: Iterable[tuple[float, float]]) -> list[tuple[float, float]
     return [(x, y) for x, y, _ in points]
 
 
-def _slope(states: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """Seconds of a row beyond the measured ones: what rows cost in both states of the draft, by least squares, drawn
-    towards a small guess as long as numbers of rows hardly differ and noise would decide.
-    """
-    xx = xy = 0.0
-    for samples in filter(None, states):
-        x, y = np.array(samples).T
-        xx += float(((x - x.mean()) ** 2).sum())
-        xy += float(((x - x.mean()) * (y - y.mean())).sum())
-    x0, y0 = np.mean(states[0] or states[1], axis=0).tolist()
-    weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x0) ** 2
-    slope: float = (xy + weight * _ROW_SHARE * y0 / x0) / (xx + weight)
-    return max(0.0, slope)
+def _moments(samples: Sequence[tuple[float, float]], relative: bool = False) -> tuple[float, float]:
+    """Sums of squares of x, and of products of x and y, around their means; ``relative``: in shares of these."""
+    if not samples:
+        return 0.0, 0.0
+    x, y = np.array(samples).T
+    if relative:
+        x, y = x / x.mean(), y / y.mean()
+    x = x - x.mean()
+    return float((x * x).sum()), float((x * (y - y.mean())).sum())

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from pearl.methods import Mode
 
+_FEW = 512
+
 
 class Load(NamedTuple):
     batch: int
@@ -14,8 +16,8 @@ class Load(NamedTuple):
 
     @property
     def bucket(self) -> tuple[int, int]:
-        """Powers of two: of the batch, and of the tokens of a request."""
-        return self.batch.bit_length(), (self.context // max(1, self.batch)).bit_length()
+        """Powers of two: of the batch, and of the tokens of a request, which matter little while they are few."""
+        return self.batch.bit_length(), (self.context // max(1, self.batch) // _FEW).bit_length()
 
 
 class Pace(NamedTuple):
