@@ -7,6 +7,7 @@ process to process.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from dataclasses import replace
 
@@ -51,6 +52,7 @@ def _map(size: int) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel that was built without them refuses
+        memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.uint8)
     return block[-block.data_ptr() % _HUGE_PAGE :][:size]

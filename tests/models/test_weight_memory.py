@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from dataclasses import fields
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def test_the_memory_outlives_its_maker_and_ends_with_its_tensors() -> None:
     del kept
     gc.collect()
     assert mapped() - before < size
+
+
+def test_a_kernel_without_huge_pages_keeps_weights_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            raise OSError(22, "Invalid argument")  # CONFIG_TRANSPARENT_HUGEPAGE is off
+
+    monkeypatch.setattr(mmap, "mmap", Plain)
+    tensor = torch.arange(99)
+    assert torch.equal(WeightMemory(CPU).keep(tensor), tensor)
 
 
 @pytest.mark.parametrize("weights", ["full", "int8"])
