@@ -248,7 +248,7 @@ class CheckedScheduler(Scheduler):
         assert len({r.lane for r in self.running}) == len(self.running)
         for work in plan.verify:
             request, forward = self.requests[work.request_id], target[work.request_id]
-            bonus = not request.pinned or work.request_id in draft
+            bonus = not request.pinned or work.request_id in draft or request.draft_is_dry
             assert forward.num_logits == min(len(request.pending) + bonus, request.remaining)
             assert forward.end == request.length + forward.num_logits - 1
             assert work.request_id not in draft or draft[work.request_id].num_draft, "decided before the draft is ready"

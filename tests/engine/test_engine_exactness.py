@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from typing import Any
 
 import pytest
@@ -116,6 +117,16 @@ def test_what_a_pinned_request_says_does_not_depend_on_modes_and_windows(window:
         toy = Toy("switching", "rejection", window=window, blur=blur, pinned=True)
         toy.scheduler._pace = RandomPace(window, modes=[mode])  # type: ignore[list-item]
         assert toy.generate(PROMPTS[1], temperature=1.0, seed=8, max_tokens=24) == [expected[1]]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("method", ["pearl", "switching"])
+def test_a_seed_gives_the_same_output_however_windows_are_cut_from_the_text(method: str, window: int) -> None:
+    """Of prompt lookup, whose matches are many: three tokens are all that is ever said."""
+    prompts = [[random.Random(i).choice([1, 2, 3]) for _ in range(12)] for i in range(4)]
+    params: dict[str, Any] = {"temperature": 1.0, "max_tokens": 80, "logit_bias": {1: 30.0, 2: 30.0, 3: 30.0}}
+    expected = Toy("pearl", window=3, ngram=True, pinned=True).generate(*prompts, **params)
+    assert Toy(method, window=window, ngram=True, pinned=True).generate(*prompts, **params) == expected
 
 
 def test_a_batch_may_mix_greedy_and_sampled_requests_and_lengths() -> None:

@@ -29,11 +29,14 @@ def propose(history: Sequence[int], count: int, longest: int = 4, shortest: int 
     ("history", "count", "window"),
     [
         ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]),
-        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),  # the text ends before the window is full
+        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3, 9, 1, 2, 3, 9]),  # on into what it drafts
+        ([7, 1, 2, 8, 1, 2, 3, 8, 1, 2], 2, [3, 8]),
+        ([5, 1, 2, 7, 3, 1, 2, 3, 9, 5, 1], 3, [2, 7, 3]),  # what continues the first match
+        ([5, 1, 2, 7, 3, 1, 2, 3, 9, 1], 2, [2, 3]),
         ([7, 1, 8, 1, 9, 1], 1, [9]),  # the last occurrence, not the first
         ([1, 2, 5, 3, 2, 6, 1, 2], 1, [5]),  # the longer match wins over the more recent one
-        ([4, 4, 4], 3, [4]),  # overlapping with itself
-        ([4, 4], 3, [4]),
+        ([4, 4, 4], 3, [4, 4, 4]),  # overlapping with itself
+        ([4, 4], 3, [4, 4, 4]),
         ([1, 2, 3], 3, []),
         ([1], 3, []),
         ([], 3, []),
@@ -54,17 +57,23 @@ def test_longest_match_length_is_respected() -> None:
     assert propose(history, 1, longest=2) == [8]
 
 
-@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 6))
-def test_window_is_always_a_copy_of_what_followed_the_same_tail(history: list[int], count: int) -> None:
-    window = propose(history, count)
-    assert len(window) <= count
-    if window:
-        matches = [
-            at for at in range(1, len(history)) if history[at - 1] == history[-1] and history[at : at + count] == window
-        ]
-        assert matches
-    else:
-        assert history[-1:] == [] or history[-1] not in history[:-1]
+def looked_up(history: list[int], longest: int, shortest: int) -> list[int]:
+    """The definition, written out: one token, or none."""
+    for size in range(longest, shortest - 1, -1):
+        for at in range(len(history) - size - 1, -1, -1):
+            if history[at : at + size] == history[-size:]:
+                return [history[at + size]]
+    return []
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
+def test_every_token_of_a_window_is_what_a_window_that_begins_with_it_begins_with(
+    history: list[int], count: int, longest: int, shortest: int
+) -> None:
+    expected: list[int] = []
+    while len(expected) < count and (token := looked_up(history + expected, longest, shortest)):
+        expected += token
+    assert propose(history, count, longest, shortest) == expected
 
 
 def test_several_requests_in_one_plan() -> None:
@@ -75,4 +84,4 @@ def test_several_requests_in_one_plan() -> None:
         state = dataclasses.replace(sequence_state(SamplingParams(), history), request_id=request_id)
         work.append(DraftWork(ForwardWork(state, (), 0, 1, ()), 2))
     windows = NGramDrafter().propose(DraftPlan(tuple(work))).windows
-    assert {i: [d.token for d in window] for i, window in windows.items()} == {1: [2, 1], 2: [], 3: [5]}
+    assert {i: [d.token for d in window] for i, window in windows.items()} == {1: [2, 1], 2: [], 3: [5, 5]}
