@@ -6,8 +6,8 @@ scatter, and now and then runs what it has not measured for long, if that promis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class _Choice:
     predicted: float  # tokens per second,
     factor: float  # and how far such predictions were off
     informed: bool = False  # whether the times that it rests on were measured
+    windows: Mapping[int, int] = field(default_factory=dict)  # by request; of those that come later the typical one
+    typical: int = 1
 
     @property
     def rate(self) -> float:
@@ -66,8 +68,6 @@ class AutoPace:
         self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
         self._chosen: dict[tuple[int, bool], _Choice] = {}  # by size of batch, and whether it is pinned
         self._next: dict[tuple[int, bool], int] = {}  # the round in which to choose again
-        self._windows: dict[int, int] = {}  # by request
-        self._typical = 1
         self._running: _Choice | None = None
         self._since = 0  # the round in which its mode began
         self._probing = False
@@ -84,7 +84,7 @@ class AutoPace:
         if self._running is None or self._running.mode != chosen.mode:
             self._since = self._curves.rounds
         self._running = chosen
-        windows, typical = self._windows, self._typical
+        windows, typical = chosen.windows, chosen.typical
         return Pace(chosen.mode, tuple([windows.get(i, typical) for i in request_ids]), chosen.rate)
 
     def observe(self, measured: MeasuredRound) -> None:
@@ -112,10 +112,9 @@ class AutoPace:
                 chosen = same
         probe = self._probe(choices, chosen, load)
         self._probing, chosen = probe is not None, probe or chosen
-        chosen = replace(chosen, informed=self._knows(load, alone=chosen.mode in _TAKES_TURNS))
-        self._windows = {i: chosen.window(one) for i, one in zip(ids, odds, strict=True)}
-        self._typical = sorted(self._windows.values())[len(ids) // 2]
-        return chosen
+        informed = self._knows(load, alone=chosen.mode in _TAKES_TURNS)
+        windows = {i: chosen.window(one) for i, one in zip(ids, odds, strict=True)}
+        return replace(chosen, informed=informed, windows=windows, typical=sorted(windows.values())[len(ids) // 2])
 
     def _situation(self, odds: Sequence[Odds], load: Load, pinned: bool) -> Situation:
         levels = np.array(odds) * _LEVELS

@@ -147,6 +147,21 @@ def test_new_requests_get_the_windows_of_the_others() -> None:
     assert min(windows[:3]) <= windows[3] <= max(windows[:3])
 
 
+def test_a_batch_of_another_size_gets_the_windows_that_were_chosen_for_it() -> None:
+    """Not those of the size before: one request drafts, of 64 none does."""
+    machine, odds = Machine(0.2, 4.0, 0.5, 0.1, beside=1.3, noise=0.02), Odds(0.8, 0.8)
+    policy, seen = auto(machine), []
+    for batch, rounds in ((1, 40), (64, 40)) * 6:
+        first = policy.decide(range(batch), Load(batch, 100 * batch), False)
+        chosen = policy._running
+        assert chosen is not None
+        assert set(first.windows) == {chosen.longest}
+        seen.append(chosen.longest)
+        for _ in Batch(machine, batch, lambda *_: odds).serve(policy, rounds):
+            pass
+    assert seen[-1] == 1 < seen[-2]
+
+
 def test_an_empty_batch_needs_no_decision() -> None:
     assert auto(MACHINE).decide([], Load(0, 0), False).windows == ()
 
