@@ -51,7 +51,10 @@ def _map(size: int) -> Tensor:
     size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes for weights: {error.strerror}") from error  # no OSError: of no file or output
     with contextlib.suppress(OSError):  # a kernel that was built without them refuses
         memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.uint8)

@@ -88,6 +88,17 @@ def test_a_kernel_without_huge_pages_keeps_weights_all_the_same(monkeypatch: pyt
     assert torch.equal(WeightMemory(CPU).keep(tensor), tensor)
 
 
+def test_memory_that_is_not_there_is_no_error_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program would say that its output could not be written."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="67108864 bytes for weights: Cannot allocate memory"):
+        WeightMemory(CPU).keep(torch.ones(1))
+
+
 @pytest.mark.parametrize("weights", ["full", "int8"])
 def test_a_loaded_model_leaves_nothing_of_its_file_in_memory(weights: str) -> None:
     model = load(weights)
