@@ -100,6 +100,10 @@ def test_cut_at_max_tokens_inside_a_verdict(size: int) -> None:
     assert run(processor(max_tokens=3), (1, 2, 3, 4, 5), [size] * 5) == ([1, 2, 3], "123", "length")
 
 
+def test_end_token_after_the_last_allowed_one_is_not_seen() -> None:
+    assert processor(max_tokens=2).accept((1, 2, END)) == (2, "12", "length")
+
+
 def test_end_token_as_the_last_allowed_one_is_a_stop() -> None:
     assert processor(max_tokens=2).accept((1, END, 2)) == (2, "1", "stop")
 

@@ -201,6 +201,22 @@ def test_the_budget_bounds_all_prompt_chunks_of_a_forward_together() -> None:
         assert sum(len(w.tokens) for w in plan.target.work) <= max(5, decoding + 1)
 
 
+def test_the_budget_bounds_the_drafts_chunks_together_too() -> None:
+    """Beside requests that decode, each of which takes a row of it."""
+    simulation = simulate("pearl", budget=8, page_size=1, lanes=5, num_pages=200, window=1)
+    simulation.add(long_running(1), long_running(2))
+    for _ in range(4):
+        simulation.step()
+    simulation.add(*(long_running(i, length=12) for i in (3, 4, 5)))
+    seen = []
+    while len(simulation.scheduler.running) < 5 or any(r.draft_computed < 11 for r in simulation.scheduler.running[2:]):
+        plan = simulation.step()
+        seen.append(sum(len(work.forward.tokens) for work in plan.draft.work))
+        assert {1, 2} <= draft_chunks(plan).keys()
+    assert seen[0] == 8
+    assert max(seen) <= 8 + 1  # a prompt's last two tokens are not cut apart
+
+
 # Lanes, order, limits ----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -96,6 +97,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     path = tmp_path_factory.mktemp("llama")
     build("llama").save_pretrained(path)
     return load(path)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_window_takes_the_time_that_its_forwards_take(llama: Decoder, fused: bool) -> None:
+    """The pace compares it with the target's."""
+    drafting, begin = Drafting(llama, "rejection", fused), time.perf_counter()
+    busy = drafting.propose((item(0, 0, 9, 8),)).busy
+    assert 0 < busy.seconds < time.perf_counter() - begin
+    assert begin < busy.begin
 
 
 @both_rules

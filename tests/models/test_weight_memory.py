@@ -56,6 +56,22 @@ def test_what_is_kept_holds_the_numbers_and_nothing_else() -> None:
             assert copy.data_ptr() % 64 == 0 or not copy.numel()
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
+def test_memory_begins_where_a_huge_page_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = mmap.mmap
+    spacers: list[mmap.mmap] = []
+
+    class Odd(mmap.mmap):
+        def __new__(cls, file: int, size: int, **options: int) -> Odd:  # as a kernel that does not look at the size
+            spacers.append(plain(-1, 12 << 10))
+            return super().__new__(cls, file, size + (8 << 10), **options)
+
+    monkeypatch.setattr("pearl.models.weight_memory.mmap.mmap", Odd)
+    memory = WeightMemory(CPU)
+    starts = [memory.keep(torch.ones(size << 20, dtype=torch.uint8)).data_ptr() for size in (64, 65, 64)]
+    assert [start % (2 << 20) for start in starts] == [0, 0, 0]
+
+
 def test_kept_tensors_do_not_overlap() -> None:
     memory = WeightMemory(CPU)
     kept = [memory.keep(torch.full((size,), size, dtype=torch.int32)) for size in range(1, 70)]
