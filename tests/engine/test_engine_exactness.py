@@ -143,17 +143,27 @@ def test_a_batch_may_mix_greedy_and_sampled_requests_and_lengths() -> None:
 
 
 def test_logprobs_are_the_targets_raw_ones_for_every_committed_token() -> None:
-    toy = Toy("pearl", "rejection", window=3)
-    params = SamplingParams(logprobs=2, temperature=1.0, max_tokens=9, repetition_penalty=1.3)
-    toy.engine.add(request_of(0, PROMPTS[0], 9, params=params, eos_ids=()))
-    text = list(PROMPTS[0])
+    """In one batch: of requests that ask for as many alternatives, for others, and for none; corrections too."""
+    toy = Toy("pearl", "rejection", window=3, blur=2.0)
+    texts = [list(prompt) for prompt in PROMPTS]
+    for i, most in enumerate((2, 2, None, 0)):
+        params = SamplingParams(logprobs=most, temperature=1.0, max_tokens=15, repetition_penalty=1.3)
+        toy.engine.add(request_of(i, PROMPTS[i], 15, params=params, eos_ids=(), seed=i))
     while toy.engine.has_work:
         for delta in toy.engine.step():
+            text = texts[delta.request_id]
+            if delta.request_id == 2:
+                assert delta.logprobs is None
+                text += delta.token_ids
+                continue
             assert delta.logprobs is not None
-            assert len(delta.logprobs) == len(delta.token_ids)
             for token, entry in zip(delta.token_ids, delta.logprobs, strict=True):
                 raw = toy.target.logits(text)[:VOCAB].log_softmax(-1)
                 assert entry.logprob == pytest.approx(raw[token].item(), abs=1e-5)
-                assert [i for i, _ in entry.top] == raw.topk(2).indices.tolist()
+                most = 0 if delta.request_id == 3 else 2
+                assert [i for i, _ in entry.top] == raw.topk(most).indices.tolist()
                 text.append(token)
-    assert len(text) == len(PROMPTS[0]) + 9
+    assert [len(text) - len(prompt) for text, prompt in zip(texts, PROMPTS, strict=True)] == [15] * 4
+    verdicts = [decision for record in toy.records for decision in record.result.decisions.values()]
+    assert any(decision.rejected for decision in verdicts)
+    assert any(decision.accepted > 1 for decision in verdicts)
