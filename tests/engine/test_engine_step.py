@@ -221,6 +221,17 @@ def test_a_round_that_cannot_be_planned_ends_what_runs_and_what_waits_goes_on(
     rig.check_empty()
 
 
+def test_a_request_that_cannot_be_admitted_ends_where_nothing_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would be tried for ever."""
+    rig.add(1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.scheduler, "_admit", fail)
+        (delta,) = rig.engine.step()
+        assert (delta.request_id, delta.error) == (1, "RuntimeError: out of luck")
+    assert tokens_of(rig.run()[2]) == [TOKEN] * 9
+    rig.check_empty()
+
+
 def test_what_an_observer_raises_passes_through_and_loses_no_output(rig: Rig) -> None:
     rig.add(1)
     rig.engine.observer = fail
@@ -340,6 +351,22 @@ def test_window_learns_from_decoding_rounds_only() -> None:
     assert (first.mode, first.load.batch, first.draft_steps, first.target_rows) == ("pearl", 1, 2, 2)
     assert first.requests == (Progressed(1, 2, 2, 2),)
     rig.engine.close()
+
+
+def test_window_does_not_learn_from_rounds_in_which_the_draft_catches_up(rig: Rig) -> None:
+    """As after plain decoding, when the target has no prompt to compute."""
+    rig.add(1, length=9, max_tokens=30)
+    for _ in range(3):
+        rig.engine.step()
+    learned = len(rig.pace.measured)
+    for behind in (0, 6, 0):
+        rig.scheduler.requests[1].draft_computed -= behind
+        rig.engine.step()
+        plan = rig.records[-1].plan
+        assert all(len(work.tokens) == work.num_logits for work in plan.target.work)
+        assert (len(plan.draft.work[0].forward.tokens) > 2) == bool(behind)
+        learned += not behind
+        assert len(rig.pace.measured) == learned
 
 
 def test_window_does_not_learn_from_rounds_that_prepared_something(rig: Rig) -> None:
