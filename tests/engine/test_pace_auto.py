@@ -162,6 +162,18 @@ def test_a_batch_of_another_size_gets_the_windows_that_were_chosen_for_it() -> N
     assert seen[-1] == 1 < seen[-2]
 
 
+def test_predictions_are_not_judged_while_requests_are_as_another_mode_left_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, judged, modes = auto(MACHINE), [], []
+    monkeypatch.setattr(policy._calibration, "observe", lambda *_: judged.append(policy._curves.rounds))
+    for _ in Batch(MACHINE, 4, lambda *_: Odds(0.8, 0.8)).serve(policy, 200):
+        modes.append(policy._running.mode)  # type: ignore[union-attr]
+    assert len(set(modes)) > 2
+    assert len(judged) > 100
+    assert all(number > 6 and len(set(modes[number - 7 : number])) == 1 for number in judged)
+
+
 def test_an_empty_batch_needs_no_decision() -> None:
     assert auto(MACHINE).decide([], Load(0, 0), False).windows == ()
 

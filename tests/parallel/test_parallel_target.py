@@ -25,6 +25,7 @@ from pearl.messages import ForwardWork, SequenceState
 from pearl.models import KVCache
 from pearl.parallel import ParallelRunner, RankSpec, start_parallel
 from pearl.parallel.rank_loader import host_store, join, load_rank, open_store
+from pearl.parallel.ranks import Ranks
 from pearl.workers import HostQueue, ModelRunner
 
 CPU, PAGE, PAGES = torch.device("cpu"), 4, 16
@@ -235,3 +236,12 @@ def test_a_forward_that_fails_here_ends_the_ranks_that_were_told_of_it(tmp_path:
 def test_a_number_of_ranks_that_makes_no_sense_is_refused(ranks: object) -> None:
     with pytest.raises(ConfigurationError, match="target_parallel must be an integer >= 1"):
         LLM(target_parallel=ranks)
+
+
+def test_the_first_failure_is_the_reason_and_none_follows_the_end() -> None:
+    lost, closed = Ranks([]), Ranks([])
+    assert "ValueError: first" in str(lost.give_up(ValueError("first")))
+    assert "ValueError: first" in str(lost.give_up(ValueError("second")))
+    closed.close()
+    closed._fail("rank 1 of 2 ended with status 0")
+    closed.check()
