@@ -80,7 +80,7 @@ class CompletionOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None  # why the engine gave up on it ("abort"); what came before is still exact
 
-    def extend(self, delta: OutputDelta) -> None:
+    def extend(self, delta: OutputDelta | StreamChunk) -> None:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.drafted.extend(delta.drafted)

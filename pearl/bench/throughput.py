@@ -60,8 +60,10 @@ def throughput(
     target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="On CUDA: no CUDA graphs")] = False,
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
-    draft_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the draft")] = 1,
-    target_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the target, in every method")] = 1,
+    draft_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the draft, in every method; default: as PEARL's")
+    ] = None,
+    target_threads: Annotated[int | None, typer.Option(min=1, help="Likewise of the target")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the report here, anew after each run")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw tokens per second here, PNG or SVG")] = None,
 ) -> None:

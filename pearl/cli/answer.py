@@ -98,7 +98,7 @@ def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, dis
     outputs = [CompletionOutput(index) for index in range(params.n)]
     with InterruptGuard() as interrupt, llm.stream(prompt, params) as chunks:
         for chunk in chunks:
-            _extend(outputs[chunk.index], chunk)
+            outputs[chunk.index].extend(chunk)
             display.show(chunk)
             if interrupt.requested:
                 break
@@ -106,10 +106,3 @@ def generate_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams, dis
     if errors := [output.error for output in outputs if output.error is not None]:
         raise RoundError(f"the engine failed, the answer is incomplete: {errors[0]}")
     return Answer(outputs)
-
-
-def _extend(output: CompletionOutput, chunk: StreamChunk) -> None:
-    output.text += chunk.text
-    output.token_ids.extend(chunk.token_ids)
-    output.drafted.extend(chunk.drafted)
-    output.finish_reason, output.metrics, output.error = chunk.finish_reason, chunk.metrics, chunk.error

@@ -7,7 +7,7 @@ scatter, and now and then runs what it has not measured for long, if that promis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,8 +45,6 @@ class _Choice:
     predicted: float  # tokens per second,
     factor: float  # and how far such predictions were off
     informed: bool = False  # whether the times that it rests on were measured
-    windows: Mapping[int, int] = field(default_factory=dict)  # by request; of those that come later the typical one
-    typical: int = 1
 
     @property
     def rate(self) -> float:
@@ -58,6 +56,16 @@ class _Choice:
         return int(_ragged(np.array([self.longest]), np.array([self.threshold]), np.array([odds.later]))[0, 0])
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """What holds for batches of a size until the round ``until``. A request without a window gets the typical one."""
+
+    choice: _Choice
+    windows: Mapping[int, int]
+    typical: int
+    until: int
+
+
 class AutoPace:
     """``modes``: those that may be chosen; ``largest``: the longest window."""
 
@@ -66,26 +74,22 @@ class AutoPace:
     def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes) -> None:
         self._modes, self._largest = tuple(modes), largest
         self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
-        self._chosen: dict[tuple[int, bool], _Choice] = {}  # by size of batch, and whether it is pinned
-        self._next: dict[tuple[int, bool], int] = {}  # the round in which to choose again
+        self._decisions: dict[tuple[int, bool], _Decision] = {}  # by size of batch, and whether it is pinned
         self._running: _Choice | None = None
         self._since = 0  # the round in which its mode began
-        self._probing = False
 
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         if not request_ids:
             return Pace(self._modes[0], ())
         key = load.batch.bit_length(), pinned
-        chosen = self._chosen.get(key)
-        if chosen is None or self._curves.rounds >= self._next[key]:
-            self._chosen[key] = chosen = self._choose(request_ids, load, pinned, chosen)
-            soon = self._curves.rounds < _LEARNING_ROUNDS or self._probing
-            self._next[key] = self._curves.rounds + (_SOON if soon else _BETWEEN_CHOICES)
-        if self._running is None or self._running.mode != chosen.mode:
+        decision = self._decisions.get(key)
+        if decision is None or self._curves.rounds >= decision.until:
+            self._decisions[key] = decision = self._decide(request_ids, load, pinned, decision)
+        choice, windows, typical = decision.choice, decision.windows, decision.typical
+        if self._running is None or self._running.mode != choice.mode:
             self._since = self._curves.rounds
-        self._running = chosen
-        windows, typical = chosen.windows, chosen.typical
-        return Pace(chosen.mode, tuple([windows.get(i, typical) for i in request_ids]), chosen.rate)
+        self._running = choice
+        return Pace(choice.mode, tuple([windows.get(i, typical) for i in request_ids]), choice.rate)
 
     def observe(self, measured: MeasuredRound) -> None:
         self._curves.observe(measured)
@@ -99,22 +103,27 @@ class AutoPace:
         """Whether requests are no longer in the state in which another mode left them."""
         return self._curves.rounds - self._since > _SETTLING
 
-    def _choose(self, ids: Sequence[int], load: Load, pinned: bool, before: _Choice | None) -> _Choice:
+    def _decide(self, ids: Sequence[int], load: Load, pinned: bool, before: _Decision | None) -> _Decision:
         odds = self._acceptance.odds(ids)
         now = self._situation(odds, load, pinned)
         modes = [mode for mode in self._modes if load.batch == 1 or mode not in _ALONE] or self._modes
         choices = {mode: self._best(mode, now) for mode in modes}
-        chosen = max(choices.values(), key=lambda choice: choice.rate)
-        if before is not None:
-            margin = (_MARGIN_TO_DRAFT if before.mode == "autoregressive" else _MARGIN) + 2 * self._curves.spread(load)
-            same = self._again(before, now)
-            if chosen.rate < same.rate * (1 + margin):
-                chosen = same
-        probe = self._probe(choices, chosen, load)
-        self._probing, chosen = probe is not None, probe or chosen
-        informed = self._knows(load, alone=chosen.mode in _TAKES_TURNS)
-        windows = {i: chosen.window(one) for i, one in zip(ids, odds, strict=True)}
-        return replace(chosen, informed=informed, windows=windows, typical=sorted(windows.values())[len(ids) // 2])
+        choice = self._choose(choices, self._again(before.choice, now) if before else None, load)
+        probe = self._probe(choices, choice, load)
+        choice = probe or choice
+        choice = replace(choice, informed=self._knows(load, alone=choice.mode in _TAKES_TURNS))
+        windows = {i: choice.window(one) for i, one in zip(ids, odds, strict=True)}
+        soon = probe is not None or self._curves.rounds < _LEARNING_ROUNDS
+        until = self._curves.rounds + (_SOON if soon else _BETWEEN_CHOICES)
+        return _Decision(choice, windows, sorted(windows.values())[len(ids) // 2], until)
+
+    def _choose(self, choices: Mapping[Mode, _Choice], before: _Choice | None, load: Load) -> _Choice:
+        """The fastest; the one from before unless that is faster by more than what is measured scatters."""
+        best = max(choices.values(), key=lambda choice: choice.rate)
+        if before is None:
+            return best
+        margin = (_MARGIN_TO_DRAFT if before.mode == "autoregressive" else _MARGIN) + 2 * self._curves.spread(load)
+        return best if best.rate >= before.rate * (1 + margin) else before
 
     def _situation(self, odds: Sequence[Odds], load: Load, pinned: bool) -> Situation:
         levels = np.array(odds) * _LEVELS
@@ -154,7 +163,7 @@ class AutoPace:
         predicted = float(tokens_per_second(choice.mode, now, windows)[0])
         return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
 
-    def _probe(self, choices: dict[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
+    def _probe(self, choices: Mapping[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
         """A choice that tells what is not known: how long forwards take beside each other, or alone; and what a mode is
         like that promises nearly as much and was never run.
         """

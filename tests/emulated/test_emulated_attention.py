@@ -1,4 +1,4 @@
-"""verify_attention of the GPU providers, on CPU tensors; then what only the Triton provider has: splits and plans."""
+"""verify_attention of the GPU providers, on CPU tensors; then how the Triton provider divides it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pearl_kernels import reference
 from pearl_kernels.triton import attention as triton_attention
-from pearl_kernels.triton.attention_plan import MAX_SPLITS, WINDOW_ROWS, Gpu, Plan, Tile, plan, plan_merge, row_blocks
+from pearl_kernels.triton.attention_plan import MERGED_SPLITS, WINDOW_ROWS, Plan, Tile, row_blocks
 
 # Rows of a block that no sequence has see no keys; numpy, which the interpreter computes with, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
@@ -268,8 +268,24 @@ def test_bad_input_is_refused(attention: Implementation, name: str, value: Any, 
 # ---- Triton: splits -------------------------------------------------------------------------------------------------
 
 
-def cut(splits: int, split_keys: int, block_m: int = 16, block_n: int = 32) -> Plan:
-    return Plan(Tile(block_m, block_n, num_warps=4, num_stages=3), splits, split_keys)
+def cut_attend(
+    q: Tensor, cache: Paged, split_keys: int, scale: float = 0.25, window: int = 0, softcap: float = 0.0,
+    block_m: int = 16, block_n: int = 32, at_once: int = 1 << 20, programs: int = 2,
+) -> Tensor:  # fmt: skip
+    """What is not written is NaN. The caller's tables may have columns without pages: splits that no sequence has."""
+    (tokens, heads, _), sequences = q.shape, len(cache.context_lens)
+    group = heads // cache.k_cache.shape[2]
+    splits = max(-(-cache.block_tables.shape[1] * cache.k_cache.shape[1] // split_keys), 1)
+    tile = Tile(block_m, block_n, num_warps=4, num_stages=3)
+    by_sequence = tokens > WINDOW_ROWS * sequences
+    rows = WINDOW_ROWS * sequences if by_sequence else tokens
+    each = -(-WINDOW_ROWS * group // block_m)
+    blocks = each * sequences if by_sequence else row_blocks(tokens, sequences, group, block_m)
+    cut = Plan(tile, tile, split_keys, splits, min(at_once, splits), min(programs, splits), blocks, rows, by_sequence)
+    with new_memory_is_nan():
+        result = attend(*arguments(q, cache), scale, window, softcap, cut)
+    assert isinstance(result, Tensor)
+    return result
 
 
 # Contexts that end before, at and after a split's boundary; a chunk whose rows see different numbers of splits.
@@ -277,11 +293,10 @@ UNEVEN = [(1, 31), (1, 64), (1, 65), (0, 40), (9, 130), (4, 4)]
 
 
 @pytest.mark.parametrize("window", [0, 1, 30, 70])
-@pytest.mark.parametrize(("splits", "split_keys"), [(1, 160), (5, 32), (3, 64)])
-def test_splits_match_reference(splits: int, split_keys: int, window: int) -> None:
+@pytest.mark.parametrize(("split_keys", "programs"), [(160, 1), (32, 1), (32, 3), (64, 2)])
+def test_splits_match_reference(split_keys: int, programs: int, window: int) -> None:
     q, cache = inputs(UNEVEN, (2, 1), 16, torch.float32, 16)
-    with new_memory_is_nan():
-        out = attend(*arguments(q, cache), 0.25, window, 0.0, cut(splits, split_keys))
+    out = cut_attend(q, cache, split_keys, window=window, programs=programs)
     assert_rounds_to(out, exactly(q, cache, 0.25, window), tolerance=2e-6)
 
 
@@ -289,19 +304,22 @@ def test_splits_match_reference(splits: int, split_keys: int, window: int) -> No
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_splits_agree_to_the_output_s_rounding(dtype: torch.dtype, softcap: float) -> None:
     q, cache = inputs([(3, 200), (1, 17)], (4, 2), 24, dtype, 16)
-    with new_memory_is_nan():
-        out = attend(*arguments(q, cache), 0.25, 0, softcap, cut(4, 64))
+    out = cut_attend(q, cache, 64, softcap=softcap)
     assert out.dtype == dtype
     assert_rounds_to(out, exactly(q, cache, 0.25, 0, softcap), ULPS[dtype], tolerance=2e-5)
 
 
-def test_more_splits_than_the_merge_takes_in_one_step() -> None:
-    splits = plan_merge(MAX_SPLITS, 16)[0] + 3
-    q, cache = inputs([(2, 16 * splits), (1, 5)], (1, 1), 16, torch.float32, 16)
-    cache.k_cache[cache.block_tables[0, splits - 1].item(), :8] = q[0] / 2  # the peak is in the last step
-    with new_memory_is_nan():
-        out = attend(*arguments(q, cache), 0.25, 0, 0.0, cut(splits + 2, 16, block_n=16))
-    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-6)
+@pytest.mark.parametrize("window", [0, 300])
+def test_passes_over_some_splits_each_give_the_same_bits(window: int) -> None:
+    """Three passes, of 16 splits of 16 keys: some rows end in the first, some begin in the second."""
+    sequences = [(2, 16 * (2 * MERGED_SPLITS + 3)), (1, 250), (3, 258), (1, 5), (1, 16 * 2 * MERGED_SPLITS)]
+    q, cache = inputs(sequences, (2, 1), 16, torch.float32, 16)
+    cache.k_cache[cache.block_tables[0, 2 * MERGED_SPLITS + 1].item(), :8] = q[0, :1] / 2  # the peak is in the last one
+    out = cut_attend(q, cache, 16, window=window, block_n=16)
+    assert_rounds_to(out, exactly(q, cache, 0.25, window), tolerance=2e-6)
+    for programs in (1, 5):
+        passes = cut_attend(q, cache, 16, window=window, block_n=16, at_once=MERGED_SPLITS, programs=programs)
+        assert torch.equal(passes, out)
 
 
 def test_scores_that_differ_widely_between_splits() -> None:
@@ -310,95 +328,46 @@ def test_scores_that_differ_widely_between_splits() -> None:
     for index, factor in enumerate((1e-3, 40.0, 1.0, 0.0)):
         for page in cache.block_tables[0, 2 * index : 2 * index + 2].tolist():
             cache.k_cache[page] *= factor
-    with new_memory_is_nan():
-        out = attend(*arguments(q, cache), 1.0, 0, 0.0, cut(4, 32))
+    out = cut_attend(q, cache, 32, scale=1.0)
     torch.testing.assert_close(out, exactly(q, cache, 1.0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("block_m", "splits"), [(16, 1), (32, 1), (64, 1), (128, 1), (32, 2)])
-def test_blocks_of_rows_match_reference(block_m: int, splits: int) -> None:
-    q, cache = inputs([(1, 9), (7, 80), (22, 33)], (3, 1), 16, torch.bfloat16, 16)
-    with new_memory_is_nan():
-        out = attend(*arguments(q, cache), 0.25, 0, 0.0, cut(splits, 128 // splits, block_m))
+@pytest.mark.parametrize(("block_m", "split_keys"), [(16, 128), (32, 128), (64, 128), (128, 128), (32, 64)])
+def test_blocks_of_rows_match_reference(block_m: int, split_keys: int) -> None:
+    q, cache = inputs([(1, 9), (7, 80), (22, 33), (34, 90)], (3, 1), 16, torch.bfloat16, 16)
+    out = cut_attend(q, cache, split_keys, block_m=block_m)
     assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_prompts_beside_split_sequences(block_m: int) -> None:
+    """Rows of partial results are counted by sequence; 32 rows are split, 33 are not."""
+    q, cache = inputs([(100, 100), (1, 130), (32, 97), (33, 97)], (3, 1), 16, torch.float32, 16)
+    assert_rounds_to(cut_attend(q, cache, 32, block_m=block_m), exactly(q, cache, 0.25), tolerance=2e-6)
 
 
 def test_more_sequences_than_are_searched_at_once() -> None:
     sequences = [(int(r % 63 == 2), 1 + r % 3) for r in range(130)]
     q, cache = inputs(sequences, (2, 1), 8, torch.float32, 4)
-    with new_memory_is_nan():
-        out = attend(*arguments(q, cache), 0.25, 0, 0.0, cut(2, 32))
-    assert_rounds_to(out, exactly(q, cache, 0.25), tolerance=2e-6)
+    assert_rounds_to(cut_attend(q, cache, 32), exactly(q, cache, 0.25), tolerance=2e-6)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_rows_of_no_sequence_are_left_alone(splits: int) -> None:
+@pytest.mark.parametrize("split_keys", [128, 32])
+def test_rows_of_no_sequence_are_left_alone(split_keys: int) -> None:
     """A captured graph's padding: rows past the last sequence's, and sequences without queries."""
     q, cache = inputs([(2, 60), (1, 33), (0, 0)], (2, 1), 16, torch.float32, 16)
     padded = torch.cat((q, torch.full((4, 2, 16), torch.nan)))
-    with new_memory_is_nan():
-        out = attend(*arguments(padded, cache), 0.25, 0, 0.0, cut(splits, 64 // splits))
+    out = cut_attend(padded, cache, split_keys)
     assert_rounds_to(out[:3], exactly(q, cache, 0.25), tolerance=2e-6)
     assert out[3:].isnan().all()
 
 
-# ---- Triton: the plan -----------------------------------------------------------------------------------------------
-
-SHAPES = [(1, 1), (6, 1), (32, 32), (192, 32), (256, 256), (2048, 1), (2100, 50), (17, 3)]
-every_shape = pytest.mark.parametrize(("tokens", "sequences"), SHAPES)
-
-
-def planned(tokens: int, sequences: int, capacity: int, group: int = 4, dtype: torch.dtype = torch.bfloat16) -> Plan:
-    return plan(tokens, sequences, group, 8, 128, dtype, capacity, Gpu(cores=132, shared=227 * 1024))
-
-
-@every_shape
-@pytest.mark.parametrize("capacity", [0, 1, 128, 129, 4096, 40960, 131072])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_splits_cover_the_capacity(tokens: int, sequences: int, capacity: int, dtype: torch.dtype) -> None:
-    cut = planned(tokens, sequences, capacity, dtype=dtype)
-    assert 1 <= cut.splits <= MAX_SPLITS
-    assert cut.splits * cut.split_keys >= capacity
-    assert (cut.splits - 1) * cut.split_keys <= max(capacity - 1, 0)  # none is empty
-    assert cut.split_keys % cut.tile.block_n == 0
-    workspace = tokens * 32 * cut.splits * (128 + 2) * 4
-    assert cut.splits == 1 or workspace < 200 << 20
-
-
-def test_a_batch_of_one_fills_the_gpu() -> None:
-    assert planned(1, 1, 4096).splits * 8 >= 132
-    assert planned(6, 1, 32768).splits * 8 >= 4 * 132
-    assert planned(256, 256, 4096).splits == 1
-    assert planned(2048, 1, 4096).splits == 1
-
-
-@pytest.mark.parametrize("sequences", [1, 3, 32])
-@pytest.mark.parametrize("group", [1, 4, 8])
-def test_splits_do_not_depend_on_the_window(sequences: int, group: int) -> None:
-    cuts = [planned(rows * sequences, sequences, 8192, group) for rows in range(1, WINDOW_ROWS // group + 1)]
-    assert len({(cut.splits, cut.split_keys) for cut in cuts}) == 1
-    for rows, chosen in enumerate(cuts, start=1):
-        assert chosen.tile.block_m >= rows * group  # keys are read once
-
-
-def test_a_hint_makes_blocks_large_enough_and_changes_no_split() -> None:
-    """Of a graph's two sequences one may be padding."""
-    for most_rows, block_m in ((0, 16), (8, 32), (1000, 32), (1, 16)):
-        gpu = Gpu(cores=132, shared=227 * 1024)
-        cut = plan(8, 2, 4, 8, 128, torch.bfloat16, 8192, gpu, most_rows)
-        plain = planned(8, 2, 8192)
-        assert (cut.splits, cut.split_keys) == (plain.splits, plain.split_keys)
-        assert cut.tile.block_m == block_m
-
-
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("block_m", [16, 128])
-def test_row_blocks_suffice(group: int, block_m: int) -> None:
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(50):
-        queries = torch.randint(0, 90, (9,), generator=generator) * (torch.rand(9, generator=generator) < 0.7)
-        starts = torch.tensor([0, *queries.tolist()]).cumsum(0)
-        first = starts * group // block_m + torch.arange(10)
-        needed = -(-queries * group // block_m)
-        assert (first[:-1] + needed <= first[1:]).all()
-        assert first[-1] == row_blocks(int(starts[-1]), 9, group, block_m)
+def test_a_context_beyond_the_block_table_is_not_followed() -> None:
+    """Such a call is wrong; but nothing past a table's end is looked up, and the rows get what the table has."""
+    for rows in (1, 40):
+        q, cache = inputs([(rows, 200)], (2, 1), 16, torch.float32, 16)
+        tables = cache.block_tables[:, :7].contiguous()
+        narrow = Paged(cache.k_cache, cache.v_cache, tables, cache.query_start, cache.context_lens)
+        held = Paged(cache.k_cache, cache.v_cache, tables, cache.query_start, torch.tensor([112], dtype=torch.int32))
+        last = cut_attend(q, narrow, 32)[-1]
+        assert_rounds_to(last[None], exactly(q, held, 0.25)[-1:], tolerance=2e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,8 +41,7 @@ def share_of_the_best(machine: Machine, batch: int, odds: Odds, pinned: bool, se
     policy = auto(machine)
     for _ in Batch(machine, batch, lambda *_: odds, pinned, seed).serve(policy, 64):
         pass
-    policy._next.clear()  # what it would choose now, if it were not to look at what it does not know
-    policy._chosen.clear()
+    policy._decisions.clear()  # what it would choose now, if it were not to look at what it does not know
     policy._probe = lambda *_: None  # type: ignore[method-assign, assignment]
     pace = policy.decide(range(batch), Load(batch, 100 * batch), pinned)
     best = max(value(Pace(m, (g,) * batch), machine, batch, odds, pinned) for m, g in candidates(batch))
@@ -147,19 +147,21 @@ def test_new_requests_get_the_windows_of_the_others() -> None:
     assert min(windows[:3]) <= windows[3] <= max(windows[:3])
 
 
-def test_a_batch_of_another_size_gets_the_windows_that_were_chosen_for_it() -> None:
-    """Not those of the size before: one request drafts, of 64 none does."""
-    machine, odds = Machine(0.2, 4.0, 0.5, 0.1, beside=1.3, noise=0.02), Odds(0.8, 0.8)
-    policy, seen = auto(machine), []
-    for batch, rounds in ((1, 40), (64, 40)) * 6:
-        first = policy.decide(range(batch), Load(batch, 100 * batch), False)
-        chosen = policy._running
-        assert chosen is not None
-        assert set(first.windows) == {chosen.longest}
-        seen.append(chosen.longest)
-        for _ in Batch(machine, batch, lambda *_: odds).serve(policy, rounds):
-            pass
-    assert seen[-1] == 1 < seen[-2]
+def test_batches_of_other_sizes_do_not_change_a_requests_window() -> None:
+    """A second one comes and goes; for two plain decoding is best."""
+    policy = AutoPace(tuple(METHODS), LARGEST, SIZES)
+    alone = [Progressed(0, 4, 4, 4)]
+    for _ in range(100):
+        pace = policy.decide([0], Load(1, 50), False)
+        policy.observe(measured_round(1, mode=pace.mode, rows=4, target_seconds=9.0, draft_step=0.1, requests=alone))
+    before = policy.decide([0], Load(1, 50), False)
+    assert before.windows[0] > 1
+    policy._decisions[2, False] = replace(
+        policy._decisions[1, False], choice=replace(policy._decisions[1, False].choice, mode="autoregressive"),
+        windows={0: 1, 1: 1}, typical=1,
+    )  # fmt: skip
+    assert policy.decide([0, 1], Load(2, 100), False).windows == (1, 1)
+    assert policy.decide([0], Load(1, 50), False) == before
 
 
 def test_predictions_are_not_judged_while_requests_are_as_another_mode_left_them(
