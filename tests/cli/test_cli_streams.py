@@ -65,7 +65,7 @@ def test_a_full_disk(
 
 def test_a_report_for_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """``pearl bench --json``; the measurement itself is left out."""
-    monkeypatch.setattr("pearl.bench.contest.Contest.run", lambda contest, console: [])
+    monkeypatch.setattr("pearl.bench.contest.Contest.run", lambda contest, console, ended: [])
     assert app.run(["bench", "--json", "/dev/full"]) == FAILED
     assert capsys.readouterr().err == "error: /dev/full: No space left on device\n"
 

@@ -66,6 +66,6 @@ def test_ctrl_c_keeps_the_coloured_text_and_closes_the_answer(llm: LLM) -> None:
     tokens = int(closing[1])
     assert 0 < tokens < 400
     wanted = llm.generate(PROMPT, SamplingParams(max_tokens=tokens, ignore_eos=True))[0].outputs[0].text
-    assert wanted in ESCAPE.sub("", terminal.output).replace("^C", "")
+    assert wanted in ESCAPE.sub("", terminal.output.replace("^C", ""))  # which may be echoed inside an escape sequence
     assert "target's own" in terminal.output  # the legend
     assert "Traceback" not in terminal.output
