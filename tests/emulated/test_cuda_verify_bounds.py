@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emu import build
-from ops_support import mixed_sampling, sampling
+from ops_support import sampling
 from torch import Tensor
 from verify_support import Case, assert_same, one_row_each, ragged
 
@@ -53,6 +53,13 @@ def test_values_that_just_fit_into_lists(count: int, above: int, cut: dict[str, 
     assert verify(**case).accepted.tolist() == [1, 0]
 
 
+def rejected(rule: Rule, vocab_size: int) -> Case:
+    """Requests that are cut, as their drafts are; the first drafted token of each is rejected under that rule."""
+    case = ragged(rule, vocab_size, BF16, FP32, requests=8)
+    case["draft_logprobs"] = case["draft_logprobs"] + 60.0
+    return case | {"params": sampling(8, 0.8, top_k=50), "draft_temperature": torch.full((8,), 1.1)}
+
+
 def with_params(case: Case, before: int, after: int) -> Case:
     """The case's requests after and before others, which are greedy."""
 
@@ -67,11 +74,10 @@ def with_params(case: Case, before: int, after: int) -> Case:
 @pytest.mark.parametrize("rule", ["rejection", "coupled"])
 @pytest.mark.parametrize("vocab_size", [300, 4200])
 def test_requests_without_rows_may_be_more_than_there_are_rows(rule: Rule, vocab_size: int) -> None:
-    """What is known of each request has its place in the workspace, though the rows are fewer."""
-    case = ragged(rule, vocab_size, BF16, FP32, requests=8)
-    case["params"] = mixed_sampling(8)
-    expected, empty = verify(**case), 60
-    assert len(case["draft_tokens"]) < empty
+    """What is known of each request has its place in the workspace, though the rows are fewer. So many that, with room
+    for as many histograms as there are rows, the last ones would lie over the lists of the same requests."""
+    case = rejected(rule, vocab_size)
+    expected, empty = verify(**case), 3 * len(case["draft_tokens"]) - 4
     wider = with_params(case, empty, 3)
     starts = case["row_start"]
     wider["row_start"] = torch.cat((starts.new_zeros(empty), starts, starts[-1:].expand(3)))
@@ -83,8 +89,7 @@ def test_requests_without_rows_may_be_more_than_there_are_rows(rule: Rule, vocab
 def test_rows_that_one_block_has_beside_drafts_that_several_share() -> None:
     """More than 256 rows, a few requests: only the drafts' histograms are in the workspace."""
     vocab_size, long = 4200, 256
-    case = ragged("rejection", vocab_size, BF16, FP32, requests=8)
-    case["params"] = mixed_sampling(8)
+    case = rejected("rejection", vocab_size)
     expected = verify(**case)
     wider = with_params(case, 0, 1)
     wider["row_start"] = torch.cat((case["row_start"], case["row_start"][-1:] + long))
