@@ -50,8 +50,8 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
-/// An H100 but for shared memory, which is the device's, and the number of multiprocessors, which is small so that loops
-/// over tiles have more than one turn.
+/// An H100 but for shared memory, which is the device's, and the number of multiprocessors, which is small so that
+/// loops over tiles have more than one turn.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   ++emu::devices.attribute_queries;
   switch (attribute) {
