@@ -127,7 +127,7 @@ class Scheduler:
         intents = METHODS[pace.mode].intents(progress)
         if pinned:
             intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(batch, intents, progress, strict=True)]
-        lag = [self._lags(request) for request in batch]
+        lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch)
         for request, intent, window, lags in zip(batch, intents, pace.windows, lag, strict=True):
@@ -142,9 +142,9 @@ class Scheduler:
         plan.target_budget = max(plan.target_budget - target_rows, self.target_kv.page_size)
         plan.draft_budget = max(plan.draft_budget - draft_rows, self.target_kv.page_size)
 
-    def _lags(self, request: Request) -> bool:
-        """Whether a model still computes the prompt; otherwise both are ready for whatever the method wants."""
-        return _target_lags(request) or (self.draft_kv is not None and _draft_lags(request))
+    def _lags(self, request: Request, intent: Intent) -> bool:
+        """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
+        return _target_lags(request) or (intent.draft and self.draft_kv is not None and _draft_lags(request))
 
     def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int, lags: bool) -> None:
         length, k, remaining = len(request.tokens), len(request.pending), request.remaining

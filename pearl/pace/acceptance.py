@@ -53,20 +53,27 @@ class Acceptance:
         self._requests: dict[int, _Request] = {}
 
     def observe(self, requests: Iterable[Progressed]) -> None:
+        first, later = [0, 0], [0, 0]  # tested and held, of all requests
         for request_id, tested, accepted, committed in requests:
-            if not committed:
+            request = self._requests.get(request_id)
+            if not tested:
+                if request is not None and committed:  # a token of the target's own
+                    request.corrected = True
                 continue
-            request = self._requests.setdefault(request_id, _Request())
-            judged = min(tested, accepted + 1)
-            after = int(request.corrected and judged > 0)
-            held = min(after, accepted)
-            for own, everyones, n, good in (
-                (request.first, self._first, after, held),
-                (request.later, self._later, judged - after, accepted - held),
-            ):
-                own.add(n, good, _FORGET)
-                everyones.add(n, good, _FORGET_ALL)
+            if request is None:
+                request = self._requests[request_id] = _Request()
+            judged, held = accepted + (accepted < tested), accepted
+            if request.corrected:
+                one = int(held > 0)
+                request.first.add(1, one, _FORGET)
+                first[0], first[1] = first[0] + 1, first[1] + one
+                judged, held = judged - 1, held - one
+            if judged:
+                request.later.add(judged, held, _FORGET)
+                later[0], later[1] = later[0] + judged, later[1] + held
             request.corrected = committed > accepted
+        self._first.add(first[0], first[1], _FORGET_ALL)
+        self._later.add(later[0], later[1], _FORGET_ALL)
 
     def odds(self, request_ids: Sequence[int]) -> list[Odds]:
         """And forget the other requests."""

@@ -49,10 +49,6 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the shim's fibers
 _CHECKS = Checks("cpu", (torch.float32, torch.bfloat16, torch.float16))
 
 
-def _where(_tensor: Tensor) -> tuple[int, int]:
-    return 0, 0
-
-
 def _poisoned(like: Tensor, size: int) -> Tensor:
     return like.new_full((size,), 0xFF, dtype=torch.uint8)
 
@@ -128,12 +124,14 @@ SOURCES: Mapping[str, str] = {
 }
 
 
-def operator(op: str, races: bool = False) -> Callable[..., Any]:
-    """The CUDA provider's operator on CPU tensors, built when it is first called. Its workspace holds NaN."""
+def operator(op: str, races: bool = False, device: int = 0) -> Callable[..., Any]:
+    """The CUDA provider's operator on CPU tensors, built when it is first called. Its workspace holds NaN.
+    ``device``: the emulated one, of ``devices.h``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         made = NativeSampling if op == "verify" else NativeLayers
-        return getattr(made(module(SOURCES[op], races), _CHECKS, _where, _poisoned), op)(*args, **kwargs)
+        native = made(module(SOURCES[op], races), _CHECKS, lambda _: (device, 0), _poisoned)
+        return getattr(native, op)(*args, **kwargs)
 
     return run
 

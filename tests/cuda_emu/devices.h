@@ -3,9 +3,18 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
+
 namespace emu {
 
 inline constexpr int kDevices = 2;
+
+/// Shared memory that a block may have, in bytes: of an H100, and of a card with capability 8.6, 8.9 or 12.0. A
+/// multiprocessor has a KiB more.
+inline constexpr size_t kSharedBytes[kDevices] = {227 * 1024, 99 * 1024};
+inline const size_t kMostSharedBytes = *std::max_element(std::begin(kSharedBytes), std::end(kSharedBytes));
 
 struct Devices {
   bool used[kDevices] = {};  // it has a primary context

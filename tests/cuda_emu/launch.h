@@ -23,8 +23,8 @@ extern unsigned char __stop_emu_shared[] __attribute__((weak, visibility("hidden
 
 namespace emu {
 
-inline constexpr size_t kSharedBytes = 227 * 1024, kSharedBytesByDefault = 48 * 1024;  // H100, dynamic and static
-inline constexpr int kPoison = 0xFF;                                                   // NaN in all floating types
+inline constexpr size_t kSharedBytesByDefault = 48 * 1024;  // dynamic and static
+inline constexpr int kPoison = 0xFF;                        // NaN in all floating types
 
 /// Bytes of dynamic shared memory that cudaFuncSetAttribute allowed a kernel.
 inline std::map<const void*, size_t> allowed_shared_bytes;
@@ -32,7 +32,7 @@ inline std::map<const void*, size_t> allowed_shared_bytes;
 /// Dynamic shared memory that ends where a page without access begins.
 class DynamicShared {
  public:
-  DynamicShared() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), size_((kSharedBytes / page_ + 2) * page_) {
+  DynamicShared() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), size_((kMostSharedBytes / page_ + 2) * page_) {
     void* memory = mmap(nullptr, size_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) fail("mmap failed");
     begin_ = static_cast<unsigned char*>(memory) + page_;
@@ -100,7 +100,7 @@ inline cudaError_t launch_error(const void* kernel, dim3 grid, dim3 block, size_
   if (grid.x > 0x7FFFFFFFu || grid.y > 0xFFFFu || grid.z > 0xFFFFu) return cudaErrorInvalidConfiguration;
   const auto allowed = allowed_shared_bytes.find(kernel);
   const size_t limit = allowed == allowed_shared_bytes.end() ? kSharedBytesByDefault : allowed->second;
-  return shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+  return shared_bytes > std::min(limit, kSharedBytes[current_device]) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 inline bool environment_is(const char* name, const char* value) {

@@ -54,8 +54,10 @@ def _attention(
     window: int = 0,
     softcap: float = 0.0,
     capacity: int = 0,
+    device: int = 0,
 ) -> None:
-    """``sequences``: queries and context of each. ``capacity``: keys that the block tables have room for, at least."""
+    """``sequences``: queries and context of each. ``capacity``: keys that the block tables have room for, at least.
+    ``device``: 1 has room for rings of two stages only."""
     queries, contexts = zip(*sequences, strict=True)
     q = strided_rows(torch.randn(sum(queries), heads[0], head_dim).to(q_dtype or dtype))
     if head_dim % 16:
@@ -64,7 +66,7 @@ def _attention(
     missing = max(0, capacity // 16 - cache.block_tables.shape[1])
     tables = torch.nn.functional.pad(cache.block_tables, (0, missing), value=-1)
     index = (tables, cache.query_start, cache.context_lens)
-    attention = build.operator("verify_attention", races=True)
+    attention = build.operator("verify_attention", races=True, device=device)
     attention(q, cache.k_cache, cache.v_cache, *index, head_dim**-0.5, window, softcap)
 
 
@@ -174,6 +176,9 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "fp32": partial(_attention, [(3, 300), (1, 40)], (4, 2), 64, FP32),
         "fp32, wide": partial(_attention, [(9, 330)], (2, 1), 136, FP32, window=70),
         "mixed": partial(_attention, [(2, 300)], (4, 2), 72, BF16, FP16),
+        "two stages": partial(_attention, [(2, 300)], (4, 2), 64, BF16, device=1),
+        "64 rows, two stages": partial(_attention, [(17, 530)], (2, 1), 64, BF16, device=1),
+        "fp32, two stages": partial(_attention, [(3, 300)], (4, 2), 64, FP32, device=1),
         "tables for a million keys": partial(_attention, [(32, 600)], (2, 1), 256, BF16, capacity=1 << 20),
     },
     "verify.cu": {

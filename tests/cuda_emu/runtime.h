@@ -50,8 +50,9 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
-/// An H100 but for the number of its multiprocessors, which is small so that loops over tiles have more than one turn.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+/// An H100 but for shared memory, which is the device's, and the number of multiprocessors, which is small so that
+/// loops over tiles have more than one turn.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   ++emu::devices.attribute_queries;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -64,10 +65,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = 0;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(emu::kSharedBytes);
+      *value = static_cast<int>(emu::kSharedBytes[device]);
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = static_cast<int>(emu::kSharedBytes) + 1024;
+      *value = static_cast<int>(emu::kSharedBytes[device]) + 1024;
       return cudaSuccess;
     default:
       return emu::failed(cudaErrorInvalidValue);
@@ -77,7 +78,8 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
   ++emu::devices.function_attributes;
   emu::devices.used[emu::current_device] = true;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > emu::kSharedBytes) return emu::failed(cudaErrorInvalidValue);
+  const size_t most = emu::kSharedBytes[emu::current_device];
+  if (value < 0 || static_cast<size_t>(value) > most) return emu::failed(cudaErrorInvalidValue);
   emu::allowed_shared_bytes[kernel] = static_cast<size_t>(value);
   return cudaSuccess;
 }

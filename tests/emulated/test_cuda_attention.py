@@ -55,6 +55,23 @@ def test_misaligned_queries_change_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(run(attention, apart[:, 3:-4].unflatten(1, (3, 24)), cache), run(attention, q, cache))
 
 
+@pytest.mark.parametrize("copies", ["early", "late"])
+@pytest.mark.parametrize(("head_dim", "rows"), [(64, 3), (64, 9), (64, 17), (128, 3), (128, 9), (128, 17), (256, 9)])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=("fp32", "bf16"))
+def test_where_shared_memory_is_small_rings_of_two_stages_give_the_same_bits(
+    dtype: torch.dtype, head_dim: int, rows: int, copies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shim's second device has what cards have; blocks for the widest heads do not fit there."""
+    q, cache = inputs([(rows, 300), (1, 40)], (2, 1), head_dim, dtype)
+    monkeypatch.setenv("PEARL_EMU_ASYNC", copies)
+    on_card = build.operator("verify_attention", device=1)
+    if head_dim > 128:
+        with pytest.raises(ValueError, match="cannot take these arguments"):
+            run(on_card, q, cache)
+    else:
+        assert torch.equal(run(on_card, q, cache), run(attention, q, cache))
+
+
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=("fp32", "bf16"))
 def test_rows_before_the_first_key_see_nothing_and_disturb_nobody(dtype: torch.dtype, window: int) -> None:
@@ -66,6 +83,13 @@ def test_rows_before_the_first_key_see_nothing_and_disturb_nobody(dtype: torch.d
     assert_rounds_to(
         run(attention, q, cache, window)[4:], exact(q[4:], fewer, window), HALF_ULPS[dtype], tolerance=2e-5
     )
+
+
+def test_more_sequences_than_a_warp_has_lanes() -> None:
+    """Of up to two rows each, in no order, and many without any: lanes look for a block's among three."""
+    rows = [r * 7 % 5 % 3 for r in range(70)]
+    q, cache = inputs([(n, 3 + r) for r, n in enumerate(rows)], (2, 1), 16, BF16)
+    assert_rounds_to(run(attention, q, cache), exact(q, cache), HALF_ULPS[BF16], tolerance=2e-5)
 
 
 def test_rows_that_no_sequence_has_are_left_alone() -> None:

@@ -75,7 +75,7 @@ def test_nothing_hangs_on_the_order_of_blocks_threads_or_copies(
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("most", [64, 3, 0])
+@pytest.mark.parametrize("most", [64, 6, 5, 0])
 def test_counters_are_used_if_they_suffice_and_are_left_zero(most: int) -> None:
     """Two sequences of two groups each have six counters; what the workspace holds at first does not matter."""
     q, cache = inputs([(2, 2100), (1, 2060)], (2, 1), 64, BF16)
@@ -111,6 +111,16 @@ def test_a_prompt_is_not_split_and_only_others_have_partial_results() -> None:
     assert asked(*only(q, cache, [0])) == 0
     assert asked(*only(q, cache, [1])) == 5 * row // 4 * 3 + 4
     assert_rounds_to(run(attention, q, cache), exact(q, cache), HALF_ULPS[BF16], tolerance=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=("fp32", "bf16"))
+def test_the_longest_sequence_that_is_split_and_the_shortest_that_is_not(dtype: torch.dtype) -> None:
+    """32 and 33 rows; beside a prompt each sequence has as many rows of partial results as the first needs."""
+    q, cache = inputs([(33, 600), (32, 600), (33, 300), (60, 600)], (1, 1), 64, dtype)
+    together = run(attention, q, cache)
+    assert_rounds_to(together, exact(q, cache), HALF_ULPS[dtype], tolerance=2e-5)
+    assert torch.equal(run(attention, *only(q, cache, [1])), together[33:65])
+    assert torch.equal(run(attention, *only(q, cache, [2])), together[65:98])
 
 
 def test_a_context_beyond_the_block_table_is_not_followed() -> None:
