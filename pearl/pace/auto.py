@@ -22,11 +22,9 @@ _LEARNING_ROUNDS = 32
 _SOON, _BETWEEN_CHOICES = 4, 64  # rounds until the next choice: while little is known, and later
 _MARGIN = 0.01  # by which another pace must be better, beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
-_PROBED, _PROBED_WELL = 3, 12  # rounds that tell how long forwards take in a state of the other model: at first, and
-_COLD = 64  # after so many rounds, the first of which take longer than later ones
-_STALE = 256  # rounds after which such knowledge is renewed,
-_PROMISING = 0.9  # if it is of a pace that promises so much of the best one's speed
-_WORTH_A_TRY = 0.75  # of the best one's speed: what a mode that was never run must promise
+_PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
+_STALE = 256  # and rounds after which that is no longer believed,
+_WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
@@ -164,34 +162,26 @@ class AutoPace:
         return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
 
     def _probe(self, choices: Mapping[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
-        """A choice that tells what is not known: how long forwards take beside each other, or alone; and what a mode is
-        like that promises nearly as much and was never run.
+        """A choice that tells what is not known: how long forwards take alone, or beside each other, which all other
+        predictions hang on; then what a mode is like that promises nearly as much and was not run for long.
         """
-        takes_turns = chosen.mode in _TAKES_TURNS
-        for alone in (takes_turns, not takes_turns):
+        for alone in (True, False):
             there = [choice for mode, choice in choices.items() if (mode in _TAKES_TURNS) == alone]
             if alone and "speculative" in choices:  # autoregressive decoding tells nothing of the draft
                 there = [choices["speculative"]]
-            if not there:
-                continue
-            best = max(there, key=lambda choice: choice.rate)
-            if not self._knows(load, alone):
-                return best
-            if chosen.mode == "autoregressive":  # what it costs to let the draft catch up is more than to know
-                continue
-            age = self._curves.rounds_since(load, beside=not alone)
-            if age is not None and age > _STALE and best.rate > _PROMISING * chosen.rate:
-                return best
+            if there and not self._knows(load, alone):
+                return max(there, key=lambda choice: choice.rate)
+        # After plain decoding it costs more to let the draft catch up than it is worth to know.
+        within = self._curves.rounds if chosen.mode == "autoregressive" else _STALE
         untried = [
             choice
             for mode, choice in choices.items()
-            if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED)
+            if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within)
         ]
         return max(untried, key=lambda choice: choice.rate, default=None)
 
     def _knows(self, load: Load, alone: bool) -> bool:
-        rounds = _PROBED if self._curves.rounds < _COLD else _PROBED_WELL
-        return self._curves.knows(load, beside=not alone, rounds=rounds)
+        return self._curves.knows(load, beside=not alone, rounds=_PROBED)
 
 
 def _row_seconds(now: Situation, windows: Numbers) -> Numbers:

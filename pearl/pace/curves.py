@@ -19,6 +19,7 @@ from pearl.pace.rounds import Load, MeasuredRound
 
 Numbers = NDArray[np.float64]
 
+COLD_ROUNDS = 24  # in which memory is touched and code run for the first time: their times are forgotten then
 _RECENT = 24  # rounds
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _RATIO = 1.12  # of rows that count as the same number
@@ -79,7 +80,6 @@ class _Samples:
 class _Forwards:
     target: _Samples = field(default_factory=_Samples)  # by rows
     draft: _Samples = field(default_factory=_Samples)  # of a step, by sequences
-    seen: int = 0  # the number of the latest round
 
 
 _Key = tuple[tuple[int, int], bool]  # bucket, beside
@@ -92,11 +92,15 @@ class Curves:
         self._sizes = sizes
         self._samples: defaultdict[_Key, _Forwards] = defaultdict(_Forwards)
         self._overhead: defaultdict[tuple[int, Mode], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._run: dict[tuple[int, Mode], int] = {}  # the latest round of a mode
         self.rounds = 0
         self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
 
     def observe(self, measured: MeasuredRound) -> None:
         self.rounds += 1
+        if self.rounds == COLD_ROUNDS:
+            self._samples.clear()
+            self._overhead.clear()
         target, draft = measured.target_seconds, measured.draft_seconds
         beside = bool(target and draft)
         samples = self._samples[measured.load.bucket, beside]
@@ -104,14 +108,10 @@ class Curves:
             samples.target.add(measured.target_rows, target)
         if draft:
             samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps)
-        samples.seen = self.rounds
         rest = max(0.0, measured.seconds - max(target, draft))
-        self._overhead[measured.load.batch.bit_length(), measured.mode].append(rest)
-
-    def rounds_since(self, load: Load, beside: bool) -> int | None:
-        """Since such a round was last measured under such a load; None: never."""
-        key = load.bucket, beside
-        return self.rounds - self._samples[key].seen if key in self._samples else None
+        kind = measured.load.batch.bit_length(), measured.mode
+        self._overhead[kind].append(rest)
+        self._run[kind] = self.rounds
 
     def knows(self, load: Load, beside: bool, rounds: int) -> bool:
         """Whether so many rounds of about such a load were measured, of both models."""
@@ -121,11 +121,11 @@ class Curves:
                 enough = max(enough, min(samples.target.count, samples.draft.count))
         return enough >= rounds
 
-    def tried(self, batch: int, mode: Mode, rounds: int) -> bool:
-        """Whether the mode was run for so many rounds of about such a batch."""
+    def tried(self, batch: int, mode: Mode, rounds: int, within: int) -> bool:
+        """Whether the mode was run for so many rounds of about such a batch, and in one of the latest ``within``."""
         size = batch.bit_length()
         return any(
-            len(samples) >= rounds
+            len(samples) >= rounds and self.rounds - self._run[other, its] <= within
             for (other, its), samples in self._overhead.items()
             if its == mode and abs(other - size) <= 1
         )
