@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "devices.h"
 #include "fibers.h"
@@ -27,7 +28,7 @@ inline constexpr size_t kSharedBytesByDefault = 48 * 1024;  // dynamic and stati
 inline constexpr int kPoison = 0xFF;                        // NaN in all floating types
 
 /// Bytes of dynamic shared memory that cudaFuncSetAttribute allowed a kernel.
-inline std::map<const void*, size_t> allowed_shared_bytes;
+inline std::map<std::pair<const void*, int>, size_t> allowed_shared_bytes;  // by kernel and device
 
 /// Dynamic shared memory that ends where a page without access begins.
 class DynamicShared {
@@ -98,7 +99,7 @@ inline cudaError_t launch_error(const void* kernel, dim3 grid, dim3 block, size_
   if (threads == 0 || threads > kMaxThreads || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaErrorInvalidConfiguration;
   if (grid.x > 0x7FFFFFFFu || grid.y > 0xFFFFu || grid.z > 0xFFFFu) return cudaErrorInvalidConfiguration;
-  const auto allowed = allowed_shared_bytes.find(kernel);
+  const auto allowed = allowed_shared_bytes.find({kernel, current_device});
   const size_t limit = allowed == allowed_shared_bytes.end() ? kSharedBytesByDefault : allowed->second;
   return shared_bytes > std::min(limit, kSharedBytes[current_device]) ? cudaErrorInvalidValue : cudaSuccess;
 }

@@ -80,7 +80,7 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   const size_t most = emu::kSharedBytes[emu::current_device];
   if (value < 0 || static_cast<size_t>(value) > most) return emu::failed(cudaErrorInvalidValue);
-  emu::allowed_shared_bytes[kernel] = static_cast<size_t>(value);
+  emu::allowed_shared_bytes[{kernel, emu::current_device}] = static_cast<size_t>(value);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
