@@ -19,13 +19,14 @@ from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.speed import Situation, tokens_per_second
 
 _LEARNING_ROUNDS = 32
-_SOON, _BETWEEN_CHOICES = 4, 64  # rounds until the next choice: while little is known, and later
+_SOON, _BETWEEN_CHOICES = 6, 64  # rounds until the next choice: while little is known, and later
 _MARGIN = 0.01  # by which another pace must be better, beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
 _STALE = 256  # and rounds after which that is no longer believed,
 _WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
+_WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
 
@@ -48,10 +49,12 @@ class _Choice:
     def rate(self) -> float:
         return self.predicted * self.factor
 
-    def window(self, odds: Odds) -> int:
-        if self.mode == "autoregressive":
-            return 1
-        return int(_ragged(np.array([self.longest]), np.array([self.threshold]), np.array([odds.later]))[0, 0])
+    def windows(self, odds: Sequence[Odds]) -> list[int]:
+        later = np.array([one.later for one in odds])
+        windows: list[int] = (
+            _ragged(np.array([self.longest]), np.array([self.threshold]), later)[0].astype(int).tolist()
+        )
+        return windows
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class AutoPace:
         return Pace(choice.mode, tuple([windows.get(i, typical) for i in request_ids]), choice.rate)
 
     def observe(self, measured: MeasuredRound) -> None:
-        self._curves.observe(measured)
+        self._curves.observe(measured, steady=self._curves.rounds - self._since >= _WARMING)
         self._acceptance.observe(measured.requests)
         running = self._running
         if running is not None and running.informed and running.mode == measured.mode and self._settled():
@@ -110,7 +113,7 @@ class AutoPace:
         probe = self._probe(choices, choice, load)
         choice = probe or choice
         choice = replace(choice, informed=self._knows(load, alone=choice.mode in _TAKES_TURNS))
-        windows = {i: choice.window(one) for i, one in zip(ids, odds, strict=True)}
+        windows = dict(zip(ids, choice.windows(odds), strict=True))
         soon = probe is not None or self._curves.rounds < _LEARNING_ROUNDS
         until = self._curves.rounds + (_SOON if soon else _BETWEEN_CHOICES)
         return _Decision(choice, windows, sorted(windows.values())[len(ids) // 2], until)

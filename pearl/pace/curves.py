@@ -96,11 +96,14 @@ class Curves:
         self.rounds = 0
         self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
 
-    def observe(self, measured: MeasuredRound) -> None:
+    def observe(self, measured: MeasuredRound, steady: bool = True) -> None:
+        """``steady``: whether its times are those of rounds of its kind; else it only counts as one."""
         self.rounds += 1
         if self.rounds == COLD_ROUNDS:
             self._samples.clear()
             self._overhead.clear()
+        if not steady:
+            return
         target, draft = measured.target_seconds, measured.draft_seconds
         beside = bool(target and draft)
         samples = self._samples[measured.load.bucket, beside]
