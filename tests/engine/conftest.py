@@ -1,6 +1,11 @@
-"""Settings of the engine's tests. The helpers are in engine_sim.py."""
+"""Settings of the engine's tests, and an engine around fakes. The helpers are in engine_sim.py and engine_rig.py."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from engine_rig import Rig
 
 try:
     from hypothesis import HealthCheck, settings
@@ -12,3 +17,10 @@ else:
         "engine", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile("engine")
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.engine.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_step import TOKEN, Rig, tokens_of
+from engine_rig import TOKEN, Rig, tokens_of
 
 from pearl.errors import CaptureError, EngineClosedError, RankError
 

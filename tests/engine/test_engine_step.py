@@ -3,139 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from engine_sim import SimulatedVerifier, drafted, request_of
+from engine_rig import TOKEN, Rig, fail, tokens_of
+from engine_sim import drafted
 
-from pearl.engine.engine import Engine, EngineStats, RoundRecord
 from pearl.engine.request import Status
-from pearl.engine.scheduler import Scheduler
 from pearl.errors import EngineClosedError
-from pearl.kv import KVCacheManager
-from pearl.messages import DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
-from pearl.outputs import OutputDelta
-from pearl.pace import Load, MeasuredRound, Pace, Progressed
-from pearl.workers import HostQueue, InlineWorker, ThreadWorker, Worker
-
-TOKEN = 5  # what both fakes always say
-
-
-class FakeTarget:
-    def __init__(self) -> None:
-        self.before: Callable[[TargetPlan], Any] = lambda plan: None
-        self.check: Callable[[], None] = lambda: None
-
-    def run(self, plan: TargetPlan) -> TargetOutput:
-        self.before(plan)
-        return TargetOutput(torch.full((sum(work.num_logits for work in plan.work),), TOKEN))
-
-
-class FakeDrafter:
-    reads_history = False
-
-    def __init__(self) -> None:
-        self.before: Callable[[DraftPlan], Any] = lambda plan: None
-
-    def waits(self, plan: DraftPlan) -> bool:
-        return False
-
-    def propose(self, plan: DraftPlan) -> DraftProposal:
-        self.before(plan)
-        windows = {item.forward.state.request_id: drafted(*[TOKEN] * item.num_draft) for item in plan.work}
-        return DraftProposal(windows, steps=max(item.num_draft for item in plan.work))
-
-
-class FakeVerifier(SimulatedVerifier):
-    def __init__(self) -> None:
-        self.before: Callable[[], Any] = lambda: None
-
-    def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
-        self.before()
-        return super().verify(plan, proposal, target)
-
-
-class RecordingPace:
-    changes = True
-
-    def __init__(self, mode: str) -> None:
-        self.mode, self.size = mode, 2
-        self.batches: list[int] = []
-        self.measured: list[MeasuredRound] = []
-
-    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
-        self.batches.append(load.batch)
-        return Pace(self.mode, (self.size,) * load.batch)  # type: ignore[arg-type]
-
-    def observe(self, measured: MeasuredRound) -> None:
-        self.measured.append(measured)
-
-
-class Rig:
-    def __init__(
-        self, method: str = "pearl", lanes: int = 4, budget: int = 64, draft_alone: Worker | None = None
-    ) -> None:
-        self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
-        self.pace = RecordingPace(method)
-        self.records: list[RoundRecord] = []
-        self.prepared = 5  # before the engine was built
-        self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
-        self.scheduler = Scheduler(
-            self.pace,
-            KVCacheManager(64, 4),
-            KVCacheManager(64, 4),
-            max_num_seqs=lanes,
-            max_num_batched_tokens=budget,
-            max_waiting=100,
-        )
-        self.engine = Engine(
-            self.scheduler,
-            self.target,  # type: ignore[arg-type]
-            self.workers[0],
-            self.drafter,
-            self.workers[1],
-            self.verifier,  # type: ignore[arg-type]
-            self.pace,
-            self.records.append,
-            draft_alone,
-            lambda: self.prepared,
-        )
-
-    def add(self, *ids: int, max_tokens: int = 9, length: int = 3) -> None:
-        for request_id in ids:
-            self.engine.add(request_of(request_id, [1] * length, max_tokens))
-
-    def run(self) -> dict[int, list[OutputDelta]]:
-        deltas: dict[int, list[OutputDelta]] = {}
-        while self.engine.has_work:
-            for delta in self.engine.step():
-                deltas.setdefault(delta.request_id, []).append(delta)
-        return deltas
-
-    def check_empty(self) -> None:
-        assert not self.scheduler.requests
-        for kv in (self.scheduler.target_kv, self.scheduler.draft_kv):
-            assert kv is not None
-            assert kv.num_free_pages == 64
-            kv.check_integrity()
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig()
-    yield made
-    made.engine.close()
-
-
-def tokens_of(deltas: list[OutputDelta]) -> list[int]:
-    return [token for delta in deltas for token in delta.token_ids]
-
-
-def fail(*args: object) -> None:
-    raise RuntimeError("out of luck")
+from pearl.messages import DraftPlan, DraftProposal, TargetPlan
+from pearl.workers import HostQueue, InlineWorker
 
 
 @pytest.mark.parametrize("inline", [False, True])
@@ -338,68 +215,6 @@ def test_deltas_mark_drafted_tokens_and_the_first_token_time(rig: Rig) -> None:
     assert metrics.first_token_at is not None
     assert metrics.finished_at is not None
     assert metrics.arrival <= metrics.first_token_at <= metrics.finished_at
-
-
-def test_window_learns_from_decoding_rounds_only() -> None:
-    rig = Rig(budget=4)
-    rig.add(1, length=12)
-    rig.run()
-    prefill = sum(1 for record in rig.records if any(len(w.tokens) != w.num_logits for w in record.plan.target.work))
-    assert prefill > 1
-    assert len(rig.pace.measured) == len(rig.records) - prefill
-    first = rig.pace.measured[0]
-    assert (first.mode, first.load.batch, first.draft_steps, first.target_rows) == ("pearl", 1, 2, 2)
-    assert first.requests == (Progressed(1, 2, 2, 2),)
-    rig.engine.close()
-
-
-def test_window_does_not_learn_from_rounds_in_which_the_draft_catches_up(rig: Rig) -> None:
-    """As after plain decoding, when the target has no prompt to compute."""
-    rig.add(1, length=9, max_tokens=30)
-    for _ in range(3):
-        rig.engine.step()
-    learned = len(rig.pace.measured)
-    for behind in (0, 6, 0):
-        rig.scheduler.requests[1].draft_computed -= behind
-        rig.engine.step()
-        plan = rig.records[-1].plan
-        assert all(len(work.tokens) == work.num_logits for work in plan.target.work)
-        assert (len(plan.draft.work[0].forward.tokens) > 2) == bool(behind)
-        learned += not behind
-        assert len(rig.pace.measured) == learned
-
-
-def test_window_does_not_learn_from_rounds_that_prepared_something(rig: Rig) -> None:
-    """A graph that is captured, or a kernel that is compiled, takes a hundred times as long as the round."""
-    rig.add(1, max_tokens=30)
-    rig.engine.step()
-    learned = len(rig.pace.measured)
-    for new in (0, 2, 0, 0, 1):
-        rig.prepared += new
-        rig.engine.step()
-        learned += new == 0
-        assert len(rig.pace.measured) == learned
-        assert rig.records[-1].preparations == new
-    assert rig.engine.stats == EngineStats(rounds=6, preparations=3)
-
-
-def test_window_does_not_learn_from_rounds_with_a_preemption(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig.add(1, max_tokens=30)
-    rig.engine.step()
-    schedule, learned = rig.scheduler.schedule, len(rig.pace.measured)
-    for preempted in ((), (7,), (), (8, 9)):
-        monkeypatch.setattr(rig.scheduler, "schedule", lambda gone=preempted: replace(schedule(), preempted=gone))
-        rig.engine.step()
-        learned += not preempted
-        assert len(rig.pace.measured) == learned
-
-
-def test_window_is_asked_for_the_batch_at_hand(rig: Rig) -> None:
-    rig.add(1)
-    rig.engine.step()
-    rig.add(2, 3)
-    rig.engine.step()
-    assert rig.pace.batches == [1, 3]
 
 
 def test_close_aborts_everything_ends_the_threads_and_may_be_repeated() -> None:

@@ -1,0 +1,126 @@
+"""An engine with real worker threads around fakes that say what tests want."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from engine_sim import SimulatedVerifier, drafted, request_of
+
+from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.scheduler import Scheduler
+from pearl.kv import KVCacheManager
+from pearl.messages import DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
+from pearl.outputs import OutputDelta
+from pearl.pace import Load, MeasuredRound, Pace
+from pearl.workers import ThreadWorker, Worker
+
+TOKEN = 5  # what both fakes always say
+
+
+class FakeTarget:
+    def __init__(self) -> None:
+        self.before: Callable[[TargetPlan], Any] = lambda plan: None
+        self.check: Callable[[], None] = lambda: None
+
+    def run(self, plan: TargetPlan) -> TargetOutput:
+        self.before(plan)
+        return TargetOutput(torch.full((sum(work.num_logits for work in plan.work),), TOKEN))
+
+
+class FakeDrafter:
+    reads_history = False
+
+    def __init__(self) -> None:
+        self.before: Callable[[DraftPlan], Any] = lambda plan: None
+
+    def waits(self, plan: DraftPlan) -> bool:
+        return False
+
+    def propose(self, plan: DraftPlan) -> DraftProposal:
+        self.before(plan)
+        windows = {item.forward.state.request_id: drafted(*[TOKEN] * item.num_draft) for item in plan.work}
+        return DraftProposal(windows, steps=max(item.num_draft for item in plan.work))
+
+
+class FakeVerifier(SimulatedVerifier):
+    def __init__(self) -> None:
+        self.before: Callable[[], Any] = lambda: None
+
+    def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
+        self.before()
+        return super().verify(plan, proposal, target)
+
+
+class RecordingPace:
+    changes = True
+
+    def __init__(self, mode: str) -> None:
+        self.mode, self.size = mode, 2
+        self.batches: list[int] = []
+        self.measured: list[MeasuredRound] = []
+
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        self.batches.append(load.batch)
+        return Pace(self.mode, (self.size,) * load.batch)  # type: ignore[arg-type]
+
+    def observe(self, measured: MeasuredRound) -> None:
+        self.measured.append(measured)
+
+
+class Rig:
+    def __init__(
+        self, method: str = "pearl", lanes: int = 4, budget: int = 64, draft_alone: Worker | None = None
+    ) -> None:
+        self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
+        self.pace = RecordingPace(method)
+        self.records: list[RoundRecord] = []
+        self.prepared = 5  # before the engine was built
+        self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
+        self.scheduler = Scheduler(
+            self.pace,
+            KVCacheManager(64, 4),
+            KVCacheManager(64, 4),
+            max_num_seqs=lanes,
+            max_num_batched_tokens=budget,
+            max_waiting=100,
+        )
+        self.engine = Engine(
+            self.scheduler,
+            self.target,  # type: ignore[arg-type]
+            self.workers[0],
+            self.drafter,
+            self.workers[1],
+            self.verifier,  # type: ignore[arg-type]
+            self.pace,
+            self.records.append,
+            draft_alone,
+            lambda: self.prepared,
+        )
+
+    def add(self, *ids: int, max_tokens: int = 9, length: int = 3) -> None:
+        for request_id in ids:
+            self.engine.add(request_of(request_id, [1] * length, max_tokens))
+
+    def run(self) -> dict[int, list[OutputDelta]]:
+        deltas: dict[int, list[OutputDelta]] = {}
+        while self.engine.has_work:
+            for delta in self.engine.step():
+                deltas.setdefault(delta.request_id, []).append(delta)
+        return deltas
+
+    def check_empty(self) -> None:
+        assert not self.scheduler.requests
+        for kv in (self.scheduler.target_kv, self.scheduler.draft_kv):
+            assert kv is not None
+            assert kv.num_free_pages == 64
+            kv.check_integrity()
+
+
+def tokens_of(deltas: list[OutputDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def fail(*args: object) -> None:
+    raise RuntimeError("out of luck")
