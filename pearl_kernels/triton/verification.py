@@ -152,6 +152,8 @@ def race_kernel(
     if spread:
         spread = tl.load(ints_of(draft_ints, request, SPAN) + KIND) != GREEDY
         certain = tl.where(spread, -1, tl.load(draft_drawn + request).to(tl.int32))
+        draft_peak = tl.load(draft_record + PEAK)
+        spread = spread & ((draft_peak - draft_peak) == 0)  # else it is no distribution, and q is 0
     key, position = tl.load(seed + request), tl.load(positions + index)
     speeds, winners = speeds + request * 2 * SPAN, winners + request * 2 * SPAN
     first_tile = tl.program_id(1) * tiles_per_program

@@ -26,6 +26,7 @@ from pearl.pace import AutoPace, BalancedPace, Load
 from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
 from pearl_kernels.reference import sampling as reference_sampling
+from pearl_kernels.reference import verification as reference_verification
 from pearl_kernels.reference.philox import Stream, to_uniform
 
 DRAFTING = [name for name in METHODS if name not in ("autoregressive", "switching")]
@@ -39,8 +40,12 @@ class RandomLog:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.drawn: Counter[tuple[int, int, Stream]] = Counter()
-        for name in ("uniform", "gumbel"):
-            monkeypatch.setattr(reference_sampling, name, self._recording(getattr(reference_sampling, name)))
+        for module, name in (
+            (reference_sampling, "gumbel"),
+            (reference_verification, "gumbel"),
+            (reference_verification, "uniform"),
+        ):
+            monkeypatch.setattr(module, name, self._recording(getattr(module, name)))
 
     def _recording(self, original: Any) -> Any:
         def draw(seed: Tensor, position: Tensor, stream: Stream, *rest: Any) -> Tensor:
