@@ -46,7 +46,9 @@ class EngineConfig:
     is no bool and a bool no number. ConfigurationError names what cannot be used.
 
     target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
-    method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
+    method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled" | "block",
+        which is rejection for all tokens of a round together: more of them are accepted. Requests with a seed still
+        have them tested one by one, so that a seed gives its output again.
     pace: how "pearl" and "speculative" go about it where the window is not fixed: "auto", what is predicted to be the
         fastest from measured speeds and acceptance: of "pearl" any mode (``pearl.methods``; under load plain decoding
         too) with windows of its own for each request, of "speculative" its windows. "balanced": PEARL's rule in the

@@ -149,7 +149,7 @@ def check_verify(
     """The number of requests."""
     op, n, requests = "verify", logits.shape[0], row_start.shape[0] - 1
     if rule not in get_args(Rule):
-        raise ValueError(f"{op}: rule must be {', '.join(map(repr, get_args(Rule)))}, not {rule!r}")
+        raise ValueError(f"{op}: rule must be 'rejection', 'coupled' or 'block', not {rule!r}")
     if requests < 0:
         raise ValueError(f"{op}: row_start needs at least one entry")
     call = checks.beside(op, "logits", logits)
