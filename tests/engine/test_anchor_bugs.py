@@ -73,6 +73,20 @@ def test_1_no_random_number_is_examined_twice(method: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("method", DRAFTING)
+def test_1_no_random_number_is_examined_twice_in_blocks(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor drawn from twice: a block's verdict has looked at all that was drafted, and at noise beyond what holds."""
+    log = RandomLog(monkeypatch)
+    toy = Toy(method, "block", blur=1.0)
+    toy.generate([1, 2, 3], [4, 5], temperature=1.0, max_tokens=24)
+    assert max(log.drawn.values()) == 1
+    assert {stream for _, _, stream in log.drawn} >= {Stream.ACCEPT, Stream.RESIDUAL, Stream.DRAFT}
+    decisions = [d for record in toy.records for d in record.result.decisions.values()]
+    seeds = {seed for seed, _, stream in log.drawn if stream is Stream.DRAFT}
+    assert len(seeds) > sum(d.rejected for d in decisions) / 2 > 5  # the last may have come after all that is drafted
+    assert any(d.accepted < len(d.tested) - 1 for d in decisions)
+
+
+@pytest.mark.parametrize("method", DRAFTING)
 def test_1_the_draft_never_draws_from_the_targets_numbers_under_rejection(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,8 +22,8 @@ from ops_support import (
 from torch import Tensor
 from verify_support import Case, assert_same, block_shares, check, decided_requests, one_row_each, ragged, rows_of
 
-from pearl_kernels import SamplingTensors, reference
-from pearl_kernels.reference import Stream, Verdict
+from pearl_kernels import SamplingTensors, Situation, cuda, reference
+from pearl_kernels.reference import Stream, Verdict, verification
 
 HERE = implementations("verify")
 GPU = [p for p in emulated("verify") if p.id != "cuda"]  # whose kernels refuse the rule
@@ -78,11 +78,11 @@ def test_a_block_of_one_token_is_a_rejection_test(verify: Implementation) -> Non
     assert 0 < block.accepted.sum() < n
 
 
-@everyone
+@pytest.mark.parametrize("verify", implementations("verify", with_reference=True) + GPU)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_without_a_distribution_rejects(verify: Implementation, value: float) -> None:
     """Target and draft are the same, so that all before it holds; where it is the draft's, p is drawn from whole."""
-    n, g, vocab_size = 20, 4, 30
+    n, g, vocab_size = 4 if verify.emulated else 20, 4, 30
     logits, params = padded_logits(n * g, vocab_size, vocab_size, F32, 0.0), sampling(n)
     q, request = logits.clone(), torch.arange(n).repeat_interleave(g)
     positions = torch.arange(g).repeat(n) + 5
@@ -229,6 +229,25 @@ def test_every_continuation_is_as_likely_as_the_targets(setting: str, vocab_size
     assert max(gains) > 1e-3
 
 
+def wrong_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prefix is accepted as if the block ended behind it."""
+    monkeypatch.setattr(verification._Rows, "share", lambda self, row, weight, goes_on: weight)
+
+
+def wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacements from max(p - q, 0), as if the tokens before had weight 1."""
+    right = verification._Rows.residual
+    monkeypatch.setattr(verification._Rows, "residual", lambda self, row, weight: right(self, row, 1.0))
+
+
+@pytest.mark.parametrize("bug", [wrong_share, wrong_residual])
+def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch, bug: Callable[[pytest.MonkeyPatch], None]) -> None:
+    params, drafter, tiny = sampling(1), sampling(1, temperature=1.8), Tiny(3, 0.8, 3, 0)
+    bug(monkeypatch)
+    found, _ = outcomes(tiny, params, drafter, "block")
+    assert max(abs(found.get(key, 0.0) - mass) for key, mass in tiny.joint(params, 4).items()) > 1e-3
+
+
 def test_the_papers_example() -> None:
     """Section 1 of arXiv 2403.10444: two independent positions, 10/9 accepted token by token and 11/9 together."""
     tiny = Tiny(2, 0.0, 2, 0)
@@ -288,3 +307,12 @@ def test_committed_tokens_have_the_targets_distribution(verify: Implementation, 
     counts = torch.tensor([pairs.count(pair) for pair in itertools.product(range(size), repeat=2)])
     exact = torch.tensor(list(tiny.joint(params[torch.tensor([0])], 2).values()), dtype=torch.float64)
     assert_frequencies(counts, exact / exact.sum() * n)
+
+
+@pytest.mark.parametrize("verify", [p for p in emulated("verify") if p.id == "cuda"])
+def test_a_kernel_without_the_rule_refuses_it(verify: Implementation) -> None:
+    """And the registry takes another."""
+    case = one_row_each(torch.zeros(2, 9), sampling(2), torch.tensor([3, 0]))
+    with pytest.raises(ValueError, match="kernel has the rules"):
+        verify(**case, rule="block")
+    assert cuda.refuses("verify", Situation("cuda", rule="block")) == "has no block verification"
