@@ -28,11 +28,18 @@ def drafter_of(case: Case) -> SamplingTensors:
 
 
 def ragged(
-    rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype, requests: int = 44, known: int | None = None
+    rule: Rule,
+    vocab_size: int,
+    dtype: torch.dtype,
+    q_dtype: torch.dtype,
+    requests: int = 44,
+    known: int | None = None,
+    apart: float = 0.5,
 ) -> Case:
     """Requests of 0 to 9 rows, half of them with a bonus row, drafted by a model that resembles the target.
 
-    ``known``: tokens that this model gives a probability; None: all.
+    ``known``: tokens that this model gives a probability; None: all. ``apart``: how far its logits are from the
+    target's.
     """
     sizes = torch.cat((torch.tensor([0, 1, 9, 0]), torch.randint(0, 10, (requests - 4,))))
     starts = torch.cat((torch.zeros(1), sizes.cumsum(0))).int()
@@ -40,7 +47,7 @@ def ragged(
     logits = padded_logits(n, vocab_size, vocab_size + 5, dtype, torch.nan)
     draft_rows = torch.randperm(n + 7)[:n].int()
     draft_logits = padded_logits(n + 7, vocab_size, vocab_size + 70, q_dtype, torch.inf)
-    noisy = logits[:, :vocab_size].float() + 0.5 * torch.randn(n, vocab_size)
+    noisy = logits[:, :vocab_size].float() + apart * torch.randn(n, vocab_size)
     draft_logits[draft_rows, :vocab_size] = noisy.to(draft_logits.dtype)
     draft_logits[:, known or vocab_size : vocab_size] = -torch.inf
     params = mixed_sampling(len(sizes))
