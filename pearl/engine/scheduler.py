@@ -129,29 +129,31 @@ class Scheduler:
             intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(batch, intents, progress, strict=True)]
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
-            self._share_budget(plan, batch, intents, lag)
+            self._share_budget(plan, batch, intents)
         for request, intent, window, lags in zip(batch, intents, pace.windows, lag, strict=True):
             if request.lane >= 0:  # it may have been preempted for an earlier one
                 self._plan_request(plan, request, intent, window, lags)
         return plan
 
-    def _share_budget(
-        self, plan: _Round, batch: Sequence[Request], intents: Sequence[Intent], lag: Sequence[bool]
-    ) -> None:
+    def _share_budget(self, plan: _Round, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
         """Decoding rows are never held back by prompts; prompts share what is left of the budget, beside requests that
         decode a chunk at most, and at least a page.
         """
-        most = self._max_num_batched_tokens if all(lag) else self._prefill_chunk
-        rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
-        needs = {r.id: r.length + len(r.pending) - r.target_computed for r in batch if _target_lags(r)}
-        plan.target_shares = share(self._left_beside(rows, most), needs)
-        rows = sum(not _draft_lags(r) for r in batch)
-        lagging = [r for r, intent in zip(batch, intents, strict=True) if intent.draft and _draft_lags(r)]
-        needs = {r.id: r.length + len(r.pending) - r.draft_computed for r in lagging}
-        plan.draft_shares = share(self._left_beside(rows, most), needs)
+        target = {r.id: r.length + len(r.pending) - r.target_computed for r in batch if _target_lags(r)}
+        draft = {
+            r.id: r.length + len(r.pending) - r.draft_computed
+            for r, intent in zip(batch, intents, strict=True)
+            if intent.draft and self.draft_kv is not None and _draft_lags(r)
+        }
+        decodes = len(target.keys() | draft.keys()) < len(batch)
+        target_rows = sum(len(r.pending) + 1 for r in batch if r.id not in target)
+        draft_rows = sum(not _draft_lags(r) for r in batch)
+        plan.target_shares = share(self._left_beside(target_rows, decodes), target)
+        plan.draft_shares = share(self._left_beside(draft_rows, decodes), draft)
 
-    def _left_beside(self, rows: int, most: int) -> int:
-        return max(min(self._max_num_batched_tokens - rows, most), self.target_kv.page_size)
+    def _left_beside(self, rows: int, decodes: bool) -> int:
+        left = self._max_num_batched_tokens - rows
+        return max(min(left, self._prefill_chunk) if decodes else left, self.target_kv.page_size)
 
     def _lags(self, request: Request, intent: Intent) -> bool:
         """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
