@@ -232,9 +232,13 @@ def test_closing_does_not_wait_for_ever_for_a_round_that_does_not_end(caplog: py
         with held(hooked) as hold:
             stream = engine.submit(PROMPT, greedy(8))
             await hold.until_reached()
+            behind = engine.submit(PROMPT, greedy(8, n=2))
             await engine.close()
             assert "left behind" in caplog.text
-        assert (await errors_of(stream))[-1] == "the engine was closed before this output had ended"
+            for told, outputs in ((stream, 1), (behind, 2)):
+                assert await errors_of(told) == ["the engine was closed in a round that does not end"] * outputs
+        await asyncio.to_thread(thread_of(engine).join)
+        assert_nothing_held(llm)
 
     run(test())
 
