@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from async_support import (
     PROMPTS,
+    Hold,
     assert_nothing_held,
     bundled,
     errors_of,
@@ -33,6 +34,7 @@ from pearl import (
 )
 from pearl.messages import TargetPlan
 from pearl.serving.async_engine import AsyncEngine
+from pearl.serving.async_stream import AsyncStream
 from pearl.serving.health import EngineLoad, Health
 
 
@@ -156,8 +158,9 @@ def test_who_cancels_holds_nothing_after_the_round_under_way(state: str) -> None
 def test_a_client_that_vanishes_is_one_that_cancels(how: str) -> None:
     async def test() -> None:
         async with serving(max_num_seqs=2) as engine:
-            stream = engine.submit([5, 6, 7], greedy(400, n=2))
+            stream = engine.submit([5, 6, 7], greedy(500, n=2))
             await anext(stream)
+            requests = list(engine.llm.engine.scheduler.requests.values())
             if how == "task":
                 task = asyncio.create_task(read(stream, 2))
                 await asyncio.sleep(0)
@@ -177,6 +180,7 @@ def test_a_client_that_vanishes_is_one_that_cancels(how: str) -> None:
             gc.collect()
             await until(lambda: engine.load.running + engine.load.waiting == 0)
             assert kept is None or [chunk async for chunk in kept] == []
+            assert [request.metrics.output_tokens < 500 for request in requests] == [True, True]
             assert_nothing_held(engine.llm)
 
     run(test())
@@ -375,24 +379,46 @@ def test_nobody_else_may_drive_its_llm() -> None:
     run(test())
 
 
-def test_another_event_loop_may_follow_one_that_is_closed() -> None:
-    engines: list[AsyncEngine] = []
+@pytest.mark.parametrize("when", ["between rounds", "in a round"])
+def test_another_event_loop_may_follow_one_that_is_closed(when: str) -> None:
+    """Whoever was on the closed one has gone."""
+    llm = bundled(max_num_seqs=1)
+    hooked = hook(llm.engine)
+    engine, requests = AsyncEngine(llm), []
 
-    async def leave_a_stream() -> object:
-        engines.append(AsyncEngine(bundled(max_num_seqs=1)))
-        stream = engines[0].submit([5, 6, 7], greedy(400))
-        await anext(stream)
+    async def leave_a_stream(hold: Hold | None) -> AsyncStream:
+        stream = engine.submit([5, 6, 7], greedy(500))
+        if hold is None:
+            await anext(stream)
+        else:
+            await hold.until_reached()
+        requests.extend(llm.engine.scheduler.requests.values())
         return stream
 
-    async def go_on() -> None:
-        (output,) = await read(engines[0].submit([5, 6, 7], greedy(20)))
+    async def go_on(hold: Hold | None) -> None:
+        stream = engine.submit([5, 6, 7], greedy(20))
+        if hold is not None:
+            hold.release()
+        (output,) = await read(stream)
         assert len(output.token_ids) == 20
-        await engines[0].drain()
-        assert_nothing_held(engines[0].llm)
-        await engines[0].close()
+        await engine.drain()
+        assert requests[0].metrics.output_tokens < 500
+        assert_nothing_held(llm)
+        await engine.close()
 
-    left = run(leave_a_stream())
-    run(go_on())
+    async def look_away() -> None:
+        await until(lambda: engine.load.running + engine.load.waiting == 0)
+        assert requests[0].metrics.output_tokens < 500
+
+    if when == "between rounds":
+        left = run(leave_a_stream(None))
+        run(look_away())
+        run(go_on(None))
+    else:
+        with held(hooked) as hold:
+            left = run(leave_a_stream(hold))
+            hooked.before = lambda plan: None
+            run(go_on(hold))
     del left
 
 

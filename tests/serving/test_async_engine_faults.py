@@ -218,6 +218,8 @@ def test_a_round_that_does_not_end_turns_health_red_until_it_does() -> None:
                 engine.submit(PROMPT, greedy(8)).cancel()
             (output,) = await read(stream)
             assert len(output.token_ids) == 8
+            await engine.drain()
+            await asyncio.sleep(0.25)  # longer than a round may last
             assert engine.health == Health(True)
 
     run(test())
