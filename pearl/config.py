@@ -72,8 +72,8 @@ class EngineConfig:
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use, at most (and if None) as many
         as both models were made for.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
-    prefill_chunk: most tokens of prompts in a forward beside requests that decode, which wait for it; None = 128 on CPU,
-        where a token costs what it costs alone, and on GPUs what max_num_batched_tokens leaves.
+    prefill_chunk: most tokens of prompts in a forward beside requests that decode, which wait for it; None = 128 on
+        CPU, where a token costs what it costs alone, and on GPUs what max_num_batched_tokens leaves.
     kv_cache_memory: bytes for both models' KV; None = on CPU room for max_num_seqs full sequences, at most 1 GiB; on
         GPUs what is free after a profiling run.
     max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
