@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pearl_kernels.checks import CallChecks, Checks, cache_shape, group_size
-from pearl_kernels.reference import SamplingTensors
+from pearl_kernels.reference import MOST_ALTERNATIVES, Alternatives, SamplingTensors
 
 
 class RopeSizes(NamedTuple):
@@ -115,6 +115,21 @@ def check_sampling(call: CallChecks, op: str, params: SamplingTensors, n: int) -
     call.contiguous(op, "top_p", params.top_p, torch.float32, (n,))
     call.contiguous(op, "min_p", params.min_p, torch.float32, (n,))
     call.contiguous(op, "seed", params.seed, torch.int64, (n,))
+
+
+def check_alternatives(op: str, count: int) -> None:
+    if not 0 <= count <= MOST_ALTERNATIVES:
+        raise ValueError(f"{op}: alternatives must be 0 to {MOST_ALTERNATIVES}, not {count}")
+
+
+def new_alternatives(logits: Tensor, count: int) -> Alternatives:
+    """Uninitialised."""
+    n = logits.shape[0]
+    return Alternatives(
+        logits.new_empty((n, count), dtype=torch.int64),
+        logits.new_empty((n, count), dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.float32),
+    )
 
 
 def check_verify(

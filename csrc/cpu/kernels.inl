@@ -20,6 +20,7 @@
 #include "cpu/cutoff.inl"
 #include "cpu/distribution.inl"
 #include "cpu/sampling.inl"
+#include "cpu/alternatives.inl"
 #include "cpu/verification.inl"
 // clang-format on
 

@@ -2,8 +2,6 @@
 
 namespace pearl::PEARL_ISA {
 
-// Streams of pearl_kernels/reference/philox.py.
-inline constexpr uint32_t kSampleStream = 0, kAcceptStream = 2, kResidualStream = 3;
 inline constexpr int64_t kNoToken = -1;
 
 /// Draw from norm(max(p - q, 0)), q given by log_q(i); from p where that is zero everywhere.

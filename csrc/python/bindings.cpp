@@ -53,9 +53,17 @@ void bind_shared_operators(py::module_& m) {
 }
 
 void sample(const pearl::LogitsArgument& logits, const pearl::SamplingArgument& sampling, Address positions,
-            int64_t vocab_size, uint32_t stream, Address tokens, Address logprobs) {
-  pearl::kernels().sample({logits, sampling, pointer<const int64_t>(positions), vocab_size, stream,
-                           pointer<int64_t>(tokens), pointer<float>(logprobs)});
+            int64_t vocab_size, uint32_t stream, Address tokens, Address logprobs, int64_t alternatives,
+            Address alternative_tokens, Address alternative_scores, Address drawn_scores) {
+  pearl::kernels().sample({logits,
+                           sampling,
+                           pointer<const int64_t>(positions),
+                           vocab_size,
+                           stream,
+                           pointer<int64_t>(tokens),
+                           pointer<float>(logprobs),
+                           {alternatives, pointer<int64_t>(alternative_tokens), pointer<float>(alternative_scores),
+                            pointer<float>(drawn_scores)}});
 }
 
 /// verify, with index arrays as Python lists: for callers that would otherwise make a tensor of each. Lists that the

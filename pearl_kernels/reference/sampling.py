@@ -22,6 +22,7 @@ from torch import Tensor
 from pearl_kernels.reference.philox import Stream, gumbel, uniform
 
 Rule = Literal["rejection", "coupled"]
+MOST_ALTERNATIVES = 8  # that `sample` gives
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,18 @@ class SamplingTensors:
         )
 
 
+class Alternatives(NamedTuple):
+    """The m tokens that come next after each row's drawn one, best first: -1 and -inf past the row's last."""
+
+    tokens: Tensor  # int64 [N, m]
+    scores: Tensor  # fp32 [N, m], see ``sample``
+    drawn: Tensor  # fp32 [N], the drawn token's on the same scale; NaN where the row is no distribution
+
+
 class Sampled(NamedTuple):
     tokens: Tensor  # int64 [N]
     logprobs: Tensor  # fp32 [N], of the drawn token under the row's (cut, renormalised) distribution
+    alternatives: Alternatives | None = None  # where they were asked for
 
 
 class Verdict(NamedTuple):
@@ -100,18 +110,52 @@ def log_probabilities(logits: Tensor, params: SamplingTensors, vocab_size: int) 
 
 
 def sample(
-    logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    vocab_size: int,
+    stream: Stream = Stream.SAMPLE,
+    alternatives: int = 0,
 ) -> Sampled:
     """Gumbel-max draw from each row's distribution, keyed by (seed, position, stream, token).
 
     Args: logits ``[N, V]`` floating, V >= vocab_size; positions int64 ``[N]``, of the token being drawn.
     The draw is ``argmax(logits / T + gumbel)`` over the kept tokens: with one seed, two models whose distributions
     are close mostly draw the same token (Gumbel coupling, arXiv 2408.07978).
+
+    alternatives: m in [0, 8]. For m > 0 also the m tokens that would most likely stand in the drawn one's place if a
+    target rejected it, and how likely: candidates are the kept tokens but the drawn one (of a greedy row all with a
+    probability at temperature 1), ranked by their scores, ties by the lower id:
+        a greedy row: log-softmax of its logits at temperature 1, whatever the cuts;
+        stream SAMPLE: log-probability + noise, of which the drawn token has the largest. A target that draws with the
+            same noise most likely has its largest among the next ones;
+        any other stream: log-probability, for then the replacement is drawn with noise of its own.
+    In the first and last case scores of equal logits are equal, and the order is that of the logits, without rounding.
+    A row that is no distribution has none.
     """
     log_p = log_probabilities(logits, params, vocab_size)
     noise = gumbel(params.seed, positions, stream, vocab_size)
     tokens = (log_p + noise).argmax(-1)
-    return Sampled(tokens, log_p.gather(1, tokens[:, None])[:, 0])
+    logprobs = log_p.gather(1, tokens[:, None])[:, 0]
+    if alternatives == 0:
+        return Sampled(tokens, logprobs)
+    raw = logits[:, :vocab_size].float()
+    raw = raw.masked_fill(raw.isnan(), -torch.inf)
+    greedy, perturbed = params.temperature <= 0, log_p + noise if stream == Stream.SAMPLE else log_p
+    scores = torch.where(greedy[:, None], raw.log_softmax(-1), perturbed)
+    rank = torch.where(greedy[:, None], raw, perturbed) if stream == Stream.SAMPLE else raw
+    return Sampled(tokens, logprobs, _best_but(tokens, rank, scores, alternatives))
+
+
+def _best_but(drawn: Tensor, rank: Tensor, scores: Tensor, count: int) -> Alternatives:
+    """rank, scores: fp32 ``[N, V]``; a token whose score is not finite is no alternative."""
+    own = scores.gather(1, drawn[:, None])
+    rank = rank.masked_fill(~scores.isfinite(), -torch.inf).scatter(1, drawn[:, None], -torch.inf)
+    rank = torch.nn.functional.pad(rank, (0, count), value=-torch.inf)  # so that there are count
+    best, tokens = rank.sort(stable=True, dim=-1, descending=True)  # of equals the first comes first
+    tokens = tokens[:, :count].masked_fill(best[:, :count] == -torch.inf, -1)
+    values = scores.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf)
+    return Alternatives(tokens, values, own[:, 0])
 
 
 def verify(

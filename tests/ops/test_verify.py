@@ -201,7 +201,7 @@ def test_the_committed_token_has_the_targets_distribution(verify: Implementation
     drafter = SamplingTensors(temperature, params.top_k, params.top_p, params.min_p, params.seed)
     positions = torch.tensor([4, 5]).repeat(n)
     stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
-    tokens, logprobs = reference.sample(q_row.repeat(n, 1), drafter, positions[::2], vocab_size, stream)
+    tokens, logprobs, _ = reference.sample(q_row.repeat(n, 1), drafter, positions[::2], vocab_size, stream)
     if certain:
         tokens, logprobs = torch.arange(n) % vocab_size, torch.zeros(n)
     rows = torch.stack((tokens, torch.full((n,), -1)), 1).flatten()
