@@ -85,7 +85,9 @@ class HostWindows:
             )
             self._draw(active, logits, plan.alternatives)
             steps += 1
-        return DraftedWindows(*({i: tuple(line.window) for i, line in lines.items()} for lines in (main, prepared)), steps)
+        return DraftedWindows(
+            *({i: tuple(line.window) for i, line in lines.items()} for lines in (main, prepared)), steps
+        )
 
     def _main(self, item: DraftWork) -> _Line:
         forward, rows = item.forward, self._ring.window_rows(item, self._rule)

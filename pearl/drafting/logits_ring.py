@@ -41,15 +41,16 @@ class LogitsRing:
     def row(self, lane: int, position: int) -> int:
         return self.base(lane) + position % self.size
 
-    def branch_row(self, slot: int, position: int) -> int:
-        return self.lanes * self.size + slot * self.window + position % self.window
+    def branch_base(self, slot: int) -> int:
+        """The first row of a branch's slot, which has ``window`` rows."""
+        return self.lanes * self.size + slot * self.window
 
     def branch_rows(self, item: DraftWork, branch: Branch, rule: Rule) -> tuple[int, ...]:
         """As ``window_rows``, of what is drafted after a branch's own token, which nobody tests: that has none."""
         if not keeps_logits(item.forward.state.params, rule):
             return (-1,) * branch.num_draft
-        begin = branch.start + 1
-        return tuple([self.branch_row(branch.slot, begin + step) for step in range(branch.num_draft)])
+        base, begin = self.branch_base(branch.slot), branch.start + 1
+        return tuple([base + (begin + step) % self.window for step in range(branch.num_draft)])
 
     def window_rows(self, item: DraftWork, rule: Rule) -> tuple[int, ...]:
         """The row of each token of the window that follows ``item.forward``; -1 where its logits are not kept."""

@@ -1,7 +1,6 @@
 """Which verdicts are likely: where it ends that drafted tokens hold, and what then stands in the place of the next.
 
-Learned from verdicts, of which no single one is looked at twice. Nothing here touches an output: it is about what is worth
-preparing (docs/algorithm.md).
+Learned from verdicts. No output depends on it: it says what is worth preparing (docs/algorithm.md).
 """
 
 from __future__ import annotations
@@ -107,13 +106,15 @@ class Odds:
                 self._ranks[ranked.tokens.index(decision.next_token)] += 1
 
     def _said(self, ranked: Ranked, sampled: bool) -> float | None:
-        """The log odds that a draft gives its token. None: a sampled one holds by p / q, of which q alone says little."""
+        """The log odds that the draft gives its token; None where it gives none."""
+        if not ranked.tokens:  # a row with one token only, or one that is no distribution
+            return None
         if not sampled:
             return _logit(math.exp(ranked.drawn))
         if self._rule == "coupled":
             others = sum(math.exp(score - ranked.drawn) for score in ranked.scores)
             return _logit(1 / (1 + others))
-        return None
+        return None  # a test asks for p / q, of which q alone says little
 
     def _shares(self, ranked: Ranked, sampled: bool) -> list[float]:
         weights = [math.exp(score) for score in ranked.scores]

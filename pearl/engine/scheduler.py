@@ -216,7 +216,9 @@ class Scheduler:
         if num_draft or draft_end > start:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
             tokens = request.token_range(start, draft_end)
-            plan.draft.work.append(DraftWork(ForwardWork(state, tokens, start, 1 if num_draft else 0, table), num_draft))
+            plan.draft.work.append(
+                DraftWork(ForwardWork(state, tokens, start, 1 if num_draft else 0, table), num_draft)
+            )
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:

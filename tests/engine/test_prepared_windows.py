@@ -90,7 +90,15 @@ def test_outputs_are_drawn_the_same_with_and_without(
     st.booleans(),
 )
 def test_outputs_do_not_depend_on_window_memory_or_company(
-    method: str, rule: str, window: int, lanes: int, budget: int, spare: int, branches: int, seed: int | None, penalties: bool
+    method: str,
+    rule: str,
+    window: int,
+    lanes: int,
+    budget: int,
+    spare: int,
+    branches: int,
+    seed: int | None,
+    penalties: bool,
 ) -> None:
     """Nor on what had to be given up for lack of pages."""
     params: dict[str, Any] = {"max_tokens": 7, **(PENALTIES if penalties else {})}
@@ -104,11 +112,19 @@ def test_outputs_do_not_depend_on_window_memory_or_company(
     check_empty(toy)
 
 
-def test_fewer_rounds_are_needed() -> None:
+@pytest.mark.parametrize(
+    ("rule", "params"),
+    [("rejection", {}), ("coupled", {"temperature": 0.8}), ("rejection", {"temperature": 0.8})],
+    ids=("greedy", "coupled", "rejection"),
+)
+def test_fewer_rounds_are_needed(rule: str, params: dict[str, Any]) -> None:
     """The point of it all."""
-    for rule, params in (("rejection", {}), ("coupled", {"temperature": 0.8}), ("rejection", {"temperature": 0.8})):
-        rounds = [len(outputs("pearl", rule, params, window=4, branches=b)[1].records) for b in (0, 2, 8)]
-        assert rounds[0] > rounds[1] > rounds[2]
+    rounds = []
+    for branches in (0, 1, 8):
+        toy = Toy("pearl", rule, window=4, branches=branches, lanes=1)  # type: ignore[arg-type]
+        toy.generate(*PROMPTS, max_tokens=40, **params)
+        rounds.append(len(toy.records))
+    assert rounds[0] > rounds[1] > rounds[2]
 
 
 def test_counters_say_what_became_of_them() -> None:
@@ -120,8 +136,10 @@ def test_counters_say_what_became_of_them() -> None:
         last |= {delta.request_id: delta.metrics for delta in toy.engine.step()}
     assert toy.scheduler.branches is not None
     counts, every = toy.scheduler.branches.counts, list(last.values())
-    assert sum(m.prepared for m in every) == sum(counts.tried.values()) == sum(
-        len(item.branches) for record in toy.records for item in record.plan.draft.work
+    assert (
+        sum(m.prepared for m in every)
+        == sum(counts.tried.values())
+        == sum(len(item.branches) for record in toy.records for item in record.plan.draft.work)
     )
     assert sum(m.prepared_hits for m in every) == sum(counts.hits.values()) > 0
     windows = [w for record in toy.records for w in record.result.prepared.values()]
