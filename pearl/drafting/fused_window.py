@@ -31,7 +31,7 @@ class _Row(NamedTuple):
     """A sequence that is drafted. Of a late branch the first forward computes nothing, and its own token counts."""
 
     forward: ForwardWork
-    count: int
+    wanted: int
     ring_base: int  # -1: no q is kept
     ring_size: int
     branch: Branch | None = None
@@ -70,11 +70,10 @@ class FusedWindows:
         """
         rows = self._rows(plan.work)
         params = self._batches.tensors([row.forward.state for row in rows])
-        drawn = self._draw(rows, params, plan)
-        windows = [self._window(row, *of_row) for row, *of_row in zip(rows, *drawn, strict=True)]
+        windows = list(map(self._window, rows, *self._draw(rows, params, plan)))
         main = {item.forward.state.request_id: windows[index] for index, item in enumerate(plan.work) if item.num_draft}
         prepared = {row.branch.id: window for row, window in zip(rows, windows, strict=True) if row.branch is not None}
-        return DraftedWindows(main, prepared, max(1, *(row.count for row in rows)))
+        return DraftedWindows(main, prepared, max(1, *(row.wanted for row in rows)))
 
     def _rows(self, work: Sequence[DraftWork]) -> list[_Row]:
         """Items, then early branches, which take part in the first forward, then late ones."""
@@ -101,7 +100,7 @@ class FusedWindows:
         """Drafted tokens, their log q, and alternatives if any are wanted: a list for each row."""
         if params.layout != (_CPU, len(rows)):
             raise ValueError(f"draft_window: parameters for {len(rows)} requests on cpu, not {params.layout}")
-        counts, bases = [row.count for row in rows], [row.ring_base for row in rows]
+        counts, bases = [row.wanted for row in rows], [row.ring_base for row in rows]
         ring = self._ring.allocate(self._width, self._dtype) if max(bases) >= 0 else None
         logits = self._decoder.new_logits(len(counts) - counts.count(0))
         tokens, logprobs, ranked = self._drafter.draft(

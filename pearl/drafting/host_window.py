@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,9 +85,7 @@ class HostWindows:
             )
             self._draw(active, logits, plan.alternatives)
             steps += 1
-        return DraftedWindows(
-            *({i: tuple(line.window) for i, line in lines.items()} for lines in (main, prepared)), steps
-        )
+        return DraftedWindows(_windows(main), _windows(prepared), steps)
 
     def _main(self, item: DraftWork) -> _Line:
         forward, rows = item.forward, self._ring.window_rows(item, self._rule)
@@ -140,6 +138,10 @@ class HostWindows:
             if keeps_logits(state.params, self._rule):
                 logits[row] = logits[row].to(dtype)
         return logits
+
+
+def _windows(lines: Mapping[int, _Line]) -> Windows:
+    return {key: tuple(line.window) for key, line in lines.items()}
 
 
 def _first_work(item: DraftWork, branch: Branch) -> ForwardWork:

@@ -41,7 +41,7 @@ class Drafting(NamedTuple):
     """A request that drafts in the round being planned, and is verified in it."""
 
     request: Request
-    index: int  # of its item in the draft's work
+    place: int  # of its item in the draft's work
     window: int  # as long as its pace says
     late: bool  # whether the first token of its window is tested
 
@@ -77,7 +77,7 @@ class Branches:
         parts.alternatives = min(most, MOST_RANKS)
         if not drafting:
             return
-        places = [self._places(own, parts.work[own.index], mode_changes) for own in drafting]
+        places = [self._places(own, parts.work[own.place], mode_changes) for own in drafting]
         longest = max(item.num_draft for item in parts.work)
         for choice in self._choose(places, most):
             own = drafting[choice.request]
@@ -118,8 +118,8 @@ class Branches:
                 parts.copies.append(PageCopy(origin.get(copy.source, copy.source), copy.destination))
         self._free_slots.pop()
         request.branches += (branch,)
-        item = parts.work[own.index]
-        parts.work[own.index] = item._replace(branches=request.branches)
+        item = parts.work[own.place]
+        parts.work[own.place] = item._replace(branches=request.branches)
         request.metrics.prepared += 1
         self.counts.tried[Kind(held, late, rank)] += 1
 
