@@ -19,6 +19,6 @@ class RandomBranches:
             Choice(request, place, rank)
             for request, own in enumerate(places)
             for place in own
-            for rank in range(MOST_RANKS if place.late else len(place.shares))
+            for rank in range(min(most, MOST_RANKS if place.late else len(place.shares)))
         ]
         return self._rng.sample(every, min(most, len(every)))

@@ -125,7 +125,8 @@ class Odds:
 
 
 def choose(places: Sequence[Sequence[Place]], most: int) -> list[Choice]:
-    """The ``most`` likeliest verdicts of all requests, best first; of ranks always the better ones."""
+    """The ``most`` likeliest verdicts of all requests, best first; of ranks always the better ones, and so
+    none beyond ``most``."""
     queue = [
         (-place.chance * place.shares[0], request, index, 0)
         for request, own in enumerate(places)
