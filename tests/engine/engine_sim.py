@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from random_branches import RandomBranches
@@ -21,7 +21,7 @@ from pearl.engine.odds import choose
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request, Status
 from pearl.engine.scheduler import Scheduler
-from pearl.kv import KVCacheManager, PageCopy
+from pearl.kv import KVCacheManager, PageCopy, PrefixKey
 from pearl.messages import (
     Branch,
     Decision,
@@ -295,7 +295,16 @@ class SimulatedVerifier:
 
 
 class CheckedScheduler(Scheduler):
-    """Checks every plan before anyone works on it."""
+    """Checks every plan before anyone works on it. Keeps what was committed of every request."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.texts: dict[int, tuple[int, ...]] = {}
+
+    def update(self, request: Request, *of_round: Any) -> tuple[int, ...]:
+        committed = super().update(request, *of_round)
+        self.texts[request.id] = tuple(request.tokens)
+        return committed
 
     def schedule(self) -> SchedulerOutput:
         plan = super().schedule()
@@ -340,12 +349,16 @@ class CheckedScheduler(Scheduler):
             assert branch.held == k or branch.start <= item.forward.start
 
 
+def prefix_of(key: PrefixKey) -> tuple[int, ...]:
+    return (*(prefix_of(key.parent) if key.parent else ()), *key.tokens)
+
+
 @dataclass
 class Simulation:
     """An engine over simulated models. ``step`` checks the invariants that hold between rounds."""
 
     engine: Engine
-    scheduler: Scheduler
+    scheduler: CheckedScheduler
     drafter: SimulatedDrafter
     records: list[RoundRecord]
     num_pages: int
@@ -377,6 +390,10 @@ class Simulation:
     def check(self) -> None:
         for kv in self.pools:
             kv.check_integrity()
+            for key in kv._pool._cache:
+                prefix = prefix_of(key)
+                texts = self.scheduler.texts.values()
+                assert any(text[: len(prefix)] == prefix for text in texts), f"cached, but never committed: {prefix}"
         if self.scheduler.branches is not None:
             slots = [r.slot for r in self.scheduler.requests.values() if r.slot is not None]
             free = self.scheduler.branches._free_slots
