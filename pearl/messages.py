@@ -45,6 +45,11 @@ class ForwardWork(NamedTuple):
         return self.start + len(self.tokens)
 
 
+def branch_of(slot: int) -> int:
+    """The id of the branch that has this slot: no request's."""
+    return -1 - slot
+
+
 class Branch(NamedTuple):
     """A window that is prepared for one verdict: ``held`` of the tokens that are tested hold, and ``token`` follows.
 
@@ -62,8 +67,8 @@ class Branch(NamedTuple):
 
     @property
     def id(self) -> int:
-        """Of its KV and of its window: no request's."""
-        return -1 - self.slot
+        """Of its KV and of its window."""
+        return branch_of(self.slot)
 
 
 class DraftWork(NamedTuple):

@@ -6,14 +6,14 @@ A branch lives from the plan of a round to its verdict: then its pages are its r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pearl.engine.odds import MOST_RANKS, Choice, Odds, Place, choose
 from pearl.engine.request import Request
 from pearl.kv import KVCacheManager, OutOfPages, PageCopy
-from pearl.messages import Branch, Decision, Drafted, DraftPlan, DraftWork, VerifyResult
+from pearl.messages import Branch, Decision, Drafted, DraftPlan, DraftWork, VerifyResult, branch_of
 from pearl.pace import Pace
 from pearl_kernels import Rule
 
@@ -79,6 +79,8 @@ class Branches:
             return
         places = [self._places(own, parts.work[own.place], mode_changes) for own in drafting]
         longest = max(item.num_draft for item in parts.work)
+        # Of a page that is itself copied in this round, what it is copied from.
+        origin = {copy.destination: copy.source for copy in parts.copies}
         for choice in self._choose(places, most):
             own = drafting[choice.request]
             window = min(pace.branch_window or own.window, longest - choice.place.late)
@@ -86,9 +88,12 @@ class Branches:
             if window <= 0:
                 continue
             try:
-                self._begin(own, choice, window, parts)
+                self._begin(own.request, choice, window, parts, origin)
             except OutOfPages:
-                return
+                break
+        for request, place, *_ in drafting:
+            if request.branches:
+                parts.work[place] = parts.work[place]._replace(branches=request.branches)
 
     def _places(self, own: Drafting, item: DraftWork, mode_changes: bool) -> list[Place]:
         request = own.request
@@ -103,23 +108,23 @@ class Branches:
         first_new = item.forward.start - request.length if self._kv is not None else len(request.pending)
         return [place for place in places if place.late or place.held <= first_new]
 
-    def _begin(self, own: Drafting, choice: Choice, window: int, parts: DraftParts) -> None:
-        request, (held, _, _, late), rank = own.request, choice.place, choice.rank
+    def _begin(
+        self, request: Request, choice: Choice, window: int, parts: DraftParts, origin: Mapping[int, int]
+    ) -> None:
+        (held, _, _, late), rank = choice.place, choice.rank
         slot, start = self._free_slots[-1], request.length + held
-        token = None if late else _alternative(request.pending[held], rank)
-        branch = Branch(slot, held, rank, token, start, window, ())
+        table: tuple[int, ...] = ()
         if self._kv is not None:
-            copy = self._kv.branch(request.id, branch.id, start, start + window)
-            branch = branch._replace(block_table=self._kv.branch_table(branch.id))
+            branch_id = branch_of(slot)
+            copy = self._kv.branch(request.id, branch_id, start, start + window)
+            table = self._kv.branch_table(branch_id)
             if copy is not None and late:
                 parts.late_copies.append(copy)
-            elif copy is not None:  # of a page that is itself copied in this round, what it is copied from
-                origin = {other.destination: other.source for other in parts.copies}
+            elif copy is not None:
                 parts.copies.append(PageCopy(origin.get(copy.source, copy.source), copy.destination))
         self._free_slots.pop()
-        request.branches += (branch,)
-        item = parts.work[own.place]
-        parts.work[own.place] = item._replace(branches=request.branches)
+        token = None if late else _alternative(request.pending[held], rank)
+        request.branches += (Branch(slot, held, rank, token, start, window, table),)
         request.metrics.prepared += 1
         self.counts.tried[Kind(held, late, rank)] += 1
 
@@ -132,13 +137,11 @@ class Branches:
             self._learn(request, decision, result.windows.get(request.id, ()))
             self._free_slot(request)  # of pending tokens, which are decided now
         ahead: tuple[Drafted, ...] = ()
-        while request.branches:
-            branch, *rest = request.branches
-            request.branches = tuple(rest)
+        branches, request.branches = request.branches, ()
+        for branch in branches:
             window = result.prepared.get(branch.id, ())
             if decision is not None and not ahead and _is_hit(branch, window, decision):
-                ahead = window[1:]
-                request.slot = branch.slot
+                ahead, request.slot = window[1:], branch.slot
                 if self._kv is not None:
                     self._kv.adopt(branch.id)
                 request.metrics.prepared_hits += 1
@@ -159,9 +162,8 @@ class Branches:
     def release(self, request: Request) -> None:
         """Give up everything of a request that no longer runs."""
         self._free_slot(request)
-        while request.branches:
-            branch, *rest = request.branches
-            request.branches = tuple(rest)
+        branches, request.branches = request.branches, ()
+        for branch in branches:
             self._drop(branch)
 
     def _drop(self, branch: Branch) -> None:
