@@ -6,13 +6,13 @@ at: on a GPU that would wait for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from pearl_kernels.checks import CallChecks, Checks, cache_shape, group_size
-from pearl_kernels.reference import MOST_ALTERNATIVES, Alternatives, SamplingTensors
+from pearl_kernels.reference import MOST_ALTERNATIVES, Alternatives, Rule, SamplingTensors
 
 
 class RopeSizes(NamedTuple):
@@ -148,8 +148,8 @@ def check_verify(
 ) -> int:
     """The number of requests."""
     op, n, requests = "verify", logits.shape[0], row_start.shape[0] - 1
-    if rule not in ("rejection", "coupled"):
-        raise ValueError(f"{op}: rule must be 'rejection' or 'coupled', not {rule!r}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"{op}: rule must be 'rejection', 'coupled' or 'block', not {rule!r}")
     if requests < 0:
         raise ValueError(f"{op}: row_start needs at least one entry")
     call = checks.beside(op, "logits", logits)

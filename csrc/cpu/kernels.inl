@@ -22,6 +22,7 @@
 #include "cpu/sampling.inl"
 #include "cpu/alternatives.inl"
 #include "cpu/verification.inl"
+#include "cpu/block_verification.inl"
 // clang-format on
 
 #define PEARL_STRINGIFY(x) #x

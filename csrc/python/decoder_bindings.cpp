@@ -165,9 +165,10 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
     pearl::DecoderBatch first = batch;
     first.sequences -= static_cast<int64_t>(branches.size());
     first.logits = pointer<void>(logits);
-    drafter.draft(first, {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
-                          ring_base.data(), ring_size.data(), branches.data(), static_cast<int64_t>(branches.size()),
-                          copies.data(), static_cast<int64_t>(late_copies.size()), tokens.data(), logprobs.data(), all});
+    drafter.draft(first,
+                  {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
+                   ring_base.data(), ring_size.data(), branches.data(), static_cast<int64_t>(branches.size()),
+                   copies.data(), static_cast<int64_t>(late_copies.size()), tokens.data(), logprobs.data(), all});
     for (auto r = static_cast<size_t>(first.sequences); r < sequences; ++r) {
       if (tokens[r * static_cast<size_t>(longest)] < 0) counts[r] = 0;
     }

@@ -102,7 +102,7 @@ class Branches:
         sampled = request.params.temperature > 0
         # Of an output that is drawn, and may be decided by tests or by the target alone, tests would be chosen by what
         # was drawn.
-        blind = sampled and self._rule == "rejection" and mode_changes and not request.pinned
+        blind = sampled and self._rule != "coupled" and mode_changes and not request.pinned
         places = self._odds.places(request.pending, request.confidence, sampled, blind, own.late)
         # A branch computes one token: what stands before it must have been computed.
         first_new = item.forward.start - request.length if self._kv is not None else len(request.pending)

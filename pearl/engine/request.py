@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass, field
 
 from pearl.engine.odds import Confidence
@@ -37,6 +38,7 @@ class Request:
     output: OutputProcessor
     metrics: RequestMetrics
     pinned: bool = False  # reproducible although draws depend on the draft: every token must be drafted and tested
+    rekeys: bool = False  # draws after a rejection have new keys: its verdict saw the noise of positions to come
     status: Status = Status.WAITING
     lane: int = -1  # while running
     pending: tuple[Drafted, ...] = ()
@@ -49,6 +51,7 @@ class Request:
     confidence: Confidence | None = None  # since branches were first thought of
     pending_ahead: bool = False  # whether pending tokens are such a window
     judged_ahead: int = field(default=0, repr=False)  # tokens of the latest verdict that a branch had drafted
+    _noise_seed: int | None = field(default=None, repr=False)  # of draws now; None: ``seed``
     _state: SequenceState | None = field(default=None, repr=False)  # without a history, of the lane that it has
 
     @property
@@ -84,7 +87,8 @@ class Request:
         return self._state
 
     def _make_state(self, history: tuple[int, ...] | None) -> SequenceState:
-        return SequenceState(self.id, self.lane, self.params, self.seed, self.prompt_length, history)
+        seed = self.seed if self._noise_seed is None else self._noise_seed
+        return SequenceState(self.id, self.lane, self.params, seed, self.prompt_length, history)
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions [start, end) of the committed and then the pending tokens."""
@@ -136,6 +140,8 @@ class Request:
         self.judged_ahead = len(pending) if self.pending_ahead else 0
         self.pending, self.pending_ahead = (window[1:] if continues else ()), False
         self.tokens.extend(committed)
+        if rejected and self.rekeys:
+            self._noise_seed, self._state = _rekeyed(self.seed, len(self.tokens)), None
         if ahead:
             self.pending, self.pending_ahead = ahead, True
             metrics.drafted += len(ahead)
@@ -164,3 +170,9 @@ class Request:
     def finish(self) -> None:
         self._end_run()
         self.status, self.pending, self.lane = Status.FINISHED, (), -1
+
+
+def _rekeyed(seed: int, length: int) -> int:
+    """A 64-bit seed for what is drawn after a rejection that left so many tokens: no two of a request's are alike."""
+    words = (seed % 2**64).to_bytes(8, "little") + length.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from pearl_kernels.cpu import _core
 from pearl_kernels.cpu.checks import CHECKS
-from pearl_kernels.native import NativeSampling
+from pearl_kernels.native import RULE_CODES, NativeSampling
 from pearl_kernels.operands import check_alternatives, check_logits, check_sampling, new_alternatives
 from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream
 
-_NATIVE = NativeSampling(_core, CHECKS)
+_NATIVE = NativeSampling(_core, CHECKS, rules=get_args(Rule))
 
 verify = _NATIVE.verify
 
@@ -47,7 +48,7 @@ def verify_numbers(
         row_start,
         positions,
         vocab_size,
-        rule == "coupled",
+        RULE_CODES[rule],
         draft_logprobs,
         _NATIVE.no_logits() if draft_logits is None else _NATIVE.logits(draft_logits),
         draft_rows,

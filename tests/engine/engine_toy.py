@@ -99,7 +99,7 @@ class Toy:
         branch_seed: int | None = None,
     ) -> None:
         """``branches``: windows to prepare in a round; with a seed random ones, else the likeliest."""
-        self.pinned = pinned
+        self.pinned, self.rekeys = pinned, rule == "block" and not pinned
         self.target = ToyRunner(page_size, kernels=kernels, dtype=dtype)
         self.draft = ToyRunner(page_size, blur, kernels, dtype)
         self.ring = LogitsRing(lanes, window, branches + lanes if branches else 0)
@@ -145,10 +145,8 @@ class Toy:
         outputs: list[list[int]] = [[] for _ in prompts]
         errors: list[str | None] = [None for _ in prompts]
         for i, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
-            request = request_of(
-                i, prompt, params.max_tokens, params=params, eos_ids=(), seed=seed + i, pinned=self.pinned
-            )
-            self.engine.add(request)
+            keys = {"seed": seed + i, "pinned": self.pinned, "rekeys": self.rekeys}
+            self.engine.add(request_of(i, prompt, params.max_tokens, params=params, eos_ids=(), **keys))
         for _ in range(1000):
             if not self.engine.has_work:
                 return outputs, errors

@@ -149,7 +149,7 @@ struct SampleParams {
   AlternativesView alternatives;
 };
 
-enum class Rule : int32_t { kRejection = 0, kCoupled = 1 };
+enum class Rule : int32_t { kRejection = 0, kCoupled = 1, kBlock = 2 };  // the GPU kernels have the first two
 
 struct VerifyParams {
   LogitsView logits;  // N rows
