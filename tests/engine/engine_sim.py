@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from random_pace import RandomPace
 
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request, Status
+from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
 from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import (
