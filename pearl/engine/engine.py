@@ -72,7 +72,7 @@ class Engine:
         self.stats = EngineStats()
         self._outbox = Outbox(scheduler.finish)
         self._in_flight: InFlight | None = None
-        self._left = 0.0  # when the latest step had only its observer left to call, time.perf_counter()
+        self._left: float | None = None  # when a step left the round in flight, its observer apart; perf_counter()
         workers = (target_worker, draft_worker, self._draft_alone)
         self._may_overlap = not any(worker.blocks for worker in workers if worker is not None)
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
@@ -103,11 +103,15 @@ class Engine:
         """
         self._require_whole()
         self._write()
-        record = self._collect() if self._in_flight or self._begin() else None
-        if record is not None and self._can_overlap(record.plan):
+        if self._in_flight is None:
             self._begin()
+        record = None
+        if (flight := self._in_flight) is not None:
+            record = self._collect(flight)
+            if self._can_overlap(flight.plan):
+                self._begin()
         self._write()
-        self._left = time.perf_counter()
+        self._left = time.perf_counter() if self._in_flight else None
         if record is not None and self.observer is not None:
             self.observer(record)
         return self.take()
@@ -118,9 +122,9 @@ class Engine:
             return False
         return self._drafter is None or not self._drafter.waits(plan.draft)
 
-    def _begin(self) -> bool:
-        """Plan a round and set both models to work on it. False: that failed, and its requests have ended."""
-        begin, plan = time.perf_counter(), None
+    def _begin(self) -> None:
+        """Plan a round and set both models to work on it. Where that fails its requests end, and none is in flight."""
+        begin, plan, self._left = time.perf_counter(), None, None
         try:
             plan = self.scheduler.schedule()
             self._in_flight = self._submit(plan, begin)
@@ -128,13 +132,10 @@ class Engine:
             self._fail(plan, error)
             if not isinstance(error, Exception):
                 raise
-        return self._in_flight is not None
 
-    def _collect(self) -> RoundRecord | None:
+    def _collect(self, flight: InFlight) -> RoundRecord | None:
         """Wait for the round in flight and commit its verdict; None if it failed, or all of its requests have ended."""
-        flight, back = self._in_flight, time.perf_counter()
-        assert flight is not None
-        plan = flight.plan
+        plan, back = flight.plan, time.perf_counter()
         try:
             proposal, target = self._await(flight)
             result = self._verifier.verify(plan, proposal, target)
@@ -146,7 +147,7 @@ class Engine:
                 raise
             return None
         wanted = self._commit(plan, result)
-        left = self._left if self._left > flight.begin else back  # a step began the round, and another one collects it
+        left = back if self._left is None else self._left
         whole = RoundInterval(flight.begin, time.perf_counter(), left, back, (proposal.busy, target.busy))
         record = RoundRecord(plan, proposal, target.busy, result, whole, self._count_round())
         if not wanted:
@@ -165,7 +166,7 @@ class Engine:
         """Collect the round in flight, if there is one: then both workers are at rest. Outputs wait for ``take``."""
         if self._broken is None and self._in_flight is not None:
             self._write()
-            record = self._collect()
+            record = self._collect(self._in_flight)
             if record is not None and self.observer is not None:
                 self.observer(record)
 
