@@ -165,7 +165,6 @@ class Engine:
     def rest(self) -> None:
         """Collect the round in flight, if there is one: then both workers are at rest. Outputs wait for ``take``."""
         if self._broken is None and self._in_flight is not None:
-            self._write()
             record = self._collect(self._in_flight)
             if record is not None and self.observer is not None:
                 self.observer(record)

@@ -79,6 +79,30 @@ def test_no_end_in_the_first_min_tokens() -> None:
     assert accept(processor(min_tokens=1), (END, END)) == (2, "9", "stop")
 
 
+def test_min_tokens_are_counted_over_verdicts() -> None:
+    output = processor(min_tokens=2)
+    assert accept(output, (1,)) == (1, "1", None)
+    assert accept(output, (END,)) == (1, "9", None)
+    assert accept(output, (END, 2)) == (1, "", "stop")
+
+
+@pytest.mark.parametrize("stop", [None, "2", "56"])
+@pytest.mark.parametrize("min_tokens", [0, 4])
+def test_text_may_be_made_verdicts_after_the_ends_were_found(stop: str | None, min_tokens: int) -> None:
+    verdicts = [(1, 2), (3, END, 4), (5, 6, 7), (END, 8)]
+    late, at_once = (processor(stop=stop, min_tokens=min_tokens) for _ in range(2))
+    ends = []
+    for verdict in verdicts:
+        ends.append(late.end(verdict))
+        if ends[-1].finish_reason is not None:
+            break
+    for verdict, end in zip(verdicts, ends, strict=False):
+        expected = accept(at_once, verdict)
+        assert late.text(verdict, end) == expected
+        if expected.finish_reason is not None:
+            break
+
+
 @pytest.mark.parametrize("others", [(), ("ofx",), ("x", " ofy", "fz")])
 @pytest.mark.parametrize("sizes", [(), (3, 2, 5), (10,)])
 def test_text_of_the_first_min_tokens_is_never_searched(others: Sequence[str], sizes: Sequence[int]) -> None:

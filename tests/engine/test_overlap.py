@@ -14,6 +14,7 @@ import pytest
 from engine_rig import fail
 from engine_sim import Simulation, expected_output, request_of, simulate
 
+from pearl.driver import Driver, Reader
 from pearl.engine.request import Request
 from pearl.errors import EngineClosedError, RankError
 from pearl.gate import Gate
@@ -159,7 +160,7 @@ def test_a_preemption_ends_a_run_behind_what_was_committed_before_it() -> None:
         requests = [request_of(i, PROMPT, 14, eos_ids=()) for i in range(3)]
         simulation.add(*requests)
         simulation.run()
-        assert any(record.plan.preempted for record in simulation.records)
+        assert any(r.metrics.preemptions and r.metrics.runs > 1 for r in requests)  # nothing else ends one of theirs
         found.append([(r.metrics.preemptions, r.metrics.runs, r.metrics.accepted, r.metrics.tested) for r in requests])
     assert found[0] == found[1]
 
@@ -264,6 +265,15 @@ def test_a_round_that_nobody_waits_for_is_dropped() -> None:
     simulation.run()
     assert simulation.outputs[2] == expected(2)[0]
     simulation.check_empty()
+
+
+def test_nothing_is_begun_when_nobody_is_left() -> None:
+    simulation = overlapping()
+    for i in (1, 2):
+        simulation.add(request(i))
+        simulation.run()
+    assert not any(record.plan.is_empty for record in simulation.records)
+    assert simulation.outputs[2] == expected(2)[0]
 
 
 def test_what_ends_by_length_or_an_id_is_not_planned_again() -> None:
@@ -429,7 +439,7 @@ def test_an_interruption_of_the_making_of_text_ends_the_engine_and_leaves_nobody
 ) -> None:
     log: Log = []
     simulation = overlapping(log)
-    simulation.add(request(1, replace(LONG, max_tokens=max_tokens)), request(2))
+    simulation.add(request(1, replace(LONG, max_tokens=max_tokens)))
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
@@ -442,7 +452,7 @@ def test_an_interruption_of_the_making_of_text_ends_the_engine_and_leaves_nobody
     with pytest.raises(EngineClosedError, match="build a new one"):
         simulation.engine.step()
     simulation.engine.close()
-    assert sorted((d.request_id, d.finish_reason) for d in simulation.engine.take()) == [(1, "abort"), (2, "abort")]
+    assert [(d.request_id, d.finish_reason) for d in simulation.engine.take()] == [(1, "abort")]
     assert [what for _, what in log[-2:]] == ["closed"] * 2  # LateWorker.close: at rest by then
     simulation.check_empty()
 
@@ -506,18 +516,49 @@ def test_close_waits_for_the_round_in_flight_though_it_fails() -> None:
     simulation.check_empty()
 
 
-def test_another_engine_around_the_same_models_begins_when_the_first_is_at_rest() -> None:
+@pytest.mark.parametrize("use", ["round", "close"])
+def test_another_engine_around_the_same_models_begins_when_the_first_is_at_rest(use: str) -> None:
     """Two variants share pages, and a thread each: what one has left in flight would write over the other's."""
-    gate, first, second = Gate(), overlapping(), overlapping()
-    first.add(request(1))
-    first.step()
-    gate.hand_over(first.engine)
-    gate.hand_over(first.engine)
+    gate, log = Gate(), list[tuple[str, str]]()
+    first, second = overlapping(log), overlapping(log)
+    mine, other = Driver(first.engine, gate), Driver(second.engine, gate)
+    readers = Reader(), Reader()
+    mine.submit(readers[0], [request(1)])
+    mine.round()
+    mine.drop(readers[0], inside=True)
     assert in_flight(first)
-    gate.hand_over(second.engine)
+    other.submit(readers[1], [request(2)])
+    log.clear()
+    getattr(other, use)()
+    assert {what for _, what in log[:2]} == {"asked"}
     assert not any(worker.is_busy for worker in first.scheduler.workers)
-    (delta,) = first.engine.take()
-    assert (first.outputs[1] + list(delta.token_ids)) == expected(1)[0][: len(first.outputs[1]) + len(delta.token_ids)]
+    mine.submit(readers[0], [request(3)])
+    mine.round()
+    mine.round()
+    assert in_flight(first)  # its own rounds are left in flight
+
+
+@pytest.mark.parametrize("resume", ["step", "abort"])
+@pytest.mark.parametrize("rounds", range(5))
+def test_outputs_that_an_error_of_the_pace_held_up_come_in_order(rounds: int, resume: str) -> None:
+    """A verdict is committed, and then something raises before it is made into outputs."""
+    params = stopping(1, 5)
+    simulation = overlapping()
+    simulation.add(request(1, params), request(2))
+    for _ in range(rounds):
+        simulation.step()
+    failing_once(simulation.engine, "_learn", ValueError("a pace is wrong"))
+    with pytest.raises(ValueError, match="a pace"):
+        simulation.engine.step()
+    if resume == "abort":
+        simulation.engine.abort(2)
+    simulation.run()
+    assert (simulation.outputs[1], simulation.texts[1], simulation.last[1].finish_reason) == expected(1, params)
+    if resume == "abort":
+        assert simulation.outputs[2] == expected(2)[0][: simulation.last[2].metrics.output_tokens] != []
+    else:
+        assert simulation.outputs[2] == expected(2)[0]
+    simulation.check_empty()
 
 
 # What a round teaches
@@ -554,40 +595,66 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("works", "away", "seconds"),
+    ("works", "text", "away", "seconds"),
     [
-        (0.5, 0.0, 0.5 + 0.25),  # the host waits for the models, then commits
-        (0.5, 0.3, 0.5 + 0.25),  # what the caller does meanwhile costs nothing
-        (0.5, 9.0, 0.5 + 0.25),  # nor what it does when the models have done their part
+        (0.5, 0.0, 0.0, 0.5 + 0.25),  # the host waits for the models, then commits
+        (0.5, 0.0, 0.3, 0.5 + 0.25),  # what the caller does meanwhile costs nothing
+        (0.5, 0.0, 9.0, 0.5 + 0.25),  # nor what it does when the models have done their part
+        (0.5, 0.4, 9.0, 0.5 + 0.25),  # nor outputs
+        (0.5, 2.0, 9.0, 2.0 + 0.25),  # unless they take longer than the models
     ],
 )
 def test_the_time_of_a_round_is_not_that_of_its_caller(
-    monkeypatch: pytest.MonkeyPatch, works: float, away: float, seconds: float
+    monkeypatch: pytest.MonkeyPatch, works: float, text: float, away: float, seconds: float
 ) -> None:
     clock, simulation = Clock(), overlapping()
+    set_clock(monkeypatch, clock, simulation, works, text)
+    simulation.add(request(1))
+    for _ in range(4):
+        simulation.step()
+        clock.now += away
+    assert [record.whole.seconds for record in simulation.records] == pytest.approx([works + 0.25] + [seconds] * 3)
+
+
+def test_the_time_of_a_round_that_one_step_begins_and_collects_is_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before it left none in flight: another caller let that come to rest."""
+    clock, simulation = Clock(), overlapping()
+    set_clock(monkeypatch, clock, simulation, works=0.5, text=0.0)
+    simulation.add(request(1))
+    simulation.step()
+    simulation.engine.rest()
+    clock.now += 9.0
+    simulation.drafter.waits = lambda plan: bool(advance(clock, 2.0))  # type: ignore[method-assign]
+    simulation.step()
+    assert simulation.records[-1].whole.seconds == pytest.approx(2.0 + 0.25)
+
+
+def advance(clock: Clock, seconds: float) -> None:
+    clock.now += seconds
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Clock, simulation: Simulation, works: float, text: float) -> None:
+    """A target that works so long from its submission on, a verdict of a quarter of a second, and outputs."""
     monkeypatch.setattr("pearl.engine.engine.time", clock)
-    run, verify = simulation.engine._target.run, simulation.engine._verifier.verify
+    engine = simulation.engine
+    run, verify, submit, write = engine._target.run, engine._verifier.verify, engine._submit, engine._outbox.write
     begun: list[float] = []
+
+    def submitted(*args: Any) -> Any:
+        begun.append(clock.now)
+        return submit(*args)
 
     def target(plan: Any) -> TargetOutput:
         clock.now = max(clock.now, begun[-1] + works)
         return replace(run(plan), busy=Busy(begun[-1], works))
 
     def verdict(*args: Any) -> VerifyResult:
-        clock.now += 0.25
+        advance(clock, 0.25)
         return verify(*args)
 
-    submit = simulation.engine._submit
+    def written() -> None:
+        advance(clock, text)
+        write()
 
-    def submitted(*args: Any) -> Any:
-        begun.append(clock.now)
-        return submit(*args)
-
-    simulation.engine._target.run = target  # type: ignore[method-assign]
-    simulation.engine._verifier.verify = verdict  # type: ignore[method-assign]
-    simulation.engine._submit = submitted  # type: ignore[method-assign]
-    simulation.add(request(1))
-    for _ in range(4):
-        simulation.step()
-        clock.now += away
-    assert [record.whole.seconds for record in simulation.records] == pytest.approx([seconds] * 4)
+    engine._target.run, engine._verifier.verify = target, verdict  # type: ignore[method-assign]
+    engine._submit, engine._outbox.write = submitted, written  # type: ignore[method-assign]
