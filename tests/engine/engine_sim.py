@@ -356,14 +356,17 @@ class Simulation:
 
     def step(self) -> SchedulerOutput:
         """One round; returns its plan."""
-        for delta in self.engine.step():
+        self.receive(self.engine.step())
+        self.check()
+        return self.records[-1].plan if self.records else SchedulerOutput(TargetPlan(()), DraftPlan(()))
+
+    def receive(self, deltas: Sequence[OutputDelta]) -> None:
+        for delta in deltas:
             assert delta.error is None, delta.error
             assert delta.request_id not in self.last or self.last[delta.request_id].finish_reason is None, "shown late"
             self.outputs[delta.request_id].extend(delta.token_ids)
             self.texts[delta.request_id] += delta.text
             self.last[delta.request_id] = delta
-        self.check()
-        return self.records[-1].plan if self.records else SchedulerOutput(TargetPlan(()), DraftPlan(()))
 
     def run(self, limit: int = 2000) -> dict[int, list[int]]:
         for _ in range(limit):
