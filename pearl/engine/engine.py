@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable
 
@@ -16,8 +15,10 @@ from pearl.engine.rounds import EngineStats, InFlight, RoundInterval, RoundRecor
 from pearl.engine.scheduler import Scheduler
 from pearl.errors import EngineClosedError
 from pearl.messages import (
+    Busy,
     DraftPlan,
     DraftProposal,
+    Interval,
     SchedulerOutput,
     TargetOutput,
     TargetPlan,
@@ -147,8 +148,9 @@ class Engine:
                 raise
             return None
         wanted = self._commit(plan, result)
-        left = back if self._left is None else self._left
-        whole = RoundInterval(flight.begin, time.perf_counter(), left, back, (proposal.busy, target.busy))
+        whole: Interval = Busy(flight.begin, time.perf_counter() - flight.begin)
+        if self._left is not None:  # the step before this one began it
+            whole = RoundInterval(flight.begin, time.perf_counter(), self._left, back, (proposal.busy, target.busy))
         record = RoundRecord(plan, proposal, target.busy, result, whole, self._count_round())
         if not wanted:
             return None
@@ -184,15 +186,19 @@ class Engine:
     def _commit(self, plan: SchedulerOutput, result: VerifyResult) -> bool:
         """Apply the round to each of its requests, each by itself. False: none of them is left."""
         self._broken = _CUT_IN_TWO
-        for request in filter(None, map(self.scheduler.requests.get, plan.preempted)):
-            request.end_run()  # what was committed before is counted by now
+        for preempted in filter(None, map(self.scheduler.requests.get, plan.preempted)):
+            preempted.end_run()  # what was committed before is counted by now
         target = {work.state.request_id: work for work in plan.target.work}
         draft = {work.forward.state.request_id: work for work in plan.draft.work}
-        left = self._left_of(plan)
-        for request in left:
+        requests, running, left = self.scheduler.requests, Status.RUNNING, plan.is_empty
+        for request_id in target | draft:
+            request = requests.get(request_id)
+            if request is None or request.status is not running:  # it ended while the round was in flight
+                continue
+            left = True
             try:
-                decision = result.decisions.get(request.id)
-                committed = self.scheduler.update(request, target.get(request.id), draft.get(request.id), result)
+                decision = result.decisions.get(request_id)
+                committed = self.scheduler.update(request, target.get(request_id), draft.get(request_id), result)
                 if decision is None:
                     continue
                 if decision.error is not None:
@@ -202,13 +208,7 @@ class Engine:
             except Exception as error:  # of this request; the others have their tokens all the same
                 self._outbox.give_up(request, sentence(error))
         self._broken = None
-        return bool(left) or plan.is_empty
-
-    def _left_of(self, plan: SchedulerOutput) -> list[Request]:
-        """The requests of a round that have not ended while it was in flight."""
-        work = itertools.chain(plan.target.work, (item.forward for item in plan.draft.work))
-        found = map(self.scheduler.requests.get, dict.fromkeys(forward.state.request_id for forward in work))
-        return [request for request in found if request is not None and request.status is Status.RUNNING]
+        return left
 
     def _submit(self, plan: SchedulerOutput, begin: float) -> InFlight:
         """Let both work. Whichever would keep this very thread busy comes last, or the other would begin after it."""
@@ -286,7 +286,10 @@ class Engine:
             self._end(fatal)
             return
         if plan is not None:
-            failed = self._left_of(plan)
+            planned = {w.state.request_id for w in plan.target.work} | {
+                w.forward.state.request_id for w in plan.draft.work
+            }
+            failed = [r for r in self.scheduler.running if r.id in planned]
         else:  # without one that runs it was the next to run
             failed = self.scheduler.running.copy() or list(self.scheduler.waiting)[:1]
         for request in failed:

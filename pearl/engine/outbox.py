@@ -5,19 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from pearl.engine.output_processor import End
 from pearl.engine.request import Request, Status
 from pearl.messages import Decision
 from pearl.outputs import OutputDelta
 
-
-class _Committed(NamedTuple):
-    request: Request
-    tokens: tuple[int, ...]
-    decision: Decision
-    end: End
+_Committed = tuple[Request, tuple[int, ...], Decision, End]
 
 
 class Outbox:
@@ -38,9 +32,9 @@ class Outbox:
     def put(self, request: Request, tokens: tuple[int, ...], decision: Decision) -> None:
         """Newly committed ``tokens``. What was put before must be written: ends are looked for in order."""
         end = request.output.end(tokens)
-        if end.finish_reason is not None:
+        if end[1] is not None:
             self._finish(request.id)
-        self._committed.append(_Committed(request, tokens, decision, end))
+        self._committed.append((request, tokens, decision, end))
 
     @property
     def is_written(self) -> bool:
@@ -53,13 +47,13 @@ class Outbox:
             try:
                 self._written.append(self._output(*committed))
             except Exception as error:
-                self.give_up(committed.request, sentence(error))
+                self.give_up(committed[0], sentence(error))
             self._committed.popleft()
 
     def drop(self, error: str) -> None:
         """End, with an error, what was put and cannot be written any more."""
         while self._committed:
-            self.give_up(self._committed.popleft().request, error)
+            self.give_up(self._committed.popleft()[0], error)
 
     def give_up(self, request: Request, error: str | None) -> OutputDelta:
         """End an output without another token."""

@@ -20,9 +20,8 @@ from pearl.sampling_params import SamplingParams
 _FIRST_MARK = 0xD800  # surrogates alone, which no decoded text contains, stand for special tokens
 
 
-class End(NamedTuple):
-    kept: int  # leading tokens that belong to the output, if no stop string ends it before
-    finish_reason: FinishReason | None
+# How many leading tokens belong to the output, if no stop string ends it before; and why no more, if there are none.
+End = tuple[int, FinishReason | None]
 
 
 class Accepted(NamedTuple):
@@ -60,7 +59,7 @@ class OutputProcessor:
     def end(self, tokens: Sequence[int]) -> End:
         """Take newly committed tokens, in order. Must not be called again after it gave a finish_reason."""
         end = self._find_end(tokens)
-        self._count += end.kept
+        self._count += end[0]
         return end
 
     def text(self, tokens: Sequence[int], end: End) -> Accepted:
@@ -78,8 +77,8 @@ class OutputProcessor:
             exempt = self._min_tokens - self._count
             for index, token in enumerate(tokens[:left]):
                 if token in self._ending_ids and index >= exempt:
-                    return End(index + 1, "stop")
-        return End(left, "length") if left <= len(tokens) else End(len(tokens), None)
+                    return index + 1, "stop"
+        return (left, "length") if left <= len(tokens) else (len(tokens), None)
 
     def _search(self, shown: Sequence[int], kept: int, reason: FinishReason | None) -> Accepted:
         """Give out what no stop string can begin in; token by token, so that the first stop string ends the output."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pearl.messages import DraftProposal, Interval, SchedulerOutput, TargetOutput, VerifyResult
 from pearl.pace import MeasuredRound, Progressed
 from pearl.workers import Reply
 
 
-@dataclass(frozen=True)
-class InFlight:
+class InFlight(NamedTuple):
     """A round that the models are at work on. A reply is None where that model rests."""
 
     plan: SchedulerOutput
@@ -19,8 +19,7 @@ class InFlight:
     target: Reply[TargetOutput] | None
 
 
-@dataclass(frozen=True)
-class RoundInterval:
+class RoundInterval(NamedTuple):
     """From a round's plan to its commit, without the time that a caller let pass between two steps when the models had
     done their part: how long a reader thinks about a token is not the round's.
     """
@@ -28,14 +27,12 @@ class RoundInterval:
     begin: float
     end: float
     left: float  # when the step that began the round returned,
-    back: float  # and when one came back for it: not later, where that was the same step
+    back: float  # and when another one came for it
     work: tuple[Interval, Interval]  # of the two models
 
     @property
     def seconds(self) -> float:
-        """Waits for the ends of ``work`` if the caller was away."""
-        if self.back <= self.left:
-            return self.end - self.begin
+        """Waits for the ends of ``work``."""
         done = max(interval.begin + interval.seconds for interval in self.work)
         return self.end - self.begin - max(0.0, self.back - max(self.left, done))
 

@@ -94,7 +94,7 @@ def test_text_may_be_made_verdicts_after_the_ends_were_found(stop: str | None, m
     ends = []
     for verdict in verdicts:
         ends.append(late.end(verdict))
-        if ends[-1].finish_reason is not None:
+        if ends[-1][1] is not None:
             break
     for verdict, end in zip(verdicts, ends, strict=False):
         expected = accept(at_once, verdict)
