@@ -10,7 +10,7 @@ from pearl import LLM, SamplingParams
 from pearl.bench.command import run_command
 from pearl.bench.options import check_picture
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 
 TARGET_COLOUR, DRAFT_COLOUR, ACCEPTED_COLOUR, OWN_COLOUR = "#3b5b92", "#e08e45", "#4d9a6a", "#b0413e"
 RUNS: dict[str, dict[str, Any]] = {

@@ -57,6 +57,7 @@ class Driver:
         self._reap()
         if not self.engine.has_work:
             raise PearlError("the engine has lost a request; please report this, and build a new LLM")
+        self.gate.hand_over(self.engine)
         try:
             self._distribute(self.engine.step())
         except BaseException:
@@ -83,8 +84,9 @@ class Driver:
                 self.engine.abort(request_id)
 
     def close(self) -> None:
-        """Close the engine. Readers whose requests had not ended are told so."""
+        """Close the engine. Readers whose requests had not ended are told so. All models are at rest then."""
         self._reap()
+        self.gate.hand_over(self.engine)
         self.engine.close()
         self._distribute(self.engine.take())
 

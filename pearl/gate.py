@@ -6,12 +6,16 @@ import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pearl.errors import EngineClosedError, EngineInUseError
 from pearl.interrupts import InterruptGuard
 
 T = TypeVar("T")
+
+
+class Restful(Protocol):
+    def rest(self) -> None: ...
 
 
 class Gate:
@@ -21,6 +25,7 @@ class Gate:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._holder: str | None = None
+        self._engine: Restful | None = None  # whose rounds were the latest
 
     @property
     def is_ours(self) -> bool:
@@ -47,6 +52,12 @@ class Gate:
 
     def leave(self) -> None:
         self._lock.release()
+
+    def hand_over(self, engine: Restful) -> None:
+        """Inside a turn, before a round of ``engine``: another around the same models may have left one in flight."""
+        if self._engine is not None and self._engine is not engine:
+            self._engine.rest()
+        self._engine = engine
 
 
 class Turn:

@@ -15,11 +15,11 @@ from pearl.chat_messages import Message, read_conversation, read_conversations
 from pearl.config import EngineConfig
 from pearl.driver import Driver, Reader
 from pearl.engine.builder import connect
-from pearl.engine.engine import RoundRecord
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request
+from pearl.engine.rounds import RoundRecord
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.gate import Gate, Turn
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput

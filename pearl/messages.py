@@ -8,6 +8,7 @@ Notation: a request has L committed tokens and k pending ones (drafted, not yet 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -261,7 +262,7 @@ class Decision(NamedTuple):
     tested: tuple[int, ...]
     accepted: int
     next_token: int | None  # correction or bonus token
-    logprobs: tuple[TokenLogprobs, ...] | None  # of each committed token, where asked for
+    logprobs: Callable[[], tuple[TokenLogprobs, ...]] | None  # of each committed token, where asked for: made by a call
     error: str | None = None  # why the request cannot go on: nothing of the verdict is an output
 
     @property

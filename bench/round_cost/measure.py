@@ -92,9 +92,10 @@ def _put_in(llm: LLM, load: Load, watch: Stopwatch) -> None:
     for owner, method, part in (
         (engine.scheduler, "schedule", "schedule"),
         (verifier, "verify", "verify"),
-        (engine, "_run", "draft"),
+        (engine, "_submit", "draft"),
+        (engine, "_await", "draft"),
         (engine, "_commit", "commit"),
-        (engine, "_output", "outputs"),
+        (engine._outbox, "write", "outputs"),
     ):
         setattr(owner, method, watch.timed(part, getattr(owner, method)))
 

@@ -17,8 +17,8 @@ from pearl.bench.scripted_verdicts import scripted
 from pearl.bench.shapes import random_prompts
 from pearl.choices import MethodName
 from pearl.config import EngineConfig
-from pearl.engine.engine import RoundRecord
 from pearl.engine.model_loading import LoadedModels
+from pearl.engine.rounds import RoundRecord
 from pearl.errors import RoundError
 from pearl.kv import KVCacheManager
 from pearl.llm import LLM

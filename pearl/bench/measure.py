@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.llm import LLM, Prompt
 from pearl.methods import Mode
 from pearl.outputs import RequestOutput

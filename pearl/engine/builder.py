@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,9 +11,10 @@ from pearl.config import EngineConfig
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.branches import Branches
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels
+from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
 from pearl.engine.verifier import Verifier
 from pearl.engine.warm_up import Side, warm_up
@@ -75,7 +77,9 @@ def connect(
         draft_worker = InlineWorker(draft_queue)
     elif config.uses_draft:
         draft_worker = ThreadWorker("draft", draft_threads)
-        if models.draft is None or models.draft.fused is not None:  # nothing of it depends on the thread it runs on
+        # Nothing of it depends on the thread it runs on; and where the target's forwards do not keep this one busy, it
+        # has something to do meanwhile.
+        if target_worker.blocks and (models.draft is None or models.draft.fused is not None):
             draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
     if config.capture_seconds:
         sides = [Side(target_worker, queue.device, models.target.captures())]
@@ -84,9 +88,14 @@ def connect(
         _warm_up(config, sides)
     target = TargetRunner(models.target)
     prepared = _preparations([runner for runner in (models.target, models.draft) if runner is not None])
-    return Engine(
+    engine = Engine(
         scheduler, target, target_worker, drafter, draft_worker, verifier, pace, observer, draft_alone, prepared
     )
+    for worker, there in ((draft_worker, draft_queue), (target_worker, queue)):
+        if worker is not None and there is not None and there.asynchronous:
+            # An engine that nobody closed may leave a round in flight: its memory must not become another's before.
+            weakref.finalize(engine, worker.rest).atexit = False
+    return engine
 
 
 def _warm_up(config: EngineConfig, sides: Sequence[Side]) -> None:

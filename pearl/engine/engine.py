@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pearl.drafting import Drafter
 from pearl.engine.failures import ends_engine
 from pearl.engine.judge import Judge
-from pearl.engine.request import Request
+from pearl.engine.outbox import Outbox, sentence
+from pearl.engine.request import Request, Status
+from pearl.engine.rounds import EngineStats, InFlight, RoundInterval, RoundRecord, measured
 from pearl.engine.scheduler import Scheduler
 from pearl.errors import EngineClosedError
 from pearl.messages import (
     Busy,
-    Decision,
     DraftPlan,
     DraftProposal,
     Interval,
@@ -24,35 +25,24 @@ from pearl.messages import (
     VerifyResult,
 )
 from pearl.outputs import OutputDelta
-from pearl.pace import MeasuredRound, PacePolicy, Progressed
+from pearl.pace import PacePolicy
 from pearl.workers import Reply, TargetRunner, Worker
 
 _CUT_IN_TWO = "a round was cut in two, so that this engine cannot go on; close it and build a new one"
+_CLOSED = "the engine was closed before this output had ended"
 _CANNOT_GO_ON = "this engine cannot go on; close it and build a new one, after an error of CUDA in a new process"
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Since the engine was built."""
-
-    rounds: int = 0
-    preparations: int = 0  # graphs captured and kernels compiled in them: more than a few means that shapes thrash
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """One finished round, for observers: benchmarks, timelines, metrics."""
-
-    plan: SchedulerOutput
-    proposal: DraftProposal
-    target: Interval
-    result: VerifyResult
-    whole: Interval
-    preparations: int = 0  # graphs captured and kernels compiled on the way: such a round takes longer, but once
-
-
 class Engine:
-    """Belongs to one thread. Owns the scheduler; talks to the workers in frozen messages only."""
+    """Belongs to one thread. Owns the scheduler; talks to the workers in frozen messages only.
+
+    Where neither model keeps this thread busy, the next round is planned and set going as soon as a verdict is
+    committed, and only then is the verdict made into outputs and shown to the observer. So between two steps a round
+    may be in flight, whose requests may end meanwhile. They lose pages and lane at once, although the models still
+    write to these: nobody gets either but in ``Scheduler.schedule``, which is called when the round has been collected,
+    and what it found of them is dropped then. Where a model's worker *is* this thread, outputs come first: they would
+    only be late.
+    """
 
     def __init__(
         self,
@@ -81,7 +71,11 @@ class Engine:
         self._cause: BaseException | None = None  # of that, where it is an error
         self._preparations, self._prepared = preparations, preparations()
         self.stats = EngineStats()
-        self._outbox: list[OutputDelta] = []
+        self._outbox = Outbox(scheduler.finish)
+        self._in_flight: InFlight | None = None
+        self._left: float | None = None  # when a step left the round in flight, its observer apart; perf_counter()
+        workers = (target_worker, draft_worker, self._draft_alone)
+        self._may_overlap = not any(worker.blocks for worker in workers if worker is not None)
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
         self._latest = DraftProposal()
 
@@ -102,7 +96,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether a request has not been answered. A round may be in flight without: nobody need wait for it."""
+        return self.scheduler.has_work or not self._outbox.is_written
 
     def step(self) -> list[OutputDelta]:
         """One round: plan, let both models work at the same time, meet once, commit or roll back.
@@ -113,24 +108,59 @@ class Engine:
         interruption, passes through; the outputs then wait for ``take``.
         """
         self._require_whole()
-        begin = time.perf_counter()
-        plan: SchedulerOutput | None = None
+        self._write()
+        if self._in_flight is None:
+            self._begin()
+        record = None
+        if (flight := self._in_flight) is not None:
+            record = self._collect(flight)
+            if self._can_overlap(flight.plan):
+                self._begin()
+        self._write()
+        self._left = time.perf_counter() if self._in_flight else None
+        if record is not None and self.observer is not None:
+            self.observer(record)
+        return self.take()
+
+    def _can_overlap(self, plan: SchedulerOutput) -> bool:
+        """Whether the next round runs by itself; it is taken to be of the same kind as ``plan``."""
+        if not self._may_overlap or self._broken is not None or not self.scheduler.has_work:
+            return False
+        return self._drafter is None or not self._drafter.waits(plan.draft)
+
+    def _begin(self) -> None:
+        """Plan a round and set both models to work on it. Where that fails its requests end, and none is in flight."""
+        begin, plan, self._left = time.perf_counter(), None, None
         try:
             plan = self.scheduler.schedule()
-            proposal, target = self._run(plan)
+            self._in_flight = self._submit(plan, begin)
+        except BaseException as error:
+            self._fail(plan, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _collect(self, flight: InFlight) -> RoundRecord | None:
+        """Wait for the round in flight and commit its verdict; None if it failed, or all of its requests have ended."""
+        plan, back = flight.plan, time.perf_counter()
+        try:
+            proposal, target = self._await(flight)
             result = self._verifier.verify(plan, proposal, target)
             self._target.check()
+            self._in_flight = None
         except BaseException as error:  # nothing of the round was applied
             self._fail(plan, error)
             if not isinstance(error, Exception):
                 raise
-            return self.take()
-        self._commit(plan, result)
-        record = RoundRecord(plan, proposal, target.busy, result, Busy.since(begin), self._count_round())
+            return None
+        wanted = self._commit(plan, result)
+        whole: Interval = Busy(flight.begin, time.perf_counter() - flight.begin)
+        if self._left is not None:  # the step before this one began it
+            whole = RoundInterval(flight.begin, time.perf_counter(), self._left, back, (proposal.busy, target.busy))
+        record = RoundRecord(plan, proposal, target.busy, result, whole, self._count_round())
+        if not wanted:
+            return None
         self._learn(record)
-        if self.observer is not None:
-            self.observer(record)
-        return self.take()
+        return record
 
     def _count_round(self) -> int:
         """What was prepared since the last one."""
@@ -139,41 +169,64 @@ class Engine:
         self.stats = EngineStats(self.stats.rounds + 1, self.stats.preparations + new)
         return new
 
+    def rest(self) -> None:
+        """Collect the round in flight, if there is one: then both workers are at rest. Outputs wait for ``take``."""
+        if self._broken is None and self._in_flight is not None:
+            record = self._collect(self._in_flight)
+            if record is not None and self.observer is not None:
+                self.observer(record)
+
     def take(self) -> list[OutputDelta]:
         """What rounds, ``abort`` and ``close`` have added to outputs since the last call, in order."""
-        outputs, self._outbox = self._outbox, []
-        return outputs
+        self._write()
+        return self._outbox.take()
 
-    def _commit(self, plan: SchedulerOutput, result: VerifyResult) -> None:
-        """Apply the round to each of its requests, each by itself."""
+    def _write(self) -> None:
+        """Make outputs of what is committed, each by itself."""
+        if self._broken is None and not self._outbox.is_written:
+            self._broken = _CUT_IN_TWO
+            self._outbox.write()
+            self._broken = None
+
+    def _commit(self, plan: SchedulerOutput, result: VerifyResult) -> bool:
+        """Apply the round to each of its requests, each by itself. False: none of them is left."""
         self._broken = _CUT_IN_TWO
+        for preempted in filter(None, map(self.scheduler.requests.get, plan.preempted)):
+            preempted.end_run()  # what was committed before is counted by now
         target = {work.state.request_id: work for work in plan.target.work}
         draft = {work.forward.state.request_id: work for work in plan.draft.work}
+        requests, running, left = self.scheduler.requests, Status.RUNNING, plan.is_empty
         for request_id in target | draft:
+            request = requests.get(request_id)
+            if request is None or request.status is not running:  # it ended while the round was in flight
+                continue
+            left = True
             try:
-                request, decision = self.scheduler.requests[request_id], result.decisions.get(request_id)
+                decision = result.decisions.get(request_id)
                 committed = self.scheduler.update(request, target.get(request_id), draft.get(request_id), result)
                 if decision is None:
                     continue
                 if decision.error is not None:
-                    self.abort(request_id, decision.error)
+                    self._outbox.give_up(request, decision.error)
                 else:
-                    self._outbox.append(self._output(request, committed, decision))
+                    self._outbox.put(request, committed, decision)
             except Exception as error:  # of this request; the others have their tokens all the same
-                self.abort(request_id, _sentence(error))
+                self._outbox.give_up(request, sentence(error))
         self._broken = None
+        return left
 
-    def _run(self, plan: SchedulerOutput) -> tuple[DraftProposal, TargetOutput]:
+    def _submit(self, plan: SchedulerOutput, begin: float) -> InFlight:
         """Let both work. Whichever would keep this very thread busy comes last, or the other would begin after it."""
         target_first = self._drafter is not None and not self._target_worker.blocks and self._drafter.waits(plan.draft)
         target = self._submit_target(plan.target) if target_first else None
-        draft: Reply[DraftProposal] | None = None
+        draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
+        return InFlight(plan, begin, draft, target or self._submit_target(plan.target))
+
+    def _await(self, flight: InFlight) -> tuple[DraftProposal, TargetOutput]:
         try:
-            draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
-            target = target or self._submit_target(plan.target)
-            output = target.result() if target else TargetOutput(None)
+            output = flight.target.result() if flight.target else TargetOutput(None)
         finally:  # both must be at rest before anyone touches their KV again
-            proposal = draft.result() if draft else self._latest
+            proposal = flight.draft.result() if flight.draft else self._latest
         self._latest = DraftProposal(logits=proposal.logits, stored=proposal.stored)
         return proposal, output
 
@@ -189,6 +242,7 @@ class Engine:
 
     def run_target(self, plan: TargetPlan) -> TargetOutput:
         """Compute a plan on the target's worker while the draft rests: to measure a forward alone."""
+        self.rest()
         reply = self._submit_target(plan)
         output = reply.result() if reply else TargetOutput(None)
         self._target_worker.rest()
@@ -196,27 +250,13 @@ class Engine:
 
     def run_draft(self, plan: DraftPlan) -> DraftProposal:
         """Compute a plan on the draft's worker while the target rests."""
+        self.rest()
         reply = self._submit_draft(plan, self._draft_worker)
         if reply is None or self._draft_worker is None:
             return DraftProposal()
         proposal = reply.result()
         self._draft_worker.rest()
         return proposal
-
-    def _output(self, request: Request, committed: tuple[int, ...], decision: Decision) -> OutputDelta:
-        """Turn committed tokens into the caller's output, cut at its end."""
-        kept, text, finish_reason = request.output.accept(committed)
-        metrics = request.metrics
-        request.count(decision, kept)
-        if metrics.first_token_at is None:
-            metrics.first_token_at = time.monotonic()
-        drafted = ((True,) * decision.accepted + (False,))[:kept]  # one at most, the last, is the target's own
-        logprobs = None if decision.logprobs is None else decision.logprobs[:kept]
-        delta = OutputDelta(request.id, committed[:kept], drafted, text, logprobs, finish_reason, metrics)
-        if finish_reason is not None:
-            metrics.finished_at = time.monotonic()
-            self.scheduler.finish(request.id)
-        return delta
 
     def _learn(self, record: RoundRecord) -> None:
         """From a round like those to come: without prompts, preemptions, and what is prepared only once."""
@@ -229,7 +269,7 @@ class Engine:
         if record.preparations or plan.preempted:
             return
         try:
-            self._pace.observe(_measured(record))
+            self._pace.observe(measured(record))
         except Exception as error:  # times are waited for: of a device that has failed since the verdict
             if not ends_engine(error):
                 raise
@@ -239,7 +279,8 @@ class Engine:
         """End the requests of a round that was not applied; where none could be planned, all that run; all that there
         are where no device can be trusted any more.
         """
-        self._broken = _CUT_IN_TWO
+        self._write()
+        self._broken, self._in_flight = _CUT_IN_TWO, None
         fatal = error if ends_engine(error) else None
         for worker in filter(None, (self._target_worker, self._draft_worker)):
             try:
@@ -249,60 +290,39 @@ class Engine:
         if fatal is not None:
             self._end(fatal)
             return
-        if plan is None:  # without one that runs it was the next to run
-            failed = {r.id for r in self.scheduler.running or list(self.scheduler.waiting)[:1]}
-        else:
-            failed = {w.state.request_id for w in plan.target.work} | {
+        if plan is not None:
+            planned = {w.state.request_id for w in plan.target.work} | {
                 w.forward.state.request_id for w in plan.draft.work
             }
-        for request_id in sorted(failed):
-            self.abort(request_id, _sentence(error))
+            failed = [r for r in self.scheduler.running if r.id in planned]
+        else:  # without one that runs it was the next to run
+            failed = self.scheduler.running.copy() or list(self.scheduler.waiting)[:1]
+        for request in failed:
+            self._outbox.give_up(request, sentence(error))
         self._broken = None
 
     def _end(self, error: BaseException) -> None:
         """No round can follow: every request is answered."""
-        self._broken, self._cause = f"{_sentence(error)}\n{_CANNOT_GO_ON}", error
-        for request_id in list(self.scheduler.requests):
-            self.abort(request_id, _sentence(error))
+        self._write()
+        self._broken, self._cause = f"{sentence(error)}\n{_CANNOT_GO_ON}", error
+        for request in list(self.scheduler.requests.values()):
+            self._outbox.give_up(request, sentence(error))
 
     def abort(self, request_id: int, error: str | None = None) -> OutputDelta:
         """End a request now, whatever its state, and free what it holds. KeyError if it is not (or no longer) known."""
-        request = self.scheduler.finish(request_id)
-        request.metrics.finished_at = time.monotonic()
-        delta = OutputDelta(request_id, (), (), "", None, "abort", request.metrics, error)
-        self._outbox.append(delta)
-        return delta
+        self._write()
+        return self._outbox.give_up(self.scheduler.requests[request_id], error)
 
     def close(self) -> None:
         """Abort everything and end the workers. Idempotent."""
         self._closed = True
-        for request_id in list(self.scheduler.requests):
-            self.abort(request_id, "the engine was closed before this output had ended")
-        for worker in (self._target_worker, self._draft_worker):
-            if worker is not None:
-                worker.close()
-
-
-def _measured(record: RoundRecord) -> MeasuredRound:
-    plan, proposal = record.plan, record.proposal
-    assert plan.pace is not None
-    assert plan.load is not None
-    return MeasuredRound(
-        mode=plan.pace.mode,
-        load=plan.load,
-        target_rows=sum(len(w.tokens) for w in plan.target.work),
-        target_seconds=record.target.seconds,
-        draft_sequences=len(plan.draft.work),
-        draft_steps=max(1, proposal.steps),
-        draft_seconds=proposal.busy.seconds,
-        seconds=record.whole.seconds,
-        requests=tuple(
-            Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
-            for request_id, d in record.result.decisions.items()
-        ),
-    )
-
-
-def _sentence(error: BaseException) -> str:
-    words = str(error)
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+        self._write()
+        self._outbox.drop(_CLOSED)  # what an interruption cut in two
+        for request in list(self.scheduler.requests.values()):
+            self._outbox.give_up(request, _CLOSED)
+        flight, self._in_flight = self._in_flight, None
+        for worker in filter(None, (self._target_worker, self._draft_worker)):
+            if flight is not None:
+                with contextlib.suppress(Exception):  # nobody waits for what it computes
+                    worker.rest()
+            worker.close()

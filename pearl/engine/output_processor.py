@@ -3,6 +3,9 @@
 The output is cut at the first of: end of text, stop token, stop string, max_tokens. Tokens past the cut were
 committed by the same verdict but are never returned, streamed or counted. The first min_tokens tokens end nothing: an
 ending token counts after them, a stop string if its last character comes after them.
+
+Where ids or length end an output is found without its text (``end``), which is made later (``text``) and may turn out
+to have ended before, with a stop string.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ from pearl.outputs import FinishReason
 from pearl.sampling_params import SamplingParams
 
 _FIRST_MARK = 0xD800  # surrogates alone, which no decoded text contains, stand for special tokens
+
+
+# How many leading tokens belong to the output, if no stop string ends it before; and why no more, if there are none.
+End = tuple[int, FinishReason | None]
 
 
 class Accepted(NamedTuple):
@@ -46,20 +53,25 @@ class OutputProcessor:
         )
         self._held = ""  # text that may still turn out to begin a stop string, with marks
         self._exempt = 0  # characters at its begin that the first min_tokens tokens gave
-        self._count = 0
+        self._count = 0  # tokens
+        self._searched = 0  # of them, for stop strings
 
-    def accept(self, tokens: Sequence[int]) -> Accepted:
+    def end(self, tokens: Sequence[int]) -> End:
         """Take newly committed tokens, in order. Must not be called again after it gave a finish_reason."""
-        kept, reason = self._end(tokens)
+        end = self._find_end(tokens)
+        self._count += end[0]
+        return end
+
+    def text(self, tokens: Sequence[int], end: End) -> Accepted:
+        """Of the tokens that ``end`` was given, in the same order. Not again after it gave a finish_reason."""
+        kept, reason = end
         shown = tokens[: kept - 1 if reason == "stop" else kept]
         if self._stop_strings:
             return self._search(shown, kept, reason)
-        self._count += kept
         text = self._detokenizer.feed(shown)
         return Accepted(kept, text if reason is None else text + self._detokenizer.flush(), reason)
 
-    def _end(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None]:
-        """How many of the tokens belong to the output, and why no more: a stop string may still end it before."""
+    def _find_end(self, tokens: Sequence[int]) -> End:
         left = self._max_tokens - self._count
         if not self._ending_ids.isdisjoint(tokens):
             exempt = self._min_tokens - self._count
@@ -72,24 +84,24 @@ class OutputProcessor:
         """Give out what no stop string can begin in; token by token, so that the first stop string ends the output."""
         text = ""
         for index, token in enumerate(shown):
-            self._count += 1
+            self._searched += 1
             mark = self._marks.get(token)
             self._held += self._detokenizer.feed((token,)) if mark is None else self._detokenizer.flush() + mark
-            if self._count <= self._min_tokens:
+            if self._searched <= self._min_tokens:
                 self._exempt = len(self._held)
             elif (found := self._find_stop()) is not None:
                 return Accepted(index + 1, text + self._give_out(found), "stop")
             text += self._give_out(len(self._held) - self._longest_stop_prefix())
         if reason is None:
             return Accepted(kept, text, None)
-        self._count += kept - len(shown)
+        self._searched += kept - len(shown)
         rest, stopped = self._close()
         return Accepted(kept, text + rest, "stop" if stopped else reason)
 
     def _close(self) -> tuple[str, bool]:
         """The text still held, cut at a stop string that its last bytes complete; and whether there was one."""
         self._held += self._detokenizer.flush()
-        if self._count <= self._min_tokens:
+        if self._searched <= self._min_tokens:
             self._exempt = len(self._held)
         found = self._find_stop()
         return self._give_out(len(self._held) if found is None else found), found is not None

@@ -74,7 +74,6 @@ class Request:
 
     def preempt(self) -> None:
         """Give up all KV; committed tokens are computed again later, pending ones are forgotten."""
-        self._end_run()
         self.status, self.lane, self.pending, self.pending_ahead = Status.WAITING, -1, (), False
         self.target_computed = self.draft_computed = 0
         self.metrics.preemptions += 1
@@ -162,13 +161,13 @@ class Request:
             metrics.runs += 1
             self.run_length = 0
 
-    def _end_run(self) -> None:
+    def end_run(self) -> None:
+        """The run in progress ends with a preemption, or with the output: when all before it is counted."""
         if self.run_length:
             self.metrics.runs += 1
             self.run_length = 0
 
     def finish(self) -> None:
-        self._end_run()
         self.status, self.pending, self.lane = Status.FINISHED, (), -1
 
 

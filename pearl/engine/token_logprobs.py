@@ -20,6 +20,27 @@ class Span(NamedTuple):
     most: int
 
 
+class _Found(NamedTuple):
+    """As ``_Rows``, on the host, once the device has come so far; so much is kept until it is read."""
+
+    spans: tuple[Span, ...]
+    own: Tensor  # fp32 [n]
+    values: Tensor
+    ids: Tensor
+
+    def entries(self) -> dict[int, tuple[TokenLogprobs, ...]]:
+        pairs = zip(self.ids.tolist(), self.values.tolist(), strict=True)
+        entries = [
+            TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
+            for logprob, (ids, values) in zip(self.own.tolist(), pairs, strict=True)
+        ]
+        found = {}
+        for span in self.spans:
+            size = span.end - span.begin
+            found[span.begin], entries = tuple(entries[:size]), entries[size:]
+        return found
+
+
 class _Rows(NamedTuple):
     """Of all requests that ask for equally many: a row must not depend on what else is in the batch."""
 
@@ -31,7 +52,7 @@ class _Rows(NamedTuple):
 
 
 class TopLogprobs:
-    """Everything is enqueued; ``read`` what the device's next mark has come after."""
+    """Everything is enqueued, and what is ``found`` on the host when the device's next mark has come."""
 
     @torch.inference_mode()
     def __init__(self, logits: Tensor, spans: Sequence[Span], vocab_size: int) -> None:
@@ -52,16 +73,22 @@ class TopLogprobs:
             chosen = tokens[group.rows].clamp(min=0)[:, None]
             self._own += start_download([group.logprobs.gather(1, chosen)[:, 0]])
 
-    def read(self) -> dict[int, list[TokenLogprobs]]:
-        """One entry for each row of a span, by the span's first row."""
-        found: dict[int, list[TokenLogprobs]] = {}
-        for group, own in zip(self._groups, self._own, strict=True):
-            pairs = zip(group.ids.tolist(), group.values.tolist(), strict=True)
-            entries = [
-                TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
-                for logprob, (ids, values) in zip(own.tolist(), pairs, strict=True)
-            ]
-            for span in group.spans:
-                size = span.end - span.begin
-                found[span.begin], entries = entries[:size], entries[size:]
-        return found
+    def found(self) -> FoundLogprobs:
+        return FoundLogprobs(
+            [_Found(g.spans, own, g.values, g.ids) for g, own in zip(self._groups, self._own, strict=True)]
+        )
+
+
+class FoundLogprobs:
+    """Those of a round, on the host: made into messages when the first of them is asked for, which is not urgent."""
+
+    def __init__(self, groups: Sequence[_Found]) -> None:
+        self._groups = groups
+        self._entries: dict[int, tuple[TokenLogprobs, ...]] | None = None
+
+    def of(self, begin: int, count: int) -> tuple[TokenLogprobs, ...]:
+        """Of the first ``count`` rows of the span that begins at row ``begin``."""
+        if self._entries is None:
+            self._entries = {row: entries for group in self._groups for row, entries in group.entries().items()}
+            self._groups = ()
+        return self._entries[begin][:count]

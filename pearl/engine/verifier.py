@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pearl.engine.logits_processing import process_rows
-from pearl.engine.token_logprobs import Span, TopLogprobs
+from pearl.engine.token_logprobs import FoundLogprobs, Span, TopLogprobs
 from pearl.host_tensors import array, from_numbers, send_rows, start_download, upload
 from pearl.messages import (
     Decision,
@@ -25,7 +25,6 @@ from pearl.messages import (
     SchedulerOutput,
     SequenceState,
     TargetOutput,
-    TokenLogprobs,
     VerifyResult,
     VerifyWork,
     Windows,
@@ -122,8 +121,8 @@ class Verifier:
             proposal = _read(proposal)
             requests = self._align(plan, proposal.windows)
         accepted, next_tokens = _joined(requests, *read_verdict())
-        logprobs = top.read() if top else {}
-        decisions = map(partial(self._decision, logits, logprobs), requests, accepted, next_tokens)
+        found = top.found() if top else None
+        decisions = map(partial(self._decision, logits, found), requests, accepted, next_tokens)
         ids = [rows.work.request_id for rows in requests]
         return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows, proposal.prepared)
 
@@ -272,7 +271,7 @@ class Verifier:
     def _decision(
         self,
         logits: Tensor,
-        logprobs: Mapping[int, Sequence[TokenLogprobs]],
+        logprobs: FoundLogprobs | None,
         rows: _Rows,
         accepted: int,
         next_token: int,
@@ -281,8 +280,9 @@ class Verifier:
         committed = decision.committed
         if _OF_NO_DISTRIBUTION in committed and (error := self._nothing_to_draw(logits, rows, committed)):
             return decision._replace(error=error)
-        asked = logprobs.get(rows.begin)
-        return decision if asked is None else decision._replace(logprobs=tuple(asked[: len(committed)]))
+        if logprobs is None or rows.forward.state.params.logprobs is None:
+            return decision
+        return decision._replace(logprobs=partial(logprobs.of, rows.begin, len(committed)))
 
     @torch.inference_mode()
     def _nothing_to_draw(self, logits: Tensor, rows: _Rows, committed: Sequence[int]) -> str | None:

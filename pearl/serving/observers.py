@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 
 _LOG = logging.getLogger(__name__)
 Observer = Callable[[RoundRecord], None]

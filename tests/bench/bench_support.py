@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pearl import SamplingParams
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.messages import (
     Busy,
     Decision,

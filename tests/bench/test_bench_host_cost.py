@@ -17,8 +17,9 @@ from bench.round_cost.instant import Text
 from bench.round_cost.measure import Load, measure
 from bench.round_cost.stopwatch import MODELS, Stopwatch
 from pearl.config import EngineConfig
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine
 from pearl.engine.model_loading import LoadedModels, load_models
+from pearl.engine.rounds import RoundRecord
 
 SCRIPT = "host_cost.py"
 Script = Callable[..., Finished]

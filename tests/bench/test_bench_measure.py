@@ -14,7 +14,7 @@ from pearl import LLM, SamplingParams
 from pearl.bench import measure
 from pearl.bench.measure import MethodResult, compare, replay_alone
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.messages import Busy
 from pearl.methods import Mode
 from pearl.outputs import RequestMetrics, RequestOutput

@@ -12,7 +12,7 @@ from bench_support import Finished, hand_made_round
 
 from bench.timeline import RUNS, draw_timeline
 from pearl.config import EngineConfig
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.messages import Busy
 
 pytest.importorskip("matplotlib")

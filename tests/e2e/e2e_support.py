@@ -26,7 +26,7 @@ from transformers import (
 
 from pearl import LLM
 from pearl.drafting import ModelDrafter
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.outputs import RequestOutput
 
 VOCAB = 300  # ids that the tokenizer knows; models may have more columns

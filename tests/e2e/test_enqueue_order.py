@@ -17,14 +17,15 @@ from torch.overrides import TorchFunctionMode
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
 from pearl.drafting.logits_ring import LogitsRing
-from pearl.engine.engine import RoundRecord
 from pearl.engine.model_loading import load_models
+from pearl.engine.rounds import RoundRecord
 from pearl.messages import Busy, Mark
 from pearl.models import Decoder
 from pearl.workers import GraphRunner, ModelRunner
 from pearl.workers.batch_arrays import BatchLists
 
 Notes = list[tuple[str, str]]  # (who, what)
+PLAN = ("host", "plan")
 PENALTY = SamplingParams(temperature=0.8, seed=3, max_tokens=14, repetition_penalty=1.2, ignore_eos=True)
 PLAIN = SamplingParams(temperature=0.8, seed=4, max_tokens=14, ignore_eos=True)
 
@@ -88,7 +89,15 @@ class Noted:
     llm: LLM
     target: NotingQueue
     draft: NotingQueue
-    rounds: list[tuple[RoundRecord, Notes]]
+    notes: Notes
+    records: list[RoundRecord]
+
+    @property
+    def rounds(self) -> list[tuple[RoundRecord, Notes]]:
+        """Each with what was noted from its plan to the next one."""
+        begins = [at for at, note in enumerate(self.notes) if note == PLAN]
+        ends = [*begins[1:], len(self.notes)]
+        return [(r, self.notes[i:j]) for r, i, j in zip(self.records, [0, *begins[1:]], ends, strict=True)]
 
     @property
     def busy_rounds(self) -> list[tuple[RoundRecord, Notes]]:
@@ -112,7 +121,7 @@ def open_noted(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenNot
 
     def build(captured: bool, **options: Any) -> Noted:
         notes: Notes = []
-        rounds: list[tuple[RoundRecord, Notes]] = []
+        records: list[RoundRecord] = []
         target, draft = (NotingQueue(name=name, notes=notes) for name in ("target", "draft"))
         options = {"device": "cpu", "dtype": "float32", "capture_seconds": 0, **options}
         config = EngineConfig(target=llama.target, draft=llama.draft, **options)
@@ -121,13 +130,9 @@ def open_noted(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenNot
         models = replace(models, target=on(target, models.target, captured), draft=on(draft, models.draft, captured))
         note_calls(monkeypatch, BatchLists, "arrays", lambda: notes.append(("host", "pack")))
         note_calls(monkeypatch, LogitsRing, "store", lambda: notes.append(("draft", "store")))
-
-        def on_round(record: RoundRecord) -> None:
-            begun = sum(len(of_round) for _, of_round in rounds)
-            rounds.append((record, notes[begun:]))
-
-        opened.append(LLM.from_models(models, config, on_round))
-        return Noted(opened[-1], target, draft, rounds)
+        opened.append(LLM.from_models(models, config, records.append))
+        note_calls(monkeypatch, opened[-1].engine.scheduler, "schedule", lambda: notes.append(PLAN))
+        return Noted(opened[-1], target, draft, notes, records)
 
     yield build
     for llm in opened:
@@ -143,14 +148,14 @@ def on(queue: NotingQueue, runner: ModelRunner, captured: bool) -> ModelRunner:
     return made
 
 
-def note_calls(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, note: Callable[[], None]) -> None:
-    call = getattr(kind, name)
+def note_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, note: Callable[[], None]) -> None:
+    call = getattr(owner, name)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         note()
         return call(*args, **kwargs)
 
-    monkeypatch.setattr(kind, name, noted)
+    monkeypatch.setattr(owner, name, noted)
 
 
 @pytest.mark.parametrize(("captured", "params"), [(False, PLAIN), (True, [PLAIN, PENALTY])], ids=["eager", "penalty"])
@@ -196,10 +201,11 @@ def test_a_verdict_waits_until_the_rows_that_it_may_read_are_stored(
     makes the target's stream wait for the last of them, in this round or in one in which the draft rests."""
     noted = open_noted(captured, **options)
     found = noted.llm.generate(prompts((6, 20), seed=3), PENALTY)
+    rounds = noted.rounds  # before another one stores as well
     with llama.llm(**options) as alone:
         assert token_ids(found) == token_ids(alone.generate(prompts((6, 20), seed=3), PENALTY))
     stored, seen, rested = 0, 0, 0
-    for record, notes in noted.rounds:
+    for record, notes in rounds:
         stored = max((at for at, note in enumerate(notes, start=seen) if note == ("draft", "store")), default=stored)
         seen += len(notes)
         if any(decision.tested for decision in record.result.decisions.values()):

@@ -6,6 +6,7 @@ static inputs would repeat the first round for ever, and fail here.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -344,6 +345,59 @@ def test_an_engine_around_the_same_models_captures_nothing_of_them_again(
     assert min(before) > 3
     graphed.llm.variant(window=1)
     assert (graphed.target.captured, graphed.target.replayed) == before
+
+
+@pytest.mark.parametrize("setting", ["autoregressive", "pearl-3", "speculative-3", "ngram-pearl"])
+def test_outputs_made_while_the_next_round_runs_are_those_of_eager_mode(
+    llama: Pair, open_graphed: OpenGraphed, setting: str
+) -> None:
+    """Stop strings, found with another round in flight; log-probabilities, read when it is; ends by length and id."""
+    options = {**ALL_SETTINGS[setting], "max_num_seqs": 4}
+    batch = prompts(LENGTHS, seed=9)
+    with llama.llm(**options) as eager:
+        long = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=2)
+        found = eager.generate(batch, long)
+        params = []
+        for i, output in enumerate(found):
+            text, ids = output.outputs[0].text, output.outputs[0].token_ids
+            end = [{"stop": text[len(text) // 2 :][:5]}, {"stop_token_ids": [ids[9]]}, {"max_tokens": 7}][i % 3]
+            params.append(replace(long, **end))
+        expected = eager.generate(batch, params)
+    graphed = open_graphed(llama, **options)
+    outputs = graphed.llm.generate(batch, params)
+    for mine, theirs in zip(outputs, expected, strict=True):
+        a, b = mine.outputs[0], theirs.outputs[0]
+        assert (a.text, a.token_ids, a.drafted, a.finish_reason) == (b.text, b.token_ids, b.drafted, b.finish_reason)
+        counts = [(m.output_tokens, m.accepted, m.tested, m.runs, m.rounds, m.drafted) for m in (a.metrics, b.metrics)]
+        assert counts[0] == counts[1]
+        assert len(a.logprobs or ()) == len(a.token_ids)
+        for one, other in zip(a.logprobs or (), b.logprobs or (), strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop", "length"}
+    assert_at_rest(graphed.llm)
+
+
+def test_an_engine_that_nobody_closes_waits_for_its_round_in_flight(llama: Pair) -> None:
+    """The device still writes to its KV, which would be another's memory."""
+    config = EngineConfig(target=llama.target, draft=llama.draft, device="cpu", dtype="float32", capture_seconds=0)
+    models, queues = load_models(config), (RecordingQueue(), RecordingQueue())
+    assert models.draft
+    llm = LLM.from_models(
+        replace(
+            models, target=on_graphs(models.target, queues[0], 40), draft=on_graphs(models.draft, queues[1], 40, 0, 1)
+        ),
+        config,
+    )
+    llm.generate([5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True))
+    stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True))
+    next(stream)
+    assert llm.engine._in_flight is not None
+    waited = [queue.waits for queue in queues]
+    del models, llm, stream
+    gc.collect()
+    assert [queue.waits for queue in queues] == [count + 1 for count in waited]
+    assert not any(queue._recorder.waiting for queue in queues)
 
 
 def test_rounds_that_capture_teach_nothing(llama: Pair, open_graphed: OpenGraphed) -> None:

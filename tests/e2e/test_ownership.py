@@ -11,7 +11,7 @@ import pytest
 from e2e_support import Pair, assert_at_rest, prompts, token_ids
 
 from pearl import LLM, EngineInUseError, SamplingParams
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.outputs import OutputDelta
 
 OpenLLM = Callable[..., LLM]

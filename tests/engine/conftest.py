@@ -19,8 +19,8 @@ else:
     settings.load_profile("engine")
 
 
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig()
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapping"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    made = Rig(overlaps=request.param)
     yield made
     made.engine.close()

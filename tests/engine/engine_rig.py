@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from engine_sim import SimulatedVerifier, drafted, request_of
 
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine
+from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
 from pearl.kv import KVCacheManager
 from pearl.messages import DraftPlan, DraftProposal, SchedulerOutput, TargetOutput, TargetPlan, VerifyResult
@@ -70,15 +71,29 @@ class RecordingPace:
         self.measured.append(measured)
 
 
+class AwaitedThread(ThreadWorker):
+    """One that counts as keeping the engine's thread busy: outputs come before the next round."""
+
+    blocks = True
+
+
 class Rig:
+    """``overlaps``: outputs are made while the next round runs, so that between two steps one is in flight."""
+
     def __init__(
-        self, method: str = "pearl", lanes: int = 4, budget: int = 64, draft_alone: Worker | None = None
+        self,
+        method: str = "pearl",
+        lanes: int = 4,
+        budget: int = 64,
+        draft_alone: Worker | None = None,
+        overlaps: bool = True,
     ) -> None:
         self.target, self.drafter, self.verifier = FakeTarget(), FakeDrafter(), FakeVerifier()
         self.pace = RecordingPace(method)
         self.records: list[RoundRecord] = []
         self.prepared = 5  # before the engine was built
-        self.workers = [ThreadWorker("target", 1), ThreadWorker("draft", 1)]
+        kind = ThreadWorker if overlaps else AwaitedThread
+        self.workers = [kind("target", 1), kind("draft", 1)]
         self.scheduler = Scheduler(
             self.pace,
             KVCacheManager(64, 4),
@@ -110,6 +125,12 @@ class Rig:
             for delta in self.engine.step():
                 deltas.setdefault(delta.request_id, []).append(delta)
         return deltas
+
+    def settle(self) -> list[OutputDelta]:
+        """Step, and no round is in flight any more: what comes next is planned by the next step."""
+        self.engine.step()
+        self.engine.rest()
+        return self.engine.take()
 
     def check_empty(self) -> None:
         assert not self.scheduler.requests

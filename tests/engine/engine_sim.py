@@ -7,8 +7,9 @@ else than the sequence (a rollback, copy or sharing error) is found at the first
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from random_branches import RandomBranches
 from random_pace import RandomPace
 
 from pearl.engine.branches import Branches
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine
 from pearl.engine.odds import choose
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request, Status
+from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
 from pearl.kv import KVCacheManager, PageCopy, PrefixKey
 from pearl.messages import (
@@ -41,7 +43,7 @@ from pearl.methods import METHODS as MODES
 from pearl.outputs import OutputDelta, RequestMetrics
 from pearl.pace import FixedPace, PacePolicy, PreparingPace
 from pearl.sampling_params import SamplingParams
-from pearl.workers import HostQueue, InlineWorker
+from pearl.workers import HostQueue, InlineWorker, Reply, Worker
 
 VOCAB = 29
 EOS = 0
@@ -96,6 +98,19 @@ def sequence_state(
 def target_token(prefix: Sequence[int]) -> int:
     """The token that the simulated target puts after ``prefix``."""
     return zlib.crc32(bytes(prefix)) % VOCAB
+
+
+def expected_output(
+    prompt: Sequence[int], max_tokens: int, params: SamplingParams | None = None
+) -> tuple[list[int], str, str | None]:
+    """Tokens, text and finish reason that a request must return: token by token, text at once."""
+    output = OutputProcessor(PieceDetokenizer(), params or SamplingParams(max_tokens=max_tokens), max_tokens, (EOS,))
+    tokens, text, reason = list[int](), "", None
+    while reason is None:
+        tokens.append(target_token([*prompt, *tokens]))
+        _, piece, reason = output.text(tokens[-1:], output.end(tokens[-1:]))
+        text += piece
+    return tokens, text, reason
 
 
 def target_sequence(prompt: Sequence[int], max_tokens: int, eos_ids: Collection[int] = (EOS,)) -> list[int]:
@@ -296,6 +311,54 @@ class SimulatedVerifier:
         return VerifyResult(decisions, proposal.windows, proposal.prepared)
 
 
+class _LateReply(Reply[Any]):
+    __slots__ = ("_call", "_worker")
+
+    def __init__(self, worker: LateWorker, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._worker, self._call = worker, call
+
+    def result(self, timeout: float = -1) -> Any:
+        self._worker.log.append((self._worker.name, "asked"))
+        self._worker.rest()
+        return super().result(timeout)
+
+    def make(self) -> None:
+        self.run(self._worker.work, self._call)
+
+
+class LateWorker:
+    """Really asynchronous, in one thread: a call is made when somebody asks for what it returns, as late as can be."""
+
+    blocks = False
+
+    def __init__(self, name: str = "", log: list[tuple[str, str]] | None = None) -> None:
+        self.name, self.log = name, [] if log is None else log
+        self._waiting: _LateReply | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._waiting is not None
+
+    def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Reply[Any]:
+        assert not self.is_busy, "it was not at rest when this round began"
+        self.log.append((self.name, "begun"))
+        self._waiting = _LateReply(self, partial(call, *args, **kwargs))
+        return self._waiting
+
+    def work(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def rest(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.make()
+
+    def close(self) -> None:
+        assert not self.is_busy, "closed while it works"
+        self.log.append((self.name, "closed"))
+
+
 class CheckedScheduler(Scheduler):
     """Checks every plan before anyone works on it. Keeps what was committed of every request."""
 
@@ -308,8 +371,13 @@ class CheckedScheduler(Scheduler):
         self.texts[request.id] = tuple(request.tokens)
         return committed
 
+    workers: Sequence[LateWorker] = ()
+    planned: Mapping[int, list[int]]  # committed and pending tokens of each request, at the latest plan
+
     def schedule(self) -> SchedulerOutput:
+        assert not any(worker.is_busy for worker in self.workers), "pages may move while they are written to"
         plan = super().schedule()
+        self.planned = {r.id: [*r.tokens, *(d.token for d in r.pending)] for r in self.requests.values()}
         target = {item.state.request_id: item for item in plan.target.work}
         draft = {item.forward.state.request_id: item for item in plan.draft.work}
         assert len(target) == len(plan.target.work), "planned twice"
@@ -366,21 +434,27 @@ class Simulation:
     num_pages: int
     lanes: int
     outputs: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
     last: dict[int, OutputDelta] = field(default_factory=dict)
 
     def add(self, *requests: Request) -> None:
         for request in requests:
             self.engine.add(request)
-            self.outputs[request.id] = []
+            self.outputs[request.id], self.texts[request.id] = [], ""
 
     def step(self) -> SchedulerOutput:
         """One round; returns its plan."""
-        for delta in self.engine.step():
-            assert delta.error is None, delta.error
-            self.outputs[delta.request_id].extend(delta.token_ids)
-            self.last[delta.request_id] = delta
+        self.receive(self.engine.step())
         self.check()
-        return self.records[-1].plan
+        return self.records[-1].plan if self.records else SchedulerOutput(TargetPlan(()), DraftPlan(()))
+
+    def receive(self, deltas: Sequence[OutputDelta]) -> None:
+        for delta in deltas:
+            assert delta.error is None, delta.error
+            assert delta.request_id not in self.last or self.last[delta.request_id].finish_reason is None, "shown late"
+            self.outputs[delta.request_id].extend(delta.token_ids)
+            self.texts[delta.request_id] += delta.text
+            self.last[delta.request_id] = delta
 
     def run(self, limit: int = 2000) -> dict[int, list[int]]:
         for _ in range(limit):
@@ -439,10 +513,14 @@ def simulate(
     moody: bool = False,
     prefix_caching: bool = True,
     lookahead: int = 64,
+    overlaps: bool = False,
+    log: list[tuple[str, str]] | None = None,
     branches: int = 0,
     branch_seed: int | None = None,
 ) -> Simulation:
-    """``branches``: windows to prepare in a round; with a seed random ones, else the likeliest."""
+    """``overlaps``: with workers that are asynchronous (``LateWorker``), which write to ``log``. ``branches``: windows
+    to prepare in a round; with a seed random ones, else the likeliest.
+    """
     pace: PacePolicy = pace_of(method, window)
     pace = PreparingPace(pace, branches) if branches else pace
     draft_keeps_kv = draft_keeps_kv and method != "autoregressive"
@@ -460,17 +538,20 @@ def simulate(
         scheduler.branches = Branches(scheduler.draft_kv, lanes, branches, "rejection", chooser)
 
     def truth(request_id: int) -> list[int]:
-        request = scheduler.requests[request_id]
-        return [*request.tokens, *(d.token for d in request.pending)]
+        return scheduler.planned[request_id].copy()
 
     drafter = SimulatedDrafter(PagedMemory(page_size) if draft_keeps_kv else None, truth, accuracy, moody)
     records: list[RoundRecord] = []
+    workers: list[Worker] = [InlineWorker(HostQueue(torch.device("cpu"))) for _ in range(2)]
+    if overlaps:
+        scheduler.workers = [LateWorker(name, log) for name in ("target", "draft")]
+        workers = list(scheduler.workers)
     engine = Engine(
         scheduler,
         SimulatedTarget(PagedMemory(page_size), truth),  # type: ignore[arg-type]
-        InlineWorker(HostQueue(torch.device("cpu"))),
+        workers[0],
         drafter,
-        InlineWorker(HostQueue(torch.device("cpu"))),
+        workers[1],
         SimulatedVerifier(),  # type: ignore[arg-type]
         pace,
         records.append,

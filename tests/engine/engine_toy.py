@@ -14,8 +14,9 @@ from torch import Tensor
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.branches import Branches
-from pearl.engine.engine import Engine, RoundRecord
+from pearl.engine.engine import Engine
 from pearl.engine.odds import choose
+from pearl.engine.rounds import RoundRecord
 from pearl.engine.verifier import Verifier
 from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import ForwardWork

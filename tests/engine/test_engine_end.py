@@ -38,11 +38,11 @@ OF_A_ROUND = [
 ]
 
 
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig(lanes=2)
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapping"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    made = Rig(lanes=2, overlaps=request.param)
     made.add(1, 2, 3)  # the third waits
-    made.engine.step()
+    made.settle()
     yield made
     made.engine.close()
 
@@ -113,7 +113,7 @@ def test_a_device_that_fails_behind_the_verdict_ends_the_engine_when_its_times_a
 
 def test_an_interruption_that_finds_a_failed_device_passes_through(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     error = accelerator_error("unspecified launch failure", 719)
-    monkeypatch.setattr(rig.engine, "_run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(rig.engine, "_await", raising(KeyboardInterrupt()))
     monkeypatch.setattr(rig.workers[0], "rest", raising(error))
     with pytest.raises(KeyboardInterrupt):
         rig.engine.step()

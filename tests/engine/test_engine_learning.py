@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from engine_rig import Rig
 
-from pearl.engine.engine import EngineStats
+from pearl.engine.rounds import EngineStats
 from pearl.pace import Progressed
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig(overlaps=False)
+    yield made
+    made.engine.close()
 
 
 def test_window_learns_from_decoding_rounds_only() -> None:

@@ -45,7 +45,7 @@ def test_draft_and_target_run_at_the_same_time(rig: Rig) -> None:
 def test_a_failing_round_ends_its_requests_with_the_error_and_no_others(rig: Rig, broken: str) -> None:
     rig.scheduler._free_lanes = rig.scheduler._free_lanes[:2]  # the third request is not part of the round
     rig.add(1, 2, 3)
-    rig.engine.step()
+    rig.settle()
     part = getattr(rig, broken)
     healthy, part.before = part.before, fail
     deltas = rig.engine.step()
@@ -63,7 +63,7 @@ def test_a_failing_round_of_one_model_alone_ends_its_requests(broken: str) -> No
     rig = Rig("speculative")  # where they take turns
     try:
         rig.add(1)
-        rig.engine.step()
+        rig.settle()
         getattr(rig, broken).before = fail
         errors = [(d.request_id, d.error) for _ in range(3) for d in rig.engine.step() if d.error]
         assert errors == [(1, "RuntimeError: out of luck")]
@@ -74,7 +74,7 @@ def test_a_failing_round_of_one_model_alone_ends_its_requests(broken: str) -> No
 
 def test_a_request_that_cannot_be_committed_ends_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.add(1, 2, 3)
-    rig.engine.step()
+    rig.settle()
     monkeypatch.setattr(rig.scheduler.requests[2], "apply", fail)
     deltas = {delta.request_id: delta for delta in rig.engine.step()}
     assert (deltas[2].finish_reason, deltas[2].error) == ("abort", "RuntimeError: out of luck")
@@ -89,7 +89,7 @@ def test_a_round_that_cannot_be_planned_ends_what_runs_and_what_waits_goes_on(
 ) -> None:
     rig.scheduler._free_lanes = rig.scheduler._free_lanes[:1]
     rig.add(1, 2)
-    rig.engine.step()
+    rig.settle()
     with monkeypatch.context() as patch:
         patch.setattr(rig.scheduler, "_plan_batch", fail)
         (delta,) = rig.engine.step()
@@ -127,7 +127,7 @@ def test_an_interruption_within_a_round_undoes_it(rig: Rig, where: str) -> None:
         raise KeyboardInterrupt
 
     rig.add(1)
-    rig.engine.step()
+    rig.settle()
     part = getattr(rig, where)
     healthy, part.before = part.before, interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -146,7 +146,7 @@ def test_an_interruption_of_a_commit_ends_the_engine(rig: Rig, monkeypatch: pyte
         raise KeyboardInterrupt
 
     rig.add(1)
-    rig.engine.step()
+    rig.settle()
     monkeypatch.setattr(rig.scheduler.requests[1], "apply", interrupt)
     with pytest.raises(KeyboardInterrupt):
         rig.engine.step()
@@ -158,7 +158,7 @@ def test_an_interruption_of_a_commit_ends_the_engine(rig: Rig, monkeypatch: pyte
 
 def test_a_verdict_on_a_target_that_was_lost_meanwhile_is_not_believed(rig: Rig) -> None:
     rig.add(1)
-    rig.engine.step()
+    rig.settle()
     rig.target.check = fail
     (delta,) = rig.engine.step()
     assert (delta.error, delta.token_ids) == ("RuntimeError: out of luck", ())

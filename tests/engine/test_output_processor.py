@@ -10,7 +10,7 @@ from engine_sim import PieceDetokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pearl.engine.output_processor import OutputProcessor
+from pearl.engine.output_processor import Accepted, OutputProcessor
 from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
 
@@ -28,6 +28,10 @@ def processor(
     return OutputProcessor(PieceDetokenizer(pieces, tail), settings, max_tokens, {END, OTHER_END}, special)
 
 
+def accept(output: OutputProcessor, tokens: Sequence[int]) -> Accepted:
+    return output.text(tokens, output.end(tokens))
+
+
 def run(output: OutputProcessor, tokens: Sequence[int], sizes: Sequence[int] = ()) -> tuple[list[int], str, str | None]:
     """Feed ``tokens`` in verdicts of the given sizes (then one by one); returns kept tokens, text, finish reason."""
     kept: list[int] = []
@@ -35,7 +39,7 @@ def run(output: OutputProcessor, tokens: Sequence[int], sizes: Sequence[int] = (
     while rest:
         size = splits.pop(0) if splits else 1
         verdict, rest = rest[:size], rest[size:]
-        accepted = output.accept(verdict)
+        accepted = accept(output, verdict)
         kept += verdict[: accepted.kept]
         text += accepted.text
         if accepted.finish_reason is not None:
@@ -54,25 +58,49 @@ def run(output: OutputProcessor, tokens: Sequence[int], sizes: Sequence[int] = (
     ],
 )
 def test_output_ends_at_the_first_end_token(verdict: tuple[int, ...], kept: int, text: str) -> None:
-    accepted = processor().accept(verdict)
+    accepted = accept(processor(), verdict)
     assert accepted == (kept, text, "stop")
 
 
 def test_stop_token_ids_end_the_output_and_are_returned() -> None:
-    assert processor(stop_token_ids=[3]).accept((1, 3, 2)) == (2, "1", "stop")
+    assert accept(processor(stop_token_ids=[3]), (1, 3, 2)) == (2, "1", "stop")
 
 
 def test_ignore_eos_still_honours_stop_token_ids() -> None:
     output = processor(stop_token_ids=[3], ignore_eos=True)
-    assert output.accept((END, 1)) == (2, "91", None)
-    assert output.accept((2, 3, 4)) == (2, "2", "stop")
+    assert accept(output, (END, 1)) == (2, "91", None)
+    assert accept(output, (2, 3, 4)) == (2, "2", "stop")
 
 
 def test_no_end_in_the_first_min_tokens() -> None:
     output = processor(min_tokens=2, stop="1")
-    assert output.accept((1, END)) == (2, "19", None)
-    assert output.accept((END, 2)) == (1, "", "stop")  # the third token may end it
-    assert processor(min_tokens=1).accept((END, END)) == (2, "9", "stop")
+    assert accept(output, (1, END)) == (2, "19", None)
+    assert accept(output, (END, 2)) == (1, "", "stop")  # the third token may end it
+    assert accept(processor(min_tokens=1), (END, END)) == (2, "9", "stop")
+
+
+def test_min_tokens_are_counted_over_verdicts() -> None:
+    output = processor(min_tokens=2)
+    assert accept(output, (1,)) == (1, "1", None)
+    assert accept(output, (END,)) == (1, "9", None)
+    assert accept(output, (END, 2)) == (1, "", "stop")
+
+
+@pytest.mark.parametrize("stop", [None, "2", "56"])
+@pytest.mark.parametrize("min_tokens", [0, 4])
+def test_text_may_be_made_verdicts_after_the_ends_were_found(stop: str | None, min_tokens: int) -> None:
+    verdicts = [(1, 2), (3, END, 4), (5, 6, 7), (END, 8)]
+    late, at_once = (processor(stop=stop, min_tokens=min_tokens) for _ in range(2))
+    ends = []
+    for verdict in verdicts:
+        ends.append(late.end(verdict))
+        if ends[-1][1] is not None:
+            break
+    for verdict, end in zip(verdicts, ends, strict=False):
+        expected = accept(at_once, verdict)
+        assert late.text(verdict, end) == expected
+        if expected.finish_reason is not None:
+            break
 
 
 @pytest.mark.parametrize("others", [(), ("ofx",), ("x", " ofy", "fz")])
@@ -101,15 +129,15 @@ def test_cut_at_max_tokens_inside_a_verdict(size: int) -> None:
 
 
 def test_end_token_after_the_last_allowed_one_is_not_seen() -> None:
-    assert processor(max_tokens=2).accept((1, 2, END)) == (2, "12", "length")
+    assert accept(processor(max_tokens=2), (1, 2, END)) == (2, "12", "length")
 
 
 def test_end_token_as_the_last_allowed_one_is_a_stop() -> None:
-    assert processor(max_tokens=2).accept((1, END, 2)) == (2, "1", "stop")
+    assert accept(processor(max_tokens=2), (1, END, 2)) == (2, "1", "stop")
 
 
 def test_stop_string_as_the_last_allowed_token_is_a_stop() -> None:
-    assert processor(max_tokens=2, stop="2").accept((1, 2, 3)) == (2, "1", "stop")
+    assert accept(processor(max_tokens=2, stop="2"), (1, 2, 3)) == (2, "1", "stop")
 
 
 @pytest.mark.parametrize("sizes", [(), (2, 2), (4,)])
@@ -119,9 +147,9 @@ def test_stop_string_across_tokens_and_verdicts(sizes: Sequence[int]) -> None:
 
 def test_text_that_may_begin_a_stop_string_is_held_back_and_then_given_out() -> None:
     output = processor(("a", "b", "c"), stop="abb")
-    assert output.accept((0,)).text == ""
-    assert output.accept((1,)).text == ""
-    assert output.accept((2,)).text == "abc"
+    assert accept(output, (0,)).text == ""
+    assert accept(output, (1,)).text == ""
+    assert accept(output, (2,)).text == "abc"
 
 
 def test_overlapping_prefix_is_not_lost() -> None:
@@ -131,15 +159,15 @@ def test_overlapping_prefix_is_not_lost() -> None:
 
 
 def test_the_earliest_of_several_stop_strings_wins() -> None:
-    assert processor(("xcdabz",), stop=["ab", "cd"]).accept((0,)) == (1, "x", "stop")
+    assert accept(processor(("xcdabz",), stop=["ab", "cd"]), (0,)) == (1, "x", "stop")
     assert run(processor(("x", "c", "d", "a", "b"), stop=["ab", "cd"]), (0, 1, 2, 3, 4))[1] == "x"
 
 
 def test_the_longest_possible_stop_prefix_is_held() -> None:
     output = processor(("xab", "c", "q"), stop=["bz", "abcd"])
-    assert output.accept((0,)).text == "x"
-    assert output.accept((1,)).text == ""
-    assert output.accept((2,)).text == "abcq"
+    assert accept(output, (0,)).text == "x"
+    assert accept(output, (1,)).text == ""
+    assert accept(output, (2,)).text == "abcq"
 
 
 @pytest.mark.parametrize("last", [END, 2])

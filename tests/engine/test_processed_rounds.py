@@ -10,7 +10,7 @@ import torch
 from engine_toy import VOCAB, Toy
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.sampling_batch import sampling_arrays
 from pearl.sampling_params import SamplingParams
 from pearl_kernels import SamplingTensors, select

@@ -214,7 +214,7 @@ def test_tokens_after_a_rejection_were_not_tested() -> None:
 def test_what_lies_behind_the_end_is_not_counted(kept: int, tested: int, accepted: int) -> None:
     request = running(drafted(10, 11, 12))
     play(request, window=(13, 14), accepted=2, next_token=20, kept=kept)
-    request.finish()
+    request.end_run()
     metrics = request.metrics
     assert (metrics.output_tokens, metrics.tested, metrics.accepted) == (kept, tested, accepted)
     assert metrics.runs == min(1, kept)
@@ -232,14 +232,17 @@ def test_a_rejected_first_token_is_a_run_of_length_zero() -> None:
     assert (request.metrics.runs, request.metrics.mean_accepted_tokens) == (1, 0.0)
 
 
-def test_finishing_or_preempting_closes_the_run_in_progress_once() -> None:
-    for end in (Request.finish, Request.preempt):
+def test_the_run_in_progress_ends_once_and_not_before_all_of_it_is_counted() -> None:
+    """What a verdict gave may be counted when its request has been finished, or preempted, already."""
+    for gone in (Request.finish, Request.preempt):
         request = running()
         play(request, window=(10, 11, 12), accepted=1)
-        end(request)
-        assert request.metrics.runs == 1
-        end(request)
-        assert request.metrics.runs == 1
+        gone(request)
+        assert request.metrics.runs == 0
+        request.count(Decision((11, 12), 2, None, None), 2)
+        for _ in range(2):
+            request.end_run()
+            assert (request.metrics.runs, request.metrics.mean_accepted_tokens) == (1, 3.0)
 
 
 def test_preemption_forgets_pending_and_computed_but_keeps_the_tokens() -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine_sim import METHODS, Simulation, request_of, simulate, target_sequence
+from engine_sim import METHODS, Simulation, expected_output, request_of, simulate
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from pearl.engine.request import Status
+from pearl.sampling_params import SamplingParams
 
 # One text that prompts are cut from, so that they share prefixes and pages.
 TEXT = [(7 * i * i + 3 * i) % 29 for i in range(24)]
@@ -26,6 +27,11 @@ class Arrival:
     prompt: list[int]
     max_tokens: int
     abort_round: int | None
+    stop: str | None
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(max_tokens=self.max_tokens, stop=self.stop)
 
     @property
     def positions(self) -> int:
@@ -38,7 +44,8 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     prompt = TEXT[begin : begin + draw(st.integers(1, 16))] + draw(st.lists(st.integers(1, 28), max_size=2))
     at = draw(st.integers(0, 12))
     abort = draw(st.one_of(st.none(), st.none(), st.integers(at, at + 15)))
-    return Arrival(at, prompt, draw(st.integers(1, 14)), abort)
+    stop = draw(st.sampled_from([None, None, "<3>", "4><1", "2>", "><1"]))
+    return Arrival(at, prompt, draw(st.integers(1, 14)), abort, stop)
 
 
 @st.composite
@@ -57,6 +64,7 @@ def engines(draw: st.DrawFn) -> dict[str, Any]:
         "lookahead": draw(st.sampled_from([64, 64, 2])),
         "branches": draw(st.sampled_from([0, 1, 3, 7])),
         "branch_seed": draw(st.sampled_from([None, 0, 1])),
+        "overlaps": draw(st.booleans()),
     }
 
 
@@ -67,7 +75,7 @@ def play(simulation: Simulation, plan: list[Arrival], bound: int) -> set[int]:
     for turn in range(bound):
         for request_id, arrival in enumerate(plan):
             if arrival.round == turn:
-                simulation.add(request_of(request_id, arrival.prompt, arrival.max_tokens))
+                simulation.add(request_of(request_id, arrival.prompt, arrival.max_tokens, params=arrival.params))
             if arrival.abort_round == turn and request_id in simulation.scheduler.requests:
                 simulation.engine.abort(request_id)
                 simulation.check()
@@ -90,14 +98,15 @@ def test_every_request_ends_with_exactly_the_targets_sequence(
     bound = 50 + 4 * sum(arrival.positions for arrival in plan)
     aborted = play(simulation, plan, bound)
     for request_id, arrival in enumerate(plan):
-        wanted = target_sequence(arrival.prompt, arrival.max_tokens)
+        wanted, text, reason = expected_output(arrival.prompt, arrival.max_tokens, arrival.params)
         output = simulation.outputs[request_id]
         if request_id in aborted:
             assert output == wanted[: len(output)]  # nothing unverified was ever given out
+            assert text.startswith(simulation.texts[request_id])
         else:
-            assert output == wanted
+            assert (output, simulation.texts[request_id]) == (wanted, text)
             last = simulation.last[request_id]
-            assert last.finish_reason == ("stop" if wanted[-1] == 0 else "length")
+            assert last.finish_reason == reason
             assert last.metrics.output_tokens == len(wanted)
             assert last.metrics.accepted <= last.metrics.tested <= last.metrics.drafted
             assert last.metrics.accepted == 0 or last.metrics.runs > 0

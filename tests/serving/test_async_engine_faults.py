@@ -28,7 +28,7 @@ from async_support import (
 )
 
 from pearl import EngineClosedError
-from pearl.engine.engine import RoundRecord
+from pearl.engine.rounds import RoundRecord
 from pearl.errors import CaptureError
 from pearl.messages import TargetOutput, TargetPlan
 from pearl.serving.async_engine import AsyncEngine

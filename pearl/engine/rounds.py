@@ -1,0 +1,78 @@
+"""Rounds: in flight, and finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pearl.messages import DraftProposal, Interval, SchedulerOutput, TargetOutput, VerifyResult
+from pearl.pace import MeasuredRound, Progressed
+from pearl.workers import Reply
+
+
+class InFlight(NamedTuple):
+    """A round that the models are at work on. A reply is None where that model rests."""
+
+    plan: SchedulerOutput
+    begin: float  # of its planning, in time.perf_counter() seconds
+    draft: Reply[DraftProposal] | None
+    target: Reply[TargetOutput] | None
+
+
+class RoundInterval(NamedTuple):
+    """From a round's plan to its commit, without the time that a caller let pass between two steps when the models had
+    done their part: how long a reader thinks about a token is not the round's.
+    """
+
+    begin: float
+    end: float
+    left: float  # when the step that began the round returned,
+    back: float  # and when another one came for it
+    work: tuple[Interval, Interval]  # of the two models
+
+    @property
+    def seconds(self) -> float:
+        """Waits for the ends of ``work``."""
+        done = max(interval.begin + interval.seconds for interval in self.work)
+        return self.end - self.begin - max(0.0, self.back - max(self.left, done))
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round, for observers: benchmarks, timelines, metrics."""
+
+    plan: SchedulerOutput
+    proposal: DraftProposal
+    target: Interval
+    result: VerifyResult
+    whole: Interval
+    preparations: int = 0  # graphs captured and kernels compiled on the way: such a round takes longer, but once
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Since the engine was built."""
+
+    rounds: int = 0
+    preparations: int = 0  # graphs captured and kernels compiled in them: more than a few means that shapes thrash
+
+
+def measured(record: RoundRecord) -> MeasuredRound:
+    """What a pace learns from a round that only decoded."""
+    plan, proposal = record.plan, record.proposal
+    assert plan.pace is not None
+    assert plan.load is not None
+    return MeasuredRound(
+        mode=plan.pace.mode,
+        load=plan.load,
+        target_rows=sum(len(w.tokens) for w in plan.target.work),
+        target_seconds=record.target.seconds,
+        draft_sequences=len(plan.draft.work),
+        draft_steps=max(1, proposal.steps),
+        draft_seconds=proposal.busy.seconds,
+        seconds=record.whole.seconds,
+        requests=tuple(
+            Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
+            for request_id, d in record.result.decisions.items()
+        ),
+    )
