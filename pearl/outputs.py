@@ -27,6 +27,7 @@ class RequestMetrics:
     tested: int = 0  # of them, tokens in whose place verification put a returned token
     accepted: int = 0  # of them, returned tokens
     runs: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)  # [i]: verdicts that made i drafted tokens output
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     output_tokens: int = 0

@@ -204,4 +204,4 @@ class SamplingParams:
 
 
 def _refusal(name: str, expected: str, given: object) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {expected}; got {shown(given)}")
+    return InvalidRequestError(f"{name} must be {expected}; got {shown(given)}", name)
