@@ -209,6 +209,19 @@ class LLM:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
         return self._admission.encode(prompt)
 
+    @property
+    def driver(self) -> Driver:
+        """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
+        return self._driver
+
+    def prepare(self, prompt: AnyPrompts, params: SamplingParams) -> list[Request]:
+        """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet."""
+        (one,) = params_for(1, params)
+        self._admission.check(one)
+        requests = self._requests(self.encode(prompt), one)
+        self.engine.scheduler.require_fits(requests[0])
+        return requests
+
     def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
         """One for each output of a prompt."""
         seed = self._seed(params)

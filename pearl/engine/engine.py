@@ -96,6 +96,11 @@ class Engine:
             raise EngineClosedError(self._broken) from self._cause
 
     @property
+    def failure(self) -> str | None:
+        """Why no round can follow; None while one can."""
+        return self._broken
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 

@@ -81,20 +81,17 @@ class Scheduler:
 
     def require_room(self, count: int) -> None:
         """QueueFullError unless ``count`` more requests may be added: on free lanes they do not wait."""
-        lanes, waiting = len(self._free_lanes), len(self.waiting)
-        room = max(0, lanes + self._max_waiting - waiting)
-        if count <= room:
-            return
-        if count == 1:
-            raise QueueFullError(f"{waiting - lanes} requests are waiting, the limit (max_waiting); try again later")
-        raise QueueFullError(
-            f"{count} requests at once, but there is room for {room}: {lanes} lanes are free, and {self._max_waiting} "
-            "may wait (max_waiting); bring fewer at a time or raise max_waiting"
-        )
+        require_room(count, len(self._free_lanes), len(self.waiting), self._max_waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError, or InvalidRequestError if it could never fit in the KV cache."""
         self.require_room(1)
+        self.require_fits(request)
+        self.requests[request.id] = request
+        self.waiting.append(request)
+
+    def require_fits(self, request: Request) -> None:
+        """InvalidRequestError if it could never fit in the KV cache. May be called by any thread at any time."""
         needed = request.prompt_length + request.max_tokens
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             if needed > kv.num_pages * kv.page_size:
@@ -102,8 +99,6 @@ class Scheduler:
                     f"the request needs KV for {needed} tokens, the cache holds {kv.num_pages * kv.page_size}; "
                     "lower max_tokens or raise kv_cache_memory"
                 )
-        self.requests[request.id] = request
-        self.waiting.append(request)
 
     def schedule(self) -> SchedulerOutput:
         self._admit()
@@ -258,6 +253,19 @@ class Scheduler:
             self.waiting.remove(request)
         request.finish()
         return request
+
+
+def require_room(count: int, free_lanes: int, waiting: int, max_waiting: int) -> None:
+    """QueueFullError unless ``count`` more requests may come where so many wait."""
+    room = max(0, free_lanes + max_waiting - waiting)
+    if count <= room:
+        return
+    if count == 1:
+        raise QueueFullError(f"{waiting - free_lanes} requests are waiting, the limit (max_waiting); try again later")
+    raise QueueFullError(
+        f"{count} requests at once, but there is room for {room}: {free_lanes} lanes are free, and {max_waiting} may "
+        "wait (max_waiting); bring fewer at a time or raise max_waiting"
+    )
 
 
 def _target_lags(request: Request) -> bool:

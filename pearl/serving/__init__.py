@@ -1,1 +1,3 @@
-"""The HTTP server: ``pearl serve``. It needs the extra ``pearl-engine[serve]``; the engine never imports it."""
+"""The engine as a service: many clients of one LLM, and the HTTP server around it, which needs the extra ``serve``.
+Nothing that is served imports it.
+"""
