@@ -25,9 +25,12 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
     service.admit(body)
     logprobs = _logprobs(body)
     ids = await service.texts.conversation(body.messages, template_variables(body))
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    names, max_tokens = {"logprobs": "top_logprobs"}, body.max_tokens
+    if body.max_completion_tokens is not None:
+        max_tokens = body.max_completion_tokens
+        names["max_tokens"] = "max_completion_tokens"
     room = service.engine.llm.max_model_len - len(ids)
-    params = sampling_params(body, service.defaults, max_tokens, room, logprobs)
+    params = sampling_params(body, service.defaults, room, max_tokens, logprobs, names)
     generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)])
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))

@@ -32,8 +32,8 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
         ids = await service.texts.prompt(prompt, special)
         room = service.engine.llm.max_model_len - len(ids)
         max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        jobs.append((ids, sampling_params(body, service.defaults, max_tokens, room, body.logprobs)))
-        texts.append(("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids)))
+        jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))
+        texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
     if not jobs:
         raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
     generation = Generation(service, f"cmpl-{uuid4().hex}", jobs)

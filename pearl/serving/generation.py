@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
 
@@ -39,7 +39,7 @@ class Generation:
     def prompt_of(self, index: int) -> Sequence[int]:
         return self.prompts[index // self.per_prompt]
 
-    async def chunks(self) -> AsyncIterator[StreamChunk]:
+    async def chunks(self) -> AsyncGenerator[StreamChunk, None]:
         """Chunks of all outputs, in the order of arrival. RoundError if the engine gave one up; the rest ends too."""
         record, metrics = self._record, [output.metrics for output in self.outputs]
         try:
@@ -63,7 +63,7 @@ class Generation:
                 self.outputs[chunk.index].extend(chunk)
         return self.outputs
 
-    async def _merged(self) -> AsyncIterator[StreamChunk]:
+    async def _merged(self) -> AsyncGenerator[StreamChunk, None]:
         if len(self._streams) == 1:
             async for chunk in self._streams[0]:
                 yield chunk
@@ -106,9 +106,7 @@ class Generation:
             stream.cancel()
 
 
-async def _forward(
-    stream: AsyncStream, first: int, arrived: asyncio.Queue[StreamChunk | BaseException | None]
-) -> None:
+async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[StreamChunk | BaseException | None]) -> None:
     """``first``: the number of the stream's first output."""
     try:
         async for chunk in stream:

@@ -50,7 +50,7 @@ class Metrics:
             self._seconds("vllm:inter_token_latency_seconds", "Between the chunks of an output"),
             self._seconds("vllm:e2e_request_latency_seconds", "From arrival to the last token"),
         )
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def _seconds(self, name: str, help: str) -> Histogram:
         family = Histogram(name, help, _LABELS, buckets=_SECONDS, registry=self._registry)
@@ -100,8 +100,8 @@ class Metrics:
             ("vllm:spec_decode_num_draft_tokens", "Tokens drafted", total.drafted),
             ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that became output", total.accepted),
             ("pearl:rounds", "Rounds of the engine", now.rounds),
-            ("pearl:target_forwards", "Forwards of the target, counted once for each output in them", total.target_forwards),
-            ("pearl:draft_forwards", "Forwards of the draft, counted likewise", total.draft_forwards),
+            ("pearl:target_forwards", "Forwards of the target, for each output in them", total.target_forwards),
+            ("pearl:draft_forwards", "Forwards of the draft, for each output in them", total.draft_forwards),
             ("pearl:tested_tokens", "Drafted tokens that were judged", total.tested),
             ("pearl:accepted_runs", "Stretches of accepted tokens", total.runs),
             ("pearl:requests_cancelled", "Requests whose client left", self._cancelled),
@@ -120,9 +120,7 @@ class Metrics:
         family.add_metric(self._labels, value)
         return family
 
-    def _counter(
-        self, name: str, help: str, values: Iterable[tuple[tuple[str, ...], int]], *labels: str
-    ) -> Metric:
+    def _counter(self, name: str, help: str, values: Iterable[tuple[tuple[str, ...], int]], *labels: str) -> Metric:
         family = CounterMetricFamily(name, help, labels=(*_LABELS, *labels))
         for given, value in values:
             family.add_metric((*self._labels, *given), value)

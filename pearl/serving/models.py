@@ -41,10 +41,13 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 
 def health(service: Service) -> Response:
+    """Red too while it drains: what routes requests sends them elsewhere then."""
     state = service.engine.health
-    if state.ok:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "unavailable", "reason": state.reason}, 503)
+    if not state.ok:
+        return JSONResponse({"status": "unavailable", "reason": state.reason}, 503)
+    if service.engine.draining:
+        return JSONResponse({"status": "draining"}, 503)
+    return JSONResponse({"status": "ok"})
 
 
 def server_version() -> dict[str, str]:

@@ -52,7 +52,7 @@ class Body(BaseModel):
     def refuse_unknown(self) -> None:
         """InvalidRequestError names the first field that this server does not know, or does not support."""
         for name, value in (self.model_extra or {}).items():
-            if value is None and name in _UNSUPPORTED or name in _IGNORED or value in _WITHOUT.get(name, ()):
+            if (value is None and name in _UNSUPPORTED) or name in _IGNORED or value in _WITHOUT.get(name, ()):
                 continue
             if name in _UNSUPPORTED:
                 raise InvalidRequestError(f"{name} is not supported by this server; leave it out", name)

@@ -50,9 +50,17 @@ class SamplingDefaults:
 
 
 def sampling_params(
-    fields: SamplingFields, defaults: SamplingDefaults, max_tokens: int | None, room: int, logprobs: int | None
+    fields: SamplingFields,
+    defaults: SamplingDefaults,
+    room: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    names: Mapping[str, str] | None = None,
 ) -> SamplingParams:
-    """``max_tokens``: what is asked for, None: all that there is ``room`` for. InvalidRequestError names a field."""
+    """``max_tokens``: what is asked for; None: all that there is ``room`` for. InvalidRequestError names a field.
+
+    ``names``: what an API calls these parameters, where it has another name.
+    """
     values = dict(defaults.values)
     for name in _NUMBERS:
         if (given := getattr(fields, name)) is not None:
@@ -60,15 +68,21 @@ def sampling_params(
     if values.get("top_k") == -1:  # as vLLM writes "off"
         values["top_k"] = 0
     limits = [limit for limit in (max_tokens, defaults.max_tokens) if limit is not None]
-    return SamplingParams(
-        **values,
-        max_tokens=min(limits, default=room),
-        stop=fields.stop,
-        stop_token_ids=fields.stop_token_ids,
-        ignore_eos=bool(fields.ignore_eos),
-        logit_bias=_biases(fields.logit_bias),
-        logprobs=logprobs,
-    )
+    try:
+        return SamplingParams(
+            **values,
+            max_tokens=min(limits, default=room),
+            stop=fields.stop,
+            stop_token_ids=fields.stop_token_ids,
+            ignore_eos=bool(fields.ignore_eos),
+            logit_bias=_biases(fields.logit_bias),
+            logprobs=logprobs,
+        )
+    except InvalidRequestError as error:
+        own, name = error.param or "", (names or {}).get(error.param or "")
+        if name is None:
+            raise
+        raise InvalidRequestError(str(error).replace(own, name, 1), name) from error
 
 
 def _biases(given: Mapping[str, float] | None) -> dict[int, float] | None:

@@ -28,9 +28,11 @@ class Texts:
         """Token ids of a prompt, checked as the library checks it. InvalidRequestError, about "prompt"."""
 
         def encode() -> list[int]:
-            text = isinstance(prompt, str)
-            read = ReadPrompt(text=prompt) if text else ReadPrompt(token_ids=list(prompt))
-            if text and not add_special_tokens:
+            if not isinstance(prompt, str):
+                read = ReadPrompt(token_ids=list(prompt))
+            elif add_special_tokens:
+                read = ReadPrompt(text=prompt)
+            else:
                 read = ReadPrompt(token_ids=self._tokenizer.encode(prompt, add_special_tokens=False))
             return self._llm.encode(read)
 
