@@ -27,9 +27,11 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError("echo with logprobs is not supported yet: leave one of them out", "echo")
     jobs, texts = [], []
-    for prompt in prompts_of(body.prompt):
-        special = True if body.add_special_tokens is None else body.add_special_tokens
-        ids = await service.texts.prompt(prompt, special)
+    special = True if body.add_special_tokens is None else body.add_special_tokens
+    prompts = prompts_of(body.prompt)
+    for index, prompt in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
+        ids = await service.texts.prompt(prompt, special, name)
         room = service.engine.llm.max_model_len - len(ids)
         max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
         jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))

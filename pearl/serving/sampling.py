@@ -79,7 +79,8 @@ def sampling_params(
             logprobs=logprobs,
         )
     except InvalidRequestError as error:
-        own, name = error.param or "", (names or {}).get(error.param or "")
+        own = error.param or ""
+        name = (names or {}).get(own)
         if name is None:
             raise
         raise InvalidRequestError(str(error).replace(own, name, 1), name) from error

@@ -14,6 +14,7 @@ from pearl.prompts import ReadPrompt
 from pearl.user_values import as_items
 
 T = TypeVar("T")
+_NOT_OF_TEMPLATES = ("chat_template", "documents", "tokenize", "tools")  # a client's template is code of a stranger's
 _SHORT = 2048  # characters, or ids: less than a switch to another thread may take
 
 
@@ -24,8 +25,10 @@ class Texts:
         self._llm, self._tokenizer = llm, llm.tokenizer
         self._thread = ThreadPoolExecutor(1, "pearl-texts")
 
-    async def prompt(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, checked as the library checks it. InvalidRequestError, about "prompt"."""
+    async def prompt(
+        self, prompt: str | Sequence[int], add_special_tokens: bool = True, name: str = "prompt"
+    ) -> list[int]:
+        """Token ids of a prompt, checked as the library checks it. InvalidRequestError, about ``name``."""
 
         def encode() -> list[int]:
             if not isinstance(prompt, str):
@@ -36,7 +39,7 @@ class Texts:
                 read = ReadPrompt(token_ids=self._tokenizer.encode(prompt, add_special_tokens=False))
             return self._llm.encode(read)
 
-        return await self._run(_naming("prompt", encode), len(prompt))
+        return await self._run(_naming(name, encode), len(prompt))
 
     async def conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         """Likewise, by the chat template; ``variables`` are for it. InvalidRequestError, about "messages"."""
@@ -49,7 +52,7 @@ class Texts:
 
     async def ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Of any text, also an empty one, and one that is too long for a prompt."""
-        return await self._run(lambda: self._tokenizer.encode(text, add_special_tokens), len(text))
+        return await self._run(_naming("prompt", lambda: self._tokenizer.encode(text, add_special_tokens)), len(text))
 
     async def conversation_ids(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         return await self._run(
@@ -87,8 +90,11 @@ def prompts_of(given: str | Sequence[Any]) -> list[str | list[int]]:
 
 
 def template_variables(fields: Any) -> dict[str, Any]:
-    """What a request gives the chat template beside its messages."""
+    """What a request gives the chat template beside its messages. InvalidRequestError for what is not a template's."""
     variables = dict(fields.chat_template_kwargs or {})
+    if foreign := sorted(set(_NOT_OF_TEMPLATES).intersection(variables)):
+        name = "chat_template_kwargs"
+        raise InvalidRequestError(f"{name}: {foreign[0]} is no variable of the model's template", name)
     for name in ("add_generation_prompt", "continue_final_message"):
         if (value := getattr(fields, name)) is not None:
             variables[name] = value
