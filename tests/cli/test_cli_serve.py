@@ -79,7 +79,8 @@ def wait_for_refusal(url: str) -> httpx.Response:
 def test_the_second_signal_ends_at_once() -> None:
     body = BODY | {"max_tokens": 450, "stream": True, "n": 16}
     with serving() as (process, url), httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # whose end closes the connection
+        assert next(lines)
         process.send_signal(signal.SIGINT)
         while httpx.get(f"{url}/health").status_code != 503:
             pass

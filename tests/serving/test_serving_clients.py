@@ -36,7 +36,8 @@ def all_cancelled(engine: FakeEngine, count: int) -> None:
 def test_a_stream_that_nobody_reads_any_more(url: str, engine: FakeEngine) -> None:
     body = {"prompt": ["x", "y"], "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-        assert next(response.iter_lines()).startswith("data: ")
+        lines = response.iter_lines()  # whose end closes the connection
+        assert next(lines).startswith("data: ")
         assert not any(stream.cancelled for stream in engine.streams)
     all_cancelled(engine, 2)
     metrics = httpx.get(f"{url}/metrics").text
@@ -67,12 +68,19 @@ def test_bodies_that_end_early_or_never_ask_for_nothing(url: str, engine: FakeEn
     assert not engine.streams
 
 
+def test_a_body_that_is_declared_too_large_is_not_waited_for(url: str) -> None:
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        connection.sendall(HEAD.format(1 << 30).encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
 def test_pages_of_vanished_clients_are_free_for_others() -> None:
     """``live_server`` looks for what is left."""
     body = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True, "max_tokens": 500, "stream": True}
     with live_server(max_num_seqs=2) as server:
         for _ in range(4):
             with server.http.stream("POST", "/v1/completions", json=body) as response:
-                next(response.iter_lines())
+                assert next(response.iter_lines())
         answer = server.post("/v1/completions", **body | {"stream": False, "max_tokens": 5}).json()
         assert answer["usage"]["completion_tokens"] == 5

@@ -169,7 +169,7 @@ def test_unknown_fields_are_refused_with_a_hint(idle_llm: LLM) -> None:
     assert complete(engine, user="me").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/version", "/openapi.json", "/nowhere", "/tokenizer_info"])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/version", "/openapi.json", "/nowhere", "/v1/models/pair"])
 def test_the_key_covers_every_route_but_health(idle_llm: LLM, path: str) -> None:
     engine, locked = FakeEngine(idle_llm), {"api_key": "s3cret"}
     for authorization in ("", "Bearer", "Bearer wrong", "Basic s3cret", "s3cret"):

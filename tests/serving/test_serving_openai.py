@@ -253,6 +253,7 @@ def test_metrics_count_what_was_returned(server: LiveServer) -> None:
     found = answer["metrics"]["speculative_decoding"]
     assert new["vllm:generation_tokens_total"] == answer["usage"]["completion_tokens"] == 24
     assert new["vllm:prompt_tokens_total"] == answer["usage"]["prompt_tokens"]
+    assert new["vllm:prefix_cache_queries_total"] == 2 * answer["usage"]["prompt_tokens"]
     assert new["vllm:spec_decode_num_drafts_total"] == found["num_spec_steps"]
     assert new["vllm:spec_decode_num_draft_tokens_total"] == found["num_draft_tokens"]
     assert new["vllm:spec_decode_num_accepted_tokens_total"] == found["num_accepted_draft_tokens"] > 0
@@ -276,3 +277,12 @@ def scrape(server: LiveServer) -> dict[str, float]:
             more = [value for label, value in sample.labels.items() if label not in ("model_name", "engine")]
             values[" ".join([sample.name, *more])] = sample.value
     return values
+
+
+def test_prompts_found_in_the_cache_are_told_once(server: LiveServer) -> None:
+    """Of each prompt, however many outputs share it."""
+    prompt = list(range(1000, 1070))
+    server.post("/v1/completions", prompt=prompt, max_tokens=1)
+    usage = server.post("/v1/completions", prompt=[prompt, [*prompt, 7]], n=2, max_tokens=1).json()["usage"]
+    page = server.engine.llm.config.page_size
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2 * (69 // page * page)}

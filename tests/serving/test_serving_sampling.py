@@ -64,3 +64,16 @@ def test_templates_of_clients_are_not_run(idle_llm: LLM) -> None:
         assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template_kwargs")
         body["chat_template_kwargs"] = {"enable_thinking": False}
         assert ask(engine, "POST", path, json=body).status_code == 200
+
+
+def test_every_field_arrives() -> None:
+    fields: dict[str, Any] = {
+        "temperature": 1.2, "seed": 3, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1,
+        "presence_penalty": 0.3, "frequency_penalty": 0.2, "min_tokens": 8, "stop_token_ids": [11, 12],
+        "ignore_eos": True, "stop": ["zzz"], "n": 2, "draft_temperature": 0.5,
+    }  # fmt: skip
+    body = CompletionRequest(prompt="a", logit_bias={"5": -100, "300": 3.5}, **fields)
+    made = sampling_params(body, SamplingDefaults.of_openai(), room=100, max_tokens=20, logprobs=3)
+    assert made == SamplingParams(logit_bias={5: -100, 300: 3.5}, max_tokens=20, logprobs=3, **fields)
+    for name in fields:
+        assert getattr(made, name) != getattr(SamplingParams(), name)

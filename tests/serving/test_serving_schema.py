@@ -1,5 +1,5 @@
 """What schemathesis makes of the app's OpenAPI document, right and wrong: never a server error, always a documented
-status, and refusals in OpenAI's shape. PEARL_EXAMPLES: of each kind for each route, where there is time for more than 8.
+status, and refusals in OpenAI's shape. PEARL_EXAMPLES: of each kind, for each route, where there is time for more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pearl.serving.app import create_app
 from pearl.serving.sampling import SamplingDefaults
 
 _EXAMPLES = settings(
-    max_examples=int(os.environ.get("PEARL_EXAMPLES", "8")),
+    max_examples=int(os.environ.get("PEARL_EXAMPLES", "5")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
