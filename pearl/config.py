@@ -20,6 +20,7 @@ NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
+_CPU_PREFILL_CHUNK = 64  # computed in the time of 8 decoding rounds of 8 requests; larger ones are hardly cheaper
 # The largest of each count: beyond it the engine would allocate without end for nothing.
 _COUNTS = {
     "max_window": LONGEST_WINDOW,
@@ -30,6 +31,7 @@ _COUNTS = {
     "target_parallel": 1024,
 }
 _OPTIONAL_COUNTS = {
+    "prefill_chunk": 1 << 20,
     "max_model_len": 1 << 31,  # the models' own limit is checked when they are known
     "kv_cache_memory": 1 << 50,
     "draft_threads": 1024,
@@ -68,6 +70,8 @@ class EngineConfig:
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use, at most (and if None) as many
         as both models were made for.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
+    prefill_chunk: most tokens of prompts in a forward beside requests that decode, which wait for it; None = 64 on CPU,
+        where a token costs what it costs alone, and on GPUs what max_num_batched_tokens leaves.
     kv_cache_memory: bytes for both models' KV; None = on CPU room for max_num_seqs full sequences, at most 1 GiB; on
         GPUs what is free after a profiling run.
     max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
@@ -98,6 +102,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
+    prefill_chunk: int | None = None
     kv_cache_memory: int | None = None
     page_size: int = 16
     prefix_caching: bool = True
@@ -235,6 +240,11 @@ class EngineConfig:
                 f"target_parallel={self.target_parallel} needs as many GPUs from {first} on; there are {there}"
             )
         return tuple(torch.device("cuda", begin + rank) for rank in range(self.target_parallel))
+
+    def resolve_prefill_chunk(self) -> int:
+        if self.prefill_chunk is not None:
+            return self.prefill_chunk
+        return _CPU_PREFILL_CHUNK if self.resolve_device("target").type == "cpu" else self.max_num_batched_tokens
 
     def resolve_threads(self) -> tuple[int, int]:
         """(draft, target) intra-op threads.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pearl.errors import CaptureError, EngineClosedError, RankError
+from pearl.errors import CaptureError, RankError
 
 # CUDA's errors after which every call of the process to that device fails, and what it calls them.
 _STICKY = {
@@ -25,10 +25,9 @@ _STICKY = {
 def ends_engine(error: BaseException) -> bool:
     """Whether nothing can be computed after it. Memory that ran out, but not in a capture, can be there the next time.
 
-    What waiting for a device raises is such an error whatever it is: it was not raised by what the wait did. A worker
-    that is closed stays so.
+    What waiting for a device raises is such an error whatever it is: it was not raised by what the wait did.
     """
-    if isinstance(error, CaptureError | EngineClosedError | RankError):
+    if isinstance(error, CaptureError | RankError):
         return True
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False

@@ -50,6 +50,7 @@ class AsyncEngine:
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._submitted = 0  # requests, ever
+        self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
         self._draining = self._closed = False
         self._thread = EngineThread(llm)
         self._observers = Observers(*filter(None, [llm.engine.observer]))
@@ -75,11 +76,13 @@ class AsyncEngine:
         (one,) = params_for(1, params)
         self._require_room(one.n)
         requests = self.llm.prepare(prompt_ids, one)
-        mailbox = Mailbox(request.id for request in requests)
+        mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)
         self._thread.inbox.put(Submit(feed, loop))
-        return AsyncStream(mailbox, partial(self._thread.inbox.put, Cancel(feed)))
+        stream = AsyncStream(mailbox, partial(self._thread.inbox.put, Cancel(feed)))
+        self._streams.add(stream)
+        return stream
 
     def _require_open(self) -> None:
         if self._thread.failure is not None:
@@ -148,11 +151,14 @@ class AsyncEngine:
     async def close(self) -> None:
         """Abort what is left, with an error, end the thread and close the LLM. Idempotent.
 
-        It waits for the round under way; where there is a ``round_limit``, no longer than that.
+        It waits for the round under way; where there is a ``round_limit``, no longer than that: then the thread is left
+        behind, and the LLM is closed when the round ends.
         """
         self._closed = True
         self._thread.inbox.put(End())  # also where nobody waits for the following
         await asyncio.to_thread(self._join)
+        for stream in list(self._streams):  # which the engine's thread, if it has ended, has told
+            stream.fail("the engine was closed in a round that does not end")
 
 
 def _seconds(name: str, given: float | None) -> float | None:

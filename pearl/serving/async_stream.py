@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from pearl.engine.request import Request
 from pearl.outputs import OutputDelta, StreamChunk
 
 
@@ -41,55 +42,63 @@ class _Unread:
 class Mailbox:
     """One stream's. Belongs to the event loop."""
 
-    def __init__(self, request_ids: Iterable[int]) -> None:
-        """``request_ids``: of its outputs, in order."""
-        self._indices = {request_id: index for index, request_id in enumerate(request_ids)}
+    def __init__(self, requests: Sequence[Request]) -> None:
+        """``requests``: for its outputs, in order."""
+        self._requests = requests
+        self._indices = {request.id: index for index, request in enumerate(requests)}
         self._unread: dict[int, OutputDelta | _Unread] = {}  # by request id, in the order of arrival
-        self._unfinished = len(self._indices)
-        self._reader: asyncio.Future[None] | None = None  # who waits
+        self._unfinished = set(self._indices)
+        self._arrival: asyncio.Future[None] | None = None  # that a reader waits for, or has
 
     @property
     def is_open(self) -> bool:
         """Whether there is more to come."""
-        return self._unfinished > 0
+        return bool(self._unfinished)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._unread
 
     def receive(self, delta: OutputDelta) -> None:
-        if not self._unfinished:
+        request_id = delta.request_id
+        if request_id not in self._unfinished:
             return
         if delta.finish_reason is not None:
-            self._unfinished -= 1
-        unread = self._unread.get(delta.request_id)
+            self._unfinished.discard(request_id)
+        unread = self._unread.get(request_id)
         if unread is None:
-            self._unread[delta.request_id] = delta
+            self._unread[request_id] = delta
         elif isinstance(unread, _Unread):
             unread.add(delta)
         else:
-            self._unread[delta.request_id] = both = _Unread(unread)
+            self._unread[request_id] = both = _Unread(unread)
             both.add(delta)
         self._wake()
 
+    def fail(self, error: str) -> None:
+        """The outputs that have not ended never will."""
+        for request in self._requests:
+            self.receive(OutputDelta(request.id, (), (), "", None, "abort", request.metrics, error))
+
     def shut(self) -> None:
         """Nothing is to be read any more."""
-        self._unfinished = 0
+        self._unfinished.clear()
         self._unread.clear()
         self._wake()
 
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
-    async def next(self) -> StreamChunk:
-        """StopAsyncIteration behind the end. RuntimeError if somebody else is waiting for it."""
-        while not self._unread:
-            if not self._unfinished:
-                raise StopAsyncIteration
-            if self._reader is not None:
-                raise RuntimeError("another task is reading this stream; give each task its own")
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
+    def arrival(self) -> asyncio.Future[None]:
+        """Of the next delta, or the end. RuntimeError if somebody else is waiting for it."""
+        if self._arrival is not None and not self._arrival.done():
+            raise RuntimeError("another task is reading this stream; give each task its own")
+        self._arrival = asyncio.get_running_loop().create_future()
+        return self._arrival
+
+    def take(self) -> StreamChunk:
+        """What has waited longest, where there is something."""
         request_id = next(iter(self._unread))
         unread = self._unread.pop(request_id)
         d = unread.joined() if isinstance(unread, _Unread) else unread
@@ -106,7 +115,7 @@ class AsyncStream:
     is live: it may be ahead of the chunk.
 
     One task reads it. ``cancel``, ``aclose``, the end of an ``async with`` block, the end of the object and the
-    cancellation of a task that waits for a chunk abort what has not ended, as does any exception in there.
+    cancellation of a task that waits for a chunk abort what has not ended.
     """
 
     def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:
@@ -117,13 +126,20 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> StreamChunk:
-        try:
-            return await self._mailbox.next()
-        except (StopAsyncIteration, RuntimeError):
-            raise
-        except BaseException:
-            self.cancel()
-            raise
+        while self._mailbox.is_empty:
+            if not self._mailbox.is_open:
+                raise StopAsyncIteration
+            arrival = self._mailbox.arrival()
+            try:
+                await arrival
+            except BaseException:
+                self.cancel()
+                raise
+        return self._mailbox.take()
+
+    def fail(self, error: str) -> None:
+        """For the engine that cannot be asked: end with an error what has not ended. On the event loop."""
+        self._mailbox.fail(error)
 
     def cancel(self) -> None:
         """Abort what has not ended; its pages are free within a round, and the iteration ends. Idempotent.

@@ -76,11 +76,18 @@ class EngineThread:
         try:
             while self._obey_all():
                 self._round()
-            self._driver.close()
         except BaseException as error:  # whoever waits for an output must not wait for ever
             self._die(error)
             while not isinstance(command := self.inbox.get(), End):
                 self._refuse(command)
+        else:
+            self._abort_rest()
+
+    def _abort_rest(self) -> None:
+        try:
+            self._driver.close()
+        except BaseException as error:
+            self._die(error)
         self._send()
         self._tell_idle()
 

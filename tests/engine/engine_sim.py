@@ -333,6 +333,7 @@ def simulate(
     num_pages: int = 100,
     page_size: int = 4,
     budget: int = 64,
+    prefill_chunk: int | None = None,
     lanes: int = 4,
     max_waiting: int = 100,
     draft_keeps_kv: bool = True,
@@ -350,6 +351,7 @@ def simulate(
         max_num_seqs=lanes,
         max_num_batched_tokens=budget,
         max_waiting=max_waiting,
+        prefill_chunk=prefill_chunk,
     )
 
     def truth(request_id: int) -> list[int]:
