@@ -80,10 +80,10 @@ def sampling_params(
         )
     except InvalidRequestError as error:
         own = error.param or ""
-        name = (names or {}).get(own)
-        if name is None:
+        called = (names or {}).get(own)
+        if called is None:
             raise
-        raise InvalidRequestError(str(error).replace(own, name, 1), name) from error
+        raise InvalidRequestError(str(error).replace(own, called, 1), called) from error
 
 
 def _biases(given: Mapping[str, float] | None) -> dict[int, float] | None:
