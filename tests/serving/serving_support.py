@@ -21,7 +21,7 @@ from pearl.serving.sampling import SamplingDefaults
 from pearl.serving.settings import ServerSettings
 
 NAME = "pair"
-OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "max_waiting": 8}
+OPTIONS: dict[str, Any] = {"dtype": "float32", "window": 3, "max_model_len": 512, "max_num_seqs": 4, "max_waiting": 8}
 PROMPT = "def read_lines(path):\n"
 _PATIENCE = 30.0  # seconds
 
