@@ -217,7 +217,7 @@ class Scheduler:
             table = self.target_kv.block_table(request.id)
             plan.target.append(ForwardWork(state, request.token_range(start, target_end), start, rows, table))
         if rows:
-            plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens)))
+            plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens), request.pinned))
         start = request.draft_computed
         if num_draft or draft_end > start:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()

@@ -69,10 +69,12 @@ def request_of(
     eos_ids: Collection[int] = (EOS,),
     seed: int = 0,
     pinned: bool = False,
+    rekeys: bool = False,
 ) -> Request:
     params = params or SamplingParams(max_tokens=max_tokens)
     output = OutputProcessor(PieceDetokenizer(), params, max_tokens, eos_ids)
-    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, RequestMetrics(), pinned)
+    metrics = RequestMetrics()
+    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, metrics, pinned, rekeys)
 
 
 def drafted(*tokens: int) -> tuple[Drafted, ...]:
