@@ -31,6 +31,7 @@ class RequestMetrics:
     prepared_hits: int = 0  # of them, those whose verdict came,
     prepared_in_vain: int = 0  # tokens drafted in the others
     prepared_accepted: int = 0  # accepted tokens that such windows drafted
+    acceptance_histogram: list[int] = field(default_factory=list)  # [i]: verdicts that made i drafted tokens output
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     output_tokens: int = 0

@@ -157,6 +157,10 @@ class Request:
         metrics.accepted += accepted
         metrics.prepared_accepted += min(accepted, self.judged_ahead)
         self.run_length += accepted
+        if tested:
+            histogram = metrics.acceptance_histogram
+            histogram.extend([0] * (accepted + 1 - len(histogram)))
+            histogram[accepted] += 1
         if kept > accepted and tested:  # a correction or a bonus token
             metrics.runs += 1
             self.run_length = 0
