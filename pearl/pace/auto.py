@@ -17,6 +17,7 @@ from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
 from pearl.pace.calibration import Calibration
 from pearl.pace.curves import Curves, Numbers, Sizes
+from pearl.pace.hits import Hits
 from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.speed import Situation, tokens_per_second
 
@@ -30,6 +31,8 @@ _STALE = 256  # and rounds after which that is no longer believed: twice as many
 _MOST_DOUBLED = 5
 _WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
+_PREPARED = (1, 2, 3, 4, 6, 8, 16, 32)  # windows that are looked at, if so many may be,
+_WORTH_PREPARING = 1.01  # and by how much they must promise more than none
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
@@ -48,6 +51,7 @@ class _Choice:
     predicted: float  # tokens per second,
     factor: float  # and how far such predictions were off
     informed: bool = False  # whether the times that it rests on were measured
+    prepared: int = 0  # windows beside those of the requests
 
     @property
     def rate(self) -> float:
@@ -74,12 +78,16 @@ class _Decision:
 
 
 class AutoPace:
-    """``modes``: those that may be chosen; ``largest``: the longest window."""
+    """``modes``: those that may be chosen; ``largest``: the longest window; ``most_prepared``: windows that may be
+    prepared in a round.
+    """
 
     changes = True
 
-    def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes) -> None:
+    def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes, most_prepared: int = 0) -> None:
         self._modes, self._largest = tuple(modes), largest
+        self._prepared = [number for number in _PREPARED if number <= most_prepared]
+        self._hits = Hits()
         self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
         self._decisions: dict[tuple[int, bool], _Decision] = {}  # by size of batch, and whether it is pinned
         self._latest: _Decision | None = None
@@ -109,12 +117,15 @@ class AutoPace:
         if self._running is None or self._running.mode != choice.mode:
             self._since = self._rounds
         self._running = choice
-        return Pace(choice.mode, tuple([windows.get(i, typical) for i in request_ids]), choice.rate)
+        own = tuple([windows.get(i, typical) for i in request_ids])
+        return Pace(choice.mode, own, choice.rate, choice.prepared)
 
     def observe(self, measured: MeasuredRound) -> None:
         self._curves.observe(measured, steady=self._rounds - self._since >= _WARMING)
         self._rounds += 1
         self._acceptance.observe(measured.requests)
+        if measured.prepared:
+            self._hits.observe(measured.prepared / measured.load.batch, measured.rejections, measured.hits)
         self._round += (measured.seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
         running = self._running
         if running is not None and running.informed and running.mode == measured.mode and self._settled():
@@ -186,7 +197,20 @@ class AutoPace:
         )
 
     def _best(self, mode: Mode, now: Situation) -> _Choice:
-        """Of a mode: all windows alike, or each as long as its tokens pay for the rows that they cost the target."""
+        """Of a mode, with as many prepared windows as pay."""
+        best = without = self._best_windows(mode, now)
+        if mode == "pearl" and without.longest > 1:
+            for number in self._prepared:
+                choice = self._best_windows(mode, self._with(now, number))
+                if choice.longest > 1 and choice.predicted > max(best.predicted, _WORTH_PREPARING * without.predicted):
+                    best = replace(choice, prepared=number)
+        return best
+
+    def _with(self, now: Situation, prepared: int) -> Situation:
+        return replace(now, prepared=prepared, hits=self._hits.chance(prepared / now.batch) if prepared else 0.0)
+
+    def _best_windows(self, mode: Mode, now: Situation) -> _Choice:
+        """All windows alike, or each as long as its tokens pay for the rows that they cost the target."""
         factor = self._calibration.factor(mode)
         longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
         alike = longest[:, None] * np.ones_like(now.count)
@@ -206,7 +230,7 @@ class AutoPace:
     def _again(self, choice: _Choice, now: Situation) -> _Choice:
         """The same choice, with what is predicted now."""
         windows = _ragged(np.array([choice.longest]), np.array([choice.threshold]), now.later)
-        predicted = float(tokens_per_second(choice.mode, now, windows)[0])
+        predicted = float(tokens_per_second(choice.mode, self._with(now, choice.prepared), windows)[0])
         return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
 
     def _probe(self, choices: Mapping[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:

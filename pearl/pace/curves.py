@@ -65,7 +65,9 @@ class Times:
         return at_least
 
     def draft_step(self, sequences: Numbers) -> Numbers:
-        seconds: Numbers = np.interp(sequences, *self._draft)
+        x, y = self._draft
+        more: Numbers = np.maximum(sequences - x[-1], 0.0) * (_ROW_SHARE * y[-1] / x[-1])
+        seconds: Numbers = np.interp(sequences, x, y) + more
         return seconds
 
 

@@ -13,6 +13,7 @@ from pearl.pace import AutoPace, BalancedPace, FixedPace, Load, Pace, Progressed
 from pearl.pace.acceptance import Acceptance
 from pearl.pace.calibration import Calibration
 from pearl.pace.curves import Curves
+from pearl.pace.hits import Hits
 
 ONE = Load(1, 50)
 
@@ -176,6 +177,17 @@ def test_of_what_one_mode_was_off_others_are_suspected_a_little() -> None:
     calibration = calibrated(1.1, 3000)
     assert calibration.factor("pearl") < calibration.factor("speculative") < 0.98
     assert calibrated(8.0, 3000).factor("speculative") > 0.9  # but so much is a fault of the mode's own
+
+
+def test_how_often_windows_hit_is_learnt_whatever_number_there_was() -> None:
+    hits = Hits()
+    before = [hits.chance(number) for number in (1, 2, 8)]
+    assert before == sorted(before)
+    assert 0 < before[0] < before[-1] < 1
+    for _ in range(400):
+        hits.observe(2, rejections=4, hits=1)
+    assert hits.chance(2) == pytest.approx(0.25, abs=0.02)
+    assert 0.25 < hits.chance(8) < 0.5
 
 
 # Which pace an engine gets --------------------------------------------------------------------------------------
