@@ -12,7 +12,7 @@ from pearl.pace import Load, MeasuredRound, Pace
 class RandomPace:
     """Another mode, and other windows for each request, every few rounds."""
 
-    changes = True
+    changes = listens = True
 
     def __init__(self, largest: int, seed: int = 0, modes: Sequence[Mode] = tuple(METHODS)) -> None:
         self._largest, self._rng, self._modes = largest, random.Random(seed), modes

@@ -96,6 +96,11 @@ class Engine:
             raise EngineClosedError(self._broken) from self._cause
 
     @property
+    def failure(self) -> str | None:
+        """Why no round can follow; None while one can."""
+        return self._broken
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
@@ -215,11 +220,13 @@ class Engine:
 
     def _learn(self, record: RoundRecord) -> None:
         """From a round like those to come: without prompts, preemptions, and what is prepared only once."""
+        if not self._pace.listens:
+            return
         plan = record.plan
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
         if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return
-        if record.preparations or plan.preempted or not self._pace.changes:
+        if record.preparations or plan.preempted:
             return
         try:
             self._pace.observe(_measured(record))

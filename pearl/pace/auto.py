@@ -6,6 +6,8 @@ scatter, and now and then runs what it has not measured for long, if that promis
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,12 +20,14 @@ from pearl.pace.curves import Curves, Numbers, Sizes
 from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.speed import Situation, tokens_per_second
 
-_LEARNING_ROUNDS = 32
-_SOON, _BETWEEN_CHOICES = 6, 64  # rounds until the next choice: while little is known, and later
+_SOON, _BETWEEN_CHOICES = 6, 64  # rounds until the next choice: after another mode was taken, and at last
+_WORTH = 200  # times what a choice costs, at least, until the next one
+_HEARD = 64  # rounds before a choice that it learns from
 _MARGIN = 0.01  # by which another pace must be better, beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
-_STALE = 256  # and rounds after which that is no longer believed,
+_STALE = 256  # and rounds after which that is no longer believed: twice as many each time that it was no better,
+_MOST_DOUBLED = 5
 _WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
@@ -65,6 +69,8 @@ class _Decision:
     windows: Mapping[int, int]
     typical: int
     until: int
+    best: _Choice  # what was chosen, where ``choice`` is only looked at
+    span: int  # rounds that a choice is kept
 
 
 class AutoPace:
@@ -76,25 +82,40 @@ class AutoPace:
         self._modes, self._largest = tuple(modes), largest
         self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
         self._decisions: dict[tuple[int, bool], _Decision] = {}  # by size of batch, and whether it is pinned
+        self._latest: _Decision | None = None
         self._running: _Choice | None = None
         self._since = 0  # the round in which its mode began
+        self._in_vain: defaultdict[tuple[int, Mode], int] = defaultdict(int)  # looks at a mode, since it was last best
+        self._deciding, self._round = 0.0, 0.0  # seconds that a choice takes, and a round
+        self._rounds = 0  # that could be learnt from; where nothing is, all
+        self._until = 0  # of the latest decision
+
+    @property
+    def listens(self) -> bool:
+        return self._rounds >= self._until - _HEARD
 
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         if not request_ids:
             return Pace(self._modes[0], ())
+        self._rounds += not self.listens
         key = load.batch.bit_length(), pinned
         decision = self._decisions.get(key)
-        if decision is None or self._curves.rounds >= decision.until:
-            self._decisions[key] = decision = self._decide(request_ids, load, pinned, decision)
+        if decision is None or self._rounds >= decision.until:
+            begin = time.perf_counter()
+            self._decisions[key] = decision = self._decide(request_ids, load, pinned, decision or self._latest)
+            self._deciding = time.perf_counter() - begin
+        self._latest, self._until = decision, decision.until
         choice, windows, typical = decision.choice, decision.windows, decision.typical
         if self._running is None or self._running.mode != choice.mode:
-            self._since = self._curves.rounds
+            self._since = self._rounds
         self._running = choice
         return Pace(choice.mode, tuple([windows.get(i, typical) for i in request_ids]), choice.rate)
 
     def observe(self, measured: MeasuredRound) -> None:
-        self._curves.observe(measured, steady=self._curves.rounds - self._since >= _WARMING)
+        self._curves.observe(measured, steady=self._rounds - self._since >= _WARMING)
+        self._rounds += 1
         self._acceptance.observe(measured.requests)
+        self._round += (measured.seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
         running = self._running
         if running is not None and running.informed and running.mode == measured.mode and self._settled():
             tokens = sum(request.committed for request in measured.requests)
@@ -102,21 +123,45 @@ class AutoPace:
 
     def _settled(self) -> bool:
         """Whether requests are no longer in the state in which another mode left them."""
-        return self._curves.rounds - self._since > _SETTLING
+        return self._rounds - self._since > _SETTLING
 
     def _decide(self, ids: Sequence[int], load: Load, pinned: bool, before: _Decision | None) -> _Decision:
         odds = self._acceptance.odds(ids)
         now = self._situation(odds, load, pinned)
         modes = [mode for mode in self._modes if load.batch == 1 or mode not in _ALONE] or self._modes
         choices = {mode: self._best(mode, now) for mode in modes}
-        choice = self._choose(choices, self._again(before.choice, now) if before else None, load)
-        probe = self._probe(choices, choice, load)
-        choice = probe or choice
+        known = before is not None and before.best.mode in choices
+        best = self._choose(choices, self._again(before.best, now) if before and known else None, load)
+        self._judge_look(before, best, load)
+        probe = self._probe(choices, best, load)
+        choice = probe or best
         choice = replace(choice, informed=self._knows(load, alone=choice.mode in _TAKES_TURNS))
         windows = dict(zip(ids, choice.windows(odds), strict=True))
-        soon = probe is not None or self._curves.rounds < _LEARNING_ROUNDS
-        until = self._curves.rounds + (_SOON if soon else _BETWEEN_CHOICES)
-        return _Decision(choice, windows, sorted(windows.values())[len(ids) // 2], until)
+        span = self._span(before, best, probe is not None)
+        until = self._rounds + (_SOON if probe else span)
+        return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
+
+    def _typical(self, choice: _Choice, windows: Mapping[int, int], now: Situation) -> int:
+        """The window of requests that come before the next choice. One that ran alone says little of them."""
+        if len(windows) > 1 or choice.mode == "autoregressive":
+            return sorted(windows.values())[len(windows) // 2]
+        odds = self._acceptance.of_a_new_one
+        return self._best(choice.mode, replace(now, first=np.array([odds.first]), later=np.array([odds.later]))).longest
+
+    def _span(self, before: _Decision | None, best: _Choice, looks: bool) -> int:
+        """Twice as long each time that a mode stays the best, until choosing costs little of the time."""
+        if before is None or before.best.mode != best.mode:
+            return _SOON
+        longest = _BETWEEN_CHOICES
+        if self._round:
+            longest = max(longest, int(_WORTH * self._deciding / self._round))
+        return before.span if looks else min(2 * before.span, longest)
+
+    def _judge_look(self, before: _Decision | None, best: _Choice, load: Load) -> None:
+        size = load.batch.bit_length()
+        if before is not None and before.choice.mode not in (before.best.mode, best.mode):
+            self._in_vain[size, before.choice.mode] += 1
+        self._in_vain[size, best.mode] = 0
 
     def _choose(self, choices: Mapping[Mode, _Choice], before: _Choice | None, load: Load) -> _Choice:
         """The fastest; the one from before unless that is faster by more than what is measured scatters."""
@@ -175,12 +220,14 @@ class AutoPace:
             if there and not self._knows(load, alone):
                 return max(there, key=lambda choice: choice.rate)
         # After plain decoding it costs more to let the draft catch up than it is worth to know.
-        within = self._curves.rounds if chosen.mode == "autoregressive" else _STALE
-        untried = [
-            choice
-            for mode, choice in choices.items()
-            if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within)
-        ]
+        size = load.batch.bit_length()
+        untried = []
+        for mode, choice in choices.items():
+            within = self._curves.rounds
+            if chosen.mode != "autoregressive":
+                within = _STALE << min(self._in_vain[size, mode], _MOST_DOUBLED)
+            if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within):
+                untried.append(choice)
         return max(untried, key=lambda choice: choice.rate, default=None)
 
     def _knows(self, load: Load, alone: bool) -> bool:

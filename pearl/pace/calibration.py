@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from pearl.methods import Mode
 
-_FORGET = 0.998  # of the rounds before, with each further one
-_SCATTER = 1.5  # of the tokens that a request gets in a round, relative: rounds of one run of luck are not independent
-_COARSE = 0.03  # what formulas may be off
+_FORGET = 0.999  # of the rounds before, with each further one
+_DOUBT = 250.0  # rounds of a request after which half of what was found is believed: its tokens vary about as much as
+# they are, while formulas are seldom off by more than a sixteenth
+_CHANCE = 3.0  # relative: of the tokens of a request's round, three standard deviations
+_SHARED, _AT_MOST = 0.4, 0.1  # of what predictions are off: what is not of their mode, and how much that can be
 _LOWEST, _HIGHEST = 0.05, 1.5
 
 
@@ -19,6 +21,19 @@ class _Sums:
     tokens: float = 0.0
     predicted: float = 0.0
     requests: float = 0.0
+
+    @property
+    def off(self) -> float:
+        """The logarithm of how many times more tokens there were than predicted; 0 if nothing is known."""
+        return math.log(self.tokens / self.predicted) if self.tokens and self.predicted else 0.0
+
+    @property
+    def believed(self) -> float:
+        """As much of ``off`` as has been shown: a part that grows with what was seen; all but chance of a large one."""
+        if not self.requests:
+            return 0.0
+        part = self.requests / (self.requests + _DOUBT) * abs(self.off)
+        return math.copysign(max(part, abs(self.off) - _CHANCE / math.sqrt(self.requests)), self.off)
 
 
 class Calibration:
@@ -35,10 +50,17 @@ class Calibration:
         sums.requests = _FORGET * sums.requests + batch
 
     def factor(self, mode: Mode) -> float:
-        """To multiply predictions with: 1 as long as they are within what chance explains."""
-        sums = self._sums.get(mode)
-        if sums is None or not sums.tokens or not sums.predicted:
-            return 1.0
-        off = math.log(sums.tokens / sums.predicted)
-        chance = _COARSE + 2 * _SCATTER / math.sqrt(sums.requests)
-        return min(max(math.exp(math.copysign(max(0.0, abs(off) - chance), off)), _LOWEST), _HIGHEST)
+        """To multiply predictions with. Modes share what makes predictions wrong, such as times that rise while they
+        are measured; by itself a mode is off only as far as it was seen to be, so that one that was not run for long
+        does not look better than those that were.
+        """
+        every = [sums for sums in self._sums.values() if sums.requests]
+        shared = _Sums(
+            sum(sums.tokens for sums in every),
+            sum(sums.predicted for sums in every),
+            sum(sums.requests for sums in every),
+        )
+        common = min(max(_SHARED * shared.believed, -_AT_MOST), _AT_MOST)
+        own = self._sums.get(mode, _Sums())
+        beyond = _Sums(own.tokens, own.predicted * math.exp(common), own.requests).believed
+        return min(max(math.exp(common + beyond), _LOWEST), _HIGHEST)

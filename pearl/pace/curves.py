@@ -5,24 +5,23 @@ Before anything is measured a forward takes as long as its weights need to be re
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pearl.methods import Mode
 from pearl.pace.rounds import Load, MeasuredRound
+from pearl.pace.samples import Point, Samples, Summary
 
 Numbers = NDArray[np.float64]
 
 COLD_ROUNDS = 24  # in which memory is touched and code run for the first time: their times are forgotten then
-_RECENT = 24  # rounds
+_RECENT = 24  # rounds of a mode
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
-_RATIO = 1.12  # of rows that count as the same number
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
 _GUESS_WEIGHT, _GUESS_SPREAD = 2, 0.1  # as if in so many rounds rows had differed by this share
 
@@ -44,42 +43,36 @@ class Times:
     sequences and seconds of a step of the draft's.
     """
 
-    points: tuple[tuple[float, float], ...]
+    points: tuple[Point, ...]
     slope: float
-    steps: tuple[tuple[float, float], ...]
+    steps: tuple[Point, ...]
+
+    @cached_property
+    def _target(self) -> tuple[Numbers, Numbers]:
+        x, y = np.array(self.points).T
+        return x, y
+
+    @cached_property
+    def _draft(self) -> tuple[Numbers, Numbers]:
+        x, y = np.array(self.steps).T
+        return x, y
 
     def target(self, rows: Numbers) -> Numbers:
-        x, y = np.array(self.points).T
+        x, y = self._target
         below, above = np.minimum(rows - x[0], 0.0), np.maximum(rows - x[-1], 0.0)
         seconds = np.interp(rows, x, y) + self.slope * (below + above)
         at_least: Numbers = np.maximum(seconds, _LEAST * y[0])
         return at_least
 
     def draft_step(self, sequences: Numbers) -> Numbers:
-        x, y = np.array(self.steps).T
-        seconds: Numbers = np.interp(sequences, x, y)
+        seconds: Numbers = np.interp(sequences, *self._draft)
         return seconds
-
-
-class _Samples:
-    """Seconds by what they depend on; of about the same x the latest, so that rare ones are not driven out."""
-
-    def __init__(self) -> None:
-        self._groups: defaultdict[int, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=_RECENT))
-        self.count = 0
-
-    def add(self, x: float, seconds: float) -> None:
-        self._groups[round(math.log(x, _RATIO))].append((x, seconds))
-        self.count += 1
-
-    def all(self) -> list[tuple[float, float]]:
-        return [sample for group in self._groups.values() for sample in group]
 
 
 @dataclass
 class _Forwards:
-    target: _Samples = field(default_factory=_Samples)  # by rows
-    draft: _Samples = field(default_factory=_Samples)  # of a step, by sequences
+    target: Samples = field(default_factory=Samples)  # by rows
+    draft: Samples = field(default_factory=Samples)  # of a step, by sequences
 
 
 _Key = tuple[tuple[int, int], bool]  # bucket, beside
@@ -145,88 +138,50 @@ class Curves:
         return statistics.fmean(samples[: max(1, len(samples) * 9 // 10)])
 
     def spread(self, load: Load) -> float:
-        """The relative error of what is known of the target's times, from their own scatter around it."""
-        off: list[float] = []
-        for beside in (True, False):
-            if samples := self._nearest(load, beside, "target"):
-                rows, seconds = np.array(samples).T
-                off += np.abs(seconds / self.times(load, beside).target(rows) - 1).tolist()
-        return statistics.median(off) / math.sqrt(len(off)) if off else 0.0
+        """The relative error of what is known of the target's times, from their own scatter."""
+        return max(self._nearest(load, beside, "target").error for beside in (True, False))
 
     def times(self, load: Load, beside: bool) -> Times:
-        samples: list[Sequence[tuple[float, float]]] = [
-            self._nearest(load, state, "target") for state in (beside, not beside)
-        ]
-        points = _medians(samples[0])
-        steps = _medians(self._nearest(load, beside, "draft"))
-        sizes = self._sizes
-        if not points:
-            points = [(1.0, sizes.target_bytes / sizes.bytes_per_second)]
-            samples = [points, ()]
+        here, there = (self._nearest(load, state, "target") for state in (beside, not beside))
+        steps, sizes = self._nearest(load, beside, "draft").points, self._sizes
+        points = here.points or ((1.0, sizes.target_bytes / sizes.bytes_per_second),)
         if not steps:
             # As many times faster than the target as it is smaller.
             scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
-            steps = [(1.0, sizes.draft_bytes * scale)]
-        return Times(tuple(points), self._slope(samples), tuple(steps))
+            steps = ((1.0, sizes.draft_bytes * scale),)
+        return Times(points, self._slope(here, there, points[0]), steps)
 
-    def _slope(self, states: Sequence[Sequence[tuple[float, float]]]) -> float:
+    def _slope(self, here: Summary, there: Summary, guess: Point) -> float:
         """Seconds of a row beside the measured ones: what rows cost in both states of the draft, least squares, drawn
         towards what they cost under other loads as long as their numbers hardly differ and noise would decide.
         """
-        x0, y0 = np.mean(states[0] or states[1], axis=0).tolist()
-        moments = [_moments(samples) for samples in states]
-        weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x0) ** 2
-        xx, xy = weight, weight * self._row_share() * y0 / x0
-        slope: float = (xy + sum(m[1] for m in moments)) / (xx + sum(m[0] for m in moments))
-        return max(0.0, slope)
+        known = here.sums if here.sums.n else there.sums
+        x, y = (known.x / known.n, known.y / known.n) if known.n else guess
+        xx = _GUESS_WEIGHT * (_GUESS_SPREAD * x) ** 2
+        xy = xx * self._row_share() * y / x
+        for summary in (here, there):
+            more_xx, more_xy = summary.sums.around_the_means()
+            xx, xy = xx + more_xx, xy + more_xy
+        return max(0.0, xy / xx)
 
     def _row_share(self) -> float:
         """Of a forward's time for each of its rows, what one row more costs, under all loads that were measured."""
         if self._share_of != self.rounds:
-            moments = [_moments(forwards.target.all(), relative=True) for forwards in self._samples.values()]
             xx, xy = _GUESS_WEIGHT * _GUESS_SPREAD**2, _GUESS_WEIGHT * _GUESS_SPREAD**2 * _ROW_SHARE
-            share = (xy + sum(m[1] for m in moments)) / (xx + sum(m[0] for m in moments))
-            self._share, self._share_of = max(0.0, share), self.rounds
+            for forwards in self._samples.values():
+                more_xx, more_xy = forwards.target.summary.sums.around_the_means(relative=True)
+                xx, xy = xx + more_xx, xy + more_xy
+            self._share, self._share_of = max(0.0, xy / xx), self.rounds
         return self._share
 
-    def _nearest(self, load: Load, beside: bool, name: str) -> Sequence[tuple[float, float]]:
-        """Samples of the most similar load, rather with the other model in the same state than without."""
-        groups: list[tuple[_Key, _Samples]] = [(key, getattr(seen, name)) for key, seen in self._samples.items()]
+    def _nearest(self, load: Load, beside: bool, name: str) -> Summary:
+        """Of the most similar load, rather with the other model in the same state than without."""
+        groups: list[tuple[_Key, Samples]] = [(key, getattr(seen, name)) for key, seen in self._samples.items()]
         (batch, context), known = load.bucket, [(key, samples) for key, samples in groups if samples.count]
         if not known:
-            return ()
+            return Summary()
 
         def distance(key: _Key) -> float:
             return 4 * abs(key[0][0] - batch) + abs(key[0][1] - context) + 3 * (key[1] != beside)
 
-        return min(known, key=lambda item: distance(item[0]))[1].all()
-
-
-def _medians(samples: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of samples with about the same x, ascending; y made to rise with x, which forwards' times do."""
-    groups: list[tuple[list[float], list[float]]] = []
-    for x, y in sorted(samples):
-        if groups and x <= groups[-1][0][0] * _RATIO:
-            groups[-1][0].append(x)
-            groups[-1][1].append(y)
-        else:
-            groups.append(([x], [y]))
-    points: list[tuple[float, float, int]] = []
-    for xs, ys in groups:
-        x, y, n = statistics.fmean(xs), statistics.median(ys), len(xs)
-        while points and points[-1][1] > y:  # neighbours in the wrong order become one
-            x0, y0, n0 = points.pop()
-            x, y, n = (x0 * n0 + x * n) / (n0 + n), (y0 * n0 + y * n) / (n0 + n), n0 + n
-        points.append((x, y, n))
-    return [(x, y) for x, y, _ in points]
-
-
-def _moments(samples: Sequence[tuple[float, float]], relative: bool = False) -> tuple[float, float]:
-    """Sums of squares of x, and of products of x and y, around their means; ``relative``: in shares of these."""
-    if not samples:
-        return 0.0, 0.0
-    x, y = np.array(samples).T
-    if relative:
-        x, y = x / x.mean(), y / y.mean()
-    x = x - x.mean()
-    return float((x * x).sum()), float((x * (y - y.mean())).sum())
+        return min(known, key=lambda item: distance(item[0]))[1].summary

@@ -18,7 +18,12 @@ class PacePolicy(Protocol):
 
     @property
     def changes(self) -> bool:
-        """Whether modes and windows may, and so ``observe`` does anything."""
+        """Whether modes and windows may."""
+        ...
+
+    @property
+    def listens(self) -> bool:
+        """Whether ``observe`` wants to be told of the round that has just ended."""
         ...
 
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
@@ -32,7 +37,7 @@ class PacePolicy(Protocol):
 class FixedPace:
     mode: Mode
     window: int
-    changes = False
+    changes = listens = False
 
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         return Pace(self.mode, (self.window,) * len(request_ids))
@@ -46,7 +51,7 @@ class BalancedPace:
     section 3.3), with times as they are measured while both models work.
     """
 
-    changes = True
+    changes = listens = True
 
     def __init__(self, mode: Mode, largest: int, sizes: Sizes) -> None:
         self._mode, self._largest = mode, largest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pearl.methods import Mode
@@ -40,8 +39,7 @@ class Progressed(NamedTuple):
     committed: int
 
 
-@dataclass(frozen=True)
-class MeasuredRound:
+class MeasuredRound(NamedTuple):
     """A round in which every request only decoded: nothing was compiled, captured or computed of a prompt.
 
     load: the running batch. target_rows: of the target's forward in all; draft_sequences, draft_steps: of the draft's.

@@ -54,7 +54,7 @@ class FakeVerifier(SimulatedVerifier):
 
 
 class RecordingPace:
-    changes = True
+    changes = listens = True
 
     def __init__(self, mode: str) -> None:
         self.mode, self.size = mode, 2

@@ -42,7 +42,8 @@ def share_of_the_best(machine: Machine, batch: int, odds: Odds, pinned: bool, se
     policy = auto(machine)
     for _ in Batch(machine, batch, lambda *_: odds, pinned, seed).serve(policy, 64):
         pass
-    policy._decisions.clear()  # what it would choose now, if it were not to look at what it does not know
+    policy._decisions.clear()
+    policy._latest = None  # what it would choose now, if it were not to look at what it does not know
     policy._probe = lambda *_: None  # type: ignore[method-assign, assignment]
     pace = policy.decide(range(batch), Load(batch, 100 * batch), pinned)
     best = max(value(Pace(m, (g,) * batch), machine, batch, odds, pinned) for m, g in candidates(batch))

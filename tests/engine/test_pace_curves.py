@@ -152,16 +152,30 @@ def test_rounds_that_judged_nothing_change_nothing() -> None:
 # Calibration ----------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_corrected_by_what_chance_does_not_explain() -> None:
+def calibrated(rate: float, rounds: int, tokens: int = 1) -> Calibration:
+    """Of PEARL, after rounds that were predicted to give ``rate`` tokens and gave ``tokens``."""
     calibration = Calibration()
-    assert calibration.factor("pearl") == 1.0
-    for _ in range(20):
-        calibration.observe("pearl", tokens=1, seconds=1.0, predicted_rate=1.3, batch=1)
-    assert calibration.factor("pearl") == 1.0  # twenty rounds of luck
-    for _ in range(3000):
-        calibration.observe("pearl", tokens=1, seconds=1.0, predicted_rate=2.0, batch=1)
-    assert 0.5 <= calibration.factor("pearl") < 0.65
-    assert calibration.factor("speculative") == 1.0
+    for _ in range(rounds):
+        calibration.observe("pearl", tokens=tokens, seconds=1.0, predicted_rate=rate, batch=1)
+    return calibration
+
+
+def test_predictions_are_corrected_as_far_as_there_is_evidence() -> None:
+    assert Calibration().factor("pearl") == 1.0
+    assert calibrated(1.0, 500).factor("pearl") == 1.0
+    found = [calibrated(1.2, rounds).factor("pearl") for rounds in (0, 20, 200, 3000)]
+    assert found == sorted(found, reverse=True)
+    assert found[1] > 0.97  # twenty rounds of luck
+    assert found[3] == pytest.approx(1 / 1.2, abs=0.04)
+    assert calibrated(4.0, 100).factor("pearl") < 0.4  # more than luck
+    assert calibrated(4.0, 100, tokens=16).factor("pearl") == 1.5  # and never beyond reason
+
+
+def test_of_what_one_mode_was_off_others_are_suspected_a_little() -> None:
+    """Times that rise while they are measured make all modes slower; a mode must not look good by being unknown."""
+    calibration = calibrated(1.1, 3000)
+    assert calibration.factor("pearl") < calibration.factor("speculative") < 0.98
+    assert calibrated(8.0, 3000).factor("speculative") > 0.9  # but so much is a fault of the mode's own
 
 
 # Which pace an engine gets --------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""Seconds that were measured, by what they depend on, and what they say together."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_RECENT = 24  # samples of about the same x that are kept
+_RATIO = 1.12  # of x that count as the same
+
+Point = tuple[float, float]
+
+
+class Sums(NamedTuple):
+    """Of samples (x, y): their number, and sums of powers."""
+
+    n: float = 0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    @staticmethod
+    def of(samples: Iterable[Point]) -> Sums:
+        n, sum_x, sum_y, xx, xy = 0, 0.0, 0.0, 0.0, 0.0
+        for x, y in samples:
+            n, sum_x, sum_y, xx, xy = n + 1, sum_x + x, sum_y + y, xx + x * x, xy + x * y
+        return Sums(n, sum_x, sum_y, xx, xy)
+
+    def around_the_means(self, relative: bool = False) -> Point:
+        """Sums of squares of x, and of products of x and y, around their means; ``relative``: in shares of these."""
+        if not self.n:
+            return 0.0, 0.0
+        xx, xy = max(0.0, self.xx - self.x**2 / self.n), self.xy - self.x * self.y / self.n
+        if relative:
+            mean_x, mean_y = self.x / self.n, self.y / self.n
+            xx, xy = xx / mean_x**2, xy / (mean_x * mean_y)
+        return xx, xy
+
+
+class _Median(NamedTuple):
+    """Of samples of about the same x. scatter: of their relative distances from the median, the median."""
+
+    x: float
+    y: float
+    n: int
+    scatter: float
+    sums: Sums
+
+
+class _Group:
+    """The latest samples of about the same x."""
+
+    def __init__(self) -> None:
+        self._samples: deque[Point] = deque(maxlen=_RECENT)
+        self._median: _Median | None = None
+
+    def add(self, x: float, y: float) -> None:
+        self._samples.append((x, y))
+        self._median = None
+
+    @property
+    def median(self) -> _Median:
+        if self._median is None:
+            sums, y = Sums.of(self._samples), statistics.median([y for _, y in self._samples])
+            scatter = statistics.median([abs(one / y - 1) for _, one in self._samples]) if y else 0.0
+            self._median = _Median(sums.x / sums.n, y, len(self._samples), scatter, sums)
+        return self._median
+
+
+class Summary(NamedTuple):
+    """points: x and median y, both ascending. sums: of all samples. error: the relative one of y, from its scatter."""
+
+    points: tuple[Point, ...] = ()
+    sums: Sums = Sums()
+    error: float = 0.0
+
+
+class Samples:
+    """Of about the same x the latest are kept, so that rare ones are not driven out."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, _Group] = {}
+        self._summary: Summary | None = None
+        self.count = 0
+
+    def add(self, x: float, seconds: float) -> None:
+        group = round(math.log(x, _RATIO))
+        if group not in self._groups:
+            self._groups[group] = _Group()
+        self._groups[group].add(x, seconds)
+        self._summary = None
+        self.count += 1
+
+    @property
+    def summary(self) -> Summary:
+        if self._summary is None:
+            medians = [self._groups[key].median for key in sorted(self._groups)]
+            sums = Sums(*map(sum, zip(*(median.sums for median in medians), strict=True))) if medians else Sums()
+            scatter = sum(median.n * median.scatter for median in medians)
+            self._summary = Summary(_rising(medians), sums, scatter / sums.n**1.5 if medians else 0.0)
+        return self._summary
+
+
+def _rising(medians: Iterable[_Median]) -> tuple[Point, ...]:
+    """Times of forwards rise with x; neighbours in the wrong order become one."""
+    points: list[tuple[float, float, int]] = []
+    for median in medians:
+        x, y, n = median.x, median.y, median.n
+        while points and points[-1][1] > y:
+            x0, y0, n0 = points.pop()
+            x, y, n = (x0 * n0 + x * n) / (n0 + n), (y0 * n0 + y * n) / (n0 + n), n0 + n
+        points.append((x, y, n))
+    return tuple([(x, y) for x, y, _ in points])
