@@ -121,7 +121,7 @@ def _in_turn(now: Situation, g: Numbers) -> tuple[Numbers, Numbers]:
 
 def _speculative(now: Situation, g: Numbers) -> Numbers:
     rows, tokens = _in_turn(now, g)
-    drafting = g.max(1) * now.alone.draft_step(np.array(now.batch))
+    drafting = now.alone.window(g.max(1), np.array(now.batch))
     verifying = now.alone.target(rows)
     rate: Numbers = tokens / (drafting + verifying + 2 * now.overhead["speculative"])
     return rate
@@ -131,7 +131,7 @@ def _two_halves(now: Situation, g: Numbers) -> Numbers:
     if now.batch < 2:
         return np.zeros(len(g))
     rows, tokens = _in_turn(now, g)
-    drafting = g.max(1) * now.beside.draft_step(np.array(now.batch / 2))
+    drafting = now.beside.window(g.max(1), np.array(now.batch / 2))
     verifying = now.beside.target(rows / 2)
     rate: Numbers = tokens / 2 / (np.maximum(drafting, verifying) + now.overhead["two-halves"])
     return rate
@@ -140,7 +140,7 @@ def _two_halves(now: Situation, g: Numbers) -> Numbers:
 def _autoregressive(now: Situation, g: Numbers) -> Numbers:
     batch = np.array(now.batch)
     if now.pinned:
-        seconds = np.maximum(now.beside.target(batch), now.beside.draft_step(batch))
+        seconds = np.maximum(now.beside.target(batch), now.beside.window(_ONE, batch))
     else:
         seconds = now.alone.target(batch)
     return np.full(len(g), now.batch / (seconds + now.overhead["autoregressive"]))
@@ -174,7 +174,7 @@ def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind],
         drafting = _whole(now, shares, [np.full_like(g, kind.drafts) for kind in kinds])
         seconds = _round_seconds(
             now,
-            g.max(1) * now.beside.draft_step(drafting + beside),
+            now.beside.window(g.max(1), drafting + beside),
             (now.count * mean).sum(1),
             (now.count * spread).sum(1),
         )
@@ -201,5 +201,5 @@ def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool, beside: in
     """Of rounds of a request alone: both models at once, or one of them."""
     if not drafts:
         return now.alone.target(rows)
-    both = np.maximum(g * now.beside.draft_step(_ONE + beside), now.beside.target(np.maximum(rows, 1.0)))
-    return np.where(rows > 0, both, g * now.alone.draft_step(_ONE))
+    both = np.maximum(now.beside.window(g, _ONE + beside), now.beside.target(np.maximum(rows, 1.0)))
+    return np.where(rows > 0, both, now.alone.window(g, _ONE))
