@@ -197,26 +197,17 @@ class AutoPace:
         )
 
     def _best(self, mode: Mode, now: Situation) -> _Choice:
-        """Of a mode, with as many prepared windows as pay."""
-        best = without = self._best_windows(mode, now)
-        if mode == "pearl" and without.longest > 1:
-            for number in self._prepared:
-                choice = self._best_windows(mode, self._with(now, number))
-                if choice.longest > 1 and choice.predicted > max(best.predicted, _WORTH_PREPARING * without.predicted):
-                    best = replace(choice, prepared=number)
-        return best
-
-    def _with(self, now: Situation, prepared: int) -> Situation:
-        return replace(now, prepared=prepared, hits=self._hits.chance(prepared / now.batch) if prepared else 0.0)
-
-    def _best_windows(self, mode: Mode, now: Situation) -> _Choice:
-        """All windows alike, or each as long as its tokens pay for the rows that they cost the target."""
+        """Of a mode, with as many prepared windows as pay: all windows alike, or each as long as its tokens pay for the
+        rows that they cost the target.
+        """
         factor = self._calibration.factor(mode)
         longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
+        prepared = self._pays(now, longest) if mode == "pearl" and self._prepared else 0
+        now = self._with(now, prepared)
         alike = longest[:, None] * np.ones_like(now.count)
         rates = tokens_per_second(mode, now, alike)
         best = int(np.argmax(rates))
-        choice = _Choice(mode, int(longest[best]), 0.0, float(rates[best]), factor)
+        choice = _Choice(mode, int(longest[best]), 0.0, float(rates[best]), factor, prepared=prepared)
         if len(now.count) == 1 or mode == "autoregressive":
             return choice
         thresholds = rates * _row_seconds(now, alike)
@@ -224,8 +215,26 @@ class AutoPace:
         rates = tokens_per_second(mode, now, ragged)
         best = int(np.argmax(rates))
         if rates[best] > _RAGGED * choice.predicted:
-            choice = _Choice(mode, int(longest[best]), float(thresholds[best]), float(rates[best]), factor)
+            predicted, threshold = float(rates[best]), float(thresholds[best])
+            choice = replace(choice, longest=int(longest[best]), threshold=threshold, predicted=predicted)
         return choice
+
+    def _pays(self, now: Situation, longest: Numbers) -> int:
+        """How many prepared windows do, in PEARL: all numbers with all windows at once."""
+        numbers = np.array([0, *self._prepared], dtype=np.float64)
+        hits = np.array([self._hits.chance(number / now.batch) for number in numbers])
+        prepared, windows = np.repeat(numbers, len(longest)), np.tile(longest, len(numbers))
+        every = replace(now, prepared=prepared, hits=np.repeat(hits, len(longest))[:, None])
+        rates = tokens_per_second("pearl", every, windows[:, None] * np.ones_like(now.count))
+        rates[(prepared > 0) & (windows < 2)] = 0.0  # nothing would be pending
+        best = rates.reshape(len(numbers), -1).max(1)
+        index = int(np.argmax(best))
+        return int(numbers[index]) if best[index] > _WORTH_PREPARING * best[0] else 0
+
+    def _with(self, now: Situation, prepared: int) -> Situation:
+        if not prepared:
+            return now
+        return replace(now, prepared=np.array(float(prepared)), hits=np.array(self._hits.chance(prepared / now.batch)))
 
     def _again(self, choice: _Choice, now: Situation) -> _Choice:
         """The same choice, with what is predicted now."""

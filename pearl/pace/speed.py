@@ -12,14 +12,14 @@ a request's share of its rounds in each kind gives its rows and tokens in a roun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pearl.methods import Mode
 from pearl.pace.curves import Numbers, Times
 
-_ONE = np.array(1.0)
+_ONE, _NONE = np.array(1.0), np.array(0.0)
 _NODES = ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6))  # Gauss-Hermite: a normal number of rows
 
 
@@ -29,7 +29,8 @@ class Situation:
 
     pinned: whether requests are bound to draft all their tokens. overhead: seconds of a round beyond its forwards.
     alone, beside: times of forwards while the other model rests, and while it works. prepared: windows that the draft
-    prepares beside its own, of the whole batch, in "pearl"; hits: chance that a rejection finds its window among them.
+    prepares beside its own, of the whole batch, in "pearl"; hits: chance that a rejection finds its window among them;
+    one for all, or ``[W]`` and ``[W, 1]``.
     """
 
     first: Numbers
@@ -39,8 +40,8 @@ class Situation:
     beside: Times
     overhead: Mapping[Mode, float]
     pinned: bool = False
-    prepared: int = 0
-    hits: float = 0.0
+    prepared: Numbers = field(default_factory=lambda: _NONE)
+    hits: Numbers = field(default_factory=lambda: _NONE)
 
     @property
     def batch(self) -> float:
@@ -89,7 +90,7 @@ def _pearl(now: Situation, g: Numbers) -> Numbers:
     fresh = _Kind((1 - h) * one, one, one)
     going_on = _Kind(f * (1 - h * (1 - a**g)) / (1 - a**g), g, _series(a, g))
     prepared = _Kind(h * one, g + 1, _held(f, a, g + 1))
-    return _overlapping("pearl", now, g, [fresh, going_on, prepared] if h else [fresh, going_on], now.prepared)
+    return _overlapping("pearl", now, g, [fresh, going_on, prepared] if h.any() else [fresh, going_on], now.prepared)
 
 
 def _whole_windows(now: Situation, g: Numbers) -> Numbers:
@@ -156,7 +157,7 @@ _MODES: dict[Mode, Callable[[Situation, Numbers], Numbers]] = {
 }
 
 
-def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind], beside: int = 0) -> Numbers:
+def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind], beside: Numbers = _NONE) -> Numbers:
     """Where each request goes its own way through the kinds, and a round lasts as long as its longer forward.
 
     ``beside``: rows of the draft's batch beside the requests' own.
@@ -197,7 +198,7 @@ def _round_seconds(now: Situation, drafting: Numbers, rows: Numbers, variance: N
     return seconds
 
 
-def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool, beside: int) -> Numbers:
+def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool, beside: Numbers) -> Numbers:
     """Of rounds of a request alone: both models at once, or one of them."""
     if not drafts:
         return now.alone.target(rows)

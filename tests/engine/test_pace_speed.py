@@ -57,7 +57,7 @@ def test_the_expected_speed_is_what_rounds_give(mode: Mode, batch: int) -> None:
 @pytest.mark.parametrize("window", [2, 5])
 def test_the_expected_speed_with_prepared_windows(batch: int, window: int) -> None:
     machine, odds = Machine(step=1.0, base=5.0, row=0.05, overhead=0.2, draft_row=0.05, hits=0.6), Odds(0.5, 0.8)
-    now = replace(situation(machine, batch, odds), prepared=4, hits=0.6)
+    now = replace(situation(machine, batch, odds), prepared=np.array(4.0), hits=np.array(0.6))
     found = speed(
         Batch(machine, batch, lambda *_: odds).serve(
             PreparingPace(FixedPace("pearl", window), 4), 9_000 if batch == 1 else 1_200
