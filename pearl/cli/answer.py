@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pearl.cli.attribution import Attribution
+from pearl.attribution import Attribution
 from pearl.cli.resident import resident
 from pearl.cli.summary import Summary
 from pearl.cli.terminal import DRAFTED, OWN, Terminal

@@ -17,6 +17,7 @@ from pearl.serving.event_stream import EventStream, as_json
 from pearl.serving.generation import Generation
 from pearl.serving.protocol import SamplingFields
 from pearl.serving.service import Service
+from pearl.serving.token_sources import TokenSources
 from pearl.serving.usage import statistics, usage
 
 
@@ -47,6 +48,7 @@ class Wishes:
     usage_always: bool = False
     metrics: bool = False
     token_ids: bool = False
+    token_sources: bool = False
     logprobs: bool = False
 
     @classmethod
@@ -54,12 +56,14 @@ class Wishes:
         options = body.stream_options
         with_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
-        return cls(with_usage, with_usage and always, bool(body.metrics), bool(body.return_token_ids), logprobs)
+        tokens = (bool(body.return_token_ids), bool(body.return_token_sources))
+        return cls(with_usage, with_usage and always, bool(body.metrics), *tokens, logprobs)
 
 
 class Answer:
     def __init__(self, service: Service, generation: Generation, shape: Shape, wishes: Wishes) -> None:
         self._service, self._generation, self._shape, self._wishes = service, generation, shape, wishes
+        self._sources = TokenSources(service.engine.llm.tokenizer, generation)
         self._base = {"id": generation.id, "created": int(time.time()), "model": service.settings.name}
 
     async def respond(self, request: Request, stream: bool) -> Response:
@@ -83,6 +87,8 @@ class Answer:
             if self._wishes.token_ids:
                 choice["token_ids"] = output.token_ids
                 choice["prompt_token_ids"] = self._generation.prompt_of(output.index)
+            if self._wishes.token_sources:
+                choice |= self._sources.of(output)
             choices.append(choice)
         answer = {**self._base, "object": self._shape.kind, "choices": choices}
         answer["usage"] = self._usage(sum(len(output.token_ids) for output in outputs))
@@ -93,7 +99,8 @@ class Answer:
         base = as_json({**self._base, "object": shape.chunk_kind})[:-1]
         head, generated, opened = f'data: {base},"choices":[{{"index":', 0, set[int]()
         tail = ',"usage":null}\n\n' if wishes.usage else "}\n\n"
-        silent = not (wishes.logprobs or wishes.token_ids or wishes.usage_always)  # about tokens without text
+        # About tokens without text there is nothing to say.
+        silent = not (wishes.logprobs or wishes.token_ids or wishes.token_sources or wishes.usage_always)
         async with aclosing(self._generation.chunks()) as chunks:
             async for chunk in chunks:
                 index = chunk.index
@@ -108,13 +115,19 @@ class Answer:
                         yield event.encode()
                     continue
                 reason = "null" if chunk.finish_reason is None else f'"{chunk.finish_reason}"'
-                ids = f',"token_ids":{as_json(chunk.token_ids)}' if wishes.token_ids else ""
                 if wishes.usage_always:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
-                event += f'{head}{index},{shape.piece(chunk)},"finish_reason":{reason}{ids}}}]{tail}'
+                event += f'{head}{index},{shape.piece(chunk)},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:
             yield self._closing(base, generated)
+
+    def _of_tokens(self, chunk: StreamChunk) -> str:
+        """More members of a choice."""
+        members = f',"token_ids":{as_json(chunk.token_ids)}' if self._wishes.token_ids else ""
+        if self._wishes.token_sources:
+            members += f",{as_json(self._sources.of(chunk))[1:-1]}"
+        return members
 
     def _closing(self, base: str, generated: int) -> bytes:
         """The event behind all choices."""

@@ -16,12 +16,14 @@ from pearl.serving.async_engine import AsyncEngine
 from pearl.serving.connection import ClientGone
 from pearl.serving.guards import ApiKeyGuard, BodyLimit
 from pearl.serving.metrics import Gauges, Metrics
+from pearl.serving.page_routes import PAGE_PATHS, add_page
 from pearl.serving.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pearl.serving.sampling import SamplingDefaults
 from pearl.serving.service import Service
 from pearl.serving.settings import ServerSettings
 from pearl.serving.texts import Texts
 
+_HEALTH = "/health"  # without a key: load balancers have none
 _NOBODY = 499  # nginx's status for a client that closed the connection; nobody reads it
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": words, "content": {"application/json": {}}}
@@ -55,6 +57,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings, defaults: Sampling
     _add_generation(app, service)
     _add_tokenization(app, service)
     _add_information(app, service)
+    add_page(app)
     return app
 
 
@@ -62,7 +65,7 @@ def _add_guards(app: FastAPI, settings: ServerSettings) -> None:
     """The last one added sees a request first: a browser asks without a key whether it may ask."""
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if settings.api_key is not None:
-        app.add_middleware(ApiKeyGuard, key=settings.api_key)
+        app.add_middleware(ApiKeyGuard, key=settings.api_key, open_paths=(_HEALTH, *PAGE_PATHS))
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -102,7 +105,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def retrieve_model(name: str) -> dict[str, Any]:
         return models.retrieve_model(service, name)
 
-    @app.get("/health", responses=_REFUSALS)
+    @app.get(_HEALTH, responses=_REFUSALS)
     async def health() -> Response:
         return models.health(service)
 

@@ -89,6 +89,9 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     metrics: Annotated[bool | None, Field(description="Report how speculative decoding went.")] = None
     return_token_ids: Annotated[bool | None, Field(description="Token ids beside the text.")] = None
+    return_token_sources: Annotated[
+        bool | None, Field(description="Whose each token is: the draft's, accepted, or the target's.")
+    ] = None
 
 
 class CompletionRequest(SamplingFields):

@@ -162,6 +162,7 @@ def test_a_wheel_holds_every_module(wheel: set[str]) -> None:
     [
         "pearl/bench/data/prompts.jsonl",
         *(f"pearl/models/bundled/{role}/{file}" for role in ("target", "draft") for file in PAIR),
+        *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "pearl/serving/page").iterdir())),
     ],
 )
 def test_a_wheel_works_without_a_network(wheel: set[str], name: str) -> None:

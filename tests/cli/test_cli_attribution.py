@@ -8,7 +8,7 @@ import pytest
 from cli_support import PROMPT
 
 from pearl import LLM, RequestMetrics, SamplingParams, StreamChunk
-from pearl.cli.attribution import Attribution
+from pearl.attribution import Attribution
 
 
 def chunk(text: str, token_ids: Sequence[int] = (), drafted: Sequence[bool] = ()) -> StreamChunk:

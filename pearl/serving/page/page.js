@@ -1,0 +1,173 @@
+// The form: what is asked, when, and what is said about it.
+
+import { Answer } from "./answer.js";
+import { Refused, events, read } from "./events.js";
+
+const element = (id) => document.getElementById(id);
+const form = element("form");
+const prompt = element("prompt");
+const key = element("key");
+const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"]; // inputs by the names of the API's fields
+const KEY = "pearl-api-key"; // in the tab's storage: gone with the tab
+const REASONS = { length: "the limit of tokens is reached", stop: "the text ended by itself" };
+
+let conversation = []; // messages, both sides'
+let running = null; // AbortController of the request
+
+function mode() {
+  return form.elements.mode.value;
+}
+
+function keyGiven() {
+  return key.value.trim();
+}
+
+/** A browser may forbid storage; then the key lives as long as the page. */
+function stored(use) {
+  try {
+    return use(sessionStorage);
+  } catch {
+    return null;
+  }
+}
+
+function tell(sentence) {
+  element("state").textContent = sentence;
+}
+
+function complain(error) {
+  const words = error instanceof TypeError ? `the server does not answer (${error.message})` : error.message;
+  element("problem").textContent = words;
+  element("problem").hidden = false;
+  if (error instanceof Refused && error.status === 401) key.focus();
+}
+
+async function describe() {
+  element("problem").hidden = true;
+  try {
+    const [model] = (await read("v1/models", keyGiven())).data;
+    const { method, draft } = model.pearl;
+    element("served").textContent = `${model.id} · ${method}${draft ? ` · draft: ${draft}` : ""}`;
+    for (const id of ["temperature", "top_p"]) {
+      element(id).placeholder = model.default_sampling_params[id] ?? "1";
+    }
+  } catch (error) {
+    element("served").textContent = "";
+    complain(error);
+  }
+}
+
+function sampling() {
+  const given = NUMBERS.filter((id) => element(id).value !== "");
+  return Object.fromEntries(given.map((id) => [id, Number(element(id).value)]));
+}
+
+function turn(classes, text = "") {
+  const node = document.createElement("div");
+  node.className = `turn ${classes}`;
+  const said = document.createElement("span");
+  said.className = "prompt";
+  said.textContent = text;
+  node.append(said);
+  element("transcript").append(node);
+  return node;
+}
+
+/** Puts the question on the page; returns where, and how, it is asked. */
+function ask() {
+  const text = prompt.value;
+  const options = { stream: true, metrics: true, return_token_sources: true, ...sampling() };
+  if (mode() === "completion") {
+    element("transcript").replaceChildren();
+    return { url: "v1/completions", body: { prompt: text, ...options }, answer: new Answer(turn("completion", text)) };
+  }
+  turn("user", text);
+  conversation.push({ role: "user", content: text });
+  prompt.value = "";
+  const body = { messages: conversation, ...options };
+  return { url: "v1/chat/completions", body, answer: new Answer(turn("assistant")) };
+}
+
+function busy(now) {
+  const focused = document.activeElement;
+  element("generate").disabled = now;
+  element("stop").disabled = !now;
+  for (const radio of form.elements.mode) radio.disabled = now;
+  element("renew").disabled = now;
+  element("transcript").setAttribute("aria-busy", now);
+  // A button that is disabled loses the focus, and with it the keyboard's place.
+  if (now && focused === element("generate")) element("stop").focus();
+  if (!now && focused === element("stop")) element("generate").focus();
+}
+
+async function generate() {
+  if (running || !form.reportValidity()) return;
+  running = new AbortController();
+  busy(true);
+  element("problem").hidden = true;
+  tell("Generating…");
+  const { url, body, answer } = ask();
+  element("transcript").scrollTop = element("transcript").scrollHeight;
+  element("output").scrollIntoView({ block: "nearest" });
+  try {
+    for await (const event of events(url, body, keyGiven(), running.signal)) answer.add(event);
+    tell(`Finished: ${REASONS[answer.reason] ?? answer.reason}.`);
+  } catch (error) {
+    if (running.signal.aborted) {
+      tell("Stopped. What the server counts is not known of an answer that was stopped.");
+    } else {
+      tell("Failed.");
+      complain(error);
+    }
+  }
+  answer.finish();
+  if (mode() === "chat") remember(answer);
+  running = null;
+  busy(false);
+}
+
+/** What was said is the next question's past; a question without an answer goes back to where it was written. */
+function remember(answer) {
+  if (answer.text) {
+    conversation.push({ role: "assistant", content: answer.text });
+    return;
+  }
+  const { content } = conversation.pop();
+  answer.node.previousSibling.remove();
+  answer.node.remove();
+  prompt.value ||= content;
+}
+
+function renew() {
+  conversation = [];
+  element("transcript").replaceChildren();
+  const chat = mode() === "chat";
+  element("renew").hidden = !chat;
+  element("prompt-label").textContent = chat ? "Message" : "Prompt";
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  generate();
+});
+element("stop").addEventListener("click", () => running?.abort());
+element("renew").addEventListener("click", () => {
+  renew();
+  prompt.focus();
+});
+for (const radio of form.elements.mode) radio.addEventListener("change", renew);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    generate();
+  } else if (event.key === "Escape") {
+    running?.abort();
+  }
+});
+key.addEventListener("change", () => {
+  stored((storage) => storage.setItem(KEY, keyGiven()));
+  describe();
+});
+key.value = stored((storage) => storage.getItem(KEY)) ?? "";
+renew();
+describe();
