@@ -13,7 +13,7 @@ from fake_engine import BODY, FakeEngine, ask, chunk
 from serving_support import PROMPT, LiveServer, live_server
 
 from pearl import LLM
-from pearl.outputs import StreamChunk
+from pearl.outputs import RequestMetrics, StreamChunk
 from pearl.serving.page_routes import PAGE_PATHS
 
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": 40}
@@ -146,6 +146,24 @@ def test_each_output_has_its_own(server: LiveServer) -> None:
     echoed = server.post("/v1/completions", **asked, echo=True).json()["choices"]
     assert ["".join(piece["text"] for piece in choice["text_sources"]) for choice in echoed] == [
         output["text"] for output in plain
+    ]
+
+
+def test_half_a_character_of_one_output_is_no_others(idle_llm: LLM) -> None:
+    *begin, end = idle_llm.encode("\N{SNOWMAN}")
+    letter = tuple(idle_llm.encode("a"))
+    script = [
+        StreamChunk(0, "", tuple(begin), (True,) * len(begin), None, RequestMetrics()),
+        StreamChunk(1, "a", letter, (False,), "length", RequestMetrics()),
+        StreamChunk(0, "\N{SNOWMAN}", (end,), (True,), "length", RequestMetrics()),
+    ]
+    body = BODY | {"n": 2, "return_token_sources": True}
+    told = ask(FakeEngine(idle_llm, *script), "POST", "/v1/completions", json=body | {"stream": True}).text
+    assert '"text_sources":[{"text":"\N{SNOWMAN}","source":"draft"}]' in told
+    whole = ask(FakeEngine(idle_llm, *script), "POST", "/v1/completions", json=body).json()["choices"]
+    assert [choice["text_sources"] for choice in whole] == [
+        [{"text": "\N{SNOWMAN}", "source": "draft"}],
+        [{"text": "a", "source": "target"}],
     ]
 
 
