@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pearl.errors import (
     ConfigurationError,
     EngineClosedError,
+    EngineDrainingError,
     EngineInUseError,
     InvalidRequestError,
     ModelLoadError,
@@ -23,6 +24,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigurationError",
     "EngineClosedError",
+    "EngineDrainingError",
     "EngineInUseError",
     "InvalidRequestError",
     "ModelLoadError",

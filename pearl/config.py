@@ -20,6 +20,7 @@ NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
+_CPU_PREFILL_CHUNK = 128  # computed in the time of a few decoding rounds; smaller ones make prompts dearer
 # The largest of each count: beyond it the engine would allocate without end for nothing.
 _COUNTS = {
     "max_window": LONGEST_WINDOW,
@@ -30,6 +31,7 @@ _COUNTS = {
     "target_parallel": 1024,
 }
 _OPTIONAL_COUNTS = {
+    "prefill_chunk": 1 << 20,
     "max_model_len": 1 << 31,  # the models' own limit is checked when they are known
     "kv_cache_memory": 1 << 50,
     "draft_threads": 1024,
@@ -46,7 +48,9 @@ class EngineConfig:
     is no bool and a bool no number. ConfigurationError names what cannot be used.
 
     target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
-    method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled".
+    method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled" | "block",
+        which is rejection for all tokens of a round together: more of them are accepted. Requests with a seed still
+        have them tested one by one, so that a seed gives its output again.
     pace: how "pearl" and "speculative" go about it where the window is not fixed: "auto", what is predicted to be the
         fastest from measured speeds and acceptance: of "pearl" any mode (``pearl.methods``; under load plain decoding
         too) with windows of its own for each request, of "speculative" its windows. "balanced": PEARL's rule in the
@@ -68,6 +72,8 @@ class EngineConfig:
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use, at most (and if None) as many
         as both models were made for.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
+    prefill_chunk: most tokens of prompts in a forward beside requests that decode, which wait for it; None = 128 on CPU,
+        where a token costs what it costs alone, and on GPUs what max_num_batched_tokens leaves.
     kv_cache_memory: bytes for both models' KV; None = on CPU room for max_num_seqs full sequences, at most 1 GiB; on
         GPUs what is free after a profiling run.
     max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
@@ -98,6 +104,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int = 512
+    prefill_chunk: int | None = None
     kv_cache_memory: int | None = None
     page_size: int = 16
     prefix_caching: bool = True
@@ -235,6 +242,11 @@ class EngineConfig:
                 f"target_parallel={self.target_parallel} needs as many GPUs from {first} on; there are {there}"
             )
         return tuple(torch.device("cuda", begin + rank) for rank in range(self.target_parallel))
+
+    def resolve_prefill_chunk(self) -> int:
+        if self.prefill_chunk is not None:
+            return self.prefill_chunk
+        return _CPU_PREFILL_CHUNK if self.resolve_device("target").type == "cpu" else self.max_num_batched_tokens
 
     def resolve_threads(self) -> tuple[int, int]:
         """(draft, target) intra-op threads.

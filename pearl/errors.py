@@ -29,6 +29,10 @@ class EngineClosedError(PearlError):
     """The engine was closed; build a new one."""
 
 
+class EngineDrainingError(PearlError):
+    """The engine finishes what it has and takes nothing new; try another one."""
+
+
 class EngineInUseError(PearlError):
     """Another thread is using the engine, or a round is under way; nothing was changed."""
 

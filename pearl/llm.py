@@ -209,6 +209,19 @@ class LLM:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
         return self._admission.encode(prompt)
 
+    @property
+    def driver(self) -> Driver:
+        """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
+        return self._driver
+
+    def prepare(self, prompt: AnyPrompts, params: SamplingParams) -> list[Request]:
+        """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet."""
+        (one,) = params_for(1, params)
+        self._admission.check(one)
+        requests = self._requests(self.encode(prompt), one)
+        self.engine.scheduler.require_fits(requests[0])
+        return requests
+
     def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
         """One for each output of a prompt."""
         seed = self._seed(params)
@@ -221,14 +234,14 @@ class LLM:
         )
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
-        return Request(
-            self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, self._is_pinned(params)
-        )
+        pinned = self._is_pinned(params)
+        rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
+        return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys)
 
     def _is_pinned(self, params: SamplingParams) -> bool:
         """Whether a seed must give an output again, whose draws depend on how each token is decided."""
         seeded = params.seed is not None or self.config.seed is not None
-        return seeded and params.temperature > 0 and self.config.verification == "rejection"
+        return seeded and params.temperature > 0 and self.config.verification != "coupled"
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:

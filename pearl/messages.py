@@ -117,6 +117,7 @@ class VerifyWork(NamedTuple):
     request_id: int
     pending: tuple[Drafted, ...]
     position: int  # of the first row's token: L
+    pinned: bool = False  # each token is tested by itself, whatever the rule: in what blocks it comes is chance
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,20 @@
 """Operators of the engine: one specification each (``reference``), several providers, one ``registry``."""
 
 from pearl_kernels.provider import Situation
-from pearl_kernels.reference import LinearWeight, Rule, Sampled, SamplingTensors, Stream, Verdict, WeightFormat
+from pearl_kernels.reference import (
+    Alternatives,
+    LinearWeight,
+    Rule,
+    Sampled,
+    SamplingTensors,
+    Stream,
+    Verdict,
+    WeightFormat,
+)
 from pearl_kernels.registry import KernelSet, explain, select
 
 __all__ = [
+    "Alternatives",
     "KernelSet",
     "LinearWeight",
     "Rule",

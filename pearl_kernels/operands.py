@@ -6,13 +6,13 @@ at: on a GPU that would wait for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from pearl_kernels.checks import CallChecks, Checks, cache_shape, group_size
-from pearl_kernels.reference import SamplingTensors
+from pearl_kernels.reference import MOST_ALTERNATIVES, Alternatives, Rule, SamplingTensors
 
 
 class RopeSizes(NamedTuple):
@@ -117,6 +117,21 @@ def check_sampling(call: CallChecks, op: str, params: SamplingTensors, n: int) -
     call.contiguous(op, "seed", params.seed, torch.int64, (n,))
 
 
+def check_alternatives(op: str, count: int) -> None:
+    if not 0 <= count <= MOST_ALTERNATIVES:
+        raise ValueError(f"{op}: alternatives must be 0 to {MOST_ALTERNATIVES}, not {count}")
+
+
+def new_alternatives(logits: Tensor, count: int) -> Alternatives:
+    """Uninitialised."""
+    n = logits.shape[0]
+    return Alternatives(
+        logits.new_empty((n, count), dtype=torch.int64),
+        logits.new_empty((n, count), dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.float32),
+    )
+
+
 def check_verify(
     checks: Checks,
     logits: Tensor,
@@ -133,8 +148,8 @@ def check_verify(
 ) -> int:
     """The number of requests."""
     op, n, requests = "verify", logits.shape[0], row_start.shape[0] - 1
-    if rule not in ("rejection", "coupled"):
-        raise ValueError(f"{op}: rule must be 'rejection' or 'coupled', not {rule!r}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"{op}: rule must be 'rejection', 'coupled' or 'block', not {rule!r}")
     if requests < 0:
         raise ValueError(f"{op}: row_start needs at least one entry")
     call = checks.beside(op, "logits", logits)

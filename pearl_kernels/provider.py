@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pearl_kernels.reference import WeightFormat
+from pearl_kernels.reference import Rule, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Situation:
     threads: int = 1  # intra-op threads of the worker
     page_size: int = 16  # tokens of a KV page
     weights: WeightFormat = "full"  # what pack_linear makes of a matrix
+    rule: Rule = "rejection"  # that verify is called with
 
 
 @dataclass(frozen=True)

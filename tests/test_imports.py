@@ -77,6 +77,14 @@ def test_a_package_imports_what_stands_below_it(
     assert [(module, name) for module in modules for name in graph[module] if not inside(name, below)] == []
 
 
+def test_what_is_served_knows_nothing_of_the_service(graph: dict[str, set[str]]) -> None:
+    above = ("pearl.serving", "pearl.cli", "bench")
+    served = [module for module in graph if not f"{module}.".startswith(tuple(f"{name}." for name in above))]
+    assert "pearl.engine.engine" in served
+    assert any(name.startswith("pearl.serving") for name in graph)
+    assert [(module, name) for module in served for name in graph[module] if name.startswith("pearl.serving")] == []
+
+
 @pytest.mark.parametrize(
     ("sentence", "found"),
     [

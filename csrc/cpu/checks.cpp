@@ -62,7 +62,7 @@ void check(const VerifyParams& p) {
       if (token >= p.vocab_size) refuse("verify", "a drafted token", token, p.vocab_size);
       if (p.rule == Rule::kCoupled || token < 0 || p.sampling.temperature[r] <= 0) continue;
       if (p.draft_logprobs == nullptr || p.draft_rows == nullptr) {
-        throw std::invalid_argument("verify: the rejection rule needs draft_logprobs and draft_rows");
+        throw std::invalid_argument("verify: the rules but coupled need draft_logprobs and draft_rows");
       }
       const bool has_logits = p.draft_logits.data != nullptr && p.draft_temperature != nullptr;
       const int64_t limit = has_logits ? p.draft_logits.rows : 0;

@@ -74,19 +74,25 @@ struct Distribution {
   }
 };
 
-/// Sum of exp(z) over what is kept; fp32 within 64 vectors, double beyond.
-inline double kept_mass(const Distribution& d) {
+/// The sum of a row's values, value(i) giving those of tokens i to i + 15; fp32 within 64 vectors, double beyond.
+template <class Value>
+inline double sum_over(int64_t size, const Value& value) {
   constexpr int64_t kChunk = 64 * kLanes;
-  double mass = 0;
-  for (int64_t begin = 0; begin < d.row.size; begin += kChunk) {
+  double total = 0;
+  for (int64_t begin = 0; begin < size; begin += kChunk) {
     Vec sum = broadcast(0.0f);
-    for (int64_t i = begin; i < begin + kChunk && i < d.row.size; i += kLanes) {
-      const Vec z = d.scaled(i);
-      sum = sum + select(z >= broadcast(d.cutoff), exp(z), broadcast(0.0f));
-    }
-    mass += static_cast<double>(reduce_add(sum));
+    for (int64_t i = begin; i < begin + kChunk && i < size; i += kLanes) sum = sum + value(i);
+    total += static_cast<double>(reduce_add(sum));
   }
-  return mass;
+  return total;
+}
+
+/// Sum of exp(z) over what is kept.
+inline double kept_mass(const Distribution& d) {
+  return sum_over(d.row.size, [&](int64_t i) {
+    const Vec z = d.scaled(i);
+    return select(z >= broadcast(d.cutoff), exp(z), broadcast(0.0f));
+  });
 }
 
 inline Distribution make_distribution(const LogitsRow& row, float temperature, int64_t top_k, float top_p,

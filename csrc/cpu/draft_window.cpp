@@ -48,6 +48,7 @@ void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) 
 
 void WindowDrafter::check(const DecoderBatch& first, const DraftWindow& window) const {
   check_range("vocab_size", window.vocab_size, 1, decoder_.shape().vocab_size + 1);
+  check_range("alternatives", window.alternatives.count, 0, kMostAlternatives + 1);
   int64_t drafting = 0;
   for (int64_t sequence = 0; sequence < first.sequences; ++sequence) {
     check_range("num_draft", window.num_draft[sequence], 0, window.longest + 1);
@@ -97,19 +98,39 @@ void WindowDrafter::draw(const DecoderBatch& first, const DraftWindow& window, i
   for (const int64_t sequence : drafting_) positions_.push_back(first.context_lens[sequence] + step);
   drawn_.resize(drafting_.size());
   logprobs_.resize(drafting_.size());
+  const AlternativesView alternatives = alternatives_of(rows, window.alternatives.count);
   kernels().sample({{first.logits, shape.dtype, rows, shape.vocab_size},
                     {temperature_.data(), top_k_.data(), top_p_.data(), min_p_.data(), seed_.data()},
                     positions_.data(),
                     window.vocab_size,
                     window.stream,
                     drawn_.data(),
-                    logprobs_.data()});
+                    logprobs_.data(),
+                    alternatives});
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t place = drafting_[row] * window.longest + step;
     window.tokens[place] = drawn_[row];
     window.logprobs[place] = logprobs_[row];
+    keep_alternatives(window.alternatives, row, place);
     keep_logits(first, window, row, positions_[row]);
   }
+}
+
+/// Room for those of one step.
+AlternativesView WindowDrafter::alternatives_of(int64_t rows, int64_t count) {
+  if (count == 0) return {};
+  alternative_tokens_.resize(static_cast<size_t>(rows * count));
+  alternative_scores_.resize(static_cast<size_t>(rows * count));
+  drawn_scores_.resize(static_cast<size_t>(rows));
+  return {count, alternative_tokens_.data(), alternative_scores_.data(), drawn_scores_.data()};
+}
+
+/// Those of row `row` of this step, to their place in the window.
+void WindowDrafter::keep_alternatives(const AlternativesView& all, int64_t row, int64_t place) const {
+  if (all.count == 0) return;
+  std::copy_n(alternative_tokens_.data() + row * all.count, all.count, all.tokens + place * all.count);
+  std::copy_n(alternative_scores_.data() + row * all.count, all.count, all.scores + place * all.count);
+  all.drawn[place] = drawn_scores_[static_cast<size_t>(row)];
 }
 
 void WindowDrafter::keep_logits(const DecoderBatch& first, const DraftWindow& window, int64_t row,

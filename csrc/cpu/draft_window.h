@@ -22,6 +22,7 @@ struct DraftWindow {
       ring_base;    // [R]; the token at position p goes to row ring_base + p % ring_size; negative: none is kept
   int64_t* tokens;  // [R, longest], written up to num_draft
   float* logprobs;  // [R, longest]
+  AlternativesView alternatives;  // [R, longest, count] and [R, longest], written as tokens are
 };
 
 /// Belongs to its decoder's thread. What it gives is, to the bit, what the decoder and `sample` give token by token.
@@ -39,6 +40,8 @@ class WindowDrafter {
   void check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const;
   void gather_tables(const DecoderBatch& first);
   void draw(const DecoderBatch& first, const DraftWindow& window, int64_t step);
+  AlternativesView alternatives_of(int64_t rows, int64_t count);
+  void keep_alternatives(const AlternativesView& all, int64_t row, int64_t place) const;
   void keep_logits(const DecoderBatch& first, const DraftWindow& window, int64_t row, int64_t position) const;
   DecoderBatch next(const DecoderBatch& first, const DraftWindow& window, int64_t step);
 
@@ -48,6 +51,8 @@ class WindowDrafter {
   std::vector<float> temperature_, top_p_, min_p_, logprobs_;
   std::vector<int32_t> top_k_;
   std::vector<int64_t> seed_, positions_, drawn_;
+  std::vector<int64_t> alternative_tokens_;
+  std::vector<float> alternative_scores_, drawn_scores_;
 
   std::vector<int64_t> input_ids_, slots_, rows_;
   std::vector<int32_t> tables_, starts_, contexts_;

@@ -20,7 +20,9 @@
 #include "cpu/cutoff.inl"
 #include "cpu/distribution.inl"
 #include "cpu/sampling.inl"
+#include "cpu/alternatives.inl"
 #include "cpu/verification.inl"
+#include "cpu/block_verification.inl"
 // clang-format on
 
 #define PEARL_STRINGIFY(x) #x

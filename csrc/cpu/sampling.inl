@@ -1,6 +1,9 @@
-// sample: one keyed draw from each row's distribution.
+// Keyed draws from the distributions of rows.
 
 namespace pearl::PEARL_ISA {
+
+// Streams of pearl_kernels/reference/philox.py.
+inline constexpr uint32_t kSampleStream = 0, kAcceptStream = 2, kResidualStream = 3;
 
 /// argmax of log_weight + noise over the vocabulary, the first if several; -1 if every weight is -inf.
 /// log_weight(i) gives tokens i to i + 15. Groups that cannot win any more cost no noise.
@@ -45,15 +48,6 @@ inline Draw sample_row(const LogitsRow& row, const SamplingView& sampling, int64
 
 inline NoiseKey noise_key(const int64_t* seed, int64_t entry, int64_t position, uint32_t stream) {
   return {static_cast<uint64_t>(seed[entry]), static_cast<uint32_t>(position), stream};
-}
-
-void sample(const SampleParams& p) {
-  for (int64_t row = 0; row < p.logits.rows; ++row) {
-    const NoiseKey key = noise_key(p.sampling.seed, row, p.positions[row], p.stream);
-    const Draw drawn = sample_row(row_of(p.logits, row, p.vocab_size), p.sampling, row, key);
-    p.tokens[row] = drawn.token;
-    p.logprobs[row] = drawn.logprob;
-  }
 }
 
 }  // namespace pearl::PEARL_ISA

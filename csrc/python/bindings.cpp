@@ -53,16 +53,24 @@ void bind_shared_operators(py::module_& m) {
 }
 
 void sample(const pearl::LogitsArgument& logits, const pearl::SamplingArgument& sampling, Address positions,
-            int64_t vocab_size, uint32_t stream, Address tokens, Address logprobs) {
-  pearl::kernels().sample({logits, sampling, pointer<const int64_t>(positions), vocab_size, stream,
-                           pointer<int64_t>(tokens), pointer<float>(logprobs)});
+            int64_t vocab_size, uint32_t stream, Address tokens, Address logprobs, int64_t alternatives,
+            Address alternative_tokens, Address alternative_scores, Address drawn_scores) {
+  pearl::kernels().sample({logits,
+                           sampling,
+                           pointer<const int64_t>(positions),
+                           vocab_size,
+                           stream,
+                           pointer<int64_t>(tokens),
+                           pointer<float>(logprobs),
+                           {alternatives, pointer<int64_t>(alternative_tokens), pointer<float>(alternative_scores),
+                            pointer<float>(drawn_scores)}});
 }
 
 /// verify, with index arrays as Python lists: for callers that would otherwise make a tensor of each. Lists that the
 /// operator takes as optional may be empty. Returns accepted counts and next tokens.
 py::tuple verify_numbers(const pearl::LogitsArgument& logits, const pearl::SamplingArgument& sampling,
                          const std::vector<int64_t>& draft_tokens, const std::vector<int32_t>& row_start,
-                         const std::vector<int64_t>& positions, int64_t vocab_size, bool coupled,
+                         const std::vector<int64_t>& positions, int64_t vocab_size, int rule,
                          const std::vector<float>& draft_logprobs, const pearl::LogitsArgument& draft_logits,
                          const std::vector<int32_t>& draft_rows, const std::vector<float>& draft_temperature) {
   const auto rows = static_cast<size_t>(logits.rows);
@@ -82,7 +90,7 @@ py::tuple verify_numbers(const pearl::LogitsArgument& logits, const pearl::Sampl
   p.positions = positions.data();
   p.requests = static_cast<int64_t>(accepted.size());
   p.vocab_size = vocab_size;
-  p.rule = coupled ? pearl::Rule::kCoupled : pearl::Rule::kRejection;
+  p.rule = static_cast<pearl::Rule>(rule);
   p.draft_logprobs = draft_logprobs.empty() ? nullptr : draft_logprobs.data();
   p.draft_logits = draft_logits;
   p.draft_rows = draft_rows.empty() ? nullptr : draft_rows.data();

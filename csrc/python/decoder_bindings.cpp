@@ -106,11 +106,30 @@ py::list cut_rows(const std::vector<T>& values, const std::vector<int64_t>& coun
   return rows;
 }
 
-/// Returns tokens and log q, a list for each sequence.
+/// For each sequence a list with an entry for each of its drafted tokens: (score, alternatives, their scores), as
+/// many alternatives as there are.
+py::list list_alternatives(const pearl::AlternativesView& all, const std::vector<int64_t>& counts, int64_t longest) {
+  py::list sequences;
+  for (size_t r = 0; r < counts.size(); ++r) {
+    py::list window;
+    for (int64_t step = 0; step < counts[r]; ++step) {
+      const int64_t place = static_cast<int64_t>(r) * longest + step;
+      const int64_t* tokens = all.tokens + place * all.count;
+      const float* scores = all.scores + place * all.count;
+      const int64_t there = std::find(tokens, tokens + all.count, -1) - tokens;
+      window.append(py::make_tuple(all.drawn[place], std::vector<int64_t>(tokens, tokens + there),
+                                   std::vector<float>(scores, scores + there)));
+    }
+    sequences.append(std::move(window));
+  }
+  return sequences;
+}
+
+/// Returns tokens, log q, and alternatives if any are asked for; of each a list for each sequence.
 py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch, Address logits,
                 const std::vector<int64_t>& num_draft, const std::vector<int64_t>& ring_base,
                 const pearl::SamplingArgument& sampling, int64_t vocab_size, uint32_t stream, Address ring,
-                int64_t ring_rows, int64_t ring_size) {
+                int64_t ring_rows, int64_t ring_size, int64_t alternatives) {
   const auto sequences = static_cast<size_t>(batch.sequences);
   if (num_draft.size() != sequences || ring_base.size() != sequences) {
     throw std::invalid_argument("draft_window: num_draft and ring_base need an entry for each sequence");
@@ -118,14 +137,21 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
   const int64_t longest = num_draft.empty() ? 0 : *std::max_element(num_draft.begin(), num_draft.end());
   std::vector<int64_t> tokens(sequences * static_cast<size_t>(longest));
   std::vector<float> logprobs(tokens.size());
+  // Until the drafter has refused a wrong count, no more memory than for a right one.
+  const auto ranked = static_cast<size_t>(std::clamp<int64_t>(alternatives, 0, pearl::kMostAlternatives));
+  std::vector<int64_t> alternative_tokens(tokens.size() * ranked);
+  std::vector<float> alternative_scores(alternative_tokens.size()), drawn_scores(ranked == 0 ? 0 : tokens.size());
+  const pearl::AlternativesView all = {alternatives, alternative_tokens.data(), alternative_scores.data(),
+                                       drawn_scores.data()};
   {
     const py::gil_scoped_release without_gil;
     pearl::DecoderBatch first = batch;
     first.logits = pointer<void>(logits);
     drafter.draft(first, {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
-                          ring_size, ring_base.data(), tokens.data(), logprobs.data()});
+                          ring_size, ring_base.data(), tokens.data(), logprobs.data(), all});
   }
-  return py::make_tuple(cut_rows(tokens, num_draft, longest), cut_rows(logprobs, num_draft, longest));
+  return py::make_tuple(cut_rows(tokens, num_draft, longest), cut_rows(logprobs, num_draft, longest),
+                        list_alternatives(all, ranked == 0 ? std::vector<int64_t>() : num_draft, longest));
 }
 
 }  // namespace

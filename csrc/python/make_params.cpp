@@ -103,7 +103,7 @@ AttentionParams make_verify_attention(int q_dtype, int cache_dtype, int64_t sequ
 }
 
 VerifyParams make_verify(const LogitsArgument& logits, const SamplingArgument& sampling, Address draft_tokens,
-                         Address row_start, Address positions, int64_t requests, int64_t vocab_size, bool coupled,
+                         Address row_start, Address positions, int64_t requests, int64_t vocab_size, int rule,
                          Address draft_logprobs, const LogitsArgument& draft_logits, Address draft_rows,
                          Address draft_temperature, Address accepted, Address next_token) {
   VerifyParams p = {};
@@ -114,7 +114,7 @@ VerifyParams make_verify(const LogitsArgument& logits, const SamplingArgument& s
   p.positions = pointer<const int64_t>(positions);
   p.requests = requests;
   p.vocab_size = vocab_size;
-  p.rule = coupled ? Rule::kCoupled : Rule::kRejection;
+  p.rule = static_cast<Rule>(rule);
   p.draft_logprobs = pointer<const float>(draft_logprobs);
   p.draft_logits = draft_logits;
   p.draft_rows = pointer<const int32_t>(draft_rows);

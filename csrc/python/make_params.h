@@ -40,7 +40,7 @@ AttentionParams make_verify_attention(int q_dtype, int cache_dtype, int64_t sequ
                                       int64_t counter_count);
 
 VerifyParams make_verify(const LogitsArgument& logits, const SamplingArgument& sampling, Address draft_tokens,
-                         Address row_start, Address positions, int64_t requests, int64_t vocab_size, bool coupled,
+                         Address row_start, Address positions, int64_t requests, int64_t vocab_size, int rule,
                          Address draft_logprobs, const LogitsArgument& draft_logits, Address draft_rows,
                          Address draft_temperature, Address accepted, Address next_token);
 

@@ -38,7 +38,7 @@ def throughput(
     window: Annotated[
         str, typer.Option(help="Drafted tokens a round where --methods names none, or auto: as the pace decides")
     ] = "auto",
-    verification: Annotated[str, typer.Option(help="rejection | coupled")] = "rejection",
+    verification: Annotated[str, typer.Option(help="rejection | coupled | block")] = "rejection",
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end of text")] = False,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,

@@ -38,7 +38,11 @@ class EngineOptions:
     ] = None
     method: Annotated[MethodName, _model(help="How to decode.")] = "pearl"
     verification: Annotated[
-        Verification, _model(help="rejection: the target's distribution. coupled: its seeded tokens, one for one.")
+        Verification,
+        _model(
+            help="rejection: the target's distribution. coupled: its seeded tokens, one for one. "
+            "block: as rejection, windows tested as a whole."
+        ),
     ] = "rejection"
     pace: Annotated[str, _model(help="auto: the fastest mode and windows, measured. balanced: the paper's rule.")] = (
         "auto"

@@ -18,6 +18,7 @@ from pearl.workers import ModelRunner
 from pearl_kernels import KernelSet, Rule, SamplingTensors, Stream
 
 _CPU = torch.device("cpu")
+Ranked = tuple[float, list[int], list[float]]  # a drafted token's score, its alternatives, and theirs: see `sample`
 
 
 def can_fuse_windows(kernels: KernelSet) -> bool:
@@ -49,7 +50,7 @@ class FusedWindows:
         """Windows of those that draft, and how many forwards they took. No token's logits may depend on the host, and
         block tables reach to the windows' ends. Raises ValueError, with nothing written, if an index is out of range.
         """
-        tokens, logprobs = self._draw(work, self._batches.tensors([item.forward.state for item in work]))
+        tokens, logprobs, _ = self._draw(work, self._batches.tensors([item.forward.state for item in work]))
         windows = {
             item.forward.state.request_id: tuple(
                 map(Drafted, tokens[i], logprobs[i], self._ring.window_rows(item, self._rule))
@@ -59,8 +60,10 @@ class FusedWindows:
         }
         return windows, max(1, *(item.num_draft for item in work))
 
-    def _draw(self, work: Sequence[DraftWork], params: SamplingTensors) -> tuple[list[list[int]], list[list[float]]]:
-        """Drafted tokens and their log q, a list for each item."""
+    def _draw(
+        self, work: Sequence[DraftWork], params: SamplingTensors, alternatives: int = 0
+    ) -> tuple[list[list[int]], list[list[float]], list[list[Ranked]]]:
+        """Drafted tokens and their log q, a list for each item; and so many alternatives to each, if any are wanted."""
         counts = [item.num_draft for item in work]
         if params.layout != (_CPU, len(counts)):
             raise ValueError(f"draft_window: parameters for {len(counts)} requests on cpu, not {params.layout}")
@@ -79,4 +82,5 @@ class FusedWindows:
             0 if ring is None else ring.data_ptr(),
             0 if ring is None else ring.shape[0],
             self._ring.size,
+            alternatives,
         )

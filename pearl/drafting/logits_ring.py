@@ -12,8 +12,8 @@ from pearl_kernels import Rule
 
 
 def keeps_logits(params: SamplingParams, rule: Rule) -> bool:
-    """Whether a rejection of such a request's tokens needs q."""
-    return rule == "rejection" and params.temperature > 0 and draft_temperature(params) > 0
+    """Whether a verdict on such a request's tokens needs q."""
+    return rule != "coupled" and params.temperature > 0 and draft_temperature(params) > 0
 
 
 class LogitsRing:

@@ -112,7 +112,7 @@ class ModelDrafter:
         logits = self._process(active, logits, windows)
         where = from_numbers(positions, torch.int64, self._device)
         sampled = self._runner.kernels.sample(logits, params, where, self._vocab_size, self._stream)
-        on_host = start_download(sampled)
+        on_host = start_download((sampled.tokens, sampled.logprobs))
         self._runner.queue.mark().wait()  # once, for both
         tokens: list[int] = on_host[0].tolist()
         logprobs: list[float] = on_host[1].tolist()

@@ -85,7 +85,7 @@ class WindowGraphs:
     def captures(self) -> Sequence[Callable[[], object]]:
         """One for each key that can come up, as of ``ModelRunner.captures``."""
         sequences = sorted({row_bucket(count) for count in range(1, self._ring.lanes + 1)})
-        keeps = (False, True) if self._rule == "rejection" else (False,)
+        keeps = (False, True) if self._rule != "coupled" else (False,)
         keys = itertools.product(self._runner.limits.widths(), sequences, keeps)
         return [
             partial(self._capture, _Key(self._shape(count, pages), stores))

@@ -90,6 +90,11 @@ class Engine:
             raise EngineClosedError(self._broken) from self._cause
 
     @property
+    def failure(self) -> str | None:
+        """Why no round can follow; None while one can."""
+        return self._broken
+
+    @property
     def has_work(self) -> bool:
         """Whether a request has not been answered. A round may be in flight without: nobody need wait for it."""
         return self.scheduler.has_work or not self._outbox.is_written

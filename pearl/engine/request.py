@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass, field
 
 from pearl.engine.output_processor import OutputProcessor
@@ -36,6 +37,7 @@ class Request:
     output: OutputProcessor
     metrics: RequestMetrics
     pinned: bool = False  # reproducible although draws depend on the draft: every token must be drafted and tested
+    rekeys: bool = False  # draws after a rejection have new keys: its verdict saw the noise of positions to come
     status: Status = Status.WAITING
     lane: int = -1  # while running
     pending: tuple[Drafted, ...] = ()
@@ -43,6 +45,7 @@ class Request:
     draft_computed: int = 0
     draft_is_dry: bool = False
     run_length: int = field(default=0, repr=False)  # accepted tokens of the run in progress
+    _noise_seed: int | None = field(default=None, repr=False)  # of draws now; None: ``seed``
     _state: SequenceState | None = field(default=None, repr=False)  # without a history, of the lane that it has
 
     @property
@@ -77,7 +80,8 @@ class Request:
         return self._state
 
     def _make_state(self, history: tuple[int, ...] | None) -> SequenceState:
-        return SequenceState(self.id, self.lane, self.params, self.seed, self.prompt_length, history)
+        seed = self.seed if self._noise_seed is None else self._noise_seed
+        return SequenceState(self.id, self.lane, self.params, seed, self.prompt_length, history)
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions [start, end) of the committed and then the pending tokens."""
@@ -124,6 +128,8 @@ class Request:
         continues = not rejected and decision.next_token is None
         self.pending = window[1:] if continues else ()
         self.tokens.extend(committed)
+        if rejected and self.rekeys:
+            self._noise_seed, self._state = _rekeyed(self.seed, len(self.tokens)), None
         return committed
 
     def count(self, decision: Decision, kept: int) -> None:
@@ -146,3 +152,9 @@ class Request:
 
     def finish(self) -> None:
         self.status, self.pending, self.lane = Status.FINISHED, (), -1
+
+
+def _rekeyed(seed: int, length: int) -> int:
+    """A 64-bit seed for what is drawn after a rejection that left so many tokens: no two of a request's are alike."""
+    words = (seed % 2**64).to_bytes(8, "little") + length.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")

@@ -20,7 +20,8 @@ def kernels_for(config: EngineConfig, role: Role, model: ModelConfig) -> KernelS
     )
     dtype = config.torch_dtype or model.dtype
     device = config.resolve_device(role)
-    return select(Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights))
+    rule = config.verification
+    return select(Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights, rule))
 
 
 def make_runner(config: EngineConfig, role: Role, model: Decoder, cache: KVCache) -> ModelRunner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from pearl.engine.prompt_budget import share
 from pearl.engine.request import Request, Status
 from pearl.errors import InvalidRequestError, QueueFullError
 from pearl.kv import KVCacheManager, OutOfPages, PageCopy
@@ -28,9 +29,11 @@ from pearl.pace import Load, Pace, PacePolicy
 class _Round:
     """The plan being built; becomes an immutable SchedulerOutput."""
 
-    def __init__(self, budget: int, pace: Pace, load: Load) -> None:
+    def __init__(self, pace: Pace, load: Load) -> None:
         self.pace, self.load = pace, load
-        self.target_budget = self.draft_budget = budget
+        # Tokens that a model may compute of what it lacks, by request id; without an entry, none.
+        self.target_shares: dict[int, int] = {}
+        self.draft_shares: dict[int, int] = {}
         self.target: list[ForwardWork] = []
         self.draft: list[DraftWork] = []
         self.verify: list[VerifyWork] = []
@@ -64,11 +67,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_waiting: int,
+        prefill_chunk: int | None = None,
         drafter_reads_history: bool = False,
     ) -> None:
         self._pace = pace
         self.target_kv, self.draft_kv = target_kv, draft_kv
         self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
+        self._prefill_chunk = prefill_chunk or max_num_batched_tokens
         self._drafter_reads_history = drafter_reads_history
         self._free_lanes = list(range(max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
@@ -81,20 +86,17 @@ class Scheduler:
 
     def require_room(self, count: int) -> None:
         """QueueFullError unless ``count`` more requests may be added: on free lanes they do not wait."""
-        lanes, waiting = len(self._free_lanes), len(self.waiting)
-        room = max(0, lanes + self._max_waiting - waiting)
-        if count <= room:
-            return
-        if count == 1:
-            raise QueueFullError(f"{waiting - lanes} requests are waiting, the limit (max_waiting); try again later")
-        raise QueueFullError(
-            f"{count} requests at once, but there is room for {room}: {lanes} lanes are free, and {self._max_waiting} "
-            "may wait (max_waiting); bring fewer at a time or raise max_waiting"
-        )
+        require_room(count, len(self._free_lanes), len(self.waiting), self._max_waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError, or InvalidRequestError if it could never fit in the KV cache."""
         self.require_room(1)
+        self.require_fits(request)
+        self.requests[request.id] = request
+        self.waiting.append(request)
+
+    def require_fits(self, request: Request) -> None:
+        """InvalidRequestError if it could never fit in the KV cache. May be called by any thread at any time."""
         needed = request.prompt_length + request.max_tokens
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             if needed > kv.num_pages * kv.page_size:
@@ -102,8 +104,6 @@ class Scheduler:
                     f"the request needs KV for {needed} tokens, the cache holds {kv.num_pages * kv.page_size}; "
                     "lower max_tokens or raise kv_cache_memory"
                 )
-        self.requests[request.id] = request
-        self.waiting.append(request)
 
     def schedule(self) -> SchedulerOutput:
         self._admit()
@@ -122,25 +122,38 @@ class Scheduler:
         load = Load(len(batch), sum(r.length for r in batch))
         pinned = self._pace.changes and any(r.pinned for r in batch)
         pace = self._pace.decide([r.id for r in batch], load, pinned)
-        plan = _Round(self._max_num_batched_tokens, pace, load)
+        plan = _Round(pace, load)
         progress = [Progress(len(r.pending), r.draft_is_dry) for r in batch]
         intents = METHODS[pace.mode].intents(progress)
         if pinned:
             intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(batch, intents, progress, strict=True)]
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
-            self._share_budget(plan, batch)
+            self._share_budget(plan, batch, intents)
         for request, intent, window, lags in zip(batch, intents, pace.windows, lag, strict=True):
             if request.lane >= 0:  # it may have been preempted for an earlier one
                 self._plan_request(plan, request, intent, window, lags)
         return plan
 
-    def _share_budget(self, plan: _Round, batch: Sequence[Request]) -> None:
-        """Decoding rows are never held back by prompts; prompts share what is left of the budget, at least a page."""
-        target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
+    def _share_budget(self, plan: _Round, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
+        """Decoding rows are never held back by prompts; prompts share what is left of the budget, beside requests that
+        decode a chunk at most, and at least a page.
+        """
+        target = {r.id: r.length + len(r.pending) - r.target_computed for r in batch if _target_lags(r)}
+        draft = {
+            r.id: r.length + len(r.pending) - r.draft_computed
+            for r, intent in zip(batch, intents, strict=True)
+            if intent.draft and self.draft_kv is not None and _draft_lags(r)
+        }
+        decodes = len(target.keys() | draft.keys()) < len(batch)
+        target_rows = sum(len(r.pending) + 1 for r in batch if r.id not in target)
         draft_rows = sum(not _draft_lags(r) for r in batch)
-        plan.target_budget = max(plan.target_budget - target_rows, self.target_kv.page_size)
-        plan.draft_budget = max(plan.draft_budget - draft_rows, self.target_kv.page_size)
+        plan.target_shares = share(self._left_beside(target_rows, decodes), target)
+        plan.draft_shares = share(self._left_beside(draft_rows, decodes), draft)
+
+    def _left_beside(self, rows: int, decodes: bool) -> int:
+        left = self._max_num_batched_tokens - rows
+        return max(min(left, self._prefill_chunk) if decodes else left, self.target_kv.page_size)
 
     def _lags(self, request: Request, intent: Intent) -> bool:
         """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
@@ -158,9 +171,6 @@ class Scheduler:
             target_end, draft_end = chunks
         if self._reserve(plan, request, target_end, draft_end + num_draft - 1 if num_draft else draft_end):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
-            if lags:
-                plan.target_budget -= target_end - request.target_computed if _target_lags(request) else 0
-                plan.draft_budget -= draft_end - request.draft_computed if _draft_lags(request) else 0
 
     @staticmethod
     def _chunks(plan: _Round, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
@@ -170,12 +180,13 @@ class Scheduler:
         way however the prompts were cut, and a seeded output does not depend on the batch.
         """
         target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed
-        target_ready = target_lag <= max(plan.target_budget, len(request.pending) + 1)
-        draft_ready = draft_lag <= max(plan.draft_budget, 2)
+        target_share, draft_share = plan.target_shares.get(request.id, 0), plan.draft_shares.get(request.id, 0)
+        target_ready = target_lag <= max(target_share, len(request.pending) + 1)
+        draft_ready = draft_lag <= max(draft_share, 2)
         if target_ready and draft_ready:
             return None
-        target_chunk = 0 if target_ready else max(0, plan.target_budget)
-        draft_chunk = 0 if draft_ready else max(0, plan.draft_budget)
+        target_chunk = 0 if target_ready else target_share
+        draft_chunk = 0 if draft_ready else draft_share
         # Never into the last committed token or the pending ones: the target computes those only to judge them.
         return min(request.target_computed + target_chunk, request.length - 1), request.draft_computed + draft_chunk
 
@@ -206,7 +217,7 @@ class Scheduler:
             table = self.target_kv.block_table(request.id)
             plan.target.append(ForwardWork(state, request.token_range(start, target_end), start, rows, table))
         if rows:
-            plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens)))
+            plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens), request.pinned))
         start = request.draft_computed
         if num_draft or draft_end > start:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
@@ -258,6 +269,19 @@ class Scheduler:
             self.waiting.remove(request)
         request.finish()
         return request
+
+
+def require_room(count: int, free_lanes: int, waiting: int, max_waiting: int) -> None:
+    """QueueFullError unless ``count`` more requests may come where so many wait."""
+    room = max(0, free_lanes + max_waiting - waiting)
+    if count <= room:
+        return
+    if count == 1:
+        raise QueueFullError(f"{waiting - free_lanes} requests are waiting, the limit (max_waiting); try again later")
+    raise QueueFullError(
+        f"{count} requests at once, but there is room for {room}: {free_lanes} lanes are free, and {max_waiting} may "
+        "wait (max_waiting); bring fewer at a time or raise max_waiting"
+    )
 
 
 def _target_lags(request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -62,6 +63,18 @@ class _Rows(NamedTuple):
         has_window = late is not None and self.work.request_id in late.rows
         return has_window and len(self.tokens) > len(self.work.pending)
 
+    def each(self) -> list[_Rows]:
+        """The same rows, each by itself."""
+        pending = len(self.work.pending)
+        return [
+            self._replace(
+                work=self.work._replace(pending=(token,) if i < pending else (), position=self.work.position + i),
+                begin=self.begin + i,
+                tokens=(token,),
+            )
+            for i, token in enumerate(self.tokens)
+        ]
+
     @property
     def tested(self) -> tuple[int, ...]:
         return tuple([d.token for d in self.tokens if d is not _BONUS])
@@ -102,12 +115,12 @@ class Verifier:
             requests = self._align(plan, proposal.windows if late is None else proposal.windows | late.outlines())
             top = self._top_logprobs(target.logits, requests)  # of raw rows, before processing changes them in place
             logits = self._process(target.logits, requests)
-            read_verdict = self._judge(requests, logits, proposal, top)
+            read_verdict = self._judge(self._blocks(requests), logits, proposal, top)
             self._queue.mark().wait()
         if late is not None:
             proposal = _read(proposal)
             requests = self._align(plan, proposal.windows)
-        accepted, next_tokens = read_verdict()
+        accepted, next_tokens = _joined(requests, *read_verdict())
         found = top.found() if top else None
         decisions = map(partial(self._decision, logits, found), requests, accepted, next_tokens)
         ids = [rows.work.request_id for rows in requests]
@@ -126,6 +139,12 @@ class Verifier:
             aligned.append(_Rows(work, forward, begin, tokens))
             begin += forward.num_logits
         return aligned
+
+    def _blocks(self, requests: Sequence[_Rows]) -> list[_Rows]:
+        """What is judged as a whole: requests, under the block rule of pinned ones each token."""
+        if self._rule != "block" or not any(rows.work.pinned for rows in requests):
+            return list(requests)
+        return [block for rows in requests for block in (rows.each() if rows.work.pinned else (rows,))]
 
     def _judge(
         self, requests: Sequence[_Rows], logits: Tensor, proposal: DraftProposal, top: TopLogprobs | None
@@ -178,7 +197,7 @@ class Verifier:
             "row_start": starts,
             "positions": positions,
         }
-        if self._rule != "rejection" or all(state.params.temperature <= 0 for state in states):
+        if self._rule == "coupled" or all(state.params.temperature <= 0 for state in states):
             return numbers, None
         draft_logits, draft_rows = self._draft_logits(drafted, proposal)
         numbers["draft_logprobs"] = [d.logprob for d in drafted]
@@ -279,6 +298,22 @@ class Verifier:
                         "are at fault: try dtype='float32'"
                     )
         return None
+
+
+def _joined(requests: Sequence[_Rows], accepted: list[int], next_tokens: list[int]) -> tuple[list[int], list[int]]:
+    """The verdicts on requests, from those on their blocks: what is behind a token that fails is not looked at."""
+    if len(accepted) == len(requests):
+        return accepted, next_tokens
+    verdicts = zip(accepted, next_tokens, strict=True)
+    counts, following = [], []
+    for rows in requests:
+        held, token = 0, -1
+        for count, after in itertools.islice(verdicts, len(rows.tokens) if rows.work.pinned else 1):
+            if token < 0:
+                held, token = held + count, after
+        counts.append(held)
+        following.append(token)
+    return counts, following
 
 
 def _reads_tokens(plan: SchedulerOutput) -> bool:

@@ -78,10 +78,13 @@ class Acceptance:
     def odds(self, request_ids: Sequence[int]) -> list[Odds]:
         """And forget the other requests."""
         self._requests = {i: self._requests[i] for i in request_ids if i in self._requests}
-        later = self._later.odds(_FIRST_GUESS)
-        first = self._first.odds(later)
-        known = self._requests
+        every, known = self.of_a_new_one, self._requests
         return [
-            Odds(known[i].first.odds(first), known[i].later.odds(later)) if i in known else Odds(first, later)
+            Odds(known[i].first.odds(every.first), known[i].later.odds(every.later)) if i in known else every
             for i in request_ids
         ]
+
+    @property
+    def of_a_new_one(self) -> Odds:
+        later = self._later.odds(_FIRST_GUESS)
+        return Odds(self._first.odds(later), later)

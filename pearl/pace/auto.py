@@ -139,7 +139,14 @@ class AutoPace:
         windows = dict(zip(ids, choice.windows(odds), strict=True))
         span = self._span(before, best, probe is not None)
         until = self._rounds + (_SOON if probe else span)
-        return _Decision(choice, windows, sorted(windows.values())[len(ids) // 2], until, best, span)
+        return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
+
+    def _typical(self, choice: _Choice, windows: Mapping[int, int], now: Situation) -> int:
+        """The window of requests that come before the next choice. One that ran alone says little of them."""
+        if len(windows) > 1 or choice.mode == "autoregressive":
+            return sorted(windows.values())[len(windows) // 2]
+        odds = self._acceptance.of_a_new_one
+        return self._best(choice.mode, replace(now, first=np.array([odds.first]), later=np.array([odds.later]))).longest
 
     def _span(self, before: _Decision | None, best: _Choice, looks: bool) -> int:
         """Twice as long each time that a mode stays the best, until choosing costs little of the time."""

@@ -102,6 +102,10 @@ def sample(
     stream: int,
     tokens: int,
     logprobs: int,
+    alternatives: int,
+    alternative_tokens: int,
+    alternative_scores: int,
+    drawn_scores: int,
     /,
 ) -> None: ...
 def verify(
@@ -112,7 +116,7 @@ def verify(
     positions: int,
     requests: int,
     vocab_size: int,
-    coupled: bool,
+    rule: int,
     draft_logprobs: int,
     draft_logits: Logits,
     draft_rows: int,
@@ -217,8 +221,9 @@ class WindowDrafter:
         ring: int,
         ring_rows: int,
         ring_size: int,
+        alternatives: int,
         /,
-    ) -> tuple[list[list[int]], list[list[float]]]: ...
+    ) -> tuple[list[list[int]], list[list[float]], list[list[tuple[float, list[int], list[float]]]]]: ...
 
 def verify_numbers(
     logits: Logits,
@@ -227,7 +232,7 @@ def verify_numbers(
     row_start: Sequence[int],
     positions: Sequence[int],
     vocab_size: int,
-    coupled: bool,
+    rule: int,
     draft_logprobs: Sequence[float],
     draft_logits: Logits,
     draft_rows: Sequence[int],

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from pearl_kernels.cpu import _core
 from pearl_kernels.cpu.checks import CHECKS
-from pearl_kernels.native import NativeSampling
-from pearl_kernels.operands import check_logits, check_sampling
+from pearl_kernels.native import RULE_CODES, NativeSampling
+from pearl_kernels.operands import check_alternatives, check_logits, check_sampling, new_alternatives
 from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream
 
-_NATIVE = NativeSampling(_core, CHECKS)
+_NATIVE = NativeSampling(_core, CHECKS, rules=get_args(Rule))
 
 verify = _NATIVE.verify
 
@@ -47,7 +48,7 @@ def verify_numbers(
         row_start,
         positions,
         vocab_size,
-        rule == "coupled",
+        RULE_CODES[rule],
         draft_logprobs,
         _NATIVE.no_logits() if draft_logits is None else _NATIVE.logits(draft_logits),
         draft_rows,
@@ -56,15 +57,22 @@ def verify_numbers(
 
 
 def sample(
-    logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    vocab_size: int,
+    stream: Stream = Stream.SAMPLE,
+    alternatives: int = 0,
 ) -> Sampled:
     op, n = "sample", logits.shape[0]
     checks = CHECKS.beside(op, "logits", logits)
     check_logits(checks, op, "logits", logits, vocab_size)
     check_sampling(checks, op, params, n)
+    check_alternatives(op, alternatives)
     checks.contiguous(op, "positions", positions, torch.int64, (n,))
     tokens = logits.new_empty(n, dtype=torch.int64)
     logprobs = logits.new_empty(n, dtype=torch.float32)
+    ranked = new_alternatives(logits, alternatives) if alternatives else None
     _core.sample(
         _NATIVE.logits(logits),
         _NATIVE.sampling(params),
@@ -73,5 +81,7 @@ def sample(
         stream,
         tokens.data_ptr(),
         logprobs.data_ptr(),
+        alternatives,
+        *([t.data_ptr() for t in ranked] if ranked else (0, 0, 0)),
     )
-    return Sampled(tokens, logprobs)
+    return Sampled(tokens, logprobs, ranked)

@@ -38,6 +38,8 @@ def refuses(op: str, situation: Situation) -> str | None:
     # copy_blocks moves bytes, of whatever type.
     if op != "copy_blocks" and situation.dtype not in DTYPES:
         return f"computes float32, bfloat16 and float16, not {situation.dtype}"
+    if op == "verify" and situation.rule == "block":
+        return "has no block verification"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
     return _cannot_load() or _no_device() or _does_not_fit(op, situation)

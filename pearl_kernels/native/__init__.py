@@ -2,6 +2,6 @@
 
 from pearl_kernels.native.layers import NativeLayers
 from pearl_kernels.native.module import NativeModule
-from pearl_kernels.native.sampling import NativeSampling
+from pearl_kernels.native.sampling import RULE_CODES, NativeSampling
 
-__all__ = ["NativeLayers", "NativeModule", "NativeSampling"]
+__all__ = ["RULE_CODES", "NativeLayers", "NativeModule", "NativeSampling"]

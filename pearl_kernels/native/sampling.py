@@ -6,6 +6,8 @@ take raise ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +18,15 @@ from pearl_kernels.native.module import NativeModule
 from pearl_kernels.operands import check_verify
 from pearl_kernels.reference import Rule, SamplingTensors, Verdict
 
+RULE_CODES: Mapping[Rule, int] = {"rejection": 0, "coupled": 1, "block": 2}  # csrc/include/pearl/params.h
 
+
+@dataclass(frozen=True)
 class NativeSampling(NativeModule):
+    """``rules``: of verification, which the module's kernel has."""
+
+    rules: tuple[Rule, ...] = ("rejection", "coupled")
+
     def verify(
         self,
         logits: Tensor,
@@ -36,6 +45,8 @@ class NativeSampling(NativeModule):
         requests = check_verify(
             self.checks, logits, draft_tokens, row_start, positions, params, vocab_size, rule, *drafted
         )
+        if rule not in self.rules:
+            raise ValueError(f"verify: the {self.checks.device} kernel has the rules {self.rules}, not {rule!r}")
         accepted = logits.new_empty(requests, dtype=torch.int32)
         next_token = logits.new_empty(requests, dtype=torch.int64)
         arguments = (
@@ -46,7 +57,7 @@ class NativeSampling(NativeModule):
             positions.data_ptr(),
             requests,
             vocab_size,
-            rule == "coupled",
+            RULE_CODES[rule],
             _address(draft_logprobs),
             self.no_logits() if draft_logits is None else self.logits(draft_logits),
             _address(draft_rows),

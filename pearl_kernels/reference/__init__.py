@@ -14,9 +14,12 @@ from pearl_kernels.reference.layers import (
     weight_rows,
 )
 from pearl_kernels.reference.philox import Stream
-from pearl_kernels.reference.sampling import Rule, Sampled, SamplingTensors, Verdict, sample, verify
+from pearl_kernels.reference.sampling import MOST_ALTERNATIVES, Alternatives, Sampled, SamplingTensors, sample
+from pearl_kernels.reference.verification import Rule, Verdict, verify
 
 __all__ = [
+    "MOST_ALTERNATIVES",
+    "Alternatives",
     "LinearWeight",
     "Rule",
     "Sampled",

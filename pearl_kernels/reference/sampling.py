@@ -1,4 +1,4 @@
-"""Reference of ``sample`` and ``verify``: the distributions of the engine and the two verification rules.
+"""Reference of ``sample``: the distributions of the engine, and draws from them.
 
 A request's distribution over the V logits of a row is ``softmax(logits / temperature)`` cut to the tokens whose
 scaled logit reaches one cutoff, the largest that top-k, top-p and min-p ask for, and renormalised. Temperature 0 is
@@ -12,16 +12,15 @@ A row without a finite logit, or with an infinite one, is no distribution: token
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pearl_kernels.reference.philox import Stream, gumbel, uniform
+from pearl_kernels.reference.philox import Stream, gumbel
 
-Rule = Literal["rejection", "coupled"]
+MOST_ALTERNATIVES = 8  # that `sample` gives
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,18 @@ class SamplingTensors:
         )
 
 
+class Alternatives(NamedTuple):
+    """The m tokens that come next after each row's drawn one, best first: -1 and -inf past the row's last."""
+
+    tokens: Tensor  # int64 [N, m]
+    scores: Tensor  # fp32 [N, m], see ``sample``
+    drawn: Tensor  # fp32 [N], the drawn token's on the same scale; NaN where the row is no distribution
+
+
 class Sampled(NamedTuple):
     tokens: Tensor  # int64 [N]
     logprobs: Tensor  # fp32 [N], of the drawn token under the row's (cut, renormalised) distribution
-
-
-class Verdict(NamedTuple):
-    accepted: Tensor  # int32 [R], drafted tokens accepted
-    next_token: Tensor  # int64 [R], the replacement or bonus token; -1 when all were accepted and no bonus row stood
+    alternatives: Alternatives | None = None  # where they were asked for
 
 
 def log_probabilities(logits: Tensor, params: SamplingTensors, vocab_size: int) -> Tensor:
@@ -100,85 +103,49 @@ def log_probabilities(logits: Tensor, params: SamplingTensors, vocab_size: int) 
 
 
 def sample(
-    logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    vocab_size: int,
+    stream: Stream = Stream.SAMPLE,
+    alternatives: int = 0,
 ) -> Sampled:
     """Gumbel-max draw from each row's distribution, keyed by (seed, position, stream, token).
 
     Args: logits ``[N, V]`` floating, V >= vocab_size; positions int64 ``[N]``, of the token being drawn.
     The draw is ``argmax(logits / T + gumbel)`` over the kept tokens: with one seed, two models whose distributions
     are close mostly draw the same token (Gumbel coupling, arXiv 2408.07978).
+
+    alternatives: m in [0, 8]. For m > 0 also the m tokens that would most likely stand in the drawn one's place if a
+    target rejected it, and how likely: candidates are the kept tokens but the drawn one (of a greedy row all with a
+    probability at temperature 1), ranked by their scores, ties by the lower id:
+        a greedy row: log-softmax of its logits at temperature 1, whatever the cuts;
+        stream SAMPLE: log-probability + noise, of which the drawn token has the largest. A target that draws with the
+            same noise most likely has its largest among the next ones;
+        any other stream: log-probability, for then the replacement is drawn with noise of its own.
+    In the first and last case scores of equal logits are equal, and the order is that of the logits, without rounding.
+    A row that is no distribution has none.
     """
     log_p = log_probabilities(logits, params, vocab_size)
     noise = gumbel(params.seed, positions, stream, vocab_size)
     tokens = (log_p + noise).argmax(-1)
-    return Sampled(tokens, log_p.gather(1, tokens[:, None])[:, 0])
+    logprobs = log_p.gather(1, tokens[:, None])[:, 0]
+    if alternatives == 0:
+        return Sampled(tokens, logprobs)
+    raw = logits[:, :vocab_size].float()
+    raw = raw.masked_fill(raw.isnan(), -torch.inf)
+    greedy, perturbed = params.temperature <= 0, log_p + noise if stream == Stream.SAMPLE else log_p
+    scores = torch.where(greedy[:, None], raw.log_softmax(-1), perturbed)
+    rank = torch.where(greedy[:, None], raw, perturbed) if stream == Stream.SAMPLE else raw
+    return Sampled(tokens, logprobs, _best_but(tokens, rank, scores, alternatives))
 
 
-def verify(
-    logits: Tensor,
-    draft_tokens: Tensor,
-    row_start: Tensor,
-    positions: Tensor,
-    params: SamplingTensors,
-    vocab_size: int,
-    rule: Rule = "rejection",
-    draft_logprobs: Tensor | None = None,
-    draft_logits: Tensor | None = None,
-    draft_rows: Tensor | None = None,
-    draft_temperature: Tensor | None = None,
-) -> Verdict:
-    """Test each request's drafted tokens in order against the target's rows; stop at the first that fails.
-
-    Args:
-        logits: ``[N, V]`` target rows. Rows ``row_start[r]:row_start[r + 1]`` belong to request r (int32 ``[R + 1]``;
-            a request may have none).
-        draft_tokens: int64 ``[N]``, the token tested at each row; -1 marks a *bonus row*, only ever a request's last:
-            if it is reached, its token is drawn from the target (stream SAMPLE).
-        positions: int64 ``[N]``, the position of the token decided at each row.
-        params: of the target, ``[R]``.
-        rule: "coupled": the target's own draw decides (accept iff equal; the draw is the next token). "rejection":
-            accept iff ``u < p(x) / q(x)``, strictly; else draw from ``norm(max(p - q, 0))``, or from p where that is
-            zero everywhere (Leviathan et al. 2023, Chen et al. 2023).
-        draft_logprobs: fp32 ``[N]``, log q(x) as ``sample`` reported it; read under "rejection" only.
-        draft_logits: ``[Q, Vq]`` raw draft rows, Vq >= vocab_size. draft_rows: int32 ``[N]``, the row of draft_logits
-            that each token was drawn from; -1 says that q was the point mass on the token (greedy or n-gram draft).
-        draft_temperature: fp32 ``[R]``; q uses it with the request's top-k, top-p and min-p.
-    A temperature of 0 accepts exactly the target's argmax, under both rules.
-    """
-    starts = row_start.tolist()
-    accepted = torch.zeros(len(starts) - 1, dtype=torch.int32, device=logits.device)
-    next_token = torch.full((len(starts) - 1,), -1, dtype=torch.int64, device=logits.device)
-    for r, (begin, end) in enumerate(itertools.pairwise(starts)):
-        request = params[torch.tensor([r], device=logits.device)]
-        for row in range(begin, end):
-            here = slice(row, row + 1)
-            drafted = int(draft_tokens[row])
-            if drafted < 0 or rule == "coupled" or request.temperature.item() <= 0:
-                drawn = int(sample(logits[here], request, positions[here], vocab_size).tokens)
-                if drawn != drafted:
-                    next_token[r] = drawn
-                    break
-            else:
-                assert draft_logprobs is not None
-                assert draft_rows is not None
-                log_p = log_probabilities(logits[here], request, vocab_size)[0]
-                u = uniform(request.seed, positions[here], Stream.ACCEPT)[0]
-                if not u < torch.exp(log_p[drafted] - draft_logprobs[row]):
-                    p, q = log_p.exp(), torch.zeros_like(log_p)
-                    if draft_rows[row] < 0:
-                        q[drafted] = 1.0
-                    else:
-                        assert draft_logits is not None
-                        assert draft_temperature is not None
-                        drafter = SamplingTensors(
-                            draft_temperature[r : r + 1], request.top_k, request.top_p, request.min_p, request.seed
-                        )
-                        q = log_probabilities(draft_logits[draft_rows[row]][None], drafter, vocab_size)[0].exp()
-                    residual = (p - q).clamp(min=0).nan_to_num(0.0)
-                    if not residual.any():
-                        residual = p
-                    noise = gumbel(request.seed, positions[here], Stream.RESIDUAL, vocab_size)[0]
-                    next_token[r] = (residual.log() + noise).argmax()
-                    break
-            accepted[r] += 1
-    return Verdict(accepted, next_token)
+def _best_but(drawn: Tensor, rank: Tensor, scores: Tensor, count: int) -> Alternatives:
+    """rank, scores: fp32 ``[N, V]``; a token whose score is not finite is no alternative."""
+    own = scores.gather(1, drawn[:, None])
+    rank = rank.masked_fill(~scores.isfinite(), -torch.inf).scatter(1, drawn[:, None], -torch.inf)
+    rank = torch.nn.functional.pad(rank, (0, count), value=-torch.inf)  # so that there are count
+    best, tokens = rank.sort(stable=True, dim=-1, descending=True)  # of equals the first comes first
+    tokens = tokens[:, :count].masked_fill(best[:, :count] == -torch.inf, -1)
+    values = scores.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf)
+    return Alternatives(tokens, values, own[:, 0])

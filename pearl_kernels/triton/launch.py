@@ -105,7 +105,7 @@ _INTEGERS = ("stride", "draft_stride", "vocab_size", "tiles_per_program", "reque
 _EVEN = _INTEGERS[:3]  # multiples of 16 in production, and specialised on it
 _POINTERS = {  # but for those to logits and to fp32
     "*i32": "rows row_start top_k ints draft_rows accepted failed failed_draft finished draft_ints winners",
-    "*i64": "seed positions masses tokens draft_tokens drawn next_token draft_drawn",
+    "*i64": "seed positions masses tokens draft_tokens drawn next_token draft_drawn alternatives",
 }
 
 

@@ -1,9 +1,9 @@
 """``sample`` in Triton; meaning, shapes and dtypes as in ``pearl_kernels.reference.sampling``.
 
-Four launches: scan, settle, collect (``distribution``), draw. A row that nothing cuts is drawn while it is scanned, for
-every logit is read once, and finished by settle; a cut row is drawn last, from the tiles that hold what it keeps. A
-drawn logit costs about 65 instructions, a third of them Philox's: below two thirds of an H100's bandwidth for fp32
-logits, arithmetic is the limit, not memory.
+Four launches: scan, settle, collect (``distribution``), draw; two more where alternatives are asked for. A row that
+nothing cuts is drawn while it is scanned, for every logit is read once, and finished by settle; a cut row is drawn
+last, from the tiles that hold what it keeps. A drawn logit costs about 65 instructions, a third of them Philox's:
+below two thirds of an H100's bandwidth for fp32 logits, arithmetic is the limit, not memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.operands import check_logits, check_sampling
+from pearl_kernels.operands import check_alternatives, check_logits, check_sampling, new_alternatives
 from pearl_kernels.reference import Sampled, SamplingTensors, Stream
 from pearl_kernels.triton import CHECKS
+from pearl_kernels.triton.alternatives import MERGE, rank
+from pearl_kernels.triton.alternatives import variants as rank_variants
 from pearl_kernels.triton.distribution import collect_kernel, settle_kernel
 from pearl_kernels.triton.launch import WARPS, Distributions, Plan, distributions, make_plan, variant
 from pearl_kernels.triton.philox import exponentials
@@ -100,17 +102,27 @@ def winner_of(speeds, winners, TILES: tl.constexpr, SPAN: tl.constexpr):
 
 
 def sample(
-    logits: Tensor, params: SamplingTensors, positions: Tensor, vocab_size: int, stream: Stream = Stream.SAMPLE
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    vocab_size: int,
+    stream: Stream = Stream.SAMPLE,
+    alternatives: int = 0,
 ) -> Sampled:
     op, n = "sample", logits.shape[0]
     checks = CHECKS.beside(op, "logits", logits)
     check_logits(checks, op, "logits", logits, vocab_size)
     check_sampling(checks, op, params, n)
+    check_alternatives(op, alternatives)
     checks.contiguous(op, "positions", positions, torch.int64, (n,))
+    ranked = new_alternatives(logits, alternatives) if alternatives else None
     if n == 0:
-        return Sampled(logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32))
-    drawn = draw(make_plan(n, vocab_size), logits, params, positions, stream=stream)
-    return Sampled(drawn.tokens, drawn.logprobs)
+        return Sampled(logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32), ranked)
+    plan = make_plan(n, vocab_size)
+    drawn = draw(plan, logits, params, positions, stream=stream)
+    if ranked is not None:
+        rank(plan, logits, params, positions, drawn, stream, ranked)
+    return Sampled(drawn.tokens, drawn.logprobs, ranked)
 
 
 def draw(
@@ -135,7 +147,8 @@ def _variants(dtype: str) -> tuple[Variant, ...]:
         variant(f"sample-settle-{dtype}", settle_kernel, dtype),
         variant(f"sample-collect-{dtype}", collect_kernel, dtype),
         variant(f"sample-draw-{dtype}", draw_kernel, dtype),
+        *rank_variants(dtype),
     )
 
 
-VARIANTS = tuple(made for dtype in ("bf16", "fp16", "fp32") for made in _variants(dtype))
+VARIANTS = (*(made for dtype in ("bf16", "fp16", "fp32") for made in _variants(dtype)), *MERGE)

@@ -76,7 +76,7 @@ def race(weight, exponential, first, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _request_of(row, row_start, requests):
+def request_of(row, row_start, requests):
     """The request whose rows include this one; -1 if none does."""
     before = 0  # requests that end at or before this row
     for first in range(0, requests, 1024):
@@ -111,7 +111,7 @@ def _describe(
 def scan_kernel(
     logits,  # [.., stride]
     rows,  # int32 [slots]: row of each slot, -1: none; or None: slot s has row s
-    row_start,  # int32 [requests + 1]: the entry of a slot is the request of its row; or None: slot s has entry s
+    row_start,  # int32 [requests + 1]: the entry of slot s is the request whose rows include s; or None: s
     temperature,  # [entries], as the four that follow
     top_k,
     top_p,
@@ -136,7 +136,7 @@ def scan_kernel(
     if rows is not None:
         row = tl.load(rows + slot).to(tl.int64)
     if row_start is not None:
-        entry = _request_of(row, row_start, requests).to(tl.int64)
+        entry = request_of(slot, row_start, requests).to(tl.int64)
     if (row < 0) | (entry < 0):
         tl.store(numbers + ROW, -1)
         return

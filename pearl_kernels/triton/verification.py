@@ -3,13 +3,13 @@
 All rows become distributions at once (under "coupled", draws). Then one small program for each request finds its first
 row that fails, and the row that takes the token's place is drawn: the draft's distribution is computed for that row
 alone, and max(p - q, 0) exists in registers only. Target rows are read once, or again where they are cut or chosen, a
-chosen draft row twice. Launches: coupled 5, rejection 8, or 5 where every draft is a point mass.
+chosen draft row twice. Launches: coupled 5, rejection 8, or 5 where every draft is a point mass. The block rule is in
+``block_verification``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,9 +19,12 @@ from torch import Tensor
 from pearl_kernels.operands import check_verify
 from pearl_kernels.reference import Rule, SamplingTensors, Stream, Verdict
 from pearl_kernels.triton import CHECKS
-from pearl_kernels.triton.launch import WARPS, Distributions, Plan, distributions, make_plan, variant
-from pearl_kernels.triton.philox import exponentials, uniform
-from pearl_kernels.triton.sampling import draw, winner_of
+from pearl_kernels.triton.block_verification import judge_blocks
+from pearl_kernels.triton.block_verification import variants as block_variants
+from pearl_kernels.triton.launch import distributions, make_plan, variant
+from pearl_kernels.triton.philox import uniform
+from pearl_kernels.triton.replacement import OpenRows, race_kernel, replace_failed
+from pearl_kernels.triton.sampling import draw
 from pearl_kernels.triton.statistics import (
     CUTOFF,
     GREEDY,
@@ -30,17 +33,13 @@ from pearl_kernels.triton.statistics import (
     LOG_MASS,
     NO_TOKEN,
     PEAK,
-    TILE,
-    TILES_AT,
     floats_of,
     ints_of,
-    load_tile,
-    race,
     scan_kernel,
 )
 from pearl_kernels.triton.variants import Variant
 
-_SAMPLE, _ACCEPT, _RESIDUAL = (tl.constexpr(int(s)) for s in (Stream.SAMPLE, Stream.ACCEPT, Stream.RESIDUAL))
+_ACCEPT = tl.constexpr(int(Stream.ACCEPT))
 _ROWS = tl.constexpr(32)  # of a request that are judged at a time, one for each lane of a warp
 _DECIDE_WARPS = 1
 
@@ -105,80 +104,6 @@ def decide_kernel(
     tl.store(finished + request, 0)
 
 
-@triton.jit
-def _probabilities(row, record, first, vocab_size):
-    """fp32 [TILE]: of the tokens from ``first`` in a slot that is not greedy. record: of floats."""
-    z = (load_tile(row, first, vocab_size, TILE) - tl.load(record + PEAK)) * tl.load(record + INVERSE_TEMPERATURE)
-    return tl.where(z >= tl.load(record + CUTOFF), tl.exp(z - tl.load(record + LOG_MASS)), 0.0)
-
-
-@triton.jit(do_not_specialize=["tiles_per_program"])
-def race_kernel(
-    logits,  # [N, stride]
-    draft_logits,  # [Q, draft_stride]
-    draft_tokens,  # int64 [N]
-    positions,  # int64 [N]
-    seed,  # int64 [R]
-    floats,  # records of the N rows
-    draft_floats,  # records of the drafts of failed tokens, one for each request
-    draft_ints,
-    draft_drawn,  # int64 [R]: where the draft is greedy, its token
-    failed,  # int32 [R], as failed_draft and finished: of decide_kernel
-    failed_draft,
-    finished,
-    speeds,  # fp32 [R, 2 * SPAN]: of the tiles' winners by max(p - q, 0), and where that is zero, by p
-    winners,  # int32 [R, 2 * SPAN]
-    next_token,  # int64 [R]
-    stride,
-    draft_stride,
-    vocab_size,
-    tiles_per_program,
-    TILES: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """Program (r, i): draw what takes the place of request r's failed token, from max(p - q, 0) or, past it, from p."""
-    request = tl.program_id(0).to(tl.int64)
-    index = tl.load(failed + request).to(tl.int64)
-    if index < 0:
-        return
-    record = floats_of(floats, index, SPAN)
-    inverse, peak = tl.load(record + INVERSE_TEMPERATURE), tl.load(record + PEAK)
-    cutoff = tl.load(record + CUTOFF)
-    certain = tl.load(draft_tokens + index).to(tl.int32)  # q is the point mass on it; -1, a bonus row, has no q
-    stream = tl.where(certain < 0, _SAMPLE, _RESIDUAL)
-    draft_index = tl.load(failed_draft + request).to(tl.int64)
-    draft_row, draft_record = draft_logits + draft_index * draft_stride, floats_of(draft_floats, request, SPAN)
-    spread = draft_index >= 0
-    if spread:
-        spread = tl.load(ints_of(draft_ints, request, SPAN) + KIND) != GREEDY
-        certain = tl.where(spread, -1, tl.load(draft_drawn + request).to(tl.int32))
-    key, position = tl.load(seed + request), tl.load(positions + index)
-    speeds, winners = speeds + request * 2 * SPAN, winners + request * 2 * SPAN
-    first_tile = tl.program_id(1) * tiles_per_program
-    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, TILES)):
-        speed, token, fallback_speed, fallback = 0.0, NO_TOKEN, 0.0, NO_TOKEN
-        if (tl.load(record + TILES_AT + tile) - peak) * inverse >= cutoff:
-            first = tile * TILE
-            p = _probabilities(logits + index * stride, record, first, vocab_size)
-            q = tl.where(first + tl.arange(0, TILE) == certain, 1.0, 0.0)
-            if spread:
-                q = _probabilities(draft_row, draft_record, first, vocab_size)
-            arrival = exponentials(key, position, stream, first, TILE)
-            speed, token = race(tl.maximum(p - q, 0.0), arrival, first, TILE)
-            if speed == 0:
-                fallback_speed, fallback = race(p, arrival, first, TILE)
-        tl.store(speeds + tile, speed)
-        tl.store(winners + tile, token)
-        tl.store(speeds + SPAN + tile, fallback_speed)
-        tl.store(winners + SPAN + tile, fallback)
-    tl.debug_barrier()  # what all threads have written comes before the report of one
-    if tl.atomic_add(finished + request, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-        token = winner_of(speeds, winners, TILES, SPAN)
-        if token == NO_TOKEN:  # the residual is zero everywhere
-            token = winner_of(speeds + SPAN, winners + SPAN, TILES, SPAN)
-        tl.store(next_token + request, tl.where(token < vocab_size, token, 0))
-
-
 def verify(
     logits: Tensor,
     draft_tokens: Tensor,
@@ -204,13 +129,16 @@ def verify(
         none = logits.new_full((requests,), -1, dtype=torch.int64)
         return Verdict(logits.new_zeros(requests, dtype=torch.int32), none)
 
-    coupled, plan = rule == "coupled", make_plan(n, vocab_size)
+    plan = make_plan(n, vocab_size)
+    if rule == "block":
+        return judge_blocks(plan, logits, draft_tokens, row_start, positions, params, *drafted)
+    coupled = rule == "coupled"
     if coupled:
         target = draw(plan, logits, params, positions, row_start)
         draft_logits = None
     else:
         target = distributions(plan, logits, params, row_start=row_start)
-    open_rows = _OpenRows(*logits.new_empty((3, -(-requests // 4) * 4), dtype=torch.int32))
+    open_rows = OpenRows.of(logits, requests)
     verdict = Verdict(logits.new_empty(requests, dtype=torch.int32), logits.new_empty(requests, dtype=torch.int64))
     decide_kernel[(requests,)](
         *(logits, draft_tokens, row_start, positions, params.seed, draft_logprobs, draft_rows),
@@ -221,44 +149,13 @@ def verify(
         num_warps=_DECIDE_WARPS,
     )
     if not coupled:
-        drafter = params if draft_temperature is None else replace(params, temperature=draft_temperature)
-        inputs = logits, draft_logits, draft_tokens, positions
-        _race(make_plan(requests, vocab_size), *inputs, drafter, target, open_rows, verdict.next_token)
+        last, draft = make_plan(requests, vocab_size), None
+        if draft_logits is not None and draft_temperature is not None:
+            drafter = replace(params, temperature=draft_temperature)
+            draft = distributions(last, draft_logits, drafter, rows=open_rows.failed_draft)
+        inputs = logits, draft_logits, draft_tokens, positions, params.seed
+        replace_failed(last, *inputs, target, draft, open_rows, verdict.next_token)
     return verdict
-
-
-class _OpenRows(NamedTuple):
-    """The one row of each request whose token remains to be drawn; as ``decide_kernel`` says."""
-
-    failed: Tensor
-    failed_draft: Tensor
-    finished: Tensor
-
-
-def _race(
-    plan: Plan,
-    logits: Tensor,
-    draft_logits: Tensor | None,
-    draft_tokens: Tensor,
-    positions: Tensor,
-    drafter: SamplingTensors,
-    target: Distributions,
-    open_rows: _OpenRows,
-    next_token: Tensor,
-) -> None:
-    if draft_logits is None:  # decide_kernel then names no row of it: what stands here is not read
-        draft_logits, draft = logits, target
-    else:
-        draft = distributions(plan, draft_logits, drafter, rows=open_rows.failed_draft)
-    speeds = logits.new_empty((plan.slots, 2 * plan.span), dtype=torch.float32)
-    winners = logits.new_empty((plan.slots, 2 * plan.span), dtype=torch.int32)
-    race_kernel[plan.grid](
-        *(logits, draft_logits, draft_tokens, positions, drafter.seed),
-        *(target.floats, draft.floats, draft.ints, draft.tokens, *open_rows, speeds, winners, next_token),
-        *(logits.stride(0), draft_logits.stride(0), plan.vocab_size, plan.tiles_per_program),
-        **plan.constants,
-        num_warps=WARPS,
-    )
 
 
 def _variants(dtype: str) -> tuple[Variant, ...]:
@@ -268,7 +165,8 @@ def _variants(dtype: str) -> tuple[Variant, ...]:
         variant(f"verify-scan-{dtype}", scan_kernel, dtype, {"rows": None, **scan}),
         variant(f"verify-scan_draft-{dtype}", scan_kernel, dtype, {"row_start": None, **scan}),
         variant(f"verify-decide-{dtype}", decide_kernel, dtype, decide, num_warps=_DECIDE_WARPS),
-        variant(f"verify-race-{dtype}", race_kernel, dtype),
+        variant(f"verify-race-{dtype}", race_kernel, dtype, {"weights": None}),
+        *block_variants(dtype),
     )
 
 

@@ -7,6 +7,7 @@ static inputs would repeat the first round for ever, and fail here.
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from e2e_support import ALL_SETTINGS, KNOWN, Pair, Rounds, acceptance, assert_at
 from recording_queue import CountedMark, RecordingQueue
 from torch import Tensor
 
+import pearl.llm
 from pearl import LLM, SamplingParams
 from pearl.config import EngineConfig
 from pearl.engine.model_loading import load_models
@@ -145,6 +147,24 @@ def test_sampled_batches_equal_eager_mode(
     assert acceptance(outputs) == acceptance(expected)
     assert [o.metrics.rounds for o in outputs] == [o.metrics.rounds for o in expected]
     assert_at_rest(graphed.llm)
+
+
+@pytest.mark.parametrize("on", PLACES)
+@pytest.mark.parametrize("seeded", [True, False])
+def test_blocks_equal_eager_mode(
+    llama: Pair, open_graphed: OpenGraphed, monkeypatch: pytest.MonkeyPatch, on: str, seeded: bool
+) -> None:
+    """Without seeds, which here are counted, and with them, where tokens are judged one by one."""
+    batch, options = prompts(LENGTHS, seed=4), {"window": 4, "verification": "block", "max_num_seqs": 4}
+    params = SAMPLED if seeded else [replace(one, seed=None) for one in SAMPLED]
+    made = []
+    for build in (lambda: llama.llm(**options), lambda: open_graphed(llama, on, **options).llm):
+        seeds = itertools.count(5)
+        monkeypatch.setattr(pearl.llm.secrets, "randbits", lambda bits, seeds=seeds: next(seeds))
+        with build() as llm:
+            outputs = llm.generate(batch, params)
+        made.append((token_ids(outputs), [(o.metrics.rounds, o.metrics.accepted) for o in outputs]))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("method", ["pearl", "speculative"])

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pearl import LLM, SamplingParams
 from pearl_kernels import reference, select
-from pearl_kernels.reference import sampling
+from pearl_kernels.reference import verification
 
 OpenLLM = Callable[..., LLM]
 
@@ -163,8 +163,8 @@ def test_requests_without_a_seed_differ_unless_the_engine_has_one(small: Pair, o
 
 def same_uniform_for_neighbours(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """ANCHORS bug 1: the number that judged x[P] judges x[P + 1] too."""
-    right = sampling.uniform
-    monkeypatch.setattr(sampling, "uniform", lambda seed, position, stream: right(seed, position // 2 * 2, stream))
+    right = verification.uniform
+    monkeypatch.setattr(verification, "uniform", lambda seed, position, stream: right(seed, position // 2 * 2, stream))
     return reference.verify
 
 
@@ -187,9 +187,9 @@ def replacement_from_p(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 def accepting_what_the_draft_likes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The draft's noise is reused by the acceptance test: proposals and verdicts are no longer independent."""
-    right = sampling.uniform
-    noise = sampling.Stream.DRAFT
-    monkeypatch.setattr(sampling, "uniform", lambda seed, position, stream: right(seed, position, noise))
+    right = verification.uniform
+    noise = verification.Stream.DRAFT
+    monkeypatch.setattr(verification, "uniform", lambda seed, position, stream: right(seed, position, noise))
     return reference.verify
 
 

@@ -122,7 +122,7 @@ def test_greedy_takes_the_first_largest_logit(sample: Implementation, dtype: tor
         logits[row, :token] = logits[row, :token].clamp(max=3.5)
         logits[row, token] = 4
         logits[row, LARGE - 1] = 4  # as large, but later
-    tokens, logprobs = sample(logits, sampling(n, 0.0, top_k=5, top_p=0.3, min_p=0.5), torch.arange(n), LARGE)
+    tokens, logprobs, _ = sample(logits, sampling(n, 0.0, top_k=5, top_p=0.3, min_p=0.5), torch.arange(n), LARGE)
     assert torch.equal(tokens, first)
     assert torch.equal(logprobs, torch.zeros(n))
 
@@ -131,7 +131,7 @@ def test_greedy_takes_the_first_largest_logit(sample: Implementation, dtype: tor
 @pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}, {"min_p": 0.3}])
 def test_what_ties_with_the_cutoff_stays(sample: Implementation, cut: dict[str, Any]) -> None:
     row = torch.tensor([2.0, 1.0, 3.0, 2.0, 2.0, 1.0, 0.0], dtype=torch.bfloat16)
-    tokens, logprobs = sample(row.repeat(6, 1), sampling(6, **cut), torch.arange(6), 7)
+    tokens, logprobs, _ = sample(row.repeat(6, 1), sampling(6, **cut), torch.arange(6), 7)
     kept = row.double().masked_fill(row < 2, -torch.inf).log_softmax(-1)
     torch.testing.assert_close(logprobs, kept[tokens].float())
 
@@ -151,7 +151,7 @@ def test_infinitely_small_logits_are_never_drawn(sample: Implementation) -> None
     logits = torch.full((len(cuts), LARGE), -torch.inf)
     only = torch.tensor([0, 7, 2047, 2048, 4200, LARGE - 1])
     logits[torch.arange(len(cuts)), only] = torch.tensor([1.0, -60.0, 0.0, 7.5, 90.0, -1.0])
-    tokens, logprobs = sample(logits, one_row_for_each(cuts), torch.arange(len(cuts)), LARGE)
+    tokens, logprobs, _ = sample(logits, one_row_for_each(cuts), torch.arange(len(cuts)), LARGE)
     assert torch.equal(tokens, only)
     torch.testing.assert_close(logprobs, torch.zeros(len(cuts)))
 

@@ -189,7 +189,7 @@ def test_a_row_without_a_distribution_harms_nothing(verify: Implementation, rule
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "hope"}, "rule must be 'rejection' or 'coupled', not 'hope'"),
+        ({"rule": "hope"}, "rule must be 'rejection', 'coupled' or 'block', not 'hope'"),
         ({"row_start": torch.zeros(0, dtype=torch.int32)}, "row_start needs at least one entry"),
         ({"row_start": torch.tensor([0, 1, 2])}, "row_start must be contiguous"),
         ({"logits": torch.zeros(2, 9, dtype=torch.float64)}, "logits must be float32"),

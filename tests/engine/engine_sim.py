@@ -71,10 +71,12 @@ def request_of(
     eos_ids: Collection[int] = (EOS,),
     seed: int = 0,
     pinned: bool = False,
+    rekeys: bool = False,
 ) -> Request:
     params = params or SamplingParams(max_tokens=max_tokens)
     output = OutputProcessor(PieceDetokenizer(), params, max_tokens, eos_ids)
-    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, RequestMetrics(), pinned)
+    metrics = RequestMetrics()
+    return Request(request_id, params, seed, list(prompt), len(prompt), max_tokens, output, metrics, pinned, rekeys)
 
 
 def drafted(*tokens: int) -> tuple[Drafted, ...]:
@@ -407,6 +409,7 @@ def simulate(
     num_pages: int = 100,
     page_size: int = 4,
     budget: int = 64,
+    prefill_chunk: int | None = None,
     lanes: int = 4,
     max_waiting: int = 100,
     draft_keeps_kv: bool = True,
@@ -427,6 +430,7 @@ def simulate(
         max_num_seqs=lanes,
         max_num_batched_tokens=budget,
         max_waiting=max_waiting,
+        prefill_chunk=prefill_chunk,
     )
 
     def truth(request_id: int) -> list[int]:

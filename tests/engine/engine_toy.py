@@ -93,7 +93,7 @@ class Toy:
         worker: Callable[[], Worker] = lambda: InlineWorker(QUEUE),
         pinned: bool = False,
     ) -> None:
-        self.pinned = pinned
+        self.pinned, self.rekeys = pinned, rule == "block" and not pinned
         self.target = ToyRunner(page_size, kernels=kernels, dtype=dtype)
         self.draft = ToyRunner(page_size, blur, kernels, dtype)
         self.ring = LogitsRing(lanes, window)
@@ -135,10 +135,8 @@ class Toy:
         outputs: list[list[int]] = [[] for _ in prompts]
         errors: list[str | None] = [None for _ in prompts]
         for i, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
-            request = request_of(
-                i, prompt, params.max_tokens, params=params, eos_ids=(), seed=seed + i, pinned=self.pinned
-            )
-            self.engine.add(request)
+            keys = {"seed": seed + i, "pinned": self.pinned, "rekeys": self.rekeys}
+            self.engine.add(request_of(i, prompt, params.max_tokens, params=params, eos_ids=(), **keys))
         for _ in range(1000):
             if not self.engine.has_work:
                 return outputs, errors

@@ -26,6 +26,7 @@ from pearl.pace import AutoPace, BalancedPace, Load
 from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
 from pearl_kernels.reference import sampling as reference_sampling
+from pearl_kernels.reference import verification as reference_verification
 from pearl_kernels.reference.philox import Stream, to_uniform
 
 DRAFTING = [name for name in METHODS if name not in ("autoregressive", "switching")]
@@ -39,8 +40,12 @@ class RandomLog:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.drawn: Counter[tuple[int, int, Stream]] = Counter()
-        for name in ("uniform", "gumbel"):
-            monkeypatch.setattr(reference_sampling, name, self._recording(getattr(reference_sampling, name)))
+        for module, name in (
+            (reference_sampling, "gumbel"),
+            (reference_verification, "gumbel"),
+            (reference_verification, "uniform"),
+        ):
+            monkeypatch.setattr(module, name, self._recording(getattr(module, name)))
 
     def _recording(self, original: Any) -> Any:
         def draw(seed: Tensor, position: Tensor, stream: Stream, *rest: Any) -> Tensor:
@@ -65,6 +70,20 @@ def test_1_no_random_number_is_examined_twice(method: str, monkeypatch: pytest.M
         for s, position, stream in verdicts:
             assert stream is not Stream.RESIDUAL or (s, position, Stream.ACCEPT) in verdicts
     assert {stream for _, _, stream in verdicts} >= {Stream.ACCEPT, Stream.RESIDUAL}
+
+
+@pytest.mark.parametrize("method", DRAFTING)
+def test_1_no_random_number_is_examined_twice_in_blocks(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor drawn from twice: a block's verdict has looked at all that was drafted, and at noise beyond what holds."""
+    log = RandomLog(monkeypatch)
+    toy = Toy(method, "block", blur=1.0)
+    toy.generate([1, 2, 3], [4, 5], temperature=1.0, max_tokens=24)
+    assert max(log.drawn.values()) == 1
+    assert {stream for _, _, stream in log.drawn} >= {Stream.ACCEPT, Stream.RESIDUAL, Stream.DRAFT}
+    decisions = [d for record in toy.records for d in record.result.decisions.values()]
+    seeds = {seed for seed, _, stream in log.drawn if stream is Stream.DRAFT}
+    assert len(seeds) > sum(d.rejected for d in decisions) / 2 > 5  # the last may have come after all that is drafted
+    assert any(d.accepted < len(d.tested) - 1 for d in decisions)
 
 
 @pytest.mark.parametrize("method", DRAFTING)

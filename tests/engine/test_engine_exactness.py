@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from random_pace import RandomPace
 
 from pearl.sampling_params import SamplingParams
+from pearl_kernels import select
 
 PROMPTS = ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [1, 2, 9])
 PENALTIES: dict[str, Any] = {
@@ -102,6 +103,15 @@ def test_rejection_output_depends_only_on_the_seed_not_on_the_company(method: st
     assert any(record.plan.preempted for record in toy.records) == bool(crowded)
     for i in (0, 3):
         assert Toy(method, pinned=pinned).generate(PROMPTS[i], temperature=1.0, seed=7 + i) == [together[i]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pinned_requests_are_judged_token_by_token_under_the_block_rule(method: str) -> None:
+    """Beside greedy ones."""
+    every = [SamplingParams(max_tokens=20, temperature=float(i != 1)) for i in range(len(PROMPTS))]
+    expected = Toy(method, "rejection", blur=1.0, pinned=True).run(PROMPTS, every)
+    assert Toy(method, "block", blur=1.0, pinned=True).run(PROMPTS, every) == expected
+    assert Toy(method, "block", blur=1.0, pinned=True, kernels=select()).run(PROMPTS, every) == expected
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])

@@ -57,6 +57,19 @@ def test_a_target_that_breaks_ends_its_request_alone(
 
 
 @pytest.mark.parametrize("method", ["pearl", "speculative"])
+@pytest.mark.parametrize("models", [["target", "draft"], ["draft"]], ids=("target", "draft"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_breaks_in_a_block_harms_nobody_else(method: str, models: list[str], value: float) -> None:
+    """What a block commits before a broken row depends on where it ends: it is no healthy output's beginning."""
+    healthy, _ = Toy(method, "block", kernels=select()).run(PROMPTS, [SAMPLED] * 3)
+    outputs, errors = toy(method, "block", value, models).run(PROMPTS, [SAMPLED] * 3)
+    assert [outputs[0], outputs[2]] == [healthy[0], healthy[2]]
+    ends = "target" in models
+    assert [error is None for error in errors] == [True, not ends, True]
+    assert len(outputs[SICK]) <= 3 if ends else len(outputs[SICK]) == 20
+
+
+@pytest.mark.parametrize("method", ["pearl", "speculative"])
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=("greedy", "sampled"))
 def test_a_draft_that_breaks_costs_speed_only(method: str, params: SamplingParams) -> None:
     outputs, errors = toy(method, "coupled", torch.nan, ["draft"]).run(PROMPTS, [params] * 3)

@@ -285,3 +285,30 @@ def test_state_carries_the_history_only_where_it_is_read() -> None:
     request = running(drafted(10, 11))
     assert request.state(with_history=True).history == (*PROMPT, 10, 11)
     assert request.state(with_history=False).history is None
+
+
+def test_a_rejection_gives_new_keys_to_what_is_drawn_after_it() -> None:
+    """Only where that is asked for; a state with a history has the same key."""
+    for rekeys in (True, False):
+        request = request_of(1, PROMPT, 50, seed=-3, rekeys=rekeys)
+        request.start_running(0, target_cached=L - 1, draft_cached=L + 2)
+        seeds = [request.state(with_history=False).seed]
+        for accepted, next_token in ((4, None), (1, 7), (0, 9)):
+            request.pending = drafted(10, 11, 12)
+            play(request, window=(13, 14), accepted=accepted, next_token=next_token)
+            seeds.append(request.state(with_history=False).seed)
+            assert request.state(with_history=True).seed == seeds[-1]
+        assert seeds[:2] == [-3, -3]  # all held
+        assert len(set(seeds)) == (3 if rekeys else 1)
+        assert all(-(2**63) <= seed < 2**64 for seed in seeds)
+
+
+def test_two_seeds_have_no_keys_in_common() -> None:
+    found = set()
+    for seed in (0, 1, 2**63, -1):
+        request = request_of(1, PROMPT, 90, seed=seed, rekeys=True)
+        request.start_running(0, target_cached=L - 1, draft_cached=L - 1)
+        for _ in range(20):
+            play(request, window=(13, 14), accepted=0, next_token=7)
+            found.add(request.state(with_history=False).seed)
+    assert len(found) == 80

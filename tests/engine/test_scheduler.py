@@ -215,6 +215,44 @@ def test_the_budget_bounds_the_drafts_chunks_together_too() -> None:
     assert max(seen) <= 8 + 1  # a prompt's last two tokens are not cut apart
 
 
+def test_prompts_beside_requests_that_decode_are_computed_in_chunks_of_their_own() -> None:
+    """These wait for the forward; before and after them a prompt has the whole budget."""
+    simulation = simulate("pearl", budget=20, prefill_chunk=6, page_size=1, window=1, num_pages=200)
+    simulation.add(long_running(1, length=50, max_tokens=4))
+    assert [simulation.step().target.work[0].tokens for _ in range(2)] == [
+        tuple(prompt(50, 1)[a : a + 20]) for a in (0, 20)
+    ]
+    while simulation.scheduler.requests[1].num_output == 0:
+        simulation.step()
+    simulation.add(long_running(2, length=80))
+    beside = alone = 0
+    while simulation.scheduler.requests.get(2) is None or simulation.scheduler.requests[2].num_output == 0:
+        plan = simulation.step()
+        tokens = target_chunks(plan)[2][1]
+        if 1 in target_chunks(plan):
+            beside += 1
+            assert tokens == draft_chunks(plan)[2][1] == 6
+        else:
+            alone += 1
+            assert tokens <= 20
+    assert beside >= 2
+    assert alone == -(-(80 - 6 * beside) // 20)
+
+
+def test_a_short_prompt_does_not_wait_until_a_long_one_is_computed() -> None:
+    simulation = simulate("pearl", budget=8, page_size=1, window=1, num_pages=400)
+    simulation.add(long_running(1, length=90))
+    simulation.step()
+    simulation.add(long_running(2, length=90), long_running(3, length=9))
+    seen = []
+    while simulation.scheduler.requests[3].num_output == 0:
+        plan = simulation.step()
+        seen.append(target_chunks(plan))
+        assert target_chunks(plan)[1][1] >= 4, "half of the budget is the oldest's"
+    assert len(seen) <= 4
+    assert all(2 not in chunks for chunks in seen), "the longest comes last"
+
+
 # Lanes, order, limits ----------------------------------------------------------------------------------------------
 
 

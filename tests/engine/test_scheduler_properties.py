@@ -55,6 +55,7 @@ def engines(draw: st.DrawFn) -> dict[str, Any]:
         "window": draw(st.integers(1, 6)),
         "page_size": draw(st.sampled_from([1, 2, 3, 4, 8])),
         "budget": draw(st.integers(1, 20)),
+        "prefill_chunk": draw(st.sampled_from([None, 1, 3, 8])),
         "lanes": draw(st.integers(1, 4)),
         "draft_keeps_kv": draw(st.sampled_from([True, True, True, False])),
         "accuracy": draw(st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pearl.messages import DraftPlan, DraftProposal, DraftWork, ForwardWork, Seq
 from pearl.models import Decoder, KVCache, bundled_path, load_model
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, ModelRunner
-from pearl_kernels import Rule, Situation, select
+from pearl_kernels import Rule, Sampled, Situation, select
 
 PAGE, PAGES, LANES, WINDOW = 4, 24, 4, 8
 VOCABULARY = 131 - 3  # what models have beyond is padding
@@ -164,6 +166,50 @@ def test_requests_whose_logits_depend_on_the_host_are_drafted_step_by_step(llama
     assert found.windows[0][:2] == plain.windows[0][:2]
     assert found.windows[0][2] != plain.windows[0][2]
     assert [d.token for d in found.windows[1]] == [d.token for d in plain.windows[1]]
+
+
+@both_rules
+def test_alternatives_are_those_of_each_draw(llama: Decoder, rule: Rule) -> None:
+    """Beside the operator's, in a window drafted token by token; windows of several lengths."""
+    work = item(0, 0, 9, 8), item(1, 0, 7, 5, MIXED[1]), item(2, 0, 3, 3, MIXED[2]), item(3, 0, 6, 4, MIXED[3])
+    step_by_step, fused = (Drafting(llama, rule, fused) for fused in (False, True))
+    seen: dict[tuple[int, int], tuple[list[int], list[float], float]] = {}
+
+    def sample(*args: Any) -> Sampled:
+        _, params, positions, *_ = args
+        drawn: Sampled = llama.kernels.sample(*args, 3)
+        for row, key in enumerate(zip(params.seed.tolist(), positions.tolist(), strict=True)):
+            assert drawn.alternatives is not None
+            tokens, scores, own = (t[row].tolist() for t in drawn.alternatives)
+            seen[key] = tokens, scores, own
+        return Sampled(drawn.tokens, drawn.logprobs)
+
+    runner = step_by_step.drafter._runner
+    runner.kernels = replace(runner.kernels, sample=sample)
+    windows = step_by_step.propose(work).windows
+    direct = fused.drafter._fused
+    assert direct is not None
+    params = direct._batches.tensors([w.forward.state for w in work])
+    tokens, _, ranked = direct._draw(work, params, 3)
+    for index, w in enumerate(work):
+        state = w.forward.state
+        assert tokens[index] == [d.token for d in windows[state.request_id]]
+        assert len(ranked[index]) == w.num_draft
+        for step, (own, others, scores) in enumerate(ranked[index]):
+            assert (others, scores, own) == seen[state.seed, w.forward.end + step]
+            assert len(others) == 3
+            assert tokens[index][step] not in others
+    assert direct._draw(work, params)[2] == []
+
+
+def test_alternatives_out_of_range_are_refused(llama: Decoder) -> None:
+    fused = Drafting(llama, "rejection", fused=True).drafter._fused
+    assert fused is not None
+    work = (item(0, 0, 2, 2),)
+    params = fused._batches.tensors([work[0].forward.state])
+    for count in (-1, 9):
+        with pytest.raises(ValueError, match=rf"alternatives is {count}, must be in \[0, 9\)"):
+            fused._draw(work, params, count)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,11 @@ class Implementation:
         for here, moved in zip(args, there, strict=True):
             if isinstance(here, Tensor):
                 here.copy_(moved)
+        return self._back(result)
+
+    def _back(self, result: Any) -> Any:
         if isinstance(result, tuple):
-            return type(result)(*(t.cpu() for t in result))
+            return type(result)(*map(self._back, result))
         return None if result is None else result.cpu()
 
     def _move(self, value: Any) -> Any:

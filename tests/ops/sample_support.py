@@ -13,7 +13,7 @@ from pearl_kernels import SamplingTensors, reference
 
 def check(sample: Implementation, logits: Tensor, params: SamplingTensors, vocab_size: int, **kwargs: Any) -> None:
     positions = torch.randint(0, 2**31, (len(logits),))
-    tokens, logprobs = sample(logits, params, positions, vocab_size, **kwargs)
+    tokens, logprobs, _ = sample(logits, params, positions, vocab_size, **kwargs)
     expected = reference.sample(logits, params, positions, vocab_size, **kwargs)
     assert (tokens.dtype, logprobs.dtype) == (torch.int64, torch.float32)
     same = decided(logits, params, positions, vocab_size, **kwargs) if vocab_size > 1 else torch.tensor(True)

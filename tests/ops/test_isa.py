@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 MODULES = (
     *("test_layers", "test_linear", "test_linear_int8", "test_rope_and_cache", "test_attention"),
-    *("test_sample", "test_verify", "test_philox"),
+    *("test_sample", "test_sample_alternatives", "test_verify", "test_philox"),
 )
 # Parametrised with the cpu provider on CPU tensors, or of the core alone: no reference, no other provider, no GPU.
 # Left out are the two dtypes of draft and target, which each instruction set loads with the same two functions.

@@ -113,7 +113,7 @@ def test_greedy_takes_the_first_largest_logit(sample: Implementation, dtype: tor
         logits[row, :token] = logits[row, :token].clamp(max=3.5)
         logits[row, token] = 4
         logits[row, vocab_size - 1] = 4  # as large, but later
-    tokens, logprobs = sample(logits, sampling(n, 0.0, top_k=5, top_p=0.3, min_p=0.5), torch.arange(n), vocab_size)
+    tokens, logprobs, _ = sample(logits, sampling(n, 0.0, top_k=5, top_p=0.3, min_p=0.5), torch.arange(n), vocab_size)
     assert torch.equal(tokens, first)
     assert torch.equal(logprobs, torch.zeros(n))
 
@@ -123,7 +123,7 @@ def test_greedy_takes_the_first_largest_logit(sample: Implementation, dtype: tor
 @both_dtypes
 def test_what_ties_with_the_cut_off_stays(sample: Implementation, cut: dict[str, Any], dtype: torch.dtype) -> None:
     row = torch.tensor([2.0, 1.0, 3.0, 2.0, 2.0, 1.0, 0.0], dtype=dtype)
-    tokens, logprobs = sample(repeated(row, 1000), sampling(1000, **cut), torch.arange(1000), 7)
+    tokens, logprobs, _ = sample(repeated(row, 1000), sampling(1000, **cut), torch.arange(1000), 7)
     kept, counts = tokens.unique(return_counts=True)
     assert kept.tolist() == [0, 2, 3, 4]
     exact = row.double().masked_fill(row < 2, -torch.inf).log_softmax(-1)
@@ -135,7 +135,7 @@ def test_what_ties_with_the_cut_off_stays(sample: Implementation, cut: dict[str,
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.2}, {"min_p": 1.0}, {"top_k": 1, "top_p": 0.01}])
 @pytest.mark.parametrize("value", [0.0, -1e4, 30.0])
 def test_equal_logits_are_one_tie(sample: Implementation, cut: dict[str, Any], value: float) -> None:
-    tokens, logprobs = sample(torch.full((400, 20), value), sampling(400, **cut), torch.arange(400), 20)
+    tokens, logprobs, _ = sample(torch.full((400, 20), value), sampling(400, **cut), torch.arange(400), 20)
     assert tokens.unique().numel() == 20
     torch.testing.assert_close(logprobs, torch.full((400,), -math.log(20)))
 
@@ -149,7 +149,7 @@ def test_infinitely_small_logits_are_never_drawn(
     logits = torch.full((50, 100), -torch.inf, dtype=dtype)
     only = torch.arange(50) * 2
     logits[torch.arange(50), only] = torch.randn(50).to(dtype) * 50
-    tokens, logprobs = sample(logits, sampling(50, **cut), torch.arange(50), 100)
+    tokens, logprobs, _ = sample(logits, sampling(50, **cut), torch.arange(50), 100)
     assert torch.equal(tokens, only)
     torch.testing.assert_close(logprobs, torch.zeros(50))
 
@@ -159,7 +159,7 @@ def test_infinitely_small_logits_are_never_drawn(
 def test_large_logits_and_low_temperatures_do_not_overflow(sample: Implementation, dtype: torch.dtype) -> None:
     logits = (torch.randn(40, 100) * 1e4).to(dtype)
     params = sampling(40, temperature=0.01, top_p=0.9)
-    tokens, logprobs = sample(logits, params, torch.arange(40), 100)
+    tokens, logprobs, _ = sample(logits, params, torch.arange(40), 100)
     assert torch.equal(tokens, logits.float().argmax(-1))  # all but the largest are thousands of nats away
     torch.testing.assert_close(logprobs, torch.zeros(40))
 
@@ -174,11 +174,11 @@ def test_a_row_does_not_depend_on_its_batch(sample: Implementation, vocab_size: 
     together = sample(logits, params, positions, vocab_size)
     order = torch.randperm(n)
     shuffled = sample(logits[order], params[order], positions[order], vocab_size)
-    assert all(torch.equal(a, b[order]) for a, b in zip(shuffled, together, strict=True))
+    assert all(torch.equal(a, b[order]) for a, b in zip(shuffled[:2], together[:2], strict=True))
     for row in range(n):
         one = torch.tensor([row])
         alone = sample(logits[one], params[one], positions[one], vocab_size)
-        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone[:2], together[:2], strict=True))
 
 
 @emulated_too
@@ -190,7 +190,7 @@ def test_a_row_without_a_distribution_harms_nothing(sample: Implementation, valu
     logits, positions = padded_logits(n, vocab_size, vocab_size, torch.float32, 0.0), torch.arange(n)
     expected = reference.sample(logits, params, positions, vocab_size)
     logits[::2] = value
-    tokens, logprobs = sample(logits, params, positions, vocab_size)
+    tokens, logprobs, _ = sample(logits, params, positions, vocab_size)
     assert torch.equal(tokens[1::2], expected.tokens[1::2])
     torch.testing.assert_close(logprobs[1::2], expected.logprobs[1::2])
     assert torch.equal(tokens[::2], torch.zeros(n // 2, dtype=torch.int64))
@@ -206,7 +206,7 @@ def test_a_nan_is_no_token(sample: Implementation, cut: dict[str, Any]) -> None:
     sick = torch.rand(n, vocab_size) < 0.5
     sick[torch.arange(n), logits.argmax(-1)] = True
     check(sample, logits.masked_fill(sick, torch.nan), params, vocab_size)
-    tokens, logprobs = sample(logits.masked_fill(sick, torch.nan), params, torch.arange(n), vocab_size)
+    tokens, logprobs, _ = sample(logits.masked_fill(sick, torch.nan), params, torch.arange(n), vocab_size)
     expected = sample(logits.masked_fill(sick, -torch.inf), params, torch.arange(n), vocab_size)
     assert torch.equal(tokens, expected.tokens)
     torch.testing.assert_close(logprobs, expected.logprobs)
@@ -225,7 +225,7 @@ def test_equal_logits_in_a_wider_dtype_draw_the_same(sample: Implementation) -> 
 
 @emulated_too
 def test_no_rows(sample: Implementation) -> None:
-    tokens, logprobs = sample(torch.zeros(0, 50), sampling(0), torch.zeros(0, dtype=torch.int64), 50)
+    tokens, logprobs, _ = sample(torch.zeros(0, 50), sampling(0), torch.zeros(0, dtype=torch.int64), 50)
     assert (tokens.shape, tokens.dtype) == ((0,), torch.int64)
     assert (logprobs.shape, logprobs.dtype) == ((0,), torch.float32)
 
@@ -267,7 +267,7 @@ def test_frequencies_are_the_probabilities(sample: Implementation, cut: dict[str
     n = 20000
     positions = torch.arange(n) if vary == "position" else torch.full((n,), 7)
     params = sampling(n, **cut, seed=None if vary == "seed" else 1234567890123456789)
-    tokens, logprobs = sample(repeated(PEAKED, n), params, positions, len(PEAKED))
+    tokens, logprobs, _ = sample(repeated(PEAKED, n), params, positions, len(PEAKED))
     filled = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | cut
     exact = plain(PEAKED, **filled)
     counts = torch.bincount(tokens, minlength=len(exact))

@@ -150,12 +150,15 @@ def test_a_zero_residual_falls_back_to_p(
 
 
 @emulated_too
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_draft_that_is_broken_changes_no_distribution(verify: Implementation, value: float) -> None:
     """Its tokens have no q: they are rejected, and p is drawn from whole."""
     n, vocab_size = 4 if verify.emulated else 60, 50
     logits, params = padded_logits(n, vocab_size, vocab_size, F32, 0.0), sampling(n, temperature=0.8)
-    q = {"draft_logits": torch.full((1, vocab_size), value), "draft_rows": torch.zeros(n, dtype=torch.int32)}
+    sick = torch.full((1, vocab_size), value)
+    if value == torch.inf:
+        sick[:, 1:] = 0.0  # one is enough
+    q = {"draft_logits": sick, "draft_rows": torch.zeros(n, dtype=torch.int32)}
     q |= {"draft_logprobs": torch.full((n,), torch.nan), "draft_temperature": torch.ones(n)}
     case = one_row_each(logits, params, torch.zeros(n, dtype=torch.int64), **q)
     accepted, next_token = verify(**case)
@@ -201,7 +204,7 @@ def test_the_committed_token_has_the_targets_distribution(verify: Implementation
     drafter = SamplingTensors(temperature, params.top_k, params.top_p, params.min_p, params.seed)
     positions = torch.tensor([4, 5]).repeat(n)
     stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
-    tokens, logprobs = reference.sample(q_row.repeat(n, 1), drafter, positions[::2], vocab_size, stream)
+    tokens, logprobs, _ = reference.sample(q_row.repeat(n, 1), drafter, positions[::2], vocab_size, stream)
     if certain:
         tokens, logprobs = torch.arange(n) % vocab_size, torch.zeros(n)
     rows = torch.stack((tokens, torch.full((n,), -1)), 1).flatten()
@@ -223,8 +226,9 @@ def test_the_committed_token_has_the_targets_distribution(verify: Implementation
     ("change", "message"),
     [
         ({"rule": "hope"}, "rule must be"),
+        ({"rule": "block", "draft_rows": None}, "needs? draft_logprobs and draft_rows"),
         ({"draft_tokens": torch.tensor([9, 0])}, "a drafted token is 9"),
-        ({"draft_logprobs": None}, "needs draft_logprobs"),
+        ({"draft_logprobs": None}, "need draft_logprobs"),
         ({"draft_rows": torch.tensor([0, 1], dtype=torch.int32)}, "a draft row is 1, must be below 1"),
         ({"row_start": torch.tensor([0, 2, 1], dtype=torch.int32)}, "row_start falls at entry 2"),
         ({"row_start": torch.tensor([0, 1, 3], dtype=torch.int32)}, "last entry of row_start is 3"),

@@ -9,7 +9,7 @@ from ops_support import Implementation, decided, mixed_sampling, padded_logits, 
 from torch import Tensor
 
 from pearl_kernels import SamplingTensors, reference
-from pearl_kernels.reference import Rule, Stream, Verdict
+from pearl_kernels.reference import Rule, Stream, Verdict, verification
 from pearl_kernels.reference.philox import gumbel, uniform
 from pearl_kernels.reference.sampling import log_probabilities
 
@@ -28,11 +28,18 @@ def drafter_of(case: Case) -> SamplingTensors:
 
 
 def ragged(
-    rule: Rule, vocab_size: int, dtype: torch.dtype, q_dtype: torch.dtype, requests: int = 44, known: int | None = None
+    rule: Rule,
+    vocab_size: int,
+    dtype: torch.dtype,
+    q_dtype: torch.dtype,
+    requests: int = 44,
+    known: int | None = None,
+    apart: float = 0.5,
 ) -> Case:
     """Requests of 0 to 9 rows, half of them with a bonus row, drafted by a model that resembles the target.
 
-    ``known``: tokens that this model gives a probability; None: all.
+    ``known``: tokens that this model gives a probability; None: all. ``apart``: how far its logits are from the
+    target's.
     """
     sizes = torch.cat((torch.tensor([0, 1, 9, 0]), torch.randint(0, 10, (requests - 4,))))
     starts = torch.cat((torch.zeros(1), sizes.cumsum(0))).int()
@@ -40,7 +47,7 @@ def ragged(
     logits = padded_logits(n, vocab_size, vocab_size + 5, dtype, torch.nan)
     draft_rows = torch.randperm(n + 7)[:n].int()
     draft_logits = padded_logits(n + 7, vocab_size, vocab_size + 70, q_dtype, torch.inf)
-    noisy = logits[:, :vocab_size].float() + 0.5 * torch.randn(n, vocab_size)
+    noisy = logits[:, :vocab_size].float() + apart * torch.randn(n, vocab_size)
     draft_logits[draft_rows, :vocab_size] = noisy.to(draft_logits.dtype)
     draft_logits[:, known or vocab_size : vocab_size] = -torch.inf
     params = mixed_sampling(len(sizes))
@@ -67,6 +74,8 @@ def acceptance_rows(case: Case) -> Tensor:
 
 def decided_requests(case: Case, accepted: Tensor) -> Tensor:
     """Requests none of whose reached rows hangs on rounding, for the reference's counts of accepted tokens."""
+    if case["rule"] == "block":
+        return decided_blocks(case, accepted)
     request, vocab_size, positions = requests_of(case), case["vocab_size"], case["positions"]
     params, drafted = case["params"][request], case["draft_tokens"].clamp(min=0)[:, None]
     p = log_probabilities(case["logits"], params, vocab_size).exp()
@@ -87,6 +96,54 @@ def decided_requests(case: Case, accepted: Tensor) -> Tensor:
     unclear = torch.zeros(len(accepted)).index_add(0, request, (reached & ~clear).float())
     assert (unclear == 0).float().mean() >= 0.95
     return unclear == 0
+
+
+def decided_blocks(case: Case, accepted: Tensor) -> Tensor:
+    """As ``decided_requests``, of blocks: every token has a say in them."""
+    params, starts, clear = case["params"], case["row_start"].tolist(), []
+    alone = decided_requests(case | {"rule": "rejection"}, accepted)  # greedy requests, and bonus rows
+    for r, held in enumerate(accepted.tolist()):
+        begin, end = starts[r], starts[r + 1]
+        if params.temperature[r] <= 0 or begin == end:
+            clear.append(bool(alone[r]))
+            continue
+        rows = rows_of(case, r)
+        last = end - int(case["draft_tokens"][end - 1] < 0)
+        weights, shares = block_shares(rows, begin, last)
+        margins = [abs(rows.u(row).item() - share) for row, share in zip(range(begin, last), shares, strict=True)]
+        row, sure = begin + held, min(margins, default=1.0) > 1e-4
+        if row < last:
+            residual = rows.residual(row, weights[held])
+            noise = gumbel(rows.params.seed, case["positions"][row : row + 1], Stream.RESIDUAL, len(residual))[0]
+            best = torch.cat(((residual.log() + noise), torch.full((2,), -torch.inf))).topk(2).values
+            sure &= bool(best[0] - best[1] > 1e-3) and bool(residual[(residual.log() + noise).argmax()] > 1e-4)
+        elif row < end:
+            here = slice(row, row + 1)
+            scores = log_probabilities(case["logits"][here], rows.params, case["vocab_size"])
+            scores += gumbel(rows.params.seed, case["positions"][here], Stream.SAMPLE, case["vocab_size"])
+            best = scores[0].topk(2).values
+            sure &= bool(best[0] - best[1] > 1e-4)
+        clear.append(sure)
+    assert sum(clear) >= 0.9 * len(clear)
+    return torch.tensor(clear)
+
+
+def rows_of(case: Case, request: int) -> verification._Rows:
+    """The reference's own view of a request."""
+    drafted = verification._Drafted(
+        *(case[f"draft_{name}"] for name in ("tokens", "logprobs", "logits", "rows", "temperature"))
+    )
+    params = case["params"][torch.tensor([request])]
+    return verification._Rows(request, params, case["logits"], case["positions"], case["vocab_size"], drafted)
+
+
+def block_shares(rows: verification._Rows, begin: int, last: int) -> tuple[list[float], list[float]]:
+    """The weights of 0, 1, .. tokens of a block, and with which probability each of 1, 2, .. is accepted."""
+    weights = [1.0]
+    for row in range(begin, last):
+        weights.append(min(1.0, max(0.0, weights[-1] * rows.ratio(row).nan_to_num(0.0).item())))
+    shares = [rows.share(row + 1, weights[row + 1 - begin], row + 1 < last) for row in range(begin, last)]
+    return weights, shares
 
 
 def check(verify: Implementation, case: Case) -> None:

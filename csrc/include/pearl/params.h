@@ -128,6 +128,16 @@ struct SamplingView {
   const int64_t* seed;
 };
 
+inline constexpr int64_t kMostAlternatives = 8;
+
+/// Where alternatives to drawn tokens go, as pearl_kernels/reference/sampling.py describes them.
+struct AlternativesView {
+  int64_t count;    // of each token, up to kMostAlternatives; 0: none are asked for
+  int64_t* tokens;  // [N, count], best first; -1: no more
+  float* scores;    // [N, count]
+  float* drawn;     // [N], the drawn tokens' scores
+};
+
 struct SampleParams {
   LogitsView logits;
   SamplingView sampling;     // [N]
@@ -136,9 +146,10 @@ struct SampleParams {
   uint32_t stream;
   int64_t* tokens;  // [N]
   float* logprobs;  // [N]
+  AlternativesView alternatives;
 };
 
-enum class Rule : int32_t { kRejection = 0, kCoupled = 1 };
+enum class Rule : int32_t { kRejection = 0, kCoupled = 1, kBlock = 2 };  // the GPU kernels have the first two
 
 struct VerifyParams {
   LogitsView logits;  // N rows
