@@ -52,11 +52,13 @@ class Admission:
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
             for token in ids:
                 if not 0 <= token < self._vocab_size:
-                    raise InvalidRequestError(f"{name} names token {self._outside(token)}")
+                    raise InvalidRequestError(f"{name} names token {self._outside(token)}", name)
         if len(self._banned(params)) >= self._vocab_size:
-            raise InvalidRequestError("logit_bias and min_tokens together ban every token; leave at least one")
+            sentence = "logit_bias and min_tokens together ban every token; leave at least one"
+            raise InvalidRequestError(sentence, "logit_bias")
         if (params.logprobs or 0) > self._vocab_size:
-            raise InvalidRequestError(f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens")
+            sentence = f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens"
+            raise InvalidRequestError(sentence, "logprobs")
 
     def _outside(self, token: int) -> str:
         return self._tokenizer.vocabulary.outside(token, self._vocab_size)

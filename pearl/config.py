@@ -20,6 +20,7 @@ NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
+_MOST_PREPARED = 256
 _CPU_PREFILL_CHUNK = 128  # computed in the time of a few decoding rounds; smaller ones make prompts dearer
 # The largest of each count: beyond it the engine would allocate without end for nothing.
 _COUNTS = {
@@ -56,6 +57,8 @@ class EngineConfig:
         too) with windows of its own for each request, of "speculative" its windows. "balanced": PEARL's rule in the
         paper, the smallest window that takes as long to draft as to verify.
     window: drafted tokens a round, always in the method's own mode; or "auto", up to max_window.
+    prepared_windows: windows that the draft prepares in a round, of all requests together, each for one verdict that
+        might come (docs/algorithm.md); "auto": as the pace says. No output depends on it.
     pre_verify, post_verify: PEARL's two halves; switching one off is an ablation, the output stays exact.
     device: "auto" | "cpu" | "cuda[:i]"; draft_device, target_device override it for one model.
     target_parallel: ranks that share the target's weights (tensor parallel), each a process; on GPUs one rank each,
@@ -72,8 +75,8 @@ class EngineConfig:
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use, at most (and if None) as many
         as both models were made for.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.
-    prefill_chunk: most tokens of prompts in a forward beside requests that decode, which wait for it; None = 128 on CPU,
-        where a token costs what it costs alone, and on GPUs what max_num_batched_tokens leaves.
+    prefill_chunk: most tokens of prompts in a forward beside requests that decode, which wait for it; None = 128 on
+        CPU, where a token costs what it costs alone, and on GPUs what max_num_batched_tokens leaves.
     kv_cache_memory: bytes for both models' KV; None = on CPU room for max_num_seqs full sequences, at most 1 GiB; on
         GPUs what is free after a profiling run.
     max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
@@ -89,6 +92,7 @@ class EngineConfig:
     pace: PaceName = "auto"
     window: int | Literal["auto"] = "auto"
     max_window: int = 16
+    prepared_windows: int | Literal["auto"] = "auto"
     pre_verify: bool = True
     post_verify: bool = True
     device: str = "auto"
@@ -172,6 +176,8 @@ class EngineConfig:
         self._set("capture_seconds", self._count("capture_seconds", 3600, least=0))
         if not (isinstance(self.window, str) and self.window == "auto"):
             self._set("window", self._count("window", _COUNTS["max_window"], '"auto" or '))
+        if not (isinstance(self.prepared_windows, str) and self.prepared_windows == "auto"):
+            self._set("prepared_windows", self._count("prepared_windows", _MOST_PREPARED, '"auto" or ', least=0))
         if self.max_num_seqs * self.largest_window > _MOST_PENDING:
             raise ConfigurationError(
                 f"max_num_seqs={self.max_num_seqs} times a window of {self.largest_window} is more than the "
@@ -218,6 +224,18 @@ class EngineConfig:
     @property
     def largest_window(self) -> int:
         return self.max_window if self.window == "auto" else self.window
+
+    @property
+    def most_prepared(self) -> int:
+        """Windows that a round may prepare. No pace asks for any of its own accord yet."""
+        if not self.uses_draft or self.prepared_windows == "auto":
+            return 0
+        return self.prepared_windows
+
+    @property
+    def prepared_slots(self) -> int:
+        """How many prepared windows may be kept: those of a round, and each request's that came true."""
+        return self.most_prepared + self.max_num_seqs if self.most_prepared else 0
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -18,7 +18,14 @@ class ModelLoadError(ConfigurationError):
 
 
 class InvalidRequestError(PearlError, ValueError):
-    """One request is refused before it costs anything; other requests are not touched."""
+    """One request is refused before it costs anything; other requests are not touched.
+
+    ``param``: the parameter at fault, where it is one.
+    """
+
+    def __init__(self, message: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class QueueFullError(PearlError):

@@ -46,11 +46,38 @@ class ForwardWork(NamedTuple):
         return self.start + len(self.tokens)
 
 
+def branch_of(slot: int) -> int:
+    """The id of the branch that has this slot: no request's."""
+    return -1 - slot
+
+
+class Branch(NamedTuple):
+    """A window that is prepared for one verdict: ``held`` of the tokens that are tested hold, and ``token`` follows.
+
+    It begins with that token, at position ``start``; after it at most ``num_draft`` are drafted. Token None: of the
+    first token drafted in this round, the alternative of ``rank``, as soon as that is known (a *late* branch).
+    """
+
+    slot: int  # its region of the logits ring
+    held: int
+    rank: int  # of the token among the alternatives to the drafted one
+    token: int | None
+    start: int
+    num_draft: int
+    block_table: tuple[int, ...]
+
+    @property
+    def id(self) -> int:
+        """Of its KV and of its window."""
+        return branch_of(self.slot)
+
+
 class DraftWork(NamedTuple):
-    """Catch up on ``forward``, then draft ``num_draft`` tokens after it (0: only catch up)."""
+    """Catch up on ``forward``, then draft ``num_draft`` tokens after it (0: only catch up), and what branches off."""
 
     forward: ForwardWork
     num_draft: int
+    branches: tuple[Branch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +88,12 @@ class TargetPlan:
 
 @dataclass(frozen=True)
 class DraftPlan:
+    """``alternatives``: how many are to be ranked for each drafted token of the main windows."""
+
     work: tuple[DraftWork, ...]
     copies: tuple[PageCopy, ...] = ()
+    late_copies: tuple[PageCopy, ...] = ()  # performed when every item has caught up, before late branches begin
+    alternatives: int = 0
 
 
 class Mark(Protocol):
@@ -99,12 +130,21 @@ class Busy(NamedTuple):
 NOT_BUSY = Busy(0.0, 0.0)
 
 
+class Ranked(NamedTuple):
+    """What might stand in a drafted token's place, best first, with the scores that ``sample`` gives them."""
+
+    drawn: float  # the drafted token's own score
+    tokens: tuple[int, ...]
+    scores: tuple[float, ...]
+
+
 class Drafted(NamedTuple):
     """A drafted token. ``logprob`` is log q(token); ``row`` is its row of the drafter's logits, -1: point mass."""
 
     token: int
     logprob: float
     row: int
+    ranked: Ranked | None = None  # where alternatives were asked for
 
 
 class VerifyWork(NamedTuple):
@@ -136,7 +176,7 @@ class SchedulerOutput:
         return not self.target.work and not self.draft.work
 
 
-Windows = dict[int, tuple[Drafted, ...]]  # by request id
+Windows = dict[int, tuple[Drafted, ...]]  # by request id, or by branch id: then the first token is the branch's own
 
 
 @dataclass(frozen=True)
@@ -200,6 +240,7 @@ class DraftProposal:
     busy: Interval = NOT_BUSY
     on_device: DeviceWindows | None = None  # beside ``windows``
     stored: Mark | None = None  # after it ``logits`` has the rows of ``windows``, of this round and of those before
+    prepared: Windows = field(default_factory=dict)  # of branches; of a late one that had no token, an empty one
 
 
 @dataclass(frozen=True)
@@ -238,3 +279,4 @@ class Decision(NamedTuple):
 class VerifyResult:
     decisions: dict[int, Decision] = field(default_factory=dict)  # by request id
     windows: Windows = field(default_factory=dict)  # what was drafted in this round
+    prepared: Windows = field(default_factory=dict)

@@ -17,7 +17,7 @@ class RequestMetrics:
 
     Rounds, forwards and drafted tokens are what was worked. Tested and accepted tokens and runs are what became the
     output: what a verdict says about tokens behind the output's end is not counted, so that accepted <= output_tokens
-    and accepted <= tested <= drafted.
+    and accepted <= tested <= drafted. What a prepared window drafted counts as drafted if its verdict came.
     """
 
     rounds: int = 0
@@ -27,6 +27,11 @@ class RequestMetrics:
     tested: int = 0  # of them, tokens in whose place verification put a returned token
     accepted: int = 0  # of them, returned tokens
     runs: int = 0
+    prepared: int = 0  # windows drafted ahead, each for one verdict that might come,
+    prepared_hits: int = 0  # of them, those whose verdict came,
+    prepared_in_vain: int = 0  # tokens drafted in the others
+    prepared_accepted: int = 0  # accepted tokens that such windows drafted
+    acceptance_histogram: list[int] = field(default_factory=list)  # [i]: verdicts that made i drafted tokens output
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     output_tokens: int = 0

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, NoReturn, cast
 
 from pearl.errors import InvalidRequestError
-from pearl.user_values import as_flag, as_integer, as_items, as_number, shown, unknown_names
+from pearl.user_values import as_flag, as_integer, as_items, as_number, lone_surrogate, shown, unknown_names
 
 
 class _Range(NamedTuple):
@@ -142,6 +142,8 @@ class SamplingParams:
             raise _refusal("stop", "a text or several texts", self.stop if texts is None else texts)
         if "" in texts:
             raise _refusal("stop", "without empty strings, which every text contains", self.stop)
+        if any(lone_surrogate(text) is not None for text in texts):
+            raise _refusal("stop", "text, without half characters (lone surrogates)", texts)
         if len(texts) > _MOST_STOPS:
             raise _refusal("stop", f"at most {_MOST_STOPS} texts, each of which is looked for after every token", texts)
         return tuple(texts)
@@ -204,4 +206,4 @@ class SamplingParams:
 
 
 def _refusal(name: str, expected: str, given: object) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {expected}; got {shown(given)}")
+    return InvalidRequestError(f"{name} must be {expected}; got {shown(given)}", name)

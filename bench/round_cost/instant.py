@@ -74,6 +74,7 @@ class InstantDrafter:
     """In the place of ``ModelDrafter``, on its thread."""
 
     reads_history = False
+    prepares = False
 
     def __init__(self, text: Text, page_size: int, keeps_logits: bool) -> None:
         self._text, self._batch, self._keeps_logits = text, _core.WorkBatch(page_size), keeps_logits

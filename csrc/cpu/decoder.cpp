@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/checks.h"
+#include "cpu/copy_blocks.h"
 #include "cpu/dtype.h"
 
 namespace pearl {
@@ -102,6 +103,14 @@ void* Decoder::at(void* rows, int64_t row, int64_t width) const {
 }
 
 /// The first residual: the tokens' embeddings.
+void Decoder::copy_pages(const int64_t* pairs, int64_t count) {
+  if (count == 0) return;
+  const int64_t bytes = shape_.page_size * shape_.kv_heads * shape_.head_dim * bytes_of(shape_.dtype);
+  for (const DecoderLayer& layer : layers_) {
+    for (void* cache : {layer.k_cache, layer.v_cache}) copy_blocks({cache, shape_.pages, bytes, pairs, count});
+  }
+}
+
 void Decoder::embed(const DecoderBatch& batch) {
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
   const auto* table = static_cast<const uint8_t*>(embedding_);

@@ -63,6 +63,9 @@ class Decoder {
   /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
   void forward(const DecoderBatch& batch);
 
+  /// Of all layers' keys and values: `pairs` [count, 2] of source and destination, below shape().pages, in any order.
+  void copy_pages(const int64_t* pairs, int64_t count);
+
   const DecoderShape& shape() const { return shape_; }
 
  private:

@@ -26,6 +26,11 @@ void gather(const T* values, const std::vector<int64_t>& indices, std::vector<T>
   for (const int64_t index : indices) out.push_back(values[index]);
 }
 
+/// Whether sequences that are in order leave none out.
+bool are_first(const std::vector<int64_t>& sequences) {
+  return sequences.empty() || sequences.back() == static_cast<int64_t>(sequences.size()) - 1;
+}
+
 }  // namespace
 
 void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) {
@@ -33,17 +38,39 @@ void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) 
   decoder_.forward(first);
   drafting_.clear();
   for (int64_t sequence = 0; sequence < first.sequences; ++sequence) drafting_.push_back(sequence);
-  for (int64_t step = 0;; ++step) {
-    const auto ended = [&](int64_t sequence) { return window.num_draft[sequence] <= step; };
-    const auto end = std::remove_if(drafting_.begin(), drafting_.end(), ended);
-    if (end != drafting_.end()) {
-      drafting_.erase(end, drafting_.end());
-      gather_tables(first);
-    }
+  drop_ended(first, window, 0);
+  if (drafting_.empty()) return;
+  draw(first, window, 0);
+  decoder_.copy_pages(window.late_copies, window.num_late_copies);
+  begin_late(first, window);
+  for (int64_t step = 1;; ++step) {
+    drop_ended(first, window, step);
     if (drafting_.empty()) return;
-    if (step > 0) decoder_.forward(next(first, window, step));
+    decoder_.forward(next(first, window, step));
     draw(first, window, step);
   }
+}
+
+void WindowDrafter::drop_ended(const DecoderBatch& first, const DraftWindow& window, int64_t step) {
+  const auto ended = [&](int64_t sequence) { return window.num_draft[sequence] <= step; };
+  const auto end = std::remove_if(drafting_.begin(), drafting_.end(), ended);
+  if (end != drafting_.end()) {
+    drafting_.erase(end, drafting_.end());
+    gather_tables(first);
+  }
+}
+
+/// Late branches join those that draft, each with its own token, where its parent has such an alternative.
+void WindowDrafter::begin_late(const DecoderBatch& first, const DraftWindow& window) {
+  if (window.num_late == 0) return;
+  const AlternativesView& all = window.alternatives;
+  for (int64_t i = 0; i < window.num_late; ++i) {
+    const int64_t sequence = first.sequences + i, place = window.late[i].parent * window.longest;
+    const int64_t token = all.tokens[place * all.count + window.late[i].rank];
+    window.tokens[sequence * window.longest] = token;
+    if (token >= 0) drafting_.push_back(sequence);
+  }
+  gather_tables(first);
 }
 
 void WindowDrafter::check(const DecoderBatch& first, const DraftWindow& window) const {
@@ -60,6 +87,21 @@ void WindowDrafter::check(const DecoderBatch& first, const DraftWindow& window) 
     ++drafting;
   }
   if (drafting != first.num_logits) refuse("logits are asked for of a sequence that drafts nothing");
+  check_late(first, window);
+}
+
+void WindowDrafter::check_late(const DecoderBatch& first, const DraftWindow& window) const {
+  for (int64_t i = 0; i < window.num_late; ++i) {
+    const int64_t sequence = first.sequences + i;
+    check_range("a late branch's parent", window.late[i].parent, 0, first.sequences);
+    if (window.num_draft[window.late[i].parent] == 0) refuse("a late branch's parent drafts nothing");
+    check_range("a late branch's rank", window.late[i].rank, 0, window.alternatives.count);
+    check_range("num_draft", window.num_draft[sequence], 1, window.longest + 1);
+    check_sequence(first, window, sequence);
+  }
+  for (int64_t i = 0; i < 2 * window.num_late_copies; ++i) {
+    check_range("a page", window.late_copies[i], 0, decoder_.shape().pages);
+  }
 }
 
 void WindowDrafter::check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const {
@@ -72,13 +114,15 @@ void WindowDrafter::check_sequence(const DecoderBatch& first, const DraftWindow&
   const int32_t* table = first.block_tables + sequence * first.table_width;
   for (int64_t i = 0; i < pages; ++i) check_range("a page", table[i], 0, shape.pages);
   if (window.ring_base[sequence] >= 0) {
-    check_range("ring_base", window.ring_base[sequence], 0, window.ring_rows - window.ring_size + 1);
+    check_range("ring_size", window.ring_size[sequence], 1, window.ring_rows + 1);
+    check_range("ring_base", window.ring_base[sequence], 0, window.ring_rows - window.ring_size[sequence] + 1);
   }
 }
 
-/// The block tables of the sequences that go on, where these are not all.
+/// The block tables of the sequences that go on, where these are not the batch's first ones.
 void WindowDrafter::gather_tables(const DecoderBatch& first) {
   tables_.clear();
+  if (are_first(drafting_)) return;
   for (const int64_t sequence : drafting_) {
     const int32_t* table = first.block_tables + sequence * first.table_width;
     tables_.insert(tables_.end(), table, table + first.table_width);
@@ -137,8 +181,9 @@ void WindowDrafter::keep_logits(const DecoderBatch& first, const DraftWindow& wi
                                 int64_t position) const {
   const int64_t base = window.ring_base[drafting_[row]];
   if (base < 0) return;
+  const int64_t size = window.ring_size[drafting_[row]];
   const int64_t bytes = decoder_.shape().vocab_size * bytes_of(decoder_.shape().dtype);
-  std::memcpy(static_cast<uint8_t*>(window.ring) + (base + position % window.ring_size) * bytes,
+  std::memcpy(static_cast<uint8_t*>(window.ring) + (base + position % size) * bytes,
               static_cast<const uint8_t*>(first.logits) + row * bytes, bytes);
 }
 
@@ -169,7 +214,7 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
           input_ids_.data(),
           positions_.data(),
           slots_.data(),
-          rows == first.sequences ? first.block_tables : tables_.data(),
+          are_first(drafting_) ? first.block_tables : tables_.data(),
           starts_.data(),
           contexts_.data(),
           rows_.data(),

@@ -9,20 +9,31 @@
 
 namespace pearl {
 
-/// What is drafted after a forward, whose batch has R sequences.
+/// A sequence that begins when `parent` has drawn its first token: with the alternative of `rank` to that.
+struct LateBranch {
+  int64_t parent, rank;
+};
+
+/// What is drafted after a forward, whose batch has F sequences. Late branches follow them: R = F + num_late sequences
+/// in all, for which the batch has block tables and context_lens, though the forward computes nothing of the late ones.
 struct DraftWindow {
-  const int64_t* num_draft;  // [R]; 0: the sequence only took part in the forward
+  const int64_t* num_draft;  // [R]; 0: the sequence only took part in the forward. A late one's own token counts
   int64_t longest;           // no num_draft is larger
   SamplingView sampling;     // [R]
   int64_t vocab_size;        // so many columns of the logits are drawn from
   uint32_t stream;
   void* ring;  // [ring_rows, the decoder's vocab_size], where logits of drafted tokens are kept
-  int64_t ring_rows, ring_size;
+  int64_t ring_rows;
   const int64_t*
-      ring_base;    // [R]; the token at position p goes to row ring_base + p % ring_size; negative: none is kept
-  int64_t* tokens;  // [R, longest], written up to num_draft
+      ring_base;  // [R]; the token at position p goes to row ring_base + p % ring_size; negative: none is kept
+  const int64_t* ring_size;  // [R]
+  const LateBranch* late;    // [num_late]
+  int64_t num_late;
+  const int64_t* late_copies;  // [num_late_copies, 2]: pages copied after the forward, source and destination
+  int64_t num_late_copies;
+  int64_t* tokens;  // [R, longest], written up to num_draft; a late one's first is its own, -1: there was none
   float* logprobs;  // [R, longest]
-  AlternativesView alternatives;  // [R, longest, count] and [R, longest], written as tokens are
+  AlternativesView alternatives;  // [R, longest, count] and [R, longest], written as drawn tokens are
 };
 
 /// Belongs to its decoder's thread. What it gives is, to the bit, what the decoder and `sample` give token by token.
@@ -38,6 +49,9 @@ class WindowDrafter {
  private:
   void check(const DecoderBatch& first, const DraftWindow& window) const;
   void check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const;
+  void check_late(const DecoderBatch& first, const DraftWindow& window) const;
+  void drop_ended(const DecoderBatch& first, const DraftWindow& window, int64_t step);
+  void begin_late(const DecoderBatch& first, const DraftWindow& window);
   void gather_tables(const DecoderBatch& first);
   void draw(const DecoderBatch& first, const DraftWindow& window, int64_t step);
   AlternativesView alternatives_of(int64_t rows, int64_t count);
@@ -46,7 +60,7 @@ class WindowDrafter {
   DecoderBatch next(const DecoderBatch& first, const DraftWindow& window, int64_t step);
 
   Decoder& decoder_;
-  std::vector<int64_t> drafting_;  // sequences, a row each in what follows
+  std::vector<int64_t> drafting_;  // sequences, in order, a row each in what follows
 
   std::vector<float> temperature_, top_p_, min_p_, logprobs_;
   std::vector<int32_t> top_k_;

@@ -106,8 +106,15 @@ py::list cut_rows(const std::vector<T>& values, const std::vector<int64_t>& coun
   return rows;
 }
 
-/// For each sequence a list with an entry for each of its drafted tokens: (score, alternatives, their scores), as
-/// many alternatives as there are.
+template <class T>
+py::tuple tuple_of(const T* values, int64_t count) {
+  py::tuple items(count);
+  for (int64_t i = 0; i < count; ++i) items[static_cast<size_t>(i)] = values[i];
+  return items;
+}
+
+/// For each sequence a list with an entry for each of its tokens: (score, alternatives, their scores), as many
+/// alternatives as there are.
 py::list list_alternatives(const pearl::AlternativesView& all, const std::vector<int64_t>& counts, int64_t longest) {
   py::list sequences;
   for (size_t r = 0; r < counts.size(); ++r) {
@@ -115,43 +122,59 @@ py::list list_alternatives(const pearl::AlternativesView& all, const std::vector
     for (int64_t step = 0; step < counts[r]; ++step) {
       const int64_t place = static_cast<int64_t>(r) * longest + step;
       const int64_t* tokens = all.tokens + place * all.count;
-      const float* scores = all.scores + place * all.count;
       const int64_t there = std::find(tokens, tokens + all.count, -1) - tokens;
-      window.append(py::make_tuple(all.drawn[place], std::vector<int64_t>(tokens, tokens + there),
-                                   std::vector<float>(scores, scores + there)));
+      window.append(
+          py::make_tuple(all.drawn[place], tuple_of(tokens, there), tuple_of(all.scores + place * all.count, there)));
     }
     sequences.append(std::move(window));
   }
   return sequences;
 }
 
-/// Returns tokens, log q, and alternatives if any are asked for; of each a list for each sequence.
+using Pairs = std::vector<std::pair<int64_t, int64_t>>;
+
+/// `batch` has a row for each sequence that num_draft has an entry for, the late branches last, of which it computes
+/// nothing; `late`: parent and rank of each. Returns tokens, log q, and alternatives if any are asked for; of each a
+/// list for each sequence. The first token of a late branch is its own, without log q and alternatives.
 py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch, Address logits,
                 const std::vector<int64_t>& num_draft, const std::vector<int64_t>& ring_base,
-                const pearl::SamplingArgument& sampling, int64_t vocab_size, uint32_t stream, Address ring,
-                int64_t ring_rows, int64_t ring_size, int64_t alternatives) {
+                const std::vector<int64_t>& ring_size, const pearl::SamplingArgument& sampling, int64_t vocab_size,
+                uint32_t stream, Address ring, int64_t ring_rows, int64_t alternatives, const Pairs& late,
+                const Pairs& late_copies) {
   const auto sequences = static_cast<size_t>(batch.sequences);
-  if (num_draft.size() != sequences || ring_base.size() != sequences) {
-    throw std::invalid_argument("draft_window: num_draft and ring_base need an entry for each sequence");
+  if (num_draft.size() != sequences || ring_base.size() != sequences || ring_size.size() != sequences ||
+      late.size() > sequences) {
+    throw std::invalid_argument("draft_window: num_draft, ring_base and ring_size need an entry for each sequence");
   }
   const int64_t longest = num_draft.empty() ? 0 : *std::max_element(num_draft.begin(), num_draft.end());
   std::vector<int64_t> tokens(sequences * static_cast<size_t>(longest));
   std::vector<float> logprobs(tokens.size());
   // Until the drafter has refused a wrong count, no more memory than for a right one.
   const auto ranked = static_cast<size_t>(std::clamp<int64_t>(alternatives, 0, pearl::kMostAlternatives));
-  std::vector<int64_t> alternative_tokens(tokens.size() * ranked);
+  std::vector<int64_t> alternative_tokens(tokens.size() * ranked, -1);
   std::vector<float> alternative_scores(alternative_tokens.size()), drawn_scores(ranked == 0 ? 0 : tokens.size());
   const pearl::AlternativesView all = {alternatives, alternative_tokens.data(), alternative_scores.data(),
                                        drawn_scores.data()};
+  std::vector<pearl::LateBranch> branches;
+  for (const auto& [parent, rank] : late) branches.push_back({parent, rank});
+  std::vector<int64_t> copies;
+  for (const auto& [source, destination] : late_copies) copies.insert(copies.end(), {source, destination});
+  std::vector<int64_t> counts = num_draft;
   {
     const py::gil_scoped_release without_gil;
     pearl::DecoderBatch first = batch;
+    first.sequences -= static_cast<int64_t>(branches.size());
     first.logits = pointer<void>(logits);
-    drafter.draft(first, {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
-                          ring_size, ring_base.data(), tokens.data(), logprobs.data(), all});
+    drafter.draft(first,
+                  {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
+                   ring_base.data(), ring_size.data(), branches.data(), static_cast<int64_t>(branches.size()),
+                   copies.data(), static_cast<int64_t>(late_copies.size()), tokens.data(), logprobs.data(), all});
+    for (auto r = static_cast<size_t>(first.sequences); r < sequences; ++r) {
+      if (tokens[r * static_cast<size_t>(longest)] < 0) counts[r] = 0;
+    }
   }
-  return py::make_tuple(cut_rows(tokens, num_draft, longest), cut_rows(logprobs, num_draft, longest),
-                        list_alternatives(all, ranked == 0 ? std::vector<int64_t>() : num_draft, longest));
+  return py::make_tuple(cut_rows(tokens, counts, longest), cut_rows(logprobs, counts, longest),
+                        list_alternatives(all, ranked == 0 ? std::vector<int64_t>() : counts, longest));
 }
 
 }  // namespace

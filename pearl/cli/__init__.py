@@ -1,1 +1,1 @@
-"""The command line: ``pearl generate``, ``pearl chat``, ``pearl info``. The entry point is ``pearl.cli.app:main``."""
+"""The command line: ``pearl generate``, ``chat``, ``serve``, ``bench``, ``info``; entry: ``pearl.cli.app:main``."""

@@ -15,6 +15,7 @@ from pearl.cli.chat import chat
 from pearl.cli.generate import generate
 from pearl.cli.info import DISTRIBUTION, info, installed
 from pearl.cli.program import exit_code, run_and_leave
+from pearl.cli.serve import serve
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,7 +42,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)
-    for command in (generate, chat, info):
+    for command in (generate, chat, serve, info):
         app.command()(command)
     app.command(context_settings=PASSES_ON)(bench)
     return app

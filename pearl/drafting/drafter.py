@@ -12,8 +12,14 @@ class Drafter(Protocol):
 
     reads_history: bool  # wants SequenceState.history of every request
 
+    @property
+    def prepares(self) -> bool:
+        """Whether it drafts the branches of a plan; else it must be given none."""
+        ...
+
     def propose(self, plan: DraftPlan) -> DraftProposal:
         """Compute each item's tokens, then draft up to ``num_draft`` tokens after them (fewer, even none, is fine).
+        Likewise after the token of each of its branches.
 
         ``Drafted.logprob`` must be the log-probability with which the token was really drawn, and ``row`` the row of
         ``DraftProposal.logits`` with the logits it was drawn from; that row must stay valid until the token is

@@ -7,23 +7,41 @@ target's has to wait for the GIL.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from pearl.drafting.host_window import DraftedWindows
 from pearl.drafting.logits_ring import LogitsRing, keeps_logits
-from pearl.messages import Drafted, DraftWork, Windows
+from pearl.messages import Branch, Drafted, DraftPlan, DraftWork, ForwardWork, Ranked
 from pearl.models import FusedDecoder
 from pearl.sampling_batch import SamplingBatches
 from pearl.workers import ModelRunner
 from pearl_kernels import KernelSet, Rule, SamplingTensors, Stream
 
 _CPU = torch.device("cpu")
-Ranked = tuple[float, list[int], list[float]]  # a drafted token's score, its alternatives, and theirs: see `sample`
 
 
 def can_fuse_windows(kernels: KernelSet) -> bool:
     """Whether the C++ provider also draws tokens; the forward is ``can_fuse``'s matter."""
     return kernels.providers["sample"] == "cpu"
+
+
+class _Row(NamedTuple):
+    """A sequence that is drafted. Of a late branch the first forward computes nothing, and its own token counts."""
+
+    forward: ForwardWork
+    wanted: int
+    ring_base: int  # -1: no q is kept
+    ring_size: int
+    branch: Branch | None = None
+    parent: int = -1  # the row whose first token a late branch hangs on
+
+
+class _Drawn(NamedTuple):
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    ranked: list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]]
 
 
 class FusedWindows:
@@ -46,41 +64,76 @@ class FusedWindows:
         self._width, self._dtype = runner.model.config.vocab_size, runner.model.dtype
         self._batches = SamplingBatches(runner.queue.device, for_draft=True)
 
-    def draft(self, work: Sequence[DraftWork]) -> tuple[Windows, int]:
-        """Windows of those that draft, and how many forwards they took. No token's logits may depend on the host, and
-        block tables reach to the windows' ends. Raises ValueError, with nothing written, if an index is out of range.
+    def draft(self, plan: DraftPlan) -> DraftedWindows:
+        """Windows of those that draft, and of their branches. No token's logits may depend on the host, and block
+        tables reach to the windows' ends. Raises ValueError, with nothing written, if an index is out of range.
         """
-        tokens, logprobs, _ = self._draw(work, self._batches.tensors([item.forward.state for item in work]))
-        windows = {
-            item.forward.state.request_id: tuple(
-                map(Drafted, tokens[i], logprobs[i], self._ring.window_rows(item, self._rule))
-            )
-            for i, item in enumerate(work)
-            if item.num_draft
-        }
-        return windows, max(1, *(item.num_draft for item in work))
+        rows = self._rows(plan.work)
+        params = self._batches.tensors([row.forward.state for row in rows])
+        windows = list(map(self._window, rows, *self._draw(rows, params, plan)))
+        main = {item.forward.state.request_id: windows[index] for index, item in enumerate(plan.work) if item.num_draft}
+        prepared = {row.branch.id: window for row, window in zip(rows, windows, strict=True) if row.branch is not None}
+        return DraftedWindows(main, prepared, max(1, *(row.wanted for row in rows)))
 
-    def _draw(
-        self, work: Sequence[DraftWork], params: SamplingTensors, alternatives: int = 0
-    ) -> tuple[list[list[int]], list[list[float]], list[list[Ranked]]]:
-        """Drafted tokens and their log q, a list for each item; and so many alternatives to each, if any are wanted."""
-        counts = [item.num_draft for item in work]
-        if params.layout != (_CPU, len(counts)):
-            raise ValueError(f"draft_window: parameters for {len(counts)} requests on cpu, not {params.layout}")
-        states = [item.forward.state for item in work]
-        bases = [self._ring.base(s.lane) if keeps_logits(s.params, self._rule) else -1 for s in states]
+    def _rows(self, work: Sequence[DraftWork]) -> list[_Row]:
+        """Items, then early branches, which take part in the first forward, then late ones."""
+        ring = self._ring
+        keeps = [keeps_logits(item.forward.state.params, self._rule) for item in work]
+        rows = [
+            _Row(item.forward, item.num_draft, ring.base(item.forward.state.lane) if kept else -1, ring.size)
+            for item, kept in zip(work, keeps, strict=True)
+        ]
+        late: list[_Row] = []
+        for index, item in enumerate(work):
+            for branch in item.branches:
+                base = ring.branch_base(branch.slot) if keeps[index] else -1
+                state, table = item.forward.state, branch.block_table
+                if branch.token is None:
+                    forward = ForwardWork(state, (), branch.start, 0, table)
+                    late.append(_Row(forward, branch.num_draft + 1, base, ring.window, branch, index))
+                else:
+                    forward = ForwardWork(state, (branch.token,), branch.start, 1, table)
+                    rows.append(_Row(forward, branch.num_draft, base, ring.window, branch))
+        return rows + late
+
+    def _draw(self, rows: Sequence[_Row], params: SamplingTensors, plan: DraftPlan) -> _Drawn:
+        """Drafted tokens, their log q, and alternatives if any are wanted: a list for each row."""
+        if params.layout != (_CPU, len(rows)):
+            raise ValueError(f"draft_window: parameters for {len(rows)} requests on cpu, not {params.layout}")
+        counts, bases = [row.wanted for row in rows], [row.ring_base for row in rows]
         ring = self._ring.allocate(self._width, self._dtype) if max(bases) >= 0 else None
         logits = self._decoder.new_logits(len(counts) - counts.count(0))
-        return self._drafter.draft(
-            self._decoder.work_batch([item.forward for item in work]),
+        tokens, logprobs, ranked = self._drafter.draft(
+            self._decoder.work_batch([row.forward for row in rows]),
             logits.data_ptr(),
             counts,
             bases,
+            [row.ring_size for row in rows],
             self._core.Sampling(*params.addresses),
             self._vocab_size,
             self._stream,
             0 if ring is None else ring.data_ptr(),
             0 if ring is None else ring.shape[0],
-            self._ring.size,
-            alternatives,
+            plan.alternatives,
+            [(row.parent, row.branch.rank) for row in rows if row.branch is not None and row.branch.token is None],
+            [(copy.source, copy.destination) for copy in plan.late_copies],
         )
+        return _Drawn(tokens, logprobs, ranked or [[]] * len(rows))
+
+    @staticmethod
+    def _window(
+        row: _Row,
+        tokens: list[int],
+        logprobs: list[float],
+        ranked: list[tuple[float, tuple[int, ...], tuple[float, ...]]],
+    ) -> tuple[Drafted, ...]:
+        """A branch's begins with its own token, which is not drawn."""
+        begin, base, size = row.forward.end, row.ring_base, row.ring_size
+        places = [base + (begin + step) % size for step in range(len(tokens))] if base >= 0 else [-1] * len(tokens)
+        every = map(Ranked._make, ranked) if ranked else [None] * len(tokens)
+        window = tuple(map(Drafted, tokens, logprobs, places, every))
+        if row.branch is None:
+            return window
+        if row.branch.token is None:
+            return (Drafted(tokens[0], 0.0, -1), *window[1:]) if tokens else ()
+        return (Drafted(row.branch.token, 0.0, -1), *window)

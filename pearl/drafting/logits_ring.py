@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pearl.messages import DraftWork
+from pearl.messages import Branch, DraftWork
 from pearl.sampling_batch import draft_temperature
 from pearl.sampling_params import SamplingParams
 from pearl_kernels import Rule
@@ -21,17 +21,18 @@ class LogitsRing:
     rejects. In the draft model's dtype.
 
     Token at position p of lane l lives in row ``l * size + p % size``. At most ``window`` tokens are pending while as
-    many are being drafted, so ``size = 2 * window`` never overwrites a live row. Greedy and coupled requests need no
-    q and store nothing; the buffer is only allocated when a request first does. Its last row is nobody's.
+    many are being drafted, so ``size = 2 * window`` never overwrites a live row. Behind the lanes each of ``slots``
+    branches has room for a window. Greedy and coupled requests need no q and store nothing; the buffer is only
+    allocated when a request first does. Its last row is nobody's.
     """
 
-    def __init__(self, lanes: int, window: int) -> None:
-        self.lanes, self.window, self.size = lanes, window, 2 * window
+    def __init__(self, lanes: int, window: int, slots: int = 0) -> None:
+        self.lanes, self.window, self.size, self.slots = lanes, window, 2 * window, slots
         self.logits: Tensor | None = None
 
     @property
     def spare_row(self) -> int:
-        return self.lanes * self.size
+        return self.lanes * self.size + self.slots * self.window
 
     def base(self, lane: int) -> int:
         """The first row of a lane."""
@@ -39,6 +40,17 @@ class LogitsRing:
 
     def row(self, lane: int, position: int) -> int:
         return self.base(lane) + position % self.size
+
+    def branch_base(self, slot: int) -> int:
+        """The first row of a branch's slot, which has ``window`` rows."""
+        return self.lanes * self.size + slot * self.window
+
+    def branch_rows(self, item: DraftWork, branch: Branch, rule: Rule) -> tuple[int, ...]:
+        """As ``window_rows``, of what is drafted after a branch's own token, which nobody tests: that has none."""
+        if not keeps_logits(item.forward.state.params, rule):
+            return (-1,) * branch.num_draft
+        base, begin = self.branch_base(branch.slot), branch.start + 1
+        return tuple([base + (begin + step) % self.window for step in range(branch.num_draft)])
 
     def window_rows(self, item: DraftWork, rule: Rule) -> tuple[int, ...]:
         """The row of each token of the window that follows ``item.forward``; -1 where its logits are not kept."""
@@ -48,12 +60,10 @@ class LogitsRing:
         return tuple(self.row(state.lane, item.forward.end + step) for step in range(item.num_draft))
 
     def allocate(self, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """The buffer, ``[lanes * size + 1, width]``."""
+        """The buffer, ``[spare_row + 1, width]``."""
         if self.logits is None:
             self.logits = torch.empty((self.spare_row + 1, width), dtype=dtype, device=device)
         return self.logits
 
-    def store(self, lane: int, position: int, row: Tensor) -> int:
-        index = self.row(lane, position)
+    def store(self, index: int, row: Tensor) -> None:
         self.allocate(row.shape[-1], row.dtype, row.device)[index] = row
-        return index

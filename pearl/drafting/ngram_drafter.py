@@ -14,6 +14,7 @@ class NGramDrafter:
     """
 
     reads_history = True
+    prepares = False
 
     def __init__(self, longest: int = 4, shortest: int = 1) -> None:
         self._longest, self._shortest = longest, shortest

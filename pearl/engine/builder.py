@@ -10,6 +10,7 @@ import torch
 from pearl.config import EngineConfig
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
+from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels
@@ -20,7 +21,7 @@ from pearl.engine.warm_up import Side, warm_up
 from pearl.errors import ConfigurationError
 from pearl.kv import KVCacheManager
 from pearl.methods import METHODS, Mode
-from pearl.pace import AutoPace, BalancedPace, FixedPace, PacePolicy, Sizes
+from pearl.pace import AutoPace, BalancedPace, FixedPace, PacePolicy, PreparingPace, Sizes
 from pearl.workers import HostQueue, InlineWorker, ModelRunner, TargetRunner, ThreadWorker, Worker
 
 
@@ -41,12 +42,15 @@ def connect(
     if config.uses_draft_model:
         if models.draft is None:
             raise ConfigurationError(f"method={config.method!r} needs a draft model, but none was loaded")
-        ring = LogitsRing(config.max_num_seqs, config.largest_window)
+        ring = LogitsRing(config.max_num_seqs, config.largest_window, config.prepared_slots)
         drafter = ModelDrafter(models.draft, config.verification, models.vocab_size, eos_ids, ring)
         draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
     elif config.uses_draft:
         drafter = NGramDrafter()
     pace = build_pace(config, Sizes(max(1, models.target_bytes), models.draft_bytes))
+    branches: Branches | None = None
+    if drafter is not None and drafter.prepares and config.most_prepared:
+        branches = Branches(draft_kv, config.max_num_seqs, config.most_prepared, config.verification)
     scheduler = Scheduler(
         pace,
         KVCacheManager(models.num_pages, config.page_size, config.prefix_caching),
@@ -56,6 +60,7 @@ def connect(
         max_waiting=config.max_waiting,
         prefill_chunk=config.resolve_prefill_chunk(),
         drafter_reads_history=drafter is not None and drafter.reads_history,
+        branches=branches,
     )
     kernels, queue = models.target.kernels, models.target.queue
     draft_queue = models.draft.queue if models.draft else None
@@ -114,7 +119,12 @@ def _preparations(runners: Sequence[ModelRunner]) -> Callable[[], int]:
 
 
 def build_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
-    """What a configuration's method, pace and window mean."""
+    """What a configuration's method, pace, window and prepared windows mean."""
+    pace = _window_pace(config, sizes)
+    return PreparingPace(pace, config.most_prepared) if config.most_prepared else pace
+
+
+def _window_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
     mode = _own_mode(config)
     if not config.uses_draft:
         return FixedPace(mode, 1)

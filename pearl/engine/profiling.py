@@ -74,7 +74,7 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
     """
     ring = 0
     if draft is not None and config.verification != "coupled":
-        rows = 2 * config.largest_window * config.max_num_seqs + 1
+        rows = (2 * config.max_num_seqs + config.prepared_slots) * config.largest_window + 1
         ring = rows * draft.vocab_size * draft.dtype.itemsize
     processed = 0 if share.dtype is torch.float32 else config.max_num_seqs * share.vocab_size * 4
     if role == "draft":

@@ -6,8 +6,9 @@ import enum
 import hashlib
 from dataclasses import dataclass, field
 
+from pearl.engine.odds import Confidence
 from pearl.engine.output_processor import OutputProcessor
-from pearl.messages import Decision, Drafted, DraftWork, ForwardWork, SequenceState
+from pearl.messages import Branch, Decision, Drafted, DraftWork, ForwardWork, SequenceState
 from pearl.outputs import RequestMetrics
 from pearl.sampling_params import SamplingParams
 
@@ -45,6 +46,11 @@ class Request:
     draft_computed: int = 0
     draft_is_dry: bool = False
     run_length: int = field(default=0, repr=False)  # accepted tokens of the run in progress
+    branches: tuple[Branch, ...] = ()  # of the round in progress
+    slot: int | None = None  # of a branch whose window is pending
+    confidence: Confidence | None = None  # since branches were first thought of
+    pending_ahead: bool = False  # whether pending tokens are such a window
+    judged_ahead: int = field(default=0, repr=False)  # tokens of the latest verdict that a branch had drafted
     _noise_seed: int | None = field(default=None, repr=False)  # of draws now; None: ``seed``
     _state: SequenceState | None = field(default=None, repr=False)  # without a history, of the lane that it has
 
@@ -68,7 +74,7 @@ class Request:
 
     def preempt(self) -> None:
         """Give up all KV; committed tokens are computed again later, pending ones are forgotten."""
-        self.status, self.lane, self.pending = Status.WAITING, -1, ()
+        self.status, self.lane, self.pending, self.pending_ahead = Status.WAITING, -1, (), False
         self.target_computed = self.draft_computed = 0
         self.metrics.preemptions += 1
 
@@ -97,8 +103,11 @@ class Request:
         draft: DraftWork | None,
         window: tuple[Drafted, ...],
         decision: Decision | None,
+        ahead: tuple[Drafted, ...] = (),
     ) -> tuple[int, ...]:
         """Apply one round: what was computed, the window drafted in it, and the verdict, if there was one.
+
+        ahead: what is drafted behind the correction already; the draft's KV is that of the branch.
 
         Returns the newly committed tokens. Rollback happens here and is only this: ``*_computed`` never covers a
         token that was rejected.
@@ -115,6 +124,7 @@ class Request:
                 # that the next draft has something to start from.
                 self.draft_computed = draft.forward.end + (len(window) - 1 if draft.num_draft else 0)
                 metrics.draft_forwards += len(window) or 1
+        self.judged_ahead = 0
         if decision is None:
             if draft is not None and draft.num_draft:
                 self.pending, self.draft_is_dry = (*pending, *window), not window
@@ -126,10 +136,16 @@ class Request:
             self.draft_computed = min(self.draft_computed, length + decision.accepted)
         # Where the first drafted token was tested and held, the rest of its window is pending now.
         continues = not rejected and decision.next_token is None
-        self.pending = window[1:] if continues else ()
+        self.judged_ahead = len(pending) if self.pending_ahead else 0
+        self.pending, self.pending_ahead = (window[1:] if continues else ()), False
         self.tokens.extend(committed)
         if rejected and self.rekeys:
             self._noise_seed, self._state = _rekeyed(self.seed, len(self.tokens)), None
+        if ahead:
+            self.pending, self.pending_ahead = ahead, True
+            metrics.drafted += len(ahead)
+            if self.draft_computed:  # a drafter that keeps KV
+                self.draft_computed = len(self.tokens) + len(ahead) - 1
         return committed
 
     def count(self, decision: Decision, kept: int) -> None:
@@ -139,7 +155,12 @@ class Request:
         metrics.output_tokens += kept
         metrics.tested += min(kept, tested)
         metrics.accepted += accepted
+        metrics.prepared_accepted += min(accepted, self.judged_ahead)
         self.run_length += accepted
+        if tested:
+            histogram = metrics.acceptance_histogram
+            histogram.extend([0] * (accepted + 1 - len(histogram)))
+            histogram[accepted] += 1
         if kept > accepted and tested:  # a correction or a bonus token
             metrics.runs += 1
             self.run_length = 0

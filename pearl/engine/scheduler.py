@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from pearl.engine.branches import Branches, Drafting, DraftParts
 from pearl.engine.prompt_budget import share
 from pearl.engine.request import Request, Status
 from pearl.errors import InvalidRequestError, QueueFullError
 from pearl.kv import KVCacheManager, OutOfPages, PageCopy
 from pearl.messages import (
-    DraftPlan,
     DraftWork,
     ForwardWork,
     SchedulerOutput,
@@ -35,16 +35,16 @@ class _Round:
         self.target_shares: dict[int, int] = {}
         self.draft_shares: dict[int, int] = {}
         self.target: list[ForwardWork] = []
-        self.draft: list[DraftWork] = []
+        self.draft = DraftParts()
         self.verify: list[VerifyWork] = []
         self.target_copies: list[PageCopy] = []
-        self.draft_copies: list[PageCopy] = []
+        self.drafting: list[Drafting] = []
         self.preempted: list[int] = []
 
     def freeze(self) -> SchedulerOutput:
         return SchedulerOutput(
             TargetPlan(tuple(self.target), tuple(self.target_copies)),
-            DraftPlan(tuple(self.draft), tuple(self.draft_copies)),
+            self.draft.freeze(),
             tuple(self.verify),
             tuple(self.preempted),
             self.pace,
@@ -55,7 +55,7 @@ class _Round:
 class Scheduler:
     """Owns the requests and both KV managers. First come, first served; the latest arrival is preempted first.
 
-    draft_kv is None where the drafter keeps no KV.
+    draft_kv is None where the drafter keeps no KV. branches: None where it prepares no windows.
     """
 
     def __init__(
@@ -69,12 +69,13 @@ class Scheduler:
         max_waiting: int,
         prefill_chunk: int | None = None,
         drafter_reads_history: bool = False,
+        branches: Branches | None = None,
     ) -> None:
         self._pace = pace
         self.target_kv, self.draft_kv = target_kv, draft_kv
         self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
         self._prefill_chunk = prefill_chunk or max_num_batched_tokens
-        self._drafter_reads_history = drafter_reads_history
+        self._drafter_reads_history, self.branches = drafter_reads_history, branches
         self._free_lanes = list(range(max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -113,7 +114,7 @@ class Scheduler:
             preempted.extend(plan.preempted)
             # Where a method lets some wait for others, and these all had to go, it is the turn of those that waited:
             # otherwise the same requests would be admitted and preempted for ever.
-            if plan.target or plan.draft or not (plan.preempted and self.running):
+            if plan.target or plan.draft.work or not (plan.preempted and self.running):
                 plan.preempted = preempted
                 return plan.freeze()
 
@@ -133,6 +134,8 @@ class Scheduler:
         for request, intent, window, lags in zip(batch, intents, pace.windows, lag, strict=True):
             if request.lane >= 0:  # it may have been preempted for an earlier one
                 self._plan_request(plan, request, intent, window, lags)
+        if self.branches is not None and pace.branches:
+            self.branches.plan(plan.drafting, plan.draft, pace, self._pace.changes)
         return plan
 
     def _share_budget(self, plan: _Round, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
@@ -171,6 +174,8 @@ class Scheduler:
             target_end, draft_end = chunks
         if self._reserve(plan, request, target_end, draft_end + num_draft - 1 if num_draft else draft_end):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
+            if rows and num_draft and not request.rekeys:
+                plan.drafting.append(Drafting(request, len(plan.draft.work) - 1, window, late=rows > k))
 
     @staticmethod
     def _chunks(plan: _Round, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
@@ -206,7 +211,7 @@ class Scheduler:
                 plan.preempted.append(victim.id)
             else:
                 plan.target_copies += target_copies
-                plan.draft_copies += draft_copies
+                plan.draft.copies += draft_copies
                 return True
         return False
 
@@ -222,7 +227,9 @@ class Scheduler:
         if num_draft or draft_end > start:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
             tokens = request.token_range(start, draft_end)
-            plan.draft.append(DraftWork(ForwardWork(state, tokens, start, 1 if num_draft else 0, table), num_draft))
+            plan.draft.work.append(
+                DraftWork(ForwardWork(state, tokens, start, 1 if num_draft else 0, table), num_draft)
+            )
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:
@@ -244,6 +251,8 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)
+        if self.branches is not None:
+            self.branches.release(request)
         self._free_lanes.append(request.lane)
         for kv in filter(None, (self.target_kv, self.draft_kv)):
             kv.free(request.id)
@@ -254,7 +263,8 @@ class Scheduler:
         """Commit and roll back what a round did for one request. Returns its newly committed tokens."""
         request_id = request.id
         window, decision = result.windows.get(request_id, ()), result.decisions.get(request_id)
-        committed = request.apply(target, draft, window, decision)
+        ahead = self.branches.settle(request, result) if self.branches is not None else ()
+        committed = request.apply(target, draft, window, decision, ahead)
         self.target_kv.settle(request_id, request.tokens, request.target_computed)
         if self.draft_kv is not None:
             self.draft_kv.settle(request_id, request.tokens, request.draft_computed)

@@ -108,7 +108,7 @@ class Verifier:
             proposal = _read(proposal)
         if not plan.verify:
             self._queue.synchronize()
-            return VerifyResult({}, proposal.windows)
+            return VerifyResult({}, proposal.windows, proposal.prepared)
         with self._queue.enter("verify"):
             assert target.logits is not None
             late = proposal.on_device
@@ -124,7 +124,7 @@ class Verifier:
         found = top.found() if top else None
         decisions = map(partial(self._decision, logits, found), requests, accepted, next_tokens)
         ids = [rows.work.request_id for rows in requests]
-        return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows)
+        return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows, proposal.prepared)
 
     @staticmethod
     def _align(plan: SchedulerOutput, windows: Windows) -> list[_Rows]:

@@ -1,6 +1,7 @@
 """Paged KV bookkeeping: host only, no tensors. The draft and the target have one ``KVCacheManager`` each."""
 
-from pearl.kv.manager import CacheStats, KVCacheManager, PageCopy
+from pearl.kv.held import CacheStats, PageCopy
+from pearl.kv.manager import KVCacheManager
 from pearl.kv.page_pool import OutOfPages, PagePool, PrefixKey
 
 __all__ = ["CacheStats", "KVCacheManager", "OutOfPages", "PageCopy", "PagePool", "PrefixKey"]

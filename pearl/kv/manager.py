@@ -9,44 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from pearl.kv.held import BranchPages, CacheStats, PageCopy, SequencePages
 from pearl.kv.page_pool import OutOfPages, PagePool, PrefixKey
-
-
-@dataclass(frozen=True, slots=True)
-class PageCopy:
-    """The worker copies page ``source`` to page ``destination``, all slots and layers, before it writes anything."""
-
-    source: int
-    destination: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Counters since the manager was built."""
-
-    queried_tokens: int  # tokens of all sequences begun
-    hit_tokens: int  # of these, tokens whose KV was found in the prefix cache
-    evictions: int  # cached pages given up for new content
-    page_copies: int  # copies on write
-
-
-@dataclass(slots=True)
-class _SequencePages:
-    """What one sequence holds.
-
-    Invariants:
-    * ``prefix[i]`` is the key of the tokens that page i holds for this sequence, for i in [0, len(prefix)),
-      len(prefix) <= len(pages). The page carries that key itself unless another page was cached under it first.
-    * pages [own_from, len(pages)) are held by this sequence alone, and not cached: they may be written to as they are.
-      There may be more of these before them.
-    """
-
-    pages: list[int] = field(default_factory=list)
-    prefix: list[PrefixKey] = field(default_factory=list)
-    own_from: int = 0
-    block_table: tuple[int, ...] | None = None  # tuple(pages), made when asked for
 
 
 class KVCacheManager:
@@ -64,7 +29,8 @@ class KVCacheManager:
         """
         self._pool, self._page_size = PagePool(num_pages, page_size), page_size
         self._prefix_caching, self._lookahead = prefix_caching, lookahead
-        self._sequences: dict[int, _SequencePages] = {}
+        self._sequences: dict[int, SequencePages] = {}
+        self._branches: dict[int, BranchPages] = {}
         self._queried_tokens = self._hit_tokens = self._page_copies = 0
 
     @property
@@ -107,7 +73,7 @@ class KVCacheManager:
         Returns n, the number of tokens whose KV is valid already: a multiple of the page size, n < len(tokens), so
         that at least one token remains to be computed (0 if there are no tokens). Raises ValueError if the id exists.
         """
-        sequence = _SequencePages()
+        sequence = SequencePages()
         self._register(seq_id, sequence)
         if self._prefix_caching:
             self._attach_cached(sequence, tokens)
@@ -117,7 +83,7 @@ class KVCacheManager:
         self._hit_tokens += num_cached
         return num_cached
 
-    def _attach_cached(self, sequence: _SequencePages, tokens: Sequence[int]) -> None:
+    def _attach_cached(self, sequence: SequencePages, tokens: Sequence[int]) -> None:
         parent = None
         for index in range((len(tokens) - 1) // self._page_size):
             found = self._pool.lookup(self._key(parent, tokens, index))
@@ -135,15 +101,59 @@ class KVCacheManager:
         """
         parent = self._sequences[parent_id]
         parent.own_from = len(parent.pages)
-        child = _SequencePages(parent.pages.copy(), parent.prefix.copy(), parent.own_from, parent.block_table)
+        child = SequencePages(parent.pages.copy(), parent.prefix.copy(), parent.own_from, parent.block_table)
         self._register(child_id, child)
         for page in parent.pages:
             self._pool.retain(page)
 
-    def _register(self, seq_id: int, sequence: _SequencePages) -> None:
+    def _register(self, seq_id: int, sequence: SequencePages) -> None:
         if seq_id in self._sequences:
             raise ValueError(f"sequence {seq_id} exists already")
         self._sequences[seq_id] = sequence
+
+    def branch(self, seq_id: int, branch_id: int, num_tokens: int, end: int) -> PageCopy | None:
+        """Another continuation of the sequence's first ``num_tokens`` positions, with room up to ``end``.
+
+        For as long as the sequence neither ends nor gives up pages before ``num_tokens``: whole pages before it are the
+        sequence's, and only read; the rest are the branch's own. The sequence may go on being written to. Costs
+        O(end - num_tokens). ``adopt`` or ``drop`` ends the branch; no other method knows its id.
+
+        Returns the copy that the first own page begins with, to be performed when positions before ``num_tokens``
+        are computed. Raises OutOfPages with nothing changed; ValueError if the id exists, if the sequence has no pages
+        for ``num_tokens``, or unless ``num_tokens < end``.
+        """
+        sequence = self._sequences[seq_id]
+        if branch_id in self._branches or branch_id in self._sequences:
+            raise ValueError(f"sequence {branch_id} exists already")
+        if not 0 <= num_tokens < end or num_tokens > len(sequence.pages) * self._page_size:
+            raise ValueError(f"sequence {seq_id} cannot branch at {num_tokens} up to {end}")
+        shared, within = divmod(num_tokens, self._page_size)
+        needed = self._num_pages_for(end) - shared
+        if needed > self.num_free_pages:
+            raise OutOfPages(f"a branch needs {needed} pages, {self.num_free_pages} of {self.num_pages} are free")
+        own = [self._pool.allocate() for _ in range(needed)]
+        self._branches[branch_id] = BranchPages(seq_id, shared, own)
+        self._page_copies += within > 0
+        return PageCopy(sequence.pages[shared], own[0]) if within else None
+
+    def branch_table(self, branch_id: int) -> tuple[int, ...]:
+        """As ``block_table``, of a branch."""
+        branch = self._branches[branch_id]
+        return (*self.block_table(branch.seq_id)[: branch.shared], *branch.pages)
+
+    def adopt(self, branch_id: int) -> None:
+        """The branch's sequence goes on as the branch does: with its pages, in the place of its own."""
+        branch = self._branches.pop(branch_id)
+        sequence, shared = self._sequences[branch.seq_id], branch.shared
+        self._release(sequence, shared)
+        sequence.pages += branch.pages
+        sequence.own_from, sequence.block_table = min(sequence.own_from, shared), None
+        del sequence.prefix[shared:]
+
+    def drop(self, branch_id: int) -> None:
+        """Forget the branch; its own pages are free again."""
+        for page in reversed(self._branches.pop(branch_id).pages):
+            self._pool.release(page)
 
     def can_reserve(self, seq_id: int, num_tokens: int, write_from: int | None = None) -> bool:
         """Whether ``reserve`` with these arguments would succeed (None: no position that has a page is rewritten)."""
@@ -280,7 +290,7 @@ class KVCacheManager:
         """Forget the sequence; its cached pages stay findable until they are needed for something else."""
         self._release(self._sequences.pop(seq_id), 0)
 
-    def _release(self, sequence: _SequencePages, num_kept: int) -> None:
+    def _release(self, sequence: SequencePages, num_kept: int) -> None:
         # The last page first, so that it is evicted first: a prefix without its end is useful, an end alone is not.
         while len(sequence.pages) > num_kept:
             self._pool.release(sequence.pages.pop())
@@ -306,4 +316,9 @@ class KVCacheManager:
                 assert key.parent == parent, f"page {index} of sequence {seq_id} does not follow from its parent"
                 carried = self._pool.key_of(page)
                 assert carried in (None, key), f"page {index} of sequence {seq_id} is cached as another prefix"
+        for branch_id, branch in self._branches.items():
+            assert branch.seq_id in self._sequences, f"branch {branch_id} has outlived its sequence"
+            holders.update(branch.pages)
+            for page in branch.pages:
+                assert self._pool.key_of(page) is None, f"page {page} of branch {branch_id} is cached"
         self._pool.check_integrity(holders)

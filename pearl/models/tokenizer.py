@@ -59,6 +59,21 @@ class Tokenizer:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text, in UTF-8: perhaps a part of a character; of a special token its name."""
+        if (name := self.special_texts.get(token)) is not None:
+            return name.encode()
+        data = None if self._token_bytes is None else self._token_bytes[token]
+        if data is not None:
+            return data
+        return self.decode((token, token))[len(self.decode((token,))) :].encode()  # the first one may lose its space
+
+    def settings(self) -> dict[str, Any]:
+        """What clients that build prompts themselves want to know: texts of special tokens, and the chat template."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        texts = {name: text for name in names if (text := getattr(self._tokenizer, name, None)) is not None}
+        return texts | {"chat_template": self._tokenizer.chat_template}
+
     def detokenizer(self, prompt_ids: Sequence[int]) -> IncrementalDetokenizer:
         """For text that continues the prompt."""
         if self._token_bytes is not None:

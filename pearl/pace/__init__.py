@@ -2,7 +2,7 @@
 
 from pearl.pace.auto import AutoPace
 from pearl.pace.curves import Sizes
-from pearl.pace.policy import BalancedPace, FixedPace, PacePolicy
+from pearl.pace.policy import BalancedPace, FixedPace, PacePolicy, PreparingPace
 from pearl.pace.rounds import Load, MeasuredRound, Pace, Progressed
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MeasuredRound",
     "Pace",
     "PacePolicy",
+    "PreparingPace",
     "Progressed",
     "Sizes",
 ]

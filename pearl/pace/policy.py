@@ -1,4 +1,4 @@
-"""What the engine wants of a pace, and two that predict nothing: a fixed window, and the paper's balance."""
+"""What the engine wants of a pace, and those that predict nothing: a fixed window, and the paper's balance."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ class FixedPace:
 
     def observe(self, measured: MeasuredRound) -> None:
         pass
+
+
+class PreparingPace:
+    """Another pace, with a fixed number of prepared windows."""
+
+    def __init__(self, pace: PacePolicy, branches: int) -> None:
+        self._pace, self._branches = pace, branches
+
+    @property
+    def changes(self) -> bool:
+        return self._pace.changes
+
+    @property
+    def listens(self) -> bool:
+        return self._pace.listens
+
+    def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
+        return self._pace.decide(request_ids, load, pinned)._replace(branches=self._branches)
+
+    def observe(self, measured: MeasuredRound) -> None:
+        self._pace.observe(measured)
 
 
 class BalancedPace:

@@ -22,12 +22,15 @@ class Load(NamedTuple):
 class Pace(NamedTuple):
     """What a batch does in a round. ``windows``: tokens to draft for each request, at least 1.
 
-    ``tokens_per_second``: of the batch, as predicted; 0 where nothing was.
+    ``tokens_per_second``: of the batch, as predicted; 0 where nothing was. ``branches``: windows to prepare, of all
+    requests together; ``branch_window``: tokens of each, at most, 0: as many as its request drafts.
     """
 
     mode: Mode
     windows: tuple[int, ...]
     tokens_per_second: float = 0.0
+    branches: int = 0
+    branch_window: int = 0
 
 
 class Progressed(NamedTuple):

@@ -1,1 +1,3 @@
-"""The engine as a service: many clients of one LLM. Nothing that is served imports it."""
+"""The engine as a service: many clients of one LLM, and the HTTP server around it, which needs the extra ``serve``.
+Nothing that is served imports it.
+"""

@@ -215,15 +215,17 @@ class WindowDrafter:
         logits: int,
         num_draft: list[int],
         ring_base: list[int],
+        ring_size: list[int],
         sampling: Sampling,
         vocab_size: int,
         stream: int,
         ring: int,
         ring_rows: int,
-        ring_size: int,
         alternatives: int,
+        late: list[tuple[int, int]],
+        late_copies: list[tuple[int, int]],
         /,
-    ) -> tuple[list[list[int]], list[list[float]], list[list[tuple[float, list[int], list[float]]]]]: ...
+    ) -> tuple[list[list[int]], list[list[float]], list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]]]: ...
 
 def verify_numbers(
     logits: Logits,

@@ -39,6 +39,8 @@ def imported(arguments: list[str], note: Path) -> tuple[int, set[str]]:
         (["chat", "--no-such-option"], 2),
         (["generate", "x", "--temperature", "-1"], 2),
         (["bench", "--help"], 0),
+        (["serve", "--help"], 0),
+        (["serve", "--max-body", "much"], 2),
         (["bench", "--shapes", "8b:9b"], 2),
         (["info", "--head-dim", "0"], 2),
     ],

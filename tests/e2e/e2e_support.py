@@ -225,6 +225,13 @@ PEARL_SETTINGS: dict[str, dict[str, Any]] = {
     **{f"pearl-no-post-{window}": {"window": window, "post_verify": False} for window in (1, 3)},
     **{f"pearl-neither-{window}": {"window": window, "pre_verify": False, "post_verify": False} for window in (1, 4)},
 }
+PREPARED_SETTINGS: dict[str, dict[str, Any]] = {
+    "prepared-2": {"window": 2, "prepared_windows": 3},
+    "prepared-5": {"window": 5, "prepared_windows": 8},
+    "prepared-auto": {"prepared_windows": 4},
+    "prepared-no-pre-3": {"window": 3, "pre_verify": False, "prepared_windows": 4},
+    "prepared-no-post-3": {"window": 3, "post_verify": False, "prepared_windows": 4},
+}
 SPECULATIVE_SETTINGS: dict[str, dict[str, Any]] = {
     f"speculative-{window}": {"method": "speculative", "window": window} for window in (1, 3, 5, "auto")
 }
@@ -233,5 +240,5 @@ NGRAM_SETTINGS: dict[str, dict[str, Any]] = {
     "ngram-no-pre": {"draft": "ngram", "window": 3, "pre_verify": False},
     "ngram-speculative": {"draft": "ngram", "window": 3, "method": "speculative"},
 }
-DRAFTING_SETTINGS = {**PEARL_SETTINGS, **SPECULATIVE_SETTINGS}
+DRAFTING_SETTINGS = {**PEARL_SETTINGS, **PREPARED_SETTINGS, **SPECULATIVE_SETTINGS}
 ALL_SETTINGS = {"autoregressive": {"method": "autoregressive"}, **DRAFTING_SETTINGS, **NGRAM_SETTINGS}

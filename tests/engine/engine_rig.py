@@ -32,6 +32,7 @@ class FakeTarget:
 
 class FakeDrafter:
     reads_history = False
+    prepares = False
 
     def __init__(self) -> None:
         self.before: Callable[[DraftPlan], Any] = lambda plan: None

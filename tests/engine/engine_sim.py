@@ -13,20 +13,26 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from random_branches import RandomBranches
 from random_pace import RandomPace
 
+from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
+from pearl.engine.odds import choose
 from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.request import Request, Status
 from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
-from pearl.kv import KVCacheManager, PageCopy
+from pearl.kv import KVCacheManager, PageCopy, PrefixKey
 from pearl.messages import (
+    Branch,
     Decision,
     Drafted,
     DraftPlan,
     DraftProposal,
+    DraftWork,
     ForwardWork,
+    Ranked,
     SchedulerOutput,
     SequenceState,
     TargetOutput,
@@ -35,7 +41,7 @@ from pearl.messages import (
 )
 from pearl.methods import METHODS as MODES
 from pearl.outputs import OutputDelta, RequestMetrics
-from pearl.pace import FixedPace, PacePolicy
+from pearl.pace import FixedPace, PacePolicy, PreparingPace
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, InlineWorker, Reply, Worker
 
@@ -199,6 +205,8 @@ class SimulatedTarget:
 class SimulatedDrafter:
     """Right with probability ``accuracy``; ``moody`` also makes it propose fewer tokens than asked, or none."""
 
+    prepares = True
+
     def __init__(self, memory: PagedMemory | None, truth: Truth, accuracy: float = 0.7, moody: bool = False) -> None:
         self._memory, self._truth = memory, truth
         self._accuracy, self._moody = accuracy, moody
@@ -211,16 +219,67 @@ class SimulatedDrafter:
         if self._memory is not None:
             self._memory.copy(plan.copies)
             compute(self._memory, [item.forward for item in plan.work], self._truth)
-        windows = {}
+            for item in plan.work:
+                for branch in item.branches:
+                    if branch.token is not None:
+                        self._compute(branch.block_table, self._before(item, branch), branch.token)
+        windows, prepared = {}, {}
         for item in plan.work:
-            forward, tokens = item.forward, self._truth(item.forward.state.request_id)
-            for step in range(self._count(tokens, item.num_draft)):
-                tokens.append(self.guess(tokens))
-                if self._memory is not None and step:
-                    self._memory.write(forward.block_table, forward.end + step - 1, tokens[-2:-1])
-                    assert self._memory.read(forward.block_table, forward.end + step) == tokens[:-1]
-            windows[forward.state.request_id] = drafted(*tokens[len(self._truth(forward.state.request_id)) :])
-        return DraftProposal(windows, steps=max((item.num_draft for item in plan.work), default=0))
+            texts = self._truth(item.forward.state.request_id)
+            windows[item.forward.state.request_id] = self._draft(texts, item.num_draft, plan.alternatives)
+        if self._memory is not None:
+            self._memory.copy(plan.late_copies)
+        for item in plan.work:
+            request_id, table = item.forward.state.request_id, item.forward.block_table
+            self._write(self._truth(request_id), windows[request_id], table)
+            for branch in item.branches:
+                prepared[branch.id] = self._prepare(item, branch, windows[request_id], plan.alternatives)
+        steps = max((item.num_draft for item in plan.work), default=0)
+        return DraftProposal(windows, steps=steps, prepared=prepared)
+
+    def _before(self, item: DraftWork, branch: Branch) -> list[int]:
+        text = self._truth(item.forward.state.request_id)
+        assert branch.start <= len(text)
+        return text[: branch.start]
+
+    def _prepare(
+        self, item: DraftWork, branch: Branch, window: tuple[Drafted, ...], alternatives: int
+    ) -> tuple[Drafted, ...]:
+        before, token = self._before(item, branch), branch.token
+        if token is None:
+            ranked = window[0].ranked if window else None
+            if ranked is None or branch.rank >= len(ranked.tokens):
+                return ()
+            token = ranked.tokens[branch.rank]
+            if self._memory is not None:
+                self._compute(branch.block_table, before, token)
+        text = [*before, token]
+        own = self._draft(text, branch.num_draft, alternatives)
+        self._write(text, own, branch.block_table)
+        return (*drafted(token), *own)
+
+    def _draft(self, text: list[int], wanted: int, alternatives: int) -> tuple[Drafted, ...]:
+        text, window = list(text), []
+        for _ in range(self._count(text, wanted)):
+            token = self.guess(text)
+            near = [(target_token(text) + i) % VOCAB for i in (0, 1, 2, 5)]
+            others = tuple([other for other in near if other != token][:alternatives])
+            ranked = Ranked(-0.5, others, tuple([-1.5 - i for i in range(len(others))])) if alternatives else None
+            window.append(Drafted(token, 0.0, -1, ranked))
+            text.append(token)
+        return tuple(window)
+
+    def _write(self, before: list[int], window: tuple[Drafted, ...], table: Sequence[int]) -> None:
+        """What drafting a window computes: all but its last token."""
+        text = list(before)
+        for drafted_token in window[:-1] if self._memory is not None else ():
+            self._compute(table, text, drafted_token.token)
+            text.append(drafted_token.token)
+
+    def _compute(self, table: Sequence[int], before: list[int], token: int) -> None:
+        assert self._memory is not None
+        self._memory.write(table, len(before), [token])
+        assert self._memory.read(table, len(before) + 1) == [*before, token]
 
     def guess(self, prefix: Sequence[int]) -> int:
         right = zlib.crc32(bytes(prefix), 1) % 1000 < 1000 * self._accuracy
@@ -249,7 +308,7 @@ class SimulatedVerifier:
             following = own[accepted] if accepted < len(own) else None
             decisions[work.request_id] = Decision(tuple(tested), accepted, following, None)
         assert not rows
-        return VerifyResult(decisions, proposal.windows)
+        return VerifyResult(decisions, proposal.windows, proposal.prepared)
 
 
 class _LateReply(Reply[Any]):
@@ -301,7 +360,16 @@ class LateWorker:
 
 
 class CheckedScheduler(Scheduler):
-    """Checks every plan before anyone works on it."""
+    """Checks every plan before anyone works on it. Keeps what was committed of every request."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.texts: dict[int, tuple[int, ...]] = {}
+
+    def update(self, request: Request, *of_round: Any) -> tuple[int, ...]:
+        committed = super().update(request, *of_round)
+        self.texts[request.id] = tuple(request.tokens)
+        return committed
 
     workers: Sequence[LateWorker] = ()
     planned: Mapping[int, list[int]]  # committed and pending tokens of each request, at the latest plan
@@ -334,7 +402,25 @@ class CheckedScheduler(Scheduler):
             assert item.num_draft <= request.remaining - len(request.pending)
             if item.num_draft and self.draft_kv:
                 assert item.forward.end == request.length + len(request.pending)
+            assert item.branches == request.branches
+            assert len({(b.held, b.rank) for b in item.branches}) == len(item.branches)
+            for branch in item.branches:
+                self._check_branch(request, item, branch)
+        assert sum(len(item.branches) for item in plan.draft.work) <= (plan.pace.branches if plan.pace else 0)
         return plan
+
+    @staticmethod
+    def _check_branch(request: Request, item: DraftWork, branch: Branch) -> None:
+        k = len(request.pending)
+        assert branch.start == request.length + branch.held
+        assert branch.num_draft in range(1, request.remaining - branch.held)
+        assert branch.token is None if branch.held == k else branch.token != request.pending[branch.held].token
+        if item.forward.block_table:
+            assert branch.held == k or branch.start <= item.forward.start
+
+
+def prefix_of(key: PrefixKey) -> tuple[int, ...]:
+    return (*(prefix_of(key.parent) if key.parent else ()), *key.tokens)
 
 
 @dataclass
@@ -342,7 +428,7 @@ class Simulation:
     """An engine over simulated models. ``step`` checks the invariants that hold between rounds."""
 
     engine: Engine
-    scheduler: Scheduler
+    scheduler: CheckedScheduler
     drafter: SimulatedDrafter
     records: list[RoundRecord]
     num_pages: int
@@ -380,6 +466,15 @@ class Simulation:
     def check(self) -> None:
         for kv in self.pools:
             kv.check_integrity()
+            for key in kv._pool._cache:
+                prefix = prefix_of(key)
+                texts = self.scheduler.texts.values()
+                assert any(text[: len(prefix)] == prefix for text in texts), f"cached, but never committed: {prefix}"
+        if self.scheduler.branches is not None:
+            slots = [r.slot for r in self.scheduler.requests.values() if r.slot is not None]
+            free = self.scheduler.branches._free_slots
+            assert sorted([*free, *slots]) == list(range(len(free) + len(slots)))
+        assert not any(kv._branches for kv in self.pools)
         lanes = [request.lane for request in self.scheduler.running]
         assert len(set(lanes)) == len(lanes)
         assert set(lanes) <= set(range(self.lanes))
@@ -387,6 +482,7 @@ class Simulation:
             assert 0 <= request.target_computed < request.length
             assert 0 <= request.draft_computed < request.length + len(request.pending)
             assert len(request.pending) <= request.remaining
+            assert not request.branches
             assert (request.status is Status.RUNNING) == (request.lane >= 0)
 
     def check_empty(self) -> None:
@@ -419,9 +515,14 @@ def simulate(
     lookahead: int = 64,
     overlaps: bool = False,
     log: list[tuple[str, str]] | None = None,
+    branches: int = 0,
+    branch_seed: int | None = None,
 ) -> Simulation:
-    """``overlaps``: with workers that are asynchronous (``LateWorker``), which write to ``log``."""
-    pace = pace_of(method, window)
+    """``overlaps``: with workers that are asynchronous (``LateWorker``), which write to ``log``. ``branches``: windows
+    to prepare in a round; with a seed random ones, else the likeliest.
+    """
+    pace: PacePolicy = pace_of(method, window)
+    pace = PreparingPace(pace, branches) if branches else pace
     draft_keeps_kv = draft_keeps_kv and method != "autoregressive"
     scheduler = CheckedScheduler(
         pace,
@@ -432,6 +533,9 @@ def simulate(
         max_waiting=max_waiting,
         prefill_chunk=prefill_chunk,
     )
+    if branches:
+        chooser = choose if branch_seed is None else RandomBranches(branch_seed)
+        scheduler.branches = Branches(scheduler.draft_kv, lanes, branches, "rejection", chooser)
 
     def truth(request_id: int) -> list[int]:
         return scheduler.planned[request_id].copy()

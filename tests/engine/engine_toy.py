@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from engine_sim import CheckedScheduler, PagedMemory, pace_of, request_of
+from random_branches import RandomBranches
 from torch import Tensor
 
 from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
+from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
+from pearl.engine.odds import choose
 from pearl.engine.rounds import RoundRecord
 from pearl.engine.verifier import Verifier
 from pearl.kv import KVCacheManager, PageCopy
 from pearl.messages import ForwardWork
+from pearl.pace import PreparingPace
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, InlineWorker, TargetRunner, Worker
 from pearl.workers.stopwatch import Stopwatch
@@ -92,12 +96,16 @@ class Toy:
         dtype: torch.dtype = torch.float32,
         worker: Callable[[], Worker] = lambda: InlineWorker(QUEUE),
         pinned: bool = False,
+        branches: int = 0,
+        branch_seed: int | None = None,
     ) -> None:
+        """``branches``: windows to prepare in a round; with a seed random ones, else the likeliest."""
         self.pinned, self.rekeys = pinned, rule == "block" and not pinned
         self.target = ToyRunner(page_size, kernels=kernels, dtype=dtype)
         self.draft = ToyRunner(page_size, blur, kernels, dtype)
-        self.ring = LogitsRing(lanes, window)
+        self.ring = LogitsRing(lanes, window, branches + lanes if branches else 0)
         pace, drafts = pace_of(method, window), method != "autoregressive"
+        pace = PreparingPace(pace, branches) if branches else pace
         drafter: Drafter = NGramDrafter()
         if not ngram:
             drafter = ModelDrafter(self.draft, rule, VOCAB, (), self.ring)  # type: ignore[arg-type]
@@ -110,6 +118,9 @@ class Toy:
             max_waiting=100,
             drafter_reads_history=ngram,
         )
+        if branches and drafter.prepares:
+            chooser = choose if branch_seed is None else RandomBranches(branch_seed)
+            self.scheduler.branches = Branches(self.scheduler.draft_kv, lanes, branches, rule, chooser)  # type: ignore[arg-type]
         self.records: list[RoundRecord] = []
         self.engine = Engine(
             self.scheduler,

@@ -281,9 +281,9 @@ def test_13_draft_logits_are_bounded_by_lanes_and_window() -> None:
 
 def test_13_a_pending_tokens_logits_are_not_overwritten_by_the_next_window() -> None:
     ring = LogitsRing(lanes=2, window=3)
-    rows = {
-        (lane, p): ring.store(lane, p, torch.full((VOCAB,), 100.0 * lane + p)) for lane in (0, 1) for p in range(5, 11)
-    }
+    rows = {(lane, p): ring.row(lane, p) for lane in (0, 1) for p in range(5, 11)}
+    for (lane, position), row in rows.items():
+        ring.store(row, torch.full((VOCAB,), 100.0 * lane + position))
     assert ring.logits is not None
     for (lane, position), row in rows.items():
         assert ring.logits[row, 0] == 100.0 * lane + position

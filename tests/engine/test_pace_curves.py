@@ -9,7 +9,7 @@ from pace_support import SIZES, measured_round
 from pearl.config import EngineConfig
 from pearl.engine.builder import build_pace
 from pearl.methods import METHODS
-from pearl.pace import AutoPace, BalancedPace, FixedPace, Load, Progressed, Sizes
+from pearl.pace import AutoPace, BalancedPace, FixedPace, Load, Pace, Progressed, Sizes
 from pearl.pace.acceptance import Acceptance
 from pearl.pace.calibration import Calibration
 from pearl.pace.curves import Curves
@@ -186,7 +186,7 @@ def test_the_balance_is_the_smallest_window_whose_drafting_covers_the_target() -
         pace = BalancedPace("pearl", 16, SIZES)
         for rows in (1, 16):
             pace.observe(measured_round(rows=rows, target_seconds=ratio))
-        assert pace.decide([1], ONE, False) == ("pearl", (window,), 0.0), ratio
+        assert pace.decide([1], ONE, False) == Pace("pearl", (window,)), ratio
 
 
 def test_the_balance_counts_what_its_own_rows_cost_the_target() -> None:
@@ -199,7 +199,7 @@ def test_the_balance_counts_what_its_own_rows_cost_the_target() -> None:
 def test_a_fixed_pace_never_changes() -> None:
     pace = FixedPace("pearl", 3)
     pace.observe(measured_round(target_seconds=100.0))
-    assert pace.decide([5, 6], Load(2, 9), False) == ("pearl", (3, 3), 0.0)
+    assert pace.decide([5, 6], Load(2, 9), False) == Pace("pearl", (3, 3))
     assert not pace.changes
 
 

@@ -62,6 +62,8 @@ def engines(draw: st.DrawFn) -> dict[str, Any]:
         "moody": draw(st.booleans()),
         "prefix_caching": draw(st.booleans()),
         "lookahead": draw(st.sampled_from([64, 64, 2])),
+        "branches": draw(st.sampled_from([0, 1, 3, 7])),
+        "branch_seed": draw(st.sampled_from([None, 0, 1])),
         "overlaps": draw(st.booleans()),
     }
 

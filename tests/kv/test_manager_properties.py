@@ -6,7 +6,9 @@ slot holds the whole prefix: a page that was reused, shared or found wrongly can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -45,6 +47,16 @@ class Live:
             self.committed.append(correction)
             self.computed = min(self.computed, length + accepted)
             self.pending = []
+
+
+class Branched(NamedTuple):
+    """Another continuation of a sequence: ``tokens``, of which the first ``start`` are the sequence's."""
+
+    seq_id: int
+    tokens: list[int]
+    start: int
+    late: bool
+    copy: PageCopy | None
 
 
 class Memory:
@@ -187,13 +199,58 @@ class Rounds(RuleBasedStateMachine):
             destinations = [copy.destination for copy in copies]
             assert len(set(destinations)) == len(destinations)
             assert not {copy.source for copy in copies} & set(destinations), "the order of the copies matters"
-        self.memory.copy(copies)
-        if data.draw(st.integers(0, 7)) < 7:  # else the forward has failed: nothing is written
+        branches = self.branch(data, planned, {copy.destination: copy.source for copy in copies})
+        self.memory.copy(copies + [branch.copy for branch in branches if branch.copy and not branch.late])
+        if computes := data.draw(st.integers(0, 7)) < 7:  # else the forward has failed: nothing is written
             self.compute(planned)
+            self.memory.copy([branch.copy for branch in branches if branch.copy and branch.late])
+            for number, branch in enumerate(branches):
+                table = self.kv.branch_table(-number)
+                self.memory.write(table, branch.tokens, branch.start, len(branch.tokens))
+                self.written.append(branch.tokens)
+        self.bookkeeping_is_consistent([self.kv.branch_table(-number) for number in range(len(branches))])
+        self.end_branches(data, branches, computes)
         for seq_id in planned:
             self.settle(data, seq_id)
         for seq_id, state in victims.items():
             self.start(seq_id, state.committed)
+
+    def branch(self, data: st.DataObject, planned: dict[int, int], origin: dict[int, int]) -> list[Branched]:
+        """Other continuations of planned sequences, from what is computed, or will be in this round's forward."""
+        branches: list[Branched] = []
+        for _ in range(data.draw(st.integers(0, 3)) if planned else 0):
+            seq_id = data.draw(st.sampled_from(sorted(planned)))
+            state, late = self.live[seq_id], data.draw(st.booleans())
+            first, last = len(state.committed), planned[seq_id] if late else state.computed
+            if last < first:  # only what is not verified is continued in another way
+                continue
+            start = last if late else data.draw(st.integers(first, last))
+            tokens = [*state.tokens[:start], *data.draw(PROMPT)][: MAX_LENGTH + 4]
+            before = self.snapshot(), self.kv.block_table(seq_id)
+            try:
+                copy = self.kv.branch(seq_id, -len(branches), start, len(tokens))
+            except OutOfPages:
+                assert (self.snapshot(), self.kv.block_table(seq_id)) == before, "a branch that fails changes nothing"
+                continue
+            if copy is not None and not late:
+                copy = PageCopy(origin.get(copy.source, copy.source), copy.destination)
+            branches.append(Branched(seq_id, tokens, start, late, copy))
+        return branches
+
+    def end_branches(self, data: st.DataObject, branches: list[Branched], computed: bool) -> None:
+        """They read what they were written; then one of a sequence may be what it goes on as, the others are lost."""
+        lucky = {branch.seq_id: number for number, branch in enumerate(branches) if data.draw(st.booleans())}
+        for number, branch in enumerate(branches):
+            if computed:
+                self.memory.check(self.kv.branch_table(-number), branch.tokens, len(branch.tokens))
+            if not computed or lucky.get(branch.seq_id) != number:
+                self.kv.drop(-number)
+                continue
+            table, state = self.kv.branch_table(-number), self.live[branch.seq_id]
+            self.kv.adopt(-number)
+            assert self.kv.block_table(branch.seq_id) == table
+            state.committed, state.pending = branch.tokens[: branch.start + 1], branch.tokens[branch.start + 1 :]
+            state.computed = len(branch.tokens)
 
     def make_room(self, seq_id: int, end: int, planned: dict[int, int]) -> dict[int, Live]:
         """Preempt sequences that are not planned yet, in the end ``seq_id`` itself."""
@@ -262,10 +319,10 @@ class Rounds(RuleBasedStateMachine):
             self.drop(seq_id)
 
     @invariant()
-    def bookkeeping_is_consistent(self) -> None:
+    def bookkeeping_is_consistent(self, branches: Sequence[Tokens] = ()) -> None:
         self.kv.check_integrity()
-        tables = {seq_id: self.kv.block_table(seq_id) for seq_id in self.live}
-        in_use = {page for table in tables.values() for page in table}
+        tables = [*(self.kv.block_table(seq_id) for seq_id in self.live), *branches]
+        in_use = {page for table in tables for page in table}
         assert self.kv.num_free_pages == self.kv.num_pages - len(in_use)
         assert self.kv.usage == pytest.approx(len(in_use) / self.kv.num_pages)
 

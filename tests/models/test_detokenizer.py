@@ -209,3 +209,18 @@ def test_a_tokens_cost_does_not_grow(name: str, what: str, monkeypatch: pytest.M
     monkeypatch.setattr(tokenizer, "decode", lambda ids: sizes.append(len(ids)) or decode(tokenizer, ids))
     pieces(name, one * 1000, token * 300)
     assert max(sizes, default=0) <= 12
+
+
+@pytest.mark.parametrize("name", ["llama-2", "gemma", "byte-level"])
+def test_bytes_of_tokens_alone(name: str) -> None:
+    """Joined they are the text, however a character is cut, spaces before words among them."""
+    tokenizer, text = TOKENIZERS[name], "a b é语\n"
+    tokens = byte_ids(name, text.encode()) if name == "byte-level" else tokenizer.encode(text, add_special_tokens=False)
+    joined = b"".join(tokenizer.token_bytes(token) for token in tokens)
+    assert joined.decode().removeprefix(" ") == text
+    assert tokenizer.token_bytes(BOS) == b"<s>"
+    assert [tokenizer.token_bytes(token) for token in byte_ids(name, b"\xe8\xaa")] == [b"\xe8", b"\xaa"]
+
+
+def test_bytes_of_words_have_their_space() -> None:
+    assert [TOKENIZERS["words"].token_bytes(token) for token in ids("words", "▁bc", "d")] == [b" bc", b"d"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from families import build, load
 
 from pearl.drafting import ModelDrafter
 from pearl.drafting.logits_ring import LogitsRing
-from pearl.messages import DraftPlan, DraftProposal, DraftWork, ForwardWork, SequenceState
+from pearl.kv import PageCopy
+from pearl.messages import Branch, Drafted, DraftPlan, DraftProposal, DraftWork, ForwardWork, SequenceState
 from pearl.models import Decoder, KVCache, bundled_path, load_model
 from pearl.sampling_params import SamplingParams
 from pearl.workers import HostQueue, ModelRunner
-from pearl_kernels import Rule, Sampled, Situation, select
+from pearl_kernels import Rule, Situation, select
 
-PAGE, PAGES, LANES, WINDOW = 4, 24, 4, 8
+PAGE, PAGES, LANES, WINDOW, SLOTS = 4, 24, 4, 8, 5
 VOCABULARY = 131 - 3  # what models have beyond is padding
 CPU = torch.device("cpu")
 TABLES = ((5, 2, 9, 0, 21), (1, 14, 20, 4, 6), (7, 3, 12, 16, 17), (8, 10, 11, 13, 15))
@@ -54,12 +54,14 @@ ROUNDS = [
 class Drafting:
     """A drafter over KV of its own, unused memory poisoned."""
 
-    def __init__(self, decoder: Decoder, rule: Rule, fused: bool, threads: int = 1, lanes: int = LANES) -> None:
+    def __init__(
+        self, decoder: Decoder, rule: Rule, fused: bool, threads: int = 1, lanes: int = LANES, slots: int = SLOTS
+    ) -> None:
         dtype = decoder.dtype
         self.cache = KVCache.allocate(decoder.config, PAGES, PAGE, dtype, CPU)
         for tensor in chain.from_iterable(self.cache.layers):
             tensor.fill_(torch.nan)
-        self.ring = LogitsRing(lanes, WINDOW)
+        self.ring = LogitsRing(lanes, WINDOW, slots)
         self.ring.allocate(decoder.config.vocab_size, dtype).fill_(torch.nan)
         runner = ModelRunner(decoder, self.cache, PAGE, HostQueue(CPU), threads)
         self.drafter = ModelDrafter(runner, rule, VOCABULARY, (), self.ring)
@@ -67,9 +69,9 @@ class Drafting:
         if not fused:
             self.drafter._fused = None
 
-    def propose(self, work: tuple[DraftWork, ...]) -> DraftProposal:
+    def propose(self, work: tuple[DraftWork, ...], **plan: Any) -> DraftProposal:
         with torch.inference_mode():
-            return self.drafter.propose(DraftPlan(work))
+            return self.drafter.propose(DraftPlan(work, **plan))
 
     def memory(self) -> list[torch.Tensor]:
         assert self.ring.logits is not None
@@ -78,6 +80,7 @@ class Drafting:
 
 def assert_same(expected: DraftProposal, found: DraftProposal) -> None:
     assert found.windows == expected.windows
+    assert found.prepared == expected.prepared
     assert found.steps == expected.steps
 
 
@@ -173,43 +176,116 @@ def test_alternatives_are_those_of_each_draw(llama: Decoder, rule: Rule) -> None
     """Beside the operator's, in a window drafted token by token; windows of several lengths."""
     work = item(0, 0, 9, 8), item(1, 0, 7, 5, MIXED[1]), item(2, 0, 3, 3, MIXED[2]), item(3, 0, 6, 4, MIXED[3])
     step_by_step, fused = (Drafting(llama, rule, fused) for fused in (False, True))
-    seen: dict[tuple[int, int], tuple[list[int], list[float], float]] = {}
-
-    def sample(*args: Any) -> Sampled:
-        _, params, positions, *_ = args
-        drawn: Sampled = llama.kernels.sample(*args, 3)
-        for row, key in enumerate(zip(params.seed.tolist(), positions.tolist(), strict=True)):
-            assert drawn.alternatives is not None
-            tokens, scores, own = (t[row].tolist() for t in drawn.alternatives)
-            seen[key] = tokens, scores, own
-        return Sampled(drawn.tokens, drawn.logprobs)
-
-    runner = step_by_step.drafter._runner
-    runner.kernels = replace(runner.kernels, sample=sample)
-    windows = step_by_step.propose(work).windows
-    direct = fused.drafter._fused
-    assert direct is not None
-    params = direct._batches.tensors([w.forward.state for w in work])
-    tokens, _, ranked = direct._draw(work, params, 3)
-    for index, w in enumerate(work):
-        state = w.forward.state
-        assert tokens[index] == [d.token for d in windows[state.request_id]]
-        assert len(ranked[index]) == w.num_draft
-        for step, (own, others, scores) in enumerate(ranked[index]):
-            assert (others, scores, own) == seen[state.seed, w.forward.end + step]
-            assert len(others) == 3
-            assert tokens[index][step] not in others
-    assert direct._draw(work, params)[2] == []
+    expected, found = (drafting.propose(work, alternatives=3) for drafting in (step_by_step, fused))
+    assert_same(expected, found)
+    for window in found.windows.values():
+        for drafted in window:
+            assert drafted.ranked is not None
+            assert len(drafted.ranked.tokens) == 3
+            assert drafted.token not in drafted.ranked.tokens
+    assert all(d.ranked is None for window in fused.propose(work).windows.values() for d in window)
 
 
 def test_alternatives_out_of_range_are_refused(llama: Decoder) -> None:
-    fused = Drafting(llama, "rejection", fused=True).drafter._fused
-    assert fused is not None
-    work = (item(0, 0, 2, 2),)
-    params = fused._batches.tensors([work[0].forward.state])
+    drafting = Drafting(llama, "rejection", fused=True)
     for count in (-1, 9):
         with pytest.raises(ValueError, match=rf"alternatives is {count}, must be in \[0, 9\)"):
-            fused._draw(work, params, count)
+            drafting.propose((item(0, 0, 2, 2),), alternatives=count)
+
+
+def branching(params: SamplingParams) -> tuple[DraftWork, ...]:
+    """After texts of 8 and 9 tokens: branches at positions in the middle of a page, at its begin, and late."""
+    early = Branch(0, 1, 0, 17, 6, 5, (5, 18, 19)), Branch(2, 0, 0, 90, 4, 3, (5, 22))
+    late = Branch(1, 3, 1, None, 9, 4, (5, 2, 23, 8)), Branch(4, 3, 0, None, 9, 2, (5, 2, 10))
+    other = Branch(3, 1, 2, None, 10, 5, (1, 14, 11, 13))
+    return (
+        item(0, 8, 1, 5, params)._replace(branches=(late[0], *early, late[1])),
+        item(2, 0, 3, 0),
+        item(1, 9, 1, 6, params)._replace(branches=(other,)),
+    )
+
+
+COPIES = (PageCopy(2, 18),)
+LATE_COPIES = PageCopy(9, 23), PageCopy(9, 10), PageCopy(20, 11)
+
+
+@both_rules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_branches_are_the_same_bits_too(folder: Path, dtype: torch.dtype, rule: Rule) -> None:
+    """And the windows that the draft would have drafted there, had it begun with them."""
+    decoder = load(folder, dtype)
+    for params in (GREEDY, HOT):
+        step_by_step, fused, alone = (Drafting(decoder, rule, fused) for fused in (False, True, False))
+        for drafting in (step_by_step, fused, alone):
+            drafting.propose((item(0, 0, 8, 0), item(1, 0, 9, 0)))
+        work = branching(params)
+        plan: dict[str, Any] = {"copies": COPIES, "late_copies": LATE_COPIES, "alternatives": 3}
+        expected, found = step_by_step.propose(work, **plan), fused.propose(work, **plan)
+        assert_same(expected, found)
+        assert_same_memory(step_by_step, fused)
+        assert found.steps == 6
+        for one in work:
+            for branch in one.branches:
+                window, state = found.prepared[branch.id], one.forward.state
+                assert len(window) == 1 + branch.num_draft
+                ranked = found.windows[state.request_id][0].ranked
+                assert ranked is not None
+                own = ranked.tokens[branch.rank] if branch.token is None else branch.token
+                assert window[0] == (own, 0.0, -1, None)
+                assert state.history is not None
+                text = (*state.history[: branch.start], own)
+                forward = ForwardWork(state, text, 0, 1, TABLES[state.request_id])
+                same = alone.propose((DraftWork(forward, branch.num_draft),), alternatives=3).windows[state.request_id]
+                assert [d._replace(row=0) for d in same] == [d._replace(row=0) for d in window[1:]]
+                check_rows(fused, found, window, alone, same)
+
+
+def check_rows(
+    drafting: Drafting, found: DraftProposal, window: tuple[Drafted, ...], alone: Drafting, same: tuple[Drafted, ...]
+) -> None:
+    """Each kept row is the token's own, and nobody else's."""
+    every = [d.row for w in (*found.windows.values(), *found.prepared.values()) for d in w if d.row >= 0]
+    assert len(every) == len(set(every))
+    assert drafting.ring.logits is not None
+    assert alone.ring.logits is not None
+    for one, other in zip(window[1:], same, strict=True):
+        assert (one.row >= 0) == (other.row >= 0)
+        if one.row >= 0:
+            assert torch.equal(drafting.ring.logits[one.row], alone.ring.logits[other.row])
+
+
+def test_a_late_branch_without_a_token_is_not_drafted(llama: Decoder) -> None:
+    """Of top_k = 2 there is one alternative; no other branch suffers."""
+    narrow = SamplingParams(temperature=0.9, top_k=2)
+    for fused in (False, True):
+        drafting = Drafting(llama, "rejection", fused)
+        drafting.propose((item(0, 0, 8, 0), item(1, 0, 9, 0)))
+        prepared = drafting.propose(branching(narrow), copies=COPIES, late_copies=LATE_COPIES, alternatives=3).prepared
+        assert {i: len(window) for i, window in prepared.items()} == {-1: 6, -2: 0, -3: 4, -4: 0, -5: 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 3}, "a late branch's rank is 3"),
+        ({"block_table": (5, 2, PAGES, 8)}, "a page is 24"),
+        ({"block_table": (5, 2, 23)}, "a page is -1"),
+        ({"slot": SLOTS + 1}, "ring_base is"),
+        ({"num_draft": 130}, "the end of a window is 139"),
+    ],
+)
+def test_a_branch_that_does_not_fit_is_refused_before_anything_is_written(
+    llama: Decoder, change: dict[str, Any], message: str
+) -> None:
+    drafting = Drafting(llama, "rejection", fused=True)
+    work = branching(HOT)
+    bad = work[0]._replace(branches=(work[0].branches[0]._replace(**change),))
+    with pytest.raises(ValueError, match=message):
+        drafting.propose((bad,), alternatives=3)
+    for copies in ((PageCopy(0, PAGES),), (PageCopy(-1, 0),)):
+        with pytest.raises(ValueError, match="a page is"):
+            drafting.propose(work[:1], alternatives=3, late_copies=copies)
+    assert all(memory.isnan().all() for memory in drafting.memory())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +342,7 @@ def test_a_window_past_the_models_last_position_is_refused(llama: Decoder) -> No
 
 
 def test_a_lane_that_the_ring_does_not_have_is_refused(llama: Decoder) -> None:
-    drafting = Drafting(llama, "rejection", fused=True, lanes=1)
+    drafting = Drafting(llama, "rejection", fused=True, lanes=1, slots=0)
     with pytest.raises(ValueError, match="ring_base is 16"):
         drafting.propose((item(1, 0, 2, 2, HOT),))
 
@@ -275,7 +351,7 @@ def test_parameters_for_another_batch_are_refused(llama: Decoder) -> None:
     drafting = Drafting(llama, "rejection", fused=True)
     fused = drafting.drafter._fused
     assert fused is not None
-    work = (item(0, 0, 2, 2), item(1, 0, 2, 2))
-    params = fused._batches.tensors([work[0].forward.state])
+    rows = fused._rows((item(0, 0, 2, 2), item(1, 0, 2, 2)))
+    params = fused._batches.tensors([rows[0].forward.state])
     with pytest.raises(ValueError, match=r"parameters for 2 requests on cpu, not \(device\(type='cpu'\), 1\)"):
-        fused._draw(work, params)
+        fused._draw(rows, params, DraftPlan(()))

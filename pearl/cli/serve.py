@@ -1,0 +1,101 @@
+"""``pearl serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from pearl.cli.grouping import spread
+from pearl.cli.options import EngineOptions, OutputOptions, parse_size
+from pearl.cli.terminal import Terminal
+from pearl.errors import ConfigurationError
+
+_server = partial(typer.Option, rich_help_panel="Server")
+_load = partial(typer.Option, rich_help_panel="Load")
+_BUNDLED = "pearl-bundled"
+_EXTRA = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where it listens, and to whom."""
+
+    host: Annotated[str, _server(help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1"
+    port: Annotated[int, _server(min=0, max=65535, help="0: any that is free.")] = 8000
+    api_key: Annotated[
+        str | None, _server(envvar="PEARL_API_KEY", show_default=False, help="Clients must send it, but for /health.")
+    ] = None
+    served_model_name: Annotated[
+        list[str] | None, _server(help="Name in the API; may be repeated. Default: the target as given.")
+    ] = None
+    allow_origin: Annotated[
+        list[str] | None, _server(help="Web page that may ask from a browser (CORS), or '*'; may be repeated.")
+    ] = None
+    max_body: Annotated[str, _server(metavar="SIZE", help="Largest body of a request.")] = "16M"
+    generation_config: Annotated[
+        str, _server(metavar="auto|none", help="Sampling defaults: auto, the target's own; none, OpenAI's.")
+    ] = "auto"
+    drain_timeout: Annotated[
+        float | None, _server(min=0, help="Seconds that SIGTERM leaves to what runs. Default: all that it takes.")
+    ] = None
+    round_limit: Annotated[float | None, _server(help="A round of more seconds turns /health red. Default: none.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How much at a time."""
+
+    max_num_seqs: Annotated[int, _load(help="Outputs that are generated at once.")] = 64
+    max_waiting: Annotated[int, _load(help="Outputs that may wait; more are refused with status 429.")] = 1024
+    max_num_batched_tokens: Annotated[int, _load(help="Most tokens of a forward; longer prompts go in pieces.")] = 512
+    prefix_caching: Annotated[bool, _load(help="Keep the KV of prompts for others that begin alike.")] = True
+    capture_seconds: Annotated[int, _load(help="On CUDA: how long the start may take to capture graphs.")] = 10
+    seed: Annotated[int | None, _load(help="Of requests without one. Default: a fresh one for each.")] = None
+
+
+@spread
+def serve(
+    *,
+    engine: EngineOptions,
+    server: ServerOptions,
+    load: LoadOptions,
+    output: OutputOptions,
+) -> None:
+    """Serve the models to clients of OpenAI's API.
+
+    SIGTERM and Ctrl-C let it finish what runs and then leave with status 0; a second one ends it at once.
+    """
+    if server.generation_config not in ("auto", "none"):
+        raise ConfigurationError(f"--generation-config is auto or none, not {server.generation_config!r}")
+    if server.api_key is not None and not server.api_key.strip():
+        raise ConfigurationError("the API key (--api-key, PEARL_API_KEY) is empty; give one, or unset it")
+    max_body = parse_size(server.max_body)
+    require_extra()
+    from pearl.serving.program import run_server
+    from pearl.serving.settings import ServerSettings
+
+    names = tuple(server.served_model_name or [engine.target or _BUNDLED])
+    settings = ServerSettings(names, server.api_key, tuple(server.allow_origin or ()), max_body)
+    terminal = Terminal.open(output.no_color)
+    run_server(
+        terminal.note,
+        (server.host, server.port),
+        engine.keywords() | vars(load),
+        settings,
+        model_defaults=server.generation_config == "auto",
+        drain_timeout=server.drain_timeout,
+        round_limit=server.round_limit,
+    )
+
+
+def require_extra() -> None:
+    """ConfigurationError names what is not installed."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ConfigurationError(f"pearl serve needs {', '.join(missing)}: pip install 'pearl-engine[serve]'")

@@ -1,0 +1,127 @@
+"""The bodies of requests, as OpenAI's API has them and vLLM extends it. Types are checked here, ranges where
+``SamplingParams`` is made, so that server, library and command line refuse the same things with the same words.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pearl.errors import InvalidRequestError
+from pearl.user_values import unknown_names
+
+TokenIds = list[int]
+_IGNORED = ("user", "safety_identifier", "prompt_cache_key", "request_id")  # they change no answer
+# What is not supported may be sent with the values that mean: without it. None, JSON's null, is one of them always.
+_WITHOUT: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1.0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+_UNSUPPORTED = (
+    *_WITHOUT, "allowed_token_ids", "audio", "bad_words", "documents", "guided_choice", "guided_grammar", "guided_json",
+    "guided_regex", "logprob_token_ids", "metadata", "prediction", "prompt_embeds", "prompt_logprobs",
+    "reasoning_effort", "return_tokens_as_token_ids", "structured_outputs", "truncate_prompt_tokens", "verbosity",
+    "web_search_options",
+)  # fmt: skip
+
+
+class Body(BaseModel):
+    """A field that is null is a field that is not there."""
+
+    # What is unknown is kept, so that ``refuse_unknown`` can say what is wrong with it; to clients it is forbidden.
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
+
+    model: str | None = None
+
+    def refuse_unknown(self) -> None:
+        """InvalidRequestError names the first field that this server does not know, or does not support."""
+        for name, value in (self.model_extra or {}).items():
+            if (value is None and name in _UNSUPPORTED) or name in _IGNORED or value in _WITHOUT.get(name, ()):
+                continue
+            if name in _UNSUPPORTED:
+                raise InvalidRequestError(f"{name} is not supported by this server; leave it out", name)
+            raise InvalidRequestError(str(unknown_names("fields", [name], type(self).model_fields)), name)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(Body):
+    """What completions and chat completions share; ``pearl.sampling_params`` says what the numbers mean."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    draft_temperature: float | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metrics: Annotated[bool | None, Field(description="Report how speculative decoding went.")] = None
+    return_token_ids: Annotated[bool | None, Field(description="Token ids beside the text.")] = None
+
+
+class CompletionRequest(SamplingFields):
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class ConversationFields(Body):
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatCompletionRequest(ConversationFields, SamplingFields):
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class TokenizeRequest(Body):
+    """A prompt, or messages."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    tokens: TokenIds

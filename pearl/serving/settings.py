@@ -1,0 +1,24 @@
+"""What the operator of a server decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """``names``: of the model, all of which requests may use; answers name the first.
+
+    ``api_key``: None lets everyone in. ``origins``: web pages that may ask, for CORS; none by default.
+    """
+
+    names: tuple[str, ...]
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    max_body: int = 16 * MEBIBYTE
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
