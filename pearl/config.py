@@ -20,7 +20,7 @@ NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
-_MOST_PREPARED = 256
+_MOST_PREPARED, _AUTO_PREPARED = 256, 16
 _CPU_PREFILL_CHUNK = 128  # computed in the time of a few decoding rounds; smaller ones make prompts dearer
 # The largest of each count: beyond it the engine would allocate without end for nothing.
 _COUNTS = {
@@ -227,10 +227,13 @@ class EngineConfig:
 
     @property
     def most_prepared(self) -> int:
-        """Windows that a round may prepare. No pace asks for any of its own accord yet."""
-        if not self.uses_draft or self.prepared_windows == "auto":
+        """Windows that a round may prepare. Only a draft model on a CPU does; of its own accord the automatic pace."""
+        if not self.uses_draft_model or self.resolve_device("draft").type != "cpu":
             return 0
-        return self.prepared_windows
+        if self.prepared_windows != "auto":
+            return self.prepared_windows
+        chooses = self.window == "auto" and self.pace == "auto" and self.method == "pearl"
+        return _AUTO_PREPARED if chooses and self.pre_verify and self.post_verify else 0
 
     @property
     def prepared_slots(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from bench.roofline.gguf_export import write_gguf
+from bench.roofline.llama_cpp import INSTALL, LlamaCpp, load_library
 from pearl.errors import ConfigurationError
 from pearl.llm import LLM
 from pearl.sampling_params import SamplingParams
@@ -20,10 +21,38 @@ from pearl.sampling_params import SamplingParams
 Tokens = list[list[int]]  # of each prompt
 
 
+@dataclass(frozen=True)
+class Generated:
+    """``prompt_seconds``: of all prompts until each one's first token; None where the engine does not tell."""
+
+    tokens: Tokens
+    prompt_seconds: float | None = None
+
+
 class Generate(Protocol):
-    def __call__(self, prompts: Tokens, max_tokens: int, /) -> Tokens:
+    def __call__(self, prompts: Tokens, max_tokens: int, /) -> Generated:
         """Greedy continuations, without an end-of-text token's followers, at most ``max_tokens`` each."""
         ...
+
+
+@dataclass(frozen=True)
+class Run:
+    generated: Generated
+    seconds: float  # for everything
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.generated.tokens
+
+    @property
+    def tok_s(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Of the tokens after each first one, in the time after it; None where there are none or nobody knows it."""
+        followers, prompts = sum(map(len, self.tokens)) - len(self.tokens), self.generated.prompt_seconds
+        return None if prompts is None or followers == 0 else followers / (self.seconds - prompts)
 
 
 @dataclass
@@ -36,7 +65,7 @@ class Contender:
     generate: Generate
     dtype: str
     equals: str | None = None
-    runs: list[tuple[Tokens, float]] = field(default_factory=list)  # tokens and seconds
+    runs: list[Run] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -44,8 +73,8 @@ class Contender:
 
     def run(self, prompts: Tokens, max_tokens: int) -> None:
         begin = time.perf_counter()
-        tokens = self.generate(prompts, max_tokens)
-        self.runs.append((tokens, time.perf_counter() - begin))
+        generated = self.generate(prompts, max_tokens)
+        self.runs.append(Run(generated, time.perf_counter() - begin))
 
 
 @dataclass(frozen=True)
@@ -74,9 +103,10 @@ def pearl_contenders(stack: ExitStack, llm: LLM, threads: int) -> list[Contender
 
 
 def _pearl(llm: LLM) -> Generate:
-    def generate(prompts: Tokens, max_tokens: int) -> Tokens:
+    def generate(prompts: Tokens, max_tokens: int) -> Generated:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        return [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
+        outputs = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
+        return Generated([o.token_ids for o in outputs], sum(o.metrics.time_to_first_token or 0.0 for o in outputs))
 
     return generate
 
@@ -93,9 +123,9 @@ def transformers_contenders(llm: LLM, target: str, draft: str, thread_counts: Se
     eos_ids = llm.tokenizer.eos_ids
 
     def generator(threads: int, **options: Any) -> Generate:
-        def generate(prompts: Tokens, max_tokens: int) -> Tokens:
+        def generate(prompts: Tokens, max_tokens: int) -> Generated:
             with _silent_transformers(), intra_op_threads(threads), torch.inference_mode():
-                return [_transformers(model, prompt, max_tokens, eos_ids, options) for prompt in prompts]
+                return Generated([_transformers(model, prompt, max_tokens, eos_ids, options) for prompt in prompts])
 
         return generate
 
@@ -123,41 +153,36 @@ def llama_cpp_contenders(
     stack: ExitStack, llm: LLM, target: str, thread_counts: Sequence[int]
 ) -> list[Contender] | LeftOut:
     """llama.cpp's plain greedy decoding of the target, converted to GGUF; it has no draft model here."""
-    try:
-        package = importlib.import_module("llama_cpp")
-        from bench.roofline.gguf_export import write_gguf
-    except ImportError as error:
-        return LeftOut("llama.cpp", f"not installed ({error}): pip install llama-cpp-python gguf")
     dtype = llm.models.target.model.dtype
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    contenders = []
     try:
+        load_library()
         write_gguf(Path(target), folder / "target.gguf", dtype)
+        for threads in thread_counts:
+            model = LlamaCpp(folder / "target.gguf", llm.max_model_len, threads)
+            stack.callback(model.close)
+            generate = _llama_cpp(model, llm.tokenizer.eos_ids)
+            contenders.append(Contender("llama.cpp", "generate", threads, generate, str(dtype).removeprefix("torch.")))
+    except ImportError as error:
+        return LeftOut("llama.cpp", f"not installed ({error}): {INSTALL}")
     except ConfigurationError as error:
         return LeftOut("llama.cpp", str(error))
-    contenders = []
-    for threads in thread_counts:
-        model = package.Llama(
-            str(folder / "target.gguf"), n_ctx=llm.max_model_len, n_threads=threads, n_threads_batch=threads,
-            verbose=False,
-        )  # fmt: skip
-        stack.callback(model.close)
-        name = str(dtype).removeprefix("torch.")
-        contenders.append(Contender("llama.cpp", "generate", threads, _llama_cpp(model, llm.tokenizer.eos_ids), name))
     return contenders
 
 
-def _llama_cpp(model: Any, eos_ids: frozenset[int]) -> Generate:
-    def generate(prompts: Tokens, max_tokens: int) -> Tokens:
+def _llama_cpp(model: LlamaCpp, eos_ids: frozenset[int]) -> Generate:
+    def generate(prompts: Tokens, max_tokens: int) -> Generated:
         every: Tokens = []
+        prompt_seconds = 0.0
         for prompt in prompts:
-            model.reset()
-            tokens: list[int] = []
-            for token in model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=False):
-                tokens.append(token)
-                if len(tokens) == max_tokens or token in eos_ids:
-                    break
+            begin = time.perf_counter()
+            tokens = [model.start(prompt)]
+            prompt_seconds += time.perf_counter() - begin
+            while len(tokens) < max_tokens and tokens[-1] not in eos_ids:
+                tokens.append(model.step(tokens[-1]))
             every.append(tokens)
-        return every
+        return Generated(every, prompt_seconds)
 
     return generate
 
@@ -216,5 +241,5 @@ def compare(
 
 
 def _require_equal(contender: Contender, other: Contender) -> None:
-    if other.runs and any(tokens != other.runs[0][0] for tokens, _ in contender.runs):
+    if other.runs and any(run.tokens != other.runs[0].tokens for run in contender.runs):
         raise ConfigurationError(f"{contender.name} returned other tokens than {other.name}")

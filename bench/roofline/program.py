@@ -191,11 +191,12 @@ def _measure_generation(
 ) -> None:
     compare(contenders, ids, report.settings["max_tokens"], report.settings["repeats"], stopped, advance)
     done = [contender for contender in contenders if contender.runs]
-    speeds = {id(c): statistics.median(sum(map(len, tokens)) / s for tokens, s in c.runs) for c in done}
+    speeds = {id(c): statistics.median(run.tok_s for run in c.runs) for c in done}
     plain = [speeds[id(c)] for c in done if (c.engine, c.method) == ("transformers", "generate")]
-    ours = next((c.runs[0][0] for c in done if c.engine == "pearl"), None)
+    ours = next((c.runs[0].tokens for c in done if c.engine == "pearl"), None)
     for c in done:
-        tokens = c.runs[0][0]
+        tokens = c.runs[0].tokens
+        decoding = [speed for run in c.runs if (speed := run.decode_tok_s) is not None]
         report.generation.append(
             Generation(
                 engine=c.engine,
@@ -204,7 +205,8 @@ def _measure_generation(
                 dtype=c.dtype,
                 tok_s=speeds[id(c)],
                 tokens=sum(map(len, tokens)),
-                seconds=statistics.median(seconds for _, seconds in c.runs),
+                seconds=statistics.median(run.seconds for run in c.runs),
+                decode_tok_s=statistics.median(decoding) if decoding else None,
                 speedup=speeds[id(c)] / max(plain) if plain else None,
                 same_tokens=None if ours is None else sum(map(list.__eq__, tokens, ours)) / len(ours),
             )

@@ -140,7 +140,7 @@ class Branches:
         branches, request.branches = request.branches, ()
         for branch in branches:
             window = result.prepared.get(branch.id, ())
-            if decision is not None and not ahead and _is_hit(branch, window, decision):
+            if decision is not None and not ahead and is_hit(branch, window, decision):
                 ahead, request.slot = window[1:], branch.slot
                 if self._kv is not None:
                     self._kv.adopt(branch.id)
@@ -182,7 +182,8 @@ def _alternative(drafted: Drafted, rank: int) -> int:
     return drafted.ranked.tokens[rank]
 
 
-def _is_hit(branch: Branch, window: Sequence[Drafted], decision: Decision) -> bool:
+def is_hit(branch: Branch, window: Sequence[Drafted], decision: Decision) -> bool:
+    """Whether the verdict is what the branch was prepared for, with something behind it."""
     return (
         decision.rejected
         and decision.error is None

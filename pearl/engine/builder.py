@@ -120,8 +120,9 @@ def _preparations(runners: Sequence[ModelRunner]) -> Callable[[], int]:
 
 def build_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
     """What a configuration's method, pace, window and prepared windows mean."""
-    pace = _window_pace(config, sizes)
-    return PreparingPace(pace, config.most_prepared) if config.most_prepared else pace
+    if config.prepared_windows != "auto" and config.most_prepared:
+        return PreparingPace(_window_pace(config, sizes), config.most_prepared)
+    return _window_pace(config, sizes)
 
 
 def _window_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
@@ -132,7 +133,8 @@ def _window_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
         return FixedPace(mode, config.window)
     if config.pace == "balanced":
         return BalancedPace(mode, config.max_window, sizes)
-    return AutoPace(tuple(METHODS) if mode == "pearl" else (mode,), config.max_window, sizes)
+    prepared = config.most_prepared if config.prepared_windows == "auto" else 0
+    return AutoPace(tuple(METHODS) if mode == "pearl" else (mode,), config.max_window, sizes, prepared)
 
 
 def _own_mode(config: EngineConfig) -> Mode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pearl.engine.branches import is_hit
 from pearl.messages import DraftProposal, Interval, SchedulerOutput, TargetOutput, VerifyResult
 from pearl.pace import MeasuredRound, Progressed
 from pearl.workers import Reply
@@ -62,17 +63,36 @@ def measured(record: RoundRecord) -> MeasuredRound:
     plan, proposal = record.plan, record.proposal
     assert plan.pace is not None
     assert plan.load is not None
+    prepared, rejections, hits = _prepared(record) if plan.pace.branches else (0, 0, 0)
     return MeasuredRound(
         mode=plan.pace.mode,
         load=plan.load,
-        target_rows=sum(len(w.tokens) for w in plan.target.work),
+        target_rows=sum([len(w.tokens) for w in plan.target.work]),
         target_seconds=record.target.seconds,
-        draft_sequences=len(plan.draft.work),
+        draft_sequences=len(plan.draft.work) + prepared,
         draft_steps=max(1, proposal.steps),
         draft_seconds=proposal.busy.seconds,
         seconds=record.whole.seconds,
         requests=tuple(
-            Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
-            for request_id, d in record.result.decisions.items()
+            [
+                Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
+                for request_id, d in record.result.decisions.items()
+            ]
         ),
+        prepared=prepared,
+        rejections=rejections,
+        hits=hits,
     )
+
+
+def _prepared(record: RoundRecord) -> tuple[int, int, int]:
+    """Windows that were prepared; verdicts that rejected where one might have been; and those that found theirs."""
+    prepared = rejections = hits = 0
+    for item in record.plan.draft.work:
+        decision = record.result.decisions.get(item.forward.state.request_id)
+        prepared += len(item.branches)
+        if decision is not None and item.num_draft and decision.rejected:
+            rejections += 1
+            windows = record.result.prepared
+            hits += any(is_hit(branch, windows.get(branch.id, ()), decision) for branch in item.branches)
+    return prepared, rejections, hits

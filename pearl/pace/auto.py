@@ -17,6 +17,7 @@ from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
 from pearl.pace.calibration import Calibration
 from pearl.pace.curves import Curves, Numbers, Sizes
+from pearl.pace.hits import Hits
 from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.speed import Situation, tokens_per_second
 
@@ -30,6 +31,8 @@ _STALE = 256  # and rounds after which that is no longer believed: twice as many
 _MOST_DOUBLED = 5
 _WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
+_PREPARED = (1, 2, 3, 4, 6, 8, 16, 32)  # windows that are looked at, if so many may be,
+_WORTH_PREPARING = 1.01  # and by how much they must promise more than none
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
 _LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
@@ -48,6 +51,7 @@ class _Choice:
     predicted: float  # tokens per second,
     factor: float  # and how far such predictions were off
     informed: bool = False  # whether the times that it rests on were measured
+    prepared: int = 0  # windows beside those of the requests
 
     @property
     def rate(self) -> float:
@@ -74,12 +78,16 @@ class _Decision:
 
 
 class AutoPace:
-    """``modes``: those that may be chosen; ``largest``: the longest window."""
+    """``modes``: those that may be chosen; ``largest``: the longest window; ``most_prepared``: windows that may be
+    prepared in a round.
+    """
 
     changes = True
 
-    def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes) -> None:
+    def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes, most_prepared: int = 0) -> None:
         self._modes, self._largest = tuple(modes), largest
+        self._prepared = [number for number in _PREPARED if number <= most_prepared]
+        self._hits = Hits()
         self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
         self._decisions: dict[tuple[int, bool], _Decision] = {}  # by size of batch, and whether it is pinned
         self._latest: _Decision | None = None
@@ -109,12 +117,15 @@ class AutoPace:
         if self._running is None or self._running.mode != choice.mode:
             self._since = self._rounds
         self._running = choice
-        return Pace(choice.mode, tuple([windows.get(i, typical) for i in request_ids]), choice.rate)
+        own = tuple([windows.get(i, typical) for i in request_ids])
+        return Pace(choice.mode, own, choice.rate, choice.prepared)
 
     def observe(self, measured: MeasuredRound) -> None:
         self._curves.observe(measured, steady=self._rounds - self._since >= _WARMING)
         self._rounds += 1
         self._acceptance.observe(measured.requests)
+        if measured.prepared:
+            self._hits.observe(measured.prepared / measured.load.batch, measured.rejections, measured.hits)
         self._round += (measured.seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
         running = self._running
         if running is not None and running.informed and running.mode == measured.mode and self._settled():
@@ -186,13 +197,17 @@ class AutoPace:
         )
 
     def _best(self, mode: Mode, now: Situation) -> _Choice:
-        """Of a mode: all windows alike, or each as long as its tokens pay for the rows that they cost the target."""
+        """Of a mode, with as many prepared windows as pay: all windows alike, or each as long as its tokens pay for the
+        rows that they cost the target.
+        """
         factor = self._calibration.factor(mode)
         longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
+        prepared = self._pays(now, longest) if mode == "pearl" and self._prepared else 0
+        now = self._with(now, prepared)
         alike = longest[:, None] * np.ones_like(now.count)
         rates = tokens_per_second(mode, now, alike)
         best = int(np.argmax(rates))
-        choice = _Choice(mode, int(longest[best]), 0.0, float(rates[best]), factor)
+        choice = _Choice(mode, int(longest[best]), 0.0, float(rates[best]), factor, prepared=prepared)
         if len(now.count) == 1 or mode == "autoregressive":
             return choice
         thresholds = rates * _row_seconds(now, alike)
@@ -200,13 +215,31 @@ class AutoPace:
         rates = tokens_per_second(mode, now, ragged)
         best = int(np.argmax(rates))
         if rates[best] > _RAGGED * choice.predicted:
-            choice = _Choice(mode, int(longest[best]), float(thresholds[best]), float(rates[best]), factor)
+            predicted, threshold = float(rates[best]), float(thresholds[best])
+            choice = replace(choice, longest=int(longest[best]), threshold=threshold, predicted=predicted)
         return choice
+
+    def _pays(self, now: Situation, longest: Numbers) -> int:
+        """How many prepared windows do, in PEARL: all numbers with all windows at once."""
+        numbers = np.array([0, *self._prepared], dtype=np.float64)
+        hits = np.array([self._hits.chance(number / now.batch) for number in numbers])
+        prepared, windows = np.repeat(numbers, len(longest)), np.tile(longest, len(numbers))
+        every = replace(now, prepared=prepared, hits=np.repeat(hits, len(longest))[:, None])
+        rates = tokens_per_second("pearl", every, windows[:, None] * np.ones_like(now.count))
+        rates[(prepared > 0) & (windows < 2)] = 0.0  # nothing would be pending
+        best = rates.reshape(len(numbers), -1).max(1)
+        index = int(np.argmax(best))
+        return int(numbers[index]) if best[index] > _WORTH_PREPARING * best[0] else 0
+
+    def _with(self, now: Situation, prepared: int) -> Situation:
+        if not prepared:
+            return now
+        return replace(now, prepared=np.array(float(prepared)), hits=np.array(self._hits.chance(prepared / now.batch)))
 
     def _again(self, choice: _Choice, now: Situation) -> _Choice:
         """The same choice, with what is predicted now."""
         windows = _ragged(np.array([choice.longest]), np.array([choice.threshold]), now.later)
-        predicted = float(tokens_per_second(choice.mode, now, windows)[0])
+        predicted = float(tokens_per_second(choice.mode, self._with(now, choice.prepared), windows)[0])
         return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
 
     def _probe(self, choices: Mapping[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:

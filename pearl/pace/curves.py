@@ -23,6 +23,7 @@ COLD_ROUNDS = 24  # in which memory is touched and code run for the first time: 
 _RECENT = 24  # rounds of a mode
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
+_LONGEST_START = 4.0  # steps: what else a window's time cannot be, beside those that it has
 _GUESS_WEIGHT, _GUESS_SPREAD = 2, 0.1  # as if in so many rounds rows had differed by this share
 
 
@@ -40,12 +41,15 @@ class Times:
     """Seconds of forwards under one load.
 
     ``points``: rows and seconds of the target's forwards, both ascending; ``slope``: of a row beside them. ``steps``:
-    sequences and seconds of a step of the draft's.
+    sequences, and what each of the draft's steps took in windows of ``typical`` tokens; ``start``: so many steps' time
+    goes by before the first.
     """
 
     points: tuple[Point, ...]
     slope: float
     steps: tuple[Point, ...]
+    typical: float = 1.0
+    start: float = 0.0
 
     @cached_property
     def _target(self) -> tuple[Numbers, Numbers]:
@@ -64,8 +68,12 @@ class Times:
         at_least: Numbers = np.maximum(seconds, _LEAST * y[0])
         return at_least
 
-    def draft_step(self, sequences: Numbers) -> Numbers:
-        seconds: Numbers = np.interp(sequences, *self._draft)
+    def window(self, tokens: Numbers, sequences: Numbers) -> Numbers:
+        """Of drafting so many tokens for each of so many sequences."""
+        x, y = self._draft
+        more: Numbers = np.maximum(sequences - x[-1], 0.0) * (_ROW_SHARE * y[-1] / x[-1])
+        step = np.interp(sequences, x, y) + more
+        seconds: Numbers = step * (tokens + self.start) * (self.typical / (self.typical + self.start))
         return seconds
 
 
@@ -73,6 +81,7 @@ class Times:
 class _Forwards:
     target: Samples = field(default_factory=Samples)  # by rows
     draft: Samples = field(default_factory=Samples)  # of a step, by sequences
+    windows: Samples = field(default_factory=Samples)  # of all steps together, by their number
 
 
 _Key = tuple[tuple[int, int], bool]  # bucket, beside
@@ -104,6 +113,7 @@ class Curves:
             samples.target.add(measured.target_rows, target)
         if draft:
             samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps)
+            samples.windows.add(measured.draft_steps, draft)
         rest = max(0.0, measured.seconds - max(target, draft))
         kind = measured.load.batch.bit_length(), measured.mode
         self._overhead[kind].append(rest)
@@ -149,7 +159,8 @@ class Curves:
             # As many times faster than the target as it is smaller.
             scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
             steps = ((1.0, sizes.draft_bytes * scale),)
-        return Times(points, self._slope(here, there, points[0]), steps)
+        typical, start = _start(self._nearest(load, beside, "windows"))
+        return Times(points, self._slope(here, there, points[0]), steps, typical, start)
 
     def _slope(self, here: Summary, there: Summary, guess: Point) -> float:
         """Seconds of a row beside the measured ones: what rows cost in both states of the draft, least squares, drawn
@@ -185,3 +196,17 @@ class Curves:
             return 4 * abs(key[0][0] - batch) + abs(key[0][1] - context) + 3 * (key[1] != beside)
 
         return min(known, key=lambda item: distance(item[0]))[1].summary
+
+
+def _start(windows: Summary) -> Point:
+    """The typical number of a window's steps, and how many steps' time goes by before the first: least squares, drawn
+    towards none as long as windows hardly differ in length.
+    """
+    n, x, y, *_ = windows.sums
+    if not n or not y:
+        return 1.0, 0.0
+    x, y = x / n, y / n
+    weight = _GUESS_WEIGHT * (_GUESS_SPREAD * x) ** 2
+    xx, xy = windows.sums.around_the_means()
+    step = max((weight * y / x + xy) / (weight + xx), y / (x + _LONGEST_START))
+    return x, max(0.0, y / step - x)

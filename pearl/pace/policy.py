@@ -80,7 +80,7 @@ class BalancedPace:
 
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         times, windows = self._curves.times(load, beside=True), np.arange(1.0, self._largest)
-        covers = windows * times.draft_step(np.array(load.batch)) >= times.target(load.batch * windows)
+        covers = times.window(windows, np.array(load.batch)) >= times.target(load.batch * windows)
         window = int(windows[covers][0]) if covers.any() else self._largest
         return Pace(self._mode, (window,) * load.batch)
 

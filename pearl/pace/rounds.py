@@ -45,8 +45,10 @@ class Progressed(NamedTuple):
 class MeasuredRound(NamedTuple):
     """A round in which every request only decoded: nothing was compiled, captured or computed of a prompt.
 
-    load: the running batch. target_rows: of the target's forward in all; draft_sequences, draft_steps: of the draft's.
-    Seconds are 0 where a model did not work; ``seconds`` is the whole round.
+    load: the running batch. target_rows: of the target's forward in all; draft_sequences, draft_steps: of the draft's,
+    prepared windows among them. Seconds are 0 where a model did not work; ``seconds`` is the whole round.
+    prepared: windows that were; rejections, hits: verdicts that drafted tokens fell at, where a window could have been
+    prepared, and where the right one was.
     """
 
     mode: Mode
@@ -58,3 +60,6 @@ class MeasuredRound(NamedTuple):
     draft_seconds: float
     seconds: float
     requests: tuple[Progressed, ...]
+    prepared: int = 0
+    rejections: int = 0
+    hits: int = 0

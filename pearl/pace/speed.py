@@ -12,14 +12,14 @@ a request's share of its rounds in each kind gives its rows and tokens in a roun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pearl.methods import Mode
 from pearl.pace.curves import Numbers, Times
 
-_ONE = np.array(1.0)
+_ONE, _NONE = np.array(1.0), np.array(0.0)
 _NODES = ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6))  # Gauss-Hermite: a normal number of rows
 
 
@@ -28,7 +28,9 @@ class Situation:
     """What the batch is and how long forwards take. first, later, count: ``[C]``, of each class.
 
     pinned: whether requests are bound to draft all their tokens. overhead: seconds of a round beyond its forwards.
-    alone, beside: times of forwards while the other model rests, and while it works.
+    alone, beside: times of forwards while the other model rests, and while it works. prepared: windows that the draft
+    prepares beside its own, of the whole batch, in "pearl"; hits: chance that a rejection finds its window among them;
+    one for all, or ``[W]`` and ``[W, 1]``.
     """
 
     first: Numbers
@@ -38,6 +40,8 @@ class Situation:
     beside: Times
     overhead: Mapping[Mode, float]
     pinned: bool = False
+    prepared: Numbers = field(default_factory=lambda: _NONE)
+    hits: Numbers = field(default_factory=lambda: _NONE)
 
     @property
     def batch(self) -> float:
@@ -78,11 +82,15 @@ def _series(a: Numbers, n: Numbers) -> Numbers:
 
 
 def _pearl(now: Situation, g: Numbers) -> Numbers:
-    """Rounds with nothing pending test one token; the rounds after it test g, until one fails."""
-    f, a = now.first, now.later
-    fails = 1 - a**g
+    """Rounds with nothing pending test one token; the rounds after it test g, until one fails. After a failure whose
+    window was prepared g + 1 are tested, the first of which follows a correction.
+    """
+    f, a, h = now.first, now.later, now.hits
     one = np.ones_like(g)
-    return _overlapping("pearl", now, g, [_Kind(fails, one, one), _Kind(f * one, g, _series(a, g))])
+    fresh = _Kind((1 - h) * one, one, one)
+    going_on = _Kind(f * (1 - h * (1 - a**g)) / (1 - a**g), g, _series(a, g))
+    prepared = _Kind(h * one, g + 1, _held(f, a, g + 1))
+    return _overlapping("pearl", now, g, [fresh, going_on, prepared] if h.any() else [fresh, going_on], now.prepared)
 
 
 def _whole_windows(now: Situation, g: Numbers) -> Numbers:
@@ -114,7 +122,7 @@ def _in_turn(now: Situation, g: Numbers) -> tuple[Numbers, Numbers]:
 
 def _speculative(now: Situation, g: Numbers) -> Numbers:
     rows, tokens = _in_turn(now, g)
-    drafting = g.max(1) * now.alone.draft_step(np.array(now.batch))
+    drafting = now.alone.window(g.max(1), np.array(now.batch))
     verifying = now.alone.target(rows)
     rate: Numbers = tokens / (drafting + verifying + 2 * now.overhead["speculative"])
     return rate
@@ -124,7 +132,7 @@ def _two_halves(now: Situation, g: Numbers) -> Numbers:
     if now.batch < 2:
         return np.zeros(len(g))
     rows, tokens = _in_turn(now, g)
-    drafting = g.max(1) * now.beside.draft_step(np.array(now.batch / 2))
+    drafting = now.beside.window(g.max(1), np.array(now.batch / 2))
     verifying = now.beside.target(rows / 2)
     rate: Numbers = tokens / 2 / (np.maximum(drafting, verifying) + now.overhead["two-halves"])
     return rate
@@ -133,7 +141,7 @@ def _two_halves(now: Situation, g: Numbers) -> Numbers:
 def _autoregressive(now: Situation, g: Numbers) -> Numbers:
     batch = np.array(now.batch)
     if now.pinned:
-        seconds = np.maximum(now.beside.target(batch), now.beside.draft_step(batch))
+        seconds = np.maximum(now.beside.target(batch), now.beside.window(_ONE, batch))
     else:
         seconds = now.alone.target(batch)
     return np.full(len(g), now.batch / (seconds + now.overhead["autoregressive"]))
@@ -149,13 +157,16 @@ _MODES: dict[Mode, Callable[[Situation, Numbers], Numbers]] = {
 }
 
 
-def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind]) -> Numbers:
-    """Where each request goes its own way through the kinds, and a round lasts as long as its longer forward."""
+def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind], beside: Numbers = _NONE) -> Numbers:
+    """Where each request goes its own way through the kinds, and a round lasts as long as its longer forward.
+
+    ``beside``: rows of the draft's batch beside the requests' own.
+    """
     weights = np.stack([kind.weight for kind in kinds])
     shares: Numbers = weights / weights.sum(0)  # [kind, W, C]
     tokens = _whole(now, shares, [kind.tokens for kind in kinds])
     if now.batch == 1:
-        each = np.stack([_seconds(now, g[:, 0], kind.rows[:, 0], kind.drafts) for kind in kinds])
+        each = np.stack([_seconds(now, g[:, 0], kind.rows[:, 0], kind.drafts, beside) for kind in kinds])
         seconds: Numbers = (shares[:, :, 0] * each).sum(0)
     else:
         rows = np.stack([kind.rows for kind in kinds])
@@ -164,7 +175,7 @@ def _overlapping(mode: Mode, now: Situation, g: Numbers, kinds: Sequence[_Kind])
         drafting = _whole(now, shares, [np.full_like(g, kind.drafts) for kind in kinds])
         seconds = _round_seconds(
             now,
-            g.max(1) * now.beside.draft_step(drafting),
+            now.beside.window(g.max(1), drafting + beside),
             (now.count * mean).sum(1),
             (now.count * spread).sum(1),
         )
@@ -187,9 +198,9 @@ def _round_seconds(now: Situation, drafting: Numbers, rows: Numbers, variance: N
     return seconds
 
 
-def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool) -> Numbers:
+def _seconds(now: Situation, g: Numbers, rows: Numbers, drafts: bool, beside: Numbers) -> Numbers:
     """Of rounds of a request alone: both models at once, or one of them."""
     if not drafts:
         return now.alone.target(rows)
-    both = np.maximum(g * now.beside.draft_step(_ONE), now.beside.target(np.maximum(rows, 1.0)))
-    return np.where(rows > 0, both, g * now.alone.draft_step(_ONE))
+    both = np.maximum(now.beside.window(g, _ONE + beside), now.beside.target(np.maximum(rows, 1.0)))
+    return np.where(rows > 0, both, now.alone.window(g, _ONE))

@@ -14,7 +14,7 @@ import pytest
 from bench_support import Finished, run_script
 
 from bench.roofline import program
-from bench.roofline.generators import Contender, LeftOut, compare, pearl_contenders
+from bench.roofline.generators import Contender, Generated, LeftOut, Run, compare, pearl_contenders
 from bench.roofline.report import Bandwidth, Forward, Generation, Operator, Report, draw, write_json
 from pearl.bench import options
 from pearl.errors import ConfigurationError
@@ -41,7 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     folder = tmp_path_factory.mktemp("roofline")
     out, picture = folder / "report.json", folder / "roofline.png"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "llama_cpp", None)  # type: ignore[arg-type]  # makes its import fail
+        patch.setitem(sys.modules, "llama_cpp.llama_cpp", None)  # type: ignore[arg-type]  # makes its import fail
         patch.setattr(program, "cpu_cores", lambda: 2)
         patch.setattr(sys, "argv", ["bench/cpu_roofline.py", "--quick"])
         shown = _capture(lambda: program.roofline(quick=True, json_out=out, plot=picture, **DEFAULTS))
@@ -123,12 +123,15 @@ def test_all_engines_generate_side_by_side(report: dict[str, Any]) -> None:
         assert g["speedup"] == pytest.approx(g["tok_s"] / fastest)
         if g["engine"] == "pearl":
             assert g["same_tokens"] == 1.0
+            assert g["decode_tok_s"] > 1
+        else:
+            assert g["decode_tok_s"] is None
 
 
 def test_what_is_not_installed_is_left_out_with_the_reason(report: dict[str, Any]) -> None:
     ((entry),) = report["left_out"]
     assert entry["engine"] == "llama.cpp"
-    assert "pip install llama-cpp-python gguf" in entry["reason"]
+    assert "pip install --no-binary llama-cpp-python llama-cpp-python gguf" in entry["reason"]
 
 
 def test_the_tables_fit_80_columns(measured: tuple[str, dict[str, Any], Path]) -> None:
@@ -198,8 +201,8 @@ class Scripted:
 
     answers: list[list[list[int]]]
 
-    def __call__(self, prompts: list[list[int]], max_tokens: int, /) -> list[list[int]]:
-        return self.answers.pop(0)
+    def __call__(self, prompts: list[list[int]], max_tokens: int, /) -> Generated:
+        return Generated(self.answers.pop(0))
 
 
 def contender(method: str, *answers: list[list[int]], equals: str | None = None) -> Contender:
@@ -216,7 +219,15 @@ def test_runs_are_interleaved_and_the_warm_up_is_not_one() -> None:
     order: list[str] = []
     compare([a, b], [[7]], 4, 2, lambda: False, order.append)
     assert order == ["pearl a, 1 thread", "pearl b, 1 thread", "pearl b, 1 thread", "pearl a, 1 thread"]
-    assert [tokens for tokens, _ in a.runs] == [[[1, 2]]] * 2
+    assert [run.tokens for run in a.runs] == [[[1, 2]]] * 2
+
+
+def test_decoding_is_timed_without_the_prompts() -> None:
+    run = Run(Generated([[1, 2, 3], [4, 5, 6, 7]], prompt_seconds=1.5), seconds=2.0)
+    assert run.tok_s == 7 / 2.0
+    assert run.decode_tok_s == 5 / 0.5
+    assert Run(Generated([[1, 2]]), 2.0).decode_tok_s is None  # nobody knows
+    assert Run(Generated([[1]], 1.0), 2.0).decode_tok_s is None  # nothing follows
 
 
 def test_other_tokens_than_autoregressive_decoding_are_an_error() -> None:
@@ -294,7 +305,7 @@ def by_hand() -> Report:
         [Bandwidth("memory", 1, 1 << 28, 20.0), Bandwidth("target", 1, 30_000_000, 30.0)],
         forwards,
         [Operator("target", 1, "qkv", 8, 10.0, 15.0, 500_000, None)],
-        [Generation("pearl", "pearl", 2, "float32", 1000.0, 96, 0.096, None, 1.0)],
+        [Generation("pearl", "pearl", 2, "float32", 1000.0, 1100.0, 96, 0.096, None, 1.0)],
         [LeftOut("llama.cpp", "not installed")],
     )
 

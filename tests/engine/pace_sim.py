@@ -24,6 +24,11 @@ class Machine:
     overhead: float = 0.0
     beside: float = 1.0
     noise: float = 0.0
+    draft_row: float = 0.0  # of a step's time, what each sequence beside the first adds
+    hits: float = 0.0  # that a rejection finds its window, if any was prepared
+
+    def step_seconds(self, sequences: int, beside: bool) -> float:
+        return self.step * (1 + self.draft_row * (sequences - 1)) * (self.beside if beside else 1.0)
 
     def target(self, rows: float, beside: bool) -> float:
         return (self.base + self.row * rows) * (self.beside if beside else 1.0)
@@ -31,7 +36,8 @@ class Machine:
     def times(self, beside: bool) -> Times:
         factor = self.beside if beside else 1.0
         points = ((1.0, self.target(1, beside)), (1000.0, self.target(1000, beside)))
-        return Times(points, self.row * factor, ((1.0, self.step * factor),))
+        steps = ((1.0, self.step_seconds(1, beside)), (1000.0, self.step_seconds(1000, beside)))
+        return Times(points, self.row * factor, steps)
 
 
 @dataclass
@@ -61,13 +67,24 @@ class Batch:
             if self.pinned:
                 intents = [intent.pinned(p) for intent, p in zip(intents, progress, strict=True)]
             found, rows, steps, sequences = [], 0, 0, 0
+            prepared = pace.branches if any(intent.draft and intent.verify for intent in intents) else 0
+            self.rejections = self.found = 0
             for index, (intent, window) in enumerate(zip(intents, pace.windows, strict=True)):
                 steps, sequences = (max(steps, window), sequences + 1) if intent.draft else (steps, sequences)
                 rows += self._rows(index, intent)
                 found.append(self._judge(index, intent, window, self.odds(index, number), rng))
-            measured = self._measure(pace.mode, rows, sequences, steps, found, rng)
+                if prepared and intent.draft and found[-1].accepted < found[-1].tested:
+                    self._look_up(index, window, rng)
+            measured = self._measure(pace.mode, rows, sequences, steps, found, rng, prepared)
             policy.observe(measured)
             yield sum(f.committed for f in found), measured.seconds
+
+    def _look_up(self, index: int, window: int, rng: random.Random) -> None:
+        """Whether the window behind a correction was prepared."""
+        hit = rng.random() < self.machine.hits
+        self.rejections, self.found = self.rejections + 1, self.found + hit
+        if hit:
+            self.requests[index].pending = window
 
     def _rows(self, index: int, intent: Intent) -> int:
         return self.requests[index].pending + (intent.draft or intent.bonus) if intent.verify else 0
@@ -88,14 +105,24 @@ class Batch:
         return Progressed(index, tested, accepted, accepted + own)
 
     def _measure(
-        self, mode: str, rows: int, sequences: int, steps: int, found: list[Progressed], rng: random.Random
+        self,
+        mode: str,
+        rows: int,
+        sequences: int,
+        steps: int,
+        found: list[Progressed],
+        rng: random.Random,
+        prepared: int = 0,
     ) -> MeasuredRound:
         machine, both = self.machine, bool(rows and steps)
         target = machine.target(rows, both) * rng.lognormvariate(0, machine.noise) if rows else 0.0
-        step = machine.step * (machine.beside if both else 1.0) * rng.lognormvariate(0, machine.noise)
+        step = machine.step_seconds(max(1, sequences + prepared), both) * rng.lognormvariate(0, machine.noise)
         seconds = max(target, steps * step) + machine.overhead
         load = Load(self.size, 100 * self.size)
-        return MeasuredRound(mode, load, rows, target, sequences, steps, steps * step, seconds, tuple(found))  # type: ignore[arg-type]
+        return MeasuredRound(  # type: ignore[call-arg]
+            mode, load, rows, target, sequences + prepared, steps, steps * step, seconds, tuple(found),  # type: ignore[arg-type]
+            prepared, self.rejections, self.found,
+        )  # fmt: skip
 
 
 def speed(rounds: Iterator[tuple[int, float]]) -> float:

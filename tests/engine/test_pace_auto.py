@@ -134,6 +134,19 @@ def test_a_mode_that_never_keeps_its_promise_is_left() -> None:
     assert chosen[-300:].count("autoregressive") > 250
 
 
+@pytest.mark.parametrize(("row", "hits", "pays"), [(0.01, 0.75, True), (0.9, 0.1, False)])
+def test_windows_are_prepared_where_that_pays(row: float, hits: float, pays: bool) -> None:
+    machine = Machine(1.0, 5.0, 0.1, 0.2, noise=0.05, draft_row=row, hits=hits)
+    policy = AutoPace(("pearl",), LARGEST, SIZES, most_prepared=16)
+    plain = AutoPace(("pearl",), LARGEST, SIZES)
+    odds = Odds(0.55, 0.8)
+    found = served(policy, Batch(machine, 1, lambda *_: odds), 2000, 200)
+    without = served(plain, Batch(machine, 1, lambda *_: odds), 2000, 200)
+    assert found > (1.05 if pays else 0.95) * without
+    assert (policy.decide([0], Load(1, 100), False).branches > 0) is pays
+    assert plain.decide([0], Load(1, 100), False).branches == 0
+
+
 def test_before_anything_is_measured_sizes_decide() -> None:
     for ratio, shortest in ((2, 1), (16, 5)):
         pace = AutoPace(["pearl"], LARGEST, Sizes(ratio * 10**9, 10**9)).decide([1], Load(1, 100), False)

@@ -13,6 +13,7 @@ from pearl.pace import AutoPace, BalancedPace, FixedPace, Load, Pace, Progressed
 from pearl.pace.acceptance import Acceptance
 from pearl.pace.calibration import Calibration
 from pearl.pace.curves import Curves
+from pearl.pace.hits import Hits
 
 ONE = Load(1, 50)
 
@@ -22,7 +23,7 @@ def target(curves: Curves, rows: float, load: Load = ONE, beside: bool = True) -
 
 
 def step(curves: Curves, load: Load = ONE, beside: bool = True) -> float:
-    return float(curves.times(load, beside).draft_step(np.array(float(load.batch))))
+    return float(curves.times(load, beside).window(np.array(1.0), np.array(float(load.batch))))
 
 
 def test_before_anything_is_measured_a_forward_reads_its_weights() -> None:
@@ -44,6 +45,16 @@ def test_a_steps_time_is_that_of_a_drafted_token() -> None:
     for steps in (2, 8, 5):
         curves.observe(measured_round(steps=steps, draft_step=2.0))
     assert step(curves) == 2.0
+
+
+def test_what_a_window_costs_before_its_first_step_is_learnt() -> None:
+    """Else short windows would look cheaper than they are to those who run long ones."""
+    curves = Curves(SIZES)
+    for steps in (2, 4, 6) * 4:
+        curves.observe(measured_round(steps=steps, draft_step=1.0 + 1.5 / steps))
+    times = curves.times(ONE, beside=True)
+    found = times.window(np.array([1.0, 2.0, 4.0, 8.0]), np.array(1.0))
+    assert found == pytest.approx([2.5, 3.5, 5.5, 9.5], rel=0.05)
 
 
 def test_what_rows_cost_is_learnt_from_rounds_of_different_length() -> None:
@@ -176,6 +187,17 @@ def test_of_what_one_mode_was_off_others_are_suspected_a_little() -> None:
     calibration = calibrated(1.1, 3000)
     assert calibration.factor("pearl") < calibration.factor("speculative") < 0.98
     assert calibrated(8.0, 3000).factor("speculative") > 0.9  # but so much is a fault of the mode's own
+
+
+def test_how_often_windows_hit_is_learnt_whatever_number_there_was() -> None:
+    hits = Hits()
+    before = [hits.chance(number) for number in (1, 2, 8)]
+    assert before == sorted(before)
+    assert 0 < before[0] < before[-1] < 1
+    for _ in range(400):
+        hits.observe(2, rejections=4, hits=1)
+    assert hits.chance(2) == pytest.approx(0.25, abs=0.02)
+    assert 0.25 < hits.chance(8) < 0.5
 
 
 # Which pace an engine gets --------------------------------------------------------------------------------------

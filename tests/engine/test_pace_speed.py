@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pace_sim import Batch, Machine, speed
 
 from pearl.methods import METHODS, Mode
-from pearl.pace import FixedPace
+from pearl.pace import FixedPace, PreparingPace
 from pearl.pace.acceptance import Odds
 from pearl.pace.speed import Situation, tokens_per_second
 
@@ -50,6 +51,22 @@ def test_the_expected_speed_is_what_rounds_give(mode: Mode, batch: int) -> None:
                 Batch(machine, batch, lambda *_, odds=odds: odds, pinned).serve(FixedPace(mode, window), rounds)
             )
             assert rate == pytest.approx(found, rel=0.05), (machine, odds, pinned, window)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("window", [2, 5])
+def test_the_expected_speed_with_prepared_windows(batch: int, window: int) -> None:
+    machine, odds = Machine(step=1.0, base=5.0, row=0.05, overhead=0.2, draft_row=0.05, hits=0.6), Odds(0.5, 0.8)
+    now = replace(situation(machine, batch, odds), prepared=np.array(4.0), hits=np.array(0.6))
+    found = speed(
+        Batch(machine, batch, lambda *_: odds).serve(
+            PreparingPace(FixedPace("pearl", window), 4), 9_000 if batch == 1 else 1_200
+        )
+    )
+    assert expected("pearl", now, window) == pytest.approx(found, rel=0.05)
+    assert found > speed(
+        Batch(machine, batch, lambda *_: odds).serve(FixedPace("pearl", window), 9_000 if batch == 1 else 1_200)
+    )
 
 
 def test_two_classes_of_requests_are_the_sum_of_both() -> None:
