@@ -120,7 +120,7 @@ def _preparations(runners: Sequence[ModelRunner]) -> Callable[[], int]:
 
 
 def build_pace(config: EngineConfig, sizes: Sizes, most_prepared: int = 0) -> PacePolicy:
-    """What a configuration's method, pace, window and prepared windows mean; of these a round may have most_prepared."""
+    """What a method, pace, window and prepared windows mean; of these a round may have ``most_prepared``."""
     fixed = config.prepared_windows != "auto"
     pace = _window_pace(config, sizes, 0 if fixed else most_prepared)
     return PreparingPace(pace, most_prepared) if fixed and most_prepared else pace
