@@ -47,10 +47,11 @@ def connect(
         draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
     elif config.uses_draft:
         drafter = NGramDrafter()
-    pace = build_pace(config, Sizes(max(1, models.target_bytes), models.draft_bytes))
+    most_prepared = config.most_prepared if drafter is not None and drafter.prepares else 0
+    pace = build_pace(config, Sizes(max(1, models.target_bytes), models.draft_bytes), most_prepared)
     branches: Branches | None = None
-    if drafter is not None and drafter.prepares and config.most_prepared:
-        branches = Branches(draft_kv, config.max_num_seqs, config.most_prepared, config.verification)
+    if most_prepared:
+        branches = Branches(draft_kv, config.max_num_seqs, most_prepared, config.verification)
     scheduler = Scheduler(
         pace,
         KVCacheManager(models.num_pages, config.page_size, config.prefix_caching),
@@ -118,14 +119,14 @@ def _preparations(runners: Sequence[ModelRunner]) -> Callable[[], int]:
     return lambda: sum(queue.captured for queue in queues) + compiled()
 
 
-def build_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
-    """What a configuration's method, pace, window and prepared windows mean."""
-    if config.prepared_windows != "auto" and config.most_prepared:
-        return PreparingPace(_window_pace(config, sizes), config.most_prepared)
-    return _window_pace(config, sizes)
+def build_pace(config: EngineConfig, sizes: Sizes, most_prepared: int = 0) -> PacePolicy:
+    """What a method, pace, window and prepared windows mean; of these a round may have ``most_prepared``."""
+    fixed = config.prepared_windows != "auto"
+    pace = _window_pace(config, sizes, 0 if fixed else most_prepared)
+    return PreparingPace(pace, most_prepared) if fixed and most_prepared else pace
 
 
-def _window_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
+def _window_pace(config: EngineConfig, sizes: Sizes, most_prepared: int) -> PacePolicy:
     mode = _own_mode(config)
     if not config.uses_draft:
         return FixedPace(mode, 1)
@@ -133,8 +134,7 @@ def _window_pace(config: EngineConfig, sizes: Sizes) -> PacePolicy:
         return FixedPace(mode, config.window)
     if config.pace == "balanced":
         return BalancedPace(mode, config.max_window, sizes)
-    prepared = config.most_prepared if config.prepared_windows == "auto" else 0
-    return AutoPace(tuple(METHODS) if mode == "pearl" else (mode,), config.max_window, sizes, prepared)
+    return AutoPace(tuple(METHODS) if mode == "pearl" else (mode,), config.max_window, sizes, most_prepared)
 
 
 def _own_mode(config: EngineConfig) -> Mode:

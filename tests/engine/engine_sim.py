@@ -362,6 +362,9 @@ class LateWorker:
 class CheckedScheduler(Scheduler):
     """Checks every plan before anyone works on it. Keeps what was committed of every request."""
 
+    workers: Sequence[LateWorker] = ()
+    planned: Mapping[int, list[int]]  # committed and pending tokens of each request, at the latest plan
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.texts: dict[int, tuple[int, ...]] = {}
@@ -370,9 +373,6 @@ class CheckedScheduler(Scheduler):
         committed = super().update(request, *of_round)
         self.texts[request.id] = tuple(request.tokens)
         return committed
-
-    workers: Sequence[LateWorker] = ()
-    planned: Mapping[int, list[int]]  # committed and pending tokens of each request, at the latest plan
 
     def schedule(self) -> SchedulerOutput:
         assert not any(worker.is_busy for worker in self.workers), "pages may move while they are written to"
@@ -470,11 +470,16 @@ class Simulation:
                 prefix = prefix_of(key)
                 texts = self.scheduler.texts.values()
                 assert any(text[: len(prefix)] == prefix for text in texts), f"cached, but never committed: {prefix}"
+        # A branch lives as long as its round, and no longer than its request.
+        branches = [branch for request in self.scheduler.requests.values() for branch in request.branches]
+        assert not branches or any(worker.is_busy for worker in self.scheduler.workers)
         if self.scheduler.branches is not None:
             slots = [r.slot for r in self.scheduler.requests.values() if r.slot is not None]
+            slots += [branch.slot for branch in branches]
             free = self.scheduler.branches._free_slots
             assert sorted([*free, *slots]) == list(range(len(free) + len(slots)))
-        assert not any(kv._branches for kv in self.pools)
+        if self.scheduler.draft_kv is not None:
+            assert set(self.scheduler.draft_kv._branches) == {branch.id for branch in branches}
         lanes = [request.lane for request in self.scheduler.running]
         assert len(set(lanes)) == len(lanes)
         assert set(lanes) <= set(range(self.lanes))
@@ -482,7 +487,6 @@ class Simulation:
             assert 0 <= request.target_computed < request.length
             assert 0 <= request.draft_computed < request.length + len(request.pending)
             assert len(request.pending) <= request.remaining
-            assert not request.branches
             assert (request.status is Status.RUNNING) == (request.lane >= 0)
 
     def check_empty(self) -> None:

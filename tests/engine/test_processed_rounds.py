@@ -76,7 +76,7 @@ def test_the_q_that_is_kept_is_the_q_that_was_drawn_from() -> None:
         for request_id, window in record.proposal.windows.items():
             arrays = sampling_arrays([states[request_id]], for_draft=True)
             params = SamplingTensors(**{name: torch.from_numpy(a) for name, a in arrays.items()})
-            for token, logprob, row in window:
+            for token, logprob, row, _ in window:
                 assert record.proposal.logits is not None
                 kept = log_probabilities(record.proposal.logits[row][None], params, VOCAB)[0, token]
                 assert logprob == pytest.approx(kept.item(), abs=1e-5)
