@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pearl.errors import InvalidRequestError
 from pearl.llm import LLM
 from pearl.models import bundled_path
 from pearl.serving.app import create_app
@@ -39,6 +41,8 @@ def run_server(
         defaults = SamplingDefaults.of_model(target) if model_defaults else SamplingDefaults.of_openai()
         tell("loading the models")
         llm = LLM(**llm_options)
+        with contextlib.suppress(InvalidRequestError):  # the first conversation imports what templates need: seconds
+            llm.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
         _LOG.info("sampling defaults of requests: %s", defaults.shown())
 
         def listening() -> None:
