@@ -225,7 +225,7 @@ class Rounds(RuleBasedStateMachine):
             if last < first:  # only what is not verified is continued in another way
                 continue
             start = last if late else data.draw(st.integers(first, last))
-            tokens = [*state.tokens[:start], *data.draw(PROMPT)][: MAX_LENGTH + 4]
+            tokens = [*state.tokens[:start], *data.draw(PROMPT)][: max(MAX_LENGTH + 4, start + 1)]
             before = self.snapshot(), self.kv.block_table(seq_id)
             try:
                 copy = self.kv.branch(seq_id, -len(branches), start, len(tokens))
@@ -240,9 +240,9 @@ class Rounds(RuleBasedStateMachine):
     def end_branches(self, data: st.DataObject, branches: list[Branched], computed: bool) -> None:
         """They read what they were written; then one of a sequence may be what it goes on as, the others are lost."""
         lucky = {branch.seq_id: number for number, branch in enumerate(branches) if data.draw(st.booleans())}
+        for number, branch in enumerate(branches if computed else []):  # before a sequence gives up pages for another
+            self.memory.check(self.kv.branch_table(-number), branch.tokens, len(branch.tokens))
         for number, branch in enumerate(branches):
-            if computed:
-                self.memory.check(self.kv.branch_table(-number), branch.tokens, len(branch.tokens))
             if not computed or lucky.get(branch.seq_id) != number:
                 self.kv.drop(-number)
                 continue
