@@ -29,6 +29,10 @@ _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first c
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
 _STALE = 256  # and rounds after which that is no longer believed: twice as many each time that it was no better,
 _MOST_DOUBLED = 5
+_LINGERING = (
+    16  # rounds that a smaller batch stays at plain decoding: one that shrinks may be at its end, where drafting
+)
+# never pays for the draft's catching up with all tokens
 _WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _PREPARED = (1, 2, 3, 4, 6, 8, 16, 32)  # windows that are looked at, if so many may be,
@@ -97,6 +101,7 @@ class AutoPace:
         self._deciding, self._round = 0.0, 0.0  # seconds that a choice takes, and a round
         self._rounds = 0  # that could be learnt from; where nothing is, all
         self._until = 0  # of the latest decision
+        self._size, self._lingered = 0, 0  # the batch's, as a power of two, and its rounds of plain decoding since then
 
     @property
     def listens(self) -> bool:
@@ -105,7 +110,9 @@ class AutoPace:
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         if not request_ids:
             return Pace(self._modes[0], ())
-        self._rounds += not self.listens
+        self._rounds += not self.listens  # the others are counted when they are observed
+        if self._lingers(load) and self._latest is not None:
+            return Pace("autoregressive", (1,) * load.batch, self._latest.choice.rate)
         key = load.batch.bit_length(), pinned
         decision = self._decisions.get(key)
         if decision is None or self._rounds >= decision.until:
@@ -119,6 +126,15 @@ class AutoPace:
         self._running = choice
         own = tuple([windows.get(i, typical) for i in request_ids])
         return Pace(choice.mode, own, choice.rate, choice.prepared)
+
+    def _lingers(self, load: Load) -> bool:
+        """Whether the batch became smaller a moment ago, while it was decoded plainly."""
+        size, running = load.batch.bit_length(), self._running
+        if size >= self._size or running is None or running.mode != "autoregressive" or self._lingered >= _LINGERING:
+            self._size, self._lingered = size, 0
+            return False
+        self._lingered += 1
+        return True
 
     def observe(self, measured: MeasuredRound) -> None:
         self._curves.observe(measured, steady=self._rounds - self._since >= _WARMING)

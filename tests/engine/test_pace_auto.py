@@ -97,6 +97,23 @@ def test_it_switches_off_under_load_and_on_again() -> None:
     assert "autoregressive" not in (seen[0], seen[2])
 
 
+def test_a_batch_that_shrinks_stays_at_plain_decoding_for_a_while() -> None:
+    """Its last tokens would not pay for the draft's catching up; what goes on for longer is drafted again."""
+    machine, odds = Machine(0.2, 4.0, 0.5, 0.1, beside=1.3, noise=0.02), Odds(0.6, 0.6)
+    policy = auto(machine)
+    for batch in (1, 64):
+        for _ in Batch(machine, batch, lambda *_: odds).serve(policy, 120):
+            pass
+    modes = []
+    for batch in [16] * 5 + [2] * 30:
+        pace = policy.decide(range(batch), Load(batch, 100 * batch), False)
+        assert len(pace.windows) == batch
+        modes.append(pace.mode)
+        policy.observe(measured_round(batch, mode=pace.mode, rows=batch, steps=0))
+    assert set(modes[:16]) == {"autoregressive"}
+    assert "autoregressive" not in modes[20:]
+
+
 def test_it_does_not_waver_between_paces_of_about_the_same_speed() -> None:
     machine, odds = Machine(1.0, 5.0, 0.1, 0.3, noise=0.1), Odds(0.75, 0.75)
     policy = auto(machine)
@@ -177,7 +194,9 @@ def test_batches_of_other_sizes_do_not_change_a_requests_window() -> None:
         windows={0: 1, 1: 1}, typical=1,
     )  # fmt: skip
     assert policy.decide([0, 1], Load(2, 100), False).windows == (1, 1)
-    assert policy.decide([0], Load(1, 50), False) == before
+    later = [policy.decide([0], Load(1, 50), False) for _ in range(20)]  # it lingers where it was
+    assert later[0].mode == "autoregressive"
+    assert later[-1] == before
 
 
 def test_predictions_are_not_judged_while_requests_are_as_another_mode_left_them(
