@@ -12,7 +12,7 @@ from pearl.errors import ConfigurationError
 from pearl.user_values import shown
 
 BALANCED = "pearl@balanced"
-FORMS = f"NAME, NAME@WINDOW, NAME@FIRST-LAST (windows), {BALANCED}"
+FORMS = f"NAME, NAME@WINDOW, NAME@FIRST-LAST (windows), pearl@WINDOW+PREPARED (windows), {BALANCED}"
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Contender:
     method: MethodName
     window: int | Literal["auto"] = "auto"
     pace: PaceName = "auto"
+    prepared: int | Literal["auto"] = "auto"
 
     @property
     def options(self) -> dict[str, Any]:
         """Of an EngineConfig."""
-        return {"method": self.method, "window": self.window, "pace": self.pace}
+        return {"method": self.method, "window": self.window, "pace": self.pace, "prepared_windows": self.prepared}
 
 
 def parse_contenders(text: str, window: int | Literal["auto"] = "auto") -> list[Contender]:
@@ -60,8 +61,10 @@ def _contenders(part: str, window: int | Literal["auto"]) -> Iterator[Contender]
     elif part == BALANCED:
         yield Contender(name=part, method=method, pace="balanced")
     else:
-        for number in _windows(part, own):
-            yield Contender(f"{name}@{number}", method, number)
+        windows, plus, count = own.partition("+") if method == "pearl" else (own, "", "")
+        prepared: int | Literal["auto"] = _prepared(part, count) if plus else "auto"
+        for number in _windows(part, windows):
+            yield Contender(f"{name}@{number}" + (f"+{prepared}" if plus else ""), method, number, prepared=prepared)
 
 
 def _windows(part: str, text: str) -> range:
@@ -74,3 +77,12 @@ def _windows(part: str, text: str) -> range:
             f"or, for pearl, balanced"
         )
     return range(begin, end + 1)
+
+
+def _prepared(part: str, text: str) -> int:
+    number = whole_number(text)
+    if number is None or number > LONGEST_WINDOW:
+        raise ConfigurationError(
+            f"--methods: {shown(part)}: behind + stands how many windows to prepare, from 0 to {LONGEST_WINDOW}"
+        )
+    return number

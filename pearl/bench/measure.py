@@ -40,6 +40,9 @@ class MethodResult:
     draft_forwards: int
     efficiency: float
     runs: int
+    prepared: int = 0  # windows drafted ahead for a verdict that might come,
+    prepared_hits: int = 0  # those whose verdict came,
+    prepared_accepted: float = 0.0  # and the share of all accepted tokens that these drafted
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ def _summarise(contender: _Contender, batch: int, baseline: float | None) -> Met
         draft_forwards=sum(m.draft_forwards for m in metrics),
         efficiency=statistics.median(run.efficiency for run in contender.runs),
         runs=len(contender.runs),
+        prepared=sum(m.prepared for m in metrics),
+        prepared_hits=sum(m.prepared_hits for m in metrics),
+        prepared_accepted=sum(m.prepared_accepted for m in metrics) / accepted if accepted else 0.0,
     )
 
 

@@ -111,7 +111,7 @@ def _draw_bars(axes: Any, results: Sequence[MethodResult]) -> None:
 
 
 def _is_fixed(name: str) -> bool:
-    return name.partition("@")[2].isdecimal()
+    return name.partition("@")[2].replace("+", "").isdecimal()
 
 
 def _whisker(result: MethodResult) -> float:

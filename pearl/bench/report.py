@@ -88,11 +88,14 @@ def table(results: Sequence[MethodResult], title: str) -> Table:
 
 
 def _choices(results: Sequence[MethodResult]) -> Iterator[str]:
-    """Lines about modes, where a method's own was not the only one."""
+    """Lines about modes, where a method's own was not the only one, and about prepared windows."""
     for r in results:
         if set(r.modes) - {r.method.partition("@")[0]}:
             shares = ", ".join(f"{mode} {share:.0%}" for mode, share in r.modes.items())
             yield f"rounds of {r.method} at batch {r.batch}: {shares}"
+        if r.prepared:
+            shares = f"{r.prepared_hits / r.prepared:.0%} hit, {r.prepared_accepted:.0%} of accepted tokens"
+            yield f"prepared by {r.method} at batch {r.batch}: {shares}"
 
 
 @dataclass(frozen=True)

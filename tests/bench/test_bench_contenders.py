@@ -22,6 +22,13 @@ def test_a_method_may_have_a_window_or_a_pace_of_its_own() -> None:
     assert [config.pace for config in configs] == ["auto"] * 8 + ["balanced"]
 
 
+def test_pearl_at_a_window_may_prepare_others() -> None:
+    found = parse_contenders("pearl@4,pearl@4+0,pearl@4-5+2")
+    assert [contender.name for contender in found] == ["pearl@4", "pearl@4+0", "pearl@4+2", "pearl@5+2"]
+    configs = [EngineConfig(device="cpu", **contender.options) for contender in found]
+    assert [(config.window, config.most_prepared) for config in configs] == [(4, 0), (4, 0), (4, 2), (5, 2)]
+
+
 def test_a_common_window_is_for_those_that_draft_and_have_none() -> None:
     found = parse_contenders("autoregressive,speculative,pearl,pearl@2,pearl@balanced", 7)
     assert [contender.window for contender in found] == ["auto", 7, 7, 2, "auto"]
@@ -46,6 +53,9 @@ def test_the_longest_window_is_the_engine_s() -> None:
         *((f"pearl@{own}", f"'pearl@{own}': behind @ stand") for own in (
             "", "0", "x", "-3", "3-", "0-4", "5-3", "1-2-3", "3²", "1.5", "auto", "257", "1-257", "1-999999999",
         )),
+        ("speculative@4+2", "'speculative@4+2': behind @"),
+        ("pearl@+2", "'pearl@+2': behind @"),
+        *((f"pearl@4+{own}", f"'pearl@4+{own}': behind + stands") for own in ("", "x", "-1", "1-2", "257")),
         ("pearl,autoregressive,pearl", "pearl is there twice, first as pearl"),
         ("pearl@1-4,pearl@3", "pearl@3 is there twice"),
         ("pearl@5,pearl", "pearl is there twice, first as pearl@5"),

@@ -54,6 +54,13 @@ def test_a_result_without_tokens_is_shown_too() -> None:
     assert cells(replace(AUTOREGRESSIVE, tokens=0, tok_s=0.0))[1][6] == "-"
 
 
+def test_what_prepared_windows_brought_is_below_the_table() -> None:
+    ahead = replace(PEARL, method="pearl@4+2", prepared=40, prepared_hits=10, prepared_accepted=0.2)
+    assert not any("prepared" in line for line in printed(PEARL))
+    lines = [line for line in printed(PEARL, ahead) if "prepared" in line]
+    assert lines == ["prepared by pearl@4+2 at batch 1: 25% hit, 20% of accepted tokens"]
+
+
 def test_each_of_several_batches_has_a_section() -> None:
     four = [replace(result, batch=4) for result in (AUTOREGRESSIVE, PEARL)]
     assert not any(line.startswith("batch") for line in printed(AUTOREGRESSIVE, PEARL))

@@ -42,6 +42,9 @@ RESULT_KEYS = (
     "draft_forwards",
     "efficiency",
     "runs",
+    "prepared",
+    "prepared_hits",
+    "prepared_accepted",
 )
 Script = Callable[..., Finished]
 SCRIPT = "throughput.py"
