@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from e2e_support import FAMILIES, KNOWN, VOCAB, Pair, byte_tokenizer, perturbed, random_model, save
+import torch
+from e2e_support import FAMILIES, KNOWN, VOCAB, Pair, Rounds, byte_tokenizer, perturbed, random_model, save
+from graphed_llm import Graphed, OpenGraphed, on_devices
+from recording_queue import RecordingQueue
 
 from pearl import LLM
+from pearl.config import EngineConfig
+from pearl.engine.model_loading import load_models
 
 _PERTURBATION = {"llama": 0.03, "mistral": 0.03, "qwen2": 0.04, "qwen3": 0.04}
 
@@ -67,3 +73,29 @@ def open_llm() -> Iterator[Callable[..., LLM]]:
     yield build
     for llm in opened:
         llm.close()
+
+
+@pytest.fixture
+def open_graphed() -> Iterator[OpenGraphed]:
+    """``open_graphed(pair, on="target draft", **options)``: the models named work on a recording device each; "apart":
+    the target's is another one."""
+    with ExitStack() as stack:
+
+        def build(
+            pair: Pair,
+            on: str = "target draft",
+            most_rows: int = 40,
+            most: tuple[int, int] = (0, 0),
+            **options: Any,
+        ) -> Graphed:
+            paths = {"target": pair.target, "draft": pair.draft}
+            config = EngineConfig(**{**paths, "device": "cpu", "dtype": "float32", "capture_seconds": 0, **options})
+            models, rounds = load_models(config), Rounds()
+            # To torch "cpu:0" is the CPU, but it is not the device of the other model's tensors.
+            elsewhere = torch.device("cpu", 0) if "apart" in on else torch.device("cpu")
+            target = RecordingQueue(elsewhere) if "target" in on else None
+            draft = RecordingQueue() if "draft" in on and models.draft else None
+            models = on_devices(models, target, draft, most_rows, most)
+            return Graphed(stack.enter_context(LLM.from_models(models, config, rounds)), target, draft, rounds)
+
+        yield build

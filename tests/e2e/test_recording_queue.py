@@ -1,4 +1,4 @@
-"""The recording device itself, which stands for a GPU in tests/e2e/test_graphs.py."""
+"""The recording device itself, which stands for a GPU in tests/e2e/test_graphs_*.py."""
 
 from __future__ import annotations
 

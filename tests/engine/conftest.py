@@ -1,4 +1,7 @@
-"""Settings of the engine's tests, and an engine around fakes. The helpers are in engine_sim.py and engine_rig.py."""
+"""Settings of the engine's tests, and an engine around fakes (engine_rig.py).
+
+Other engines are around simulated models (engine_sim.py) and toys with logits (engine_toy.py).
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from engine_sim import SimulatedVerifier, drafted, request_of
+from engine_requests import drafted, request_of
+from simulated_models import SimulatedVerifier
 
 from pearl.engine.engine import Engine
 from pearl.engine.rounds import RoundRecord
@@ -146,3 +147,10 @@ def tokens_of(deltas: list[OutputDelta]) -> list[int]:
 
 def fail(*args: object) -> None:
     raise RuntimeError("out of luck")
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def call(*args: object) -> None:
+        raise error
+
+    return call

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from engine_sim import CheckedScheduler, PagedMemory, pace_of, request_of
+from checked_scheduler import CheckedScheduler
+from engine_requests import request_of
+from method_paces import pace_of
+from paged_memory import PagedMemory
 from random_branches import RandomBranches
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_sim import request_of
+from engine_requests import request_of
 from engine_toy import VOCAB, Toy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_sim import METHODS, request_of, simulate, target_sequence
+from engine_requests import request_of
+from engine_sim import simulate
 from engine_toy import COLUMNS, VOCAB, Toy
+from method_paces import METHODS
 from pace_support import SIZES, measured_round
+from simulated_models import target_sequence
 from torch import Tensor
 
 import pearl

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
-from engine_rig import TOKEN, Rig, tokens_of
+from engine_rig import TOKEN, Rig, raising, tokens_of
 
 from pearl.errors import CaptureError, EngineClosedError, RankError
 
@@ -45,13 +44,6 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     made.settle()
     yield made
     made.engine.close()
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def call(*args: object) -> None:
-        raise error
-
-    return call
 
 
 def assert_ended(rig: Rig, error: Exception) -> None:

@@ -8,10 +8,11 @@ import random
 from typing import Any
 
 import pytest
-from engine_sim import METHODS, request_of
+from engine_requests import request_of
 from engine_toy import VOCAB, Toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_paces import METHODS
 from random_pace import RandomPace
 
 from pearl.sampling_params import SamplingParams

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
+from engine_requests import drafted
 from engine_rig import TOKEN, Rig, fail, tokens_of
-from engine_sim import drafted
 
 from pearl.engine.request import Status
 from pearl.errors import EngineClosedError

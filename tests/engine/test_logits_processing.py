@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_sim import sequence_state
+from engine_requests import sequence_state
 from torch import Tensor
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 

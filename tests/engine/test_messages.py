@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import pytest
-from engine_sim import drafted, sequence_state
+from engine_requests import drafted, sequence_state
 
 from pearl import messages
 from pearl.messages import (

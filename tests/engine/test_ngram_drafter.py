@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from engine_sim import sequence_state
+from engine_requests import sequence_state
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from engine_sim import PieceDetokenizer
+from engine_requests import PieceDetokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from engine_sim import request_of, simulate, target_sequence
+from engine_requests import request_of
+from engine_sim import simulate
+from simulated_models import target_sequence
 
 PROMPTS = [[1, 2, 3], [1, 2, 3, 4, 5], [7]]
 

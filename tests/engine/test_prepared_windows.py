@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_sim import METHODS, SWITCHING, request_of
+from engine_requests import request_of
 from engine_toy import COLUMNS, Toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_paces import METHODS, SWITCHING
 
 from pearl.outputs import RequestMetrics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_sim import drafted, request_of
+from engine_requests import drafted, request_of
 
 from pearl.engine.request import Request, Status
 from pearl.messages import Decision, Drafted, DraftWork, ForwardWork

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_sim import sequence_state
+from engine_requests import sequence_state
 
 from pearl.errors import InvalidRequestError, PearlError
 from pearl.sampling_batch import SamplingBatches, draft_temperature

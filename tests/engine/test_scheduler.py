@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from engine_sim import METHODS, drafted, request_of, simulate, target_sequence
+from engine_requests import drafted, request_of
+from engine_sim import simulate
+from method_paces import METHODS
+from simulated_models import target_sequence
 
 from pearl.engine.request import Request, Status
 from pearl.errors import InvalidRequestError, QueueFullError

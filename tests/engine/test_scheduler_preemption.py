@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from engine_sim import METHODS, Simulation, request_of, simulate, target_sequence
+from engine_requests import request_of
+from engine_sim import Simulation, simulate
+from method_paces import METHODS
+from simulated_models import target_sequence
 from test_scheduler import prompt
 
 from pearl.engine.request import Request, Status

@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine_sim import METHODS, Simulation, expected_output, request_of, simulate
+from engine_requests import request_of
+from engine_sim import Simulation, simulate
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from method_paces import METHODS
+from simulated_models import expected_output
 
 from pearl.engine.request import Status
 from pearl.sampling_params import SamplingParams
