@@ -116,6 +116,13 @@ def test_malformed_bodies(idle_llm: LLM, content: bytes) -> None:
     assert not engine.asked
 
 
+def test_more_ids_than_any_context_holds_are_said_to_be_too_many(idle_llm: LLM) -> None:
+    ids = [5] * ((1 << 20) + 1)
+    response = complete(FakeEngine(idle_llm), prompt=ids)
+    assert (response.status_code, told(response)["param"]) == (400, "prompt")
+    assert f"the prompt has {len(ids)} tokens, the context holds" in told(response)["message"]
+
+
 def test_json_must_be_declared(idle_llm: LLM) -> None:
     response = ask(FakeEngine(idle_llm), "POST", "/v1/completions", content=json.dumps(BODY))
     assert response.status_code == 400
