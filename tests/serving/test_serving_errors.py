@@ -183,8 +183,9 @@ def test_the_key_covers_every_route_but_health(idle_llm: LLM, path: str) -> None
         response = ask(engine, "GET", path, locked, headers={"authorization": authorization})
         assert response.status_code == 401
         assert told(response)["code"] == "invalid_api_key"
-    allowed = ask(engine, "GET", path, locked, headers={"authorization": "Bearer s3cret"})
-    assert allowed.status_code == (404 if path == "/nowhere" else 200)
+    for key in ("s3cret", "s3cret\n"):  # as a file of settings may have it
+        allowed = ask(engine, "GET", path, {"api_key": key}, headers={"authorization": "Bearer s3cret"})
+        assert allowed.status_code == (404 if path == "/nowhere" else 200)
     assert ask(engine, "GET", "/health", locked).status_code == 200
     assert ask(engine, "POST", "/v1/completions", locked, json=BODY).status_code == 401
     assert not engine.asked
