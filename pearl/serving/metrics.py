@@ -110,7 +110,9 @@ class Metrics:
         finished = [((reason,), count) for reason, count in sorted(self._finished.items())]
         yield self._counter("vllm:request_success", "Outputs that ended", finished, "finished_reason")
         refused = [((reason,), count) for reason, count in sorted(self._refused.items())]
-        yield self._counter("pearl:requests_refused", "Requests that the engine did not take", refused, "reason")
+        yield self._counter(
+            "pearl:requests_refused", "Requests that the engine did not take, by error.code", refused, "reason"
+        )
         positions = [((str(i),), sum(histogram[i + 1 :])) for i in range(len(histogram) - 1)]
         help = "Drafted tokens that became output, by position"
         yield self._counter("vllm:spec_decode_num_accepted_tokens_per_pos", help, positions, "position")

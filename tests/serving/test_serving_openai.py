@@ -266,6 +266,8 @@ def test_metrics_count_what_was_returned(server: LiveServer) -> None:
     assert new["vllm:inter_token_latency_seconds_count"] > 0
     assert new["pearl:rounds_total"] > 0
     assert (after["vllm:num_requests_running"], after["pearl:healthy"]) == (0, 1)
+    assert server.post("/v1/completions", **body | {"n": 13}).status_code == 429  # 4 run, 8 wait
+    assert scrape(server)["pearl:requests_refused_total queue_full"] == 1
 
 
 def scrape(server: LiveServer) -> dict[str, float]:
