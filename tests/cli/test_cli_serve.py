@@ -101,7 +101,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureF
     [
         (["--api-key", " "], "API key"),
         (["--max-body", "much"], "a size is"),
-        (["--generation-config", "mine"], "auto or none"),
+        (["--generation-config", "mine"], "'mine' is not one of"),
         (["--host", "no such host."], "no address"),
         (["--port", "99999"], "port"),
         (["--port", "0", "--max-waiting", "0"], "max_waiting"),
