@@ -201,6 +201,8 @@ def test_token_ids_and_statistics_on_request(server: LiveServer, llm: LLM) -> No
 def test_models_and_tokenizers(client: openai.OpenAI, server: LiveServer, llm: LLM) -> None:
     assert [model.id for model in client.models.list()] == [NAME, "alias"]
     assert client.models.retrieve("alias").id == "alias"
+    card = server.http.get(f"/v1/models/{NAME}").json()
+    assert (card["max_model_len"], card["default_sampling_params"]) == (llm.max_model_len, {"temperature": 1.0})
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/name")
     text = "def läuft(self):\n    return '→'\n"
