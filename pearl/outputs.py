@@ -73,6 +73,11 @@ class OutputDelta(NamedTuple):
     metrics: RequestMetrics
     error: str | None = None
 
+    @classmethod
+    def given_up(cls, request_id: int, metrics: RequestMetrics, error: str | None) -> OutputDelta:
+        """The end of an output that gets no other token."""
+        return cls(request_id, (), (), "", None, "abort", metrics, error)
+
 
 @dataclass
 class CompletionOutput:
@@ -125,3 +130,7 @@ class StreamChunk:
     metrics: RequestMetrics
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    @classmethod
+    def of(cls, index: int, d: OutputDelta) -> StreamChunk:
+        return cls(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs)

@@ -34,7 +34,8 @@ class Stream:
             raise StopIteration
         try:
             with self._driver.gate.enter() as turn:
-                return self._chunk(self._next(turn))
+                delta = self._next(turn)
+                return StreamChunk.of(self._indices[delta.request_id], delta)
         except EngineInUseError:
             raise
         except BaseException:
@@ -53,11 +54,6 @@ class Stream:
             turn.checkpoint()
             self._driver.round()
         return self._reader.mail.popleft()
-
-    def _chunk(self, d: OutputDelta) -> StreamChunk:
-        return StreamChunk(
-            self._indices[d.request_id], d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs
-        )
 
     def close(self) -> None:
         """Abort what has not ended. Where a round is under way that happens after it. Idempotent."""

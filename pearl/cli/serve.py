@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,7 +36,7 @@ class ServerOptions:
     ] = None
     max_body: Annotated[str, _server(metavar="SIZE", help="Largest body of a request.")] = "16M"
     generation_config: Annotated[
-        str, _server(metavar="auto|none", help="Sampling defaults: auto, the target's own; none, OpenAI's.")
+        Literal["auto", "none"], _server(help="Sampling defaults: auto, the target's own; none, OpenAI's.")
     ] = "auto"
     drain_timeout: Annotated[
         float | None, _server(min=0, help="Seconds that SIGTERM leaves to what runs. Default: all that it takes.")
@@ -70,8 +70,6 @@ def serve(
 
     SIGTERM and Ctrl-C let it finish what runs and then leave with status 0; a second one ends it at once.
     """
-    if server.generation_config not in ("auto", "none"):
-        raise ConfigurationError(f"--generation-config is auto or none, not {server.generation_config!r}")
     if server.api_key is not None and not server.api_key.strip():
         raise ConfigurationError("the API key (--api-key, PEARL_API_KEY) is empty; give one, or unset it")
     max_body = parse_size(server.max_body)

@@ -58,7 +58,7 @@ class Outbox:
     def give_up(self, request: Request, error: str | None) -> OutputDelta:
         """End an output without another token."""
         self._end(request)
-        delta = OutputDelta(request.id, (), (), "", None, "abort", request.metrics, error)
+        delta = OutputDelta.given_up(request.id, request.metrics, error)
         self._written.append(delta)
         return delta
 

@@ -74,7 +74,7 @@ class Answer:
                 outputs = await while_connected(request.receive, generation.complete())
                 return Response(as_json(self.whole(outputs)), media_type="application/json")
             events = self.events()
-            first = await while_connected(request.receive, _first(events))
+            first = await while_connected(request.receive, anext(events))
             return EventStream(first, events, generation.close)
         except BaseException:
             generation.close()
@@ -145,7 +145,3 @@ class Answer:
         config = self._service.engine.llm.config
         window = config.largest_window if config.uses_draft else 0
         return statistics([output.metrics for output in self._generation.outputs], window)
-
-
-async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events)

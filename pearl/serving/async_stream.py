@@ -78,7 +78,7 @@ class Mailbox:
     def fail(self, error: str) -> None:
         """The outputs that have not ended never will."""
         for request in self._requests:
-            self.receive(OutputDelta(request.id, (), (), "", None, "abort", request.metrics, error))
+            self.receive(OutputDelta.given_up(request.id, request.metrics, error))
 
     def shut(self) -> None:
         """Nothing is to be read any more."""
@@ -101,9 +101,8 @@ class Mailbox:
         """What has waited longest, where there is something."""
         request_id = next(iter(self._unread))
         unread = self._unread.pop(request_id)
-        d = unread.joined() if isinstance(unread, _Unread) else unread
-        index = self._indices[request_id]
-        return StreamChunk(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs)
+        delta = unread.joined() if isinstance(unread, _Unread) else unread
+        return StreamChunk.of(self._indices[request_id], delta)
 
 
 class AsyncStream:

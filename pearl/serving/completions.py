@@ -17,7 +17,6 @@ from pearl.serving.logprobs import CompletionLogprobs
 from pearl.serving.protocol import CompletionRequest
 from pearl.serving.sampling import sampling_params
 from pearl.serving.service import Service
-from pearl.serving.texts import prompts_of
 
 _MAX_TOKENS = 16  # OpenAI's
 
@@ -27,17 +26,13 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError("echo with logprobs is not supported yet: leave one of them out", "echo")
     jobs, texts = [], []
-    special = True if body.add_special_tokens is None else body.add_special_tokens
-    prompts = prompts_of(body.prompt)
-    for index, prompt in enumerate(prompts):
-        name = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
-        ids = await service.texts.prompt(prompt, special, name)
+    max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    for index, prompt in enumerate(body.prompts):
+        name = "prompt" if len(body.prompts) == 1 else f"prompt[{index}]"
+        ids = await service.texts.prompt(prompt, body.add_special_tokens is not False, name)
         room = service.engine.llm.max_model_len - len(ids)
-        max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
         jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
-    if not jobs:
-        raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
     generation = Generation(service, f"cmpl-{uuid4().hex}", jobs)
     shape = TextShape(service, generation, texts, body.logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, body.logprobs is not None))
@@ -53,7 +48,7 @@ class TextShape:
         self._tokenizer = service.engine.llm.tokenizer
         self._generation, self._echoes, self._logprobs = generation, echoes, logprobs
         self._forms: dict[int, CompletionLogprobs] = {}  # by output
-        self._unsaid = {i: self._echo(i) for i in range(len(generation.outputs))} if any(echoes) else {}
+        self._unsaid = {i: self._echo(i) for i in range(len(generation.outputs))}
 
     def choice(self, output: CompletionOutput) -> dict[str, Any]:
         return {"text": self._echo(output.index) + output.text, "logprobs": self._of(output)}
@@ -62,9 +57,7 @@ class TextShape:
         return ""
 
     def piece(self, chunk: StreamChunk) -> str:
-        text = chunk.text
-        if self._unsaid:
-            text = self._unsaid.pop(chunk.index, "") + text
+        text = self._unsaid.pop(chunk.index, "") + chunk.text
         logprobs = as_json(self._of(chunk)) if self._logprobs else "null"
         return f'"text":{as_json(text)},"logprobs":{logprobs}'
 

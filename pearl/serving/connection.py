@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.types import Receive
 
@@ -15,7 +15,7 @@ class ClientGone(Exception):
     """The client has closed the connection: there is nobody to answer."""
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of ``work``, which is cancelled when the client leaves: ClientGone. The body must have been read."""
     task = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnection(receive))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pearl.serving.connection import ClientGone, while_connected
-from pearl.serving.errors import ApiError, api_error
+from pearl.serving.errors import api_error
 
 _LOG = logging.getLogger("pearl.serving")
 DONE = b"data: [DONE]\n\n"
@@ -33,9 +33,10 @@ class EventStream(Response):
     """
 
     def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream"
+        )
         del self.headers["content-length"]
-        self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._first, self._events, self._close = first, events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +56,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
             told = api_error(error)
-            if not isinstance(error, ApiError) and told.code == "internal_error":
+            if told.code == "internal_error":
                 _LOG.exception("a stream failed")
             await send({"type": "http.response.body", "body": f"data: {told.body()}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})

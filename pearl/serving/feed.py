@@ -46,7 +46,7 @@ class Feed(Reader):
         for request in self.requests:
             if request.id in self.unfinished:
                 request.metrics.finished_at = time.monotonic()
-                self.receive(OutputDelta(request.id, (), (), "", None, "abort", request.metrics, error))
+                self.receive(OutputDelta.given_up(request.id, request.metrics, error))
 
     def leave(self) -> None:
         """The client is gone."""

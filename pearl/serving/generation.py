@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from types import TracebackType
+from dataclasses import replace
 
-from pearl.errors import PearlError, QueueFullError, RoundError
+from pearl.errors import PearlError, RoundError
 from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream
+from pearl.serving.errors import api_error
 from pearl.serving.service import Service
 
 _WAITING = 64  # chunks; beyond that each stream joins its own
@@ -32,7 +33,7 @@ class Generation:
                 self._streams.append(service.engine.submit(ids, params))
         except PearlError as error:
             self._cancel()
-            service.metrics.refused("queue_full" if isinstance(error, QueueFullError) else type(error).__name__)
+            service.metrics.refused(api_error(error).code or "invalid")
             raise
         self._record = service.metrics.begin(request_id, [len(ids) for ids in self.prompts], len(self.outputs))
 
@@ -41,15 +42,14 @@ class Generation:
 
     async def chunks(self) -> AsyncGenerator[StreamChunk, None]:
         """Chunks of all outputs, in the order of arrival. RoundError if the engine gave one up; the rest ends too."""
-        record, metrics = self._record, [output.metrics for output in self.outputs]
+        record = self._record
         try:
             async with aclosing(self._merged()) as merged:
                 async for chunk in merged:
                     if chunk.error is not None:
                         record.failed(chunk.error)
                         raise RoundError(chunk.error)
-                    if chunk.metrics is not metrics[chunk.index]:
-                        metrics[chunk.index] = self.outputs[chunk.index].metrics = chunk.metrics
+                    self.outputs[chunk.index].metrics = chunk.metrics
                     record.saw(chunk)
                     yield chunk
             if record.outcome == "cancelled":
@@ -93,14 +93,6 @@ class Generation:
         self._cancel()
         self._record.end()
 
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _cancel(self) -> None:
         for stream in self._streams:
             stream.cancel()
@@ -110,12 +102,8 @@ async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[Strea
     """``first``: the number of the stream's first output."""
     try:
         async for chunk in stream:
-            await arrived.put(_numbered(chunk, first + chunk.index))
+            await arrived.put(replace(chunk, index=first + chunk.index))
     except Exception as error:
         await arrived.put(error)
     else:
         await arrived.put(None)
-
-
-def _numbered(c: StreamChunk, index: int) -> StreamChunk:
-    return StreamChunk(index, c.text, c.token_ids, c.drafted, c.finish_reason, c.metrics, c.error, c.logprobs)

@@ -15,11 +15,11 @@ from pearl.serving.errors import ApiError
 class ApiKeyGuard:
     """Lets in who sends ``Authorization: Bearer KEY``, and everyone to ``open_paths``.
 
-    How long the comparison takes says nothing about the key.
+    Spaces around a key do not count. How long the comparison takes says nothing about the key.
     """
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
-        self._app, self._digest, self._open = app, _digest(key), open_paths
+        self._app, self._digest, self._open = app, _digest(key.strip()), open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._open or self._knows(scope):

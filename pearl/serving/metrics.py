@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pearl.outputs import RequestMetrics
 from pearl.serving.request_log import log_request
 from pearl.serving.request_record import Latencies, RequestRecord
-from pearl.serving.usage import summed_histogram
+from pearl.serving.usage import totals
 
 _LABELS = ("model_name", "engine")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -69,8 +69,7 @@ class Metrics:
     def _ended(self, record: RequestRecord) -> None:
         self._live.discard(record)
         self._generated += record.generated
-        for metrics in record.outputs:
-            _add(self._totals, metrics)
+        self._totals = totals((self._totals, *record.outputs))
         self._finished.update(record.reasons.values())
         self._cancelled += record.outcome == "cancelled"
         log_request(record)
@@ -81,9 +80,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        now, total, live = self._gauges(), RequestMetrics(), list(self._live)
-        for each in (self._totals, *(metrics for record in live for metrics in record.outputs)):
-            _add(total, each)
+        now, live = self._gauges(), list(self._live)
+        total = totals((self._totals, *(metrics for record in live for metrics in record.outputs)))
         generated = self._generated + sum(record.generated for record in live)
         histogram = total.acceptance_histogram
         yield self._gauge("vllm:num_requests_running", "Outputs that are being generated", now.running)
@@ -110,7 +108,9 @@ class Metrics:
         finished = [((reason,), count) for reason, count in sorted(self._finished.items())]
         yield self._counter("vllm:request_success", "Outputs that ended", finished, "finished_reason")
         refused = [((reason,), count) for reason, count in sorted(self._refused.items())]
-        yield self._counter("pearl:requests_refused", "Requests that the engine did not take", refused, "reason")
+        yield self._counter(
+            "pearl:requests_refused", "Requests that the engine did not take, by error.code", refused, "reason"
+        )
         positions = [((str(i),), sum(histogram[i + 1 :])) for i in range(len(histogram) - 1)]
         help = "Drafted tokens that became output, by position"
         yield self._counter("vllm:spec_decode_num_accepted_tokens_per_pos", help, positions, "position")
@@ -125,11 +125,3 @@ class Metrics:
         for given, value in values:
             family.add_metric((*self._labels, *given), value)
         return family
-
-
-def _add(total: RequestMetrics, more: RequestMetrics) -> None:
-    for name in (
-        "target_forwards", "draft_forwards", "drafted", "tested", "accepted", "runs", "preemptions", "output_tokens",
-    ):  # fmt: skip
-        setattr(total, name, getattr(total, name) + getattr(more, name))
-    total.acceptance_histogram = summed_histogram((total.acceptance_histogram, more.acceptance_histogram))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -100,29 +101,34 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     add_special_tokens: bool | None = None
 
+    @property
+    def prompts(self) -> Sequence[str | TokenIds]:
+        """Each a text, or token ids; an empty list is one without ids."""
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
 
-class ConversationFields(Body):
-    messages: list[dict[str, Any]]
+
+class TemplateFields(Body):
+    """What a chat template gets beside the messages."""
+
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class ChatCompletionRequest(ConversationFields, SamplingFields):
+class ChatCompletionRequest(TemplateFields, SamplingFields):
+    messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateFields):
     """A prompt, or messages."""
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 

@@ -7,13 +7,14 @@ import time
 from collections import Counter
 
 from pearl.serving.request_record import RequestRecord
+from pearl.serving.usage import totals
 
 _LOG = logging.getLogger("pearl.serving")
 
 
 def log_request(record: RequestRecord) -> None:
     seconds = time.monotonic() - record.arrival
-    tested, accepted = (sum(getattr(m, name) for m in record.outputs) for name in ("tested", "accepted"))
+    total = totals(record.outputs)
     reasons = Counter(record.reasons.values())
     parts = [
         f"{record.id} {record.outcome}",
@@ -22,8 +23,8 @@ def log_request(record: RequestRecord) -> None:
         f"first={record.first_token:.3f}s" if record.first_token is not None else "first=none",
         f"total={seconds:.3f}s",
     ]
-    if tested:
-        parts.append(f"accepted={accepted}/{tested}")
+    if total.tested:
+        parts.append(f"accepted={total.accepted}/{total.tested}")
     if record.error is not None:
         parts.append(f"error={record.error.splitlines()[0]!r}")
     _LOG.log(logging.INFO if record.error is None else logging.ERROR, "%s", " ".join(parts))

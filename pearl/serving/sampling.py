@@ -11,7 +11,7 @@ from pearl.models.model_files import find_file, read_json
 from pearl.sampling_params import SamplingParams
 from pearl.serving.protocol import SamplingFields
 
-FILE = "generation_config.json"
+_FILE = "generation_config.json"
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _NUMBERS = (
     *_FROM_FILE, "presence_penalty", "frequency_penalty", "min_tokens", "seed", "n", "draft_temperature",
@@ -33,7 +33,7 @@ class SamplingDefaults:
     @classmethod
     def of_model(cls, path: str) -> SamplingDefaults:
         """With what the generation_config.json of a folder or hub id says, if it has one. ConfigurationError."""
-        file = find_file(path, FILE)
+        file = find_file(path, _FILE)
         if file is None:
             return cls.of_openai()
         said = read_json(file)

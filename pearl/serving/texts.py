@@ -11,7 +11,7 @@ from pearl.chat_messages import read_conversation
 from pearl.errors import InvalidRequestError
 from pearl.llm import LLM
 from pearl.prompts import ReadPrompt
-from pearl.user_values import as_items
+from pearl.serving.protocol import TemplateFields
 
 T = TypeVar("T")
 _NOT_OF_TEMPLATES = ("chat_template", "documents", "tokenize", "tools")  # a client's template is code of a stranger's
@@ -25,9 +25,7 @@ class Texts:
         self._llm, self._tokenizer = llm, llm.tokenizer
         self._thread = ThreadPoolExecutor(1, "pearl-texts")
 
-    async def prompt(
-        self, prompt: str | Sequence[int], add_special_tokens: bool = True, name: str = "prompt"
-    ) -> list[int]:
+    async def prompt(self, prompt: str | Sequence[int], add_special_tokens: bool, name: str) -> list[int]:
         """Token ids of a prompt, checked as the library checks it. InvalidRequestError, about ``name``."""
 
         def encode() -> list[int]:
@@ -44,20 +42,21 @@ class Texts:
     async def conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         """Likewise, by the chat template; ``variables`` are for it. InvalidRequestError, about "messages"."""
 
-        def render() -> list[int]:
-            ids = self._tokenizer.render_chat(read_conversation(messages), variables)
-            return self._llm.encode(ReadPrompt(token_ids=ids))
+        def encode() -> list[int]:
+            return self._llm.encode(ReadPrompt(token_ids=self._rendered(messages, variables)))
 
-        return await self._run(_naming("messages", render))
+        return await self._run(_naming("messages", encode))
 
     async def ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Of any text, also an empty one, and one that is too long for a prompt."""
         return await self._run(_naming("prompt", lambda: self._tokenizer.encode(text, add_special_tokens)), len(text))
 
     async def conversation_ids(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        return await self._run(
-            _naming("messages", lambda: self._tokenizer.render_chat(read_conversation(messages), variables))
-        )
+        """Of any conversation, also one that is too long for a prompt."""
+        return await self._run(_naming("messages", lambda: self._rendered(messages, variables)))
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
+        return self._tokenizer.render_chat(read_conversation(messages), variables)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """InvalidRequestError for ids that are none."""
@@ -79,17 +78,7 @@ class Texts:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def prompts_of(given: str | Sequence[Any]) -> list[str | list[int]]:
-    """One for each completion that a request asks for: a text, ids, or several of them in a list."""
-    if isinstance(given, str):
-        return [given]
-    items = as_items(given) or []
-    if items and not isinstance(items[0], int):
-        return items
-    return [items]
-
-
-def template_variables(fields: Any) -> dict[str, Any]:
+def template_variables(fields: TemplateFields) -> dict[str, Any]:
     """What a request gives the chat template beside its messages. InvalidRequestError for what is not a template's."""
     variables = dict(fields.chat_template_kwargs or {})
     if foreign := sorted(set(_NOT_OF_TEMPLATES).intersection(variables)):

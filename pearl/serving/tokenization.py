@@ -17,8 +17,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         ids = await service.texts.conversation_ids(body.messages, template_variables(body))
     else:
-        special = True if body.add_special_tokens is None else body.add_special_tokens
-        ids = await service.texts.ids(body.prompt or "", special)
+        ids = await service.texts.ids(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.llm.max_model_len, "tokens": ids}
     if body.return_token_strs:
         tokenizer = service.engine.llm.tokenizer

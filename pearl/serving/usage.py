@@ -7,8 +7,12 @@ from typing import Any
 
 from pearl.outputs import RequestMetrics
 
+_COUNTED = (
+    "target_forwards", "draft_forwards", "drafted", "tested", "accepted", "runs", "preemptions", "output_tokens",
+)  # fmt: skip
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
     """``prompt_tokens`` counts each prompt once, ``completion_tokens`` what is returned of all outputs."""
     return {
         "prompt_tokens": prompt_tokens,
@@ -18,13 +22,16 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
     }
 
 
-def summed_histogram(histograms: Iterable[Sequence[int]]) -> list[int]:
-    """[i]: verdicts that made i drafted tokens output."""
-    total: list[int] = []
-    for histogram in histograms:
-        total.extend([0] * (len(histogram) - len(total)))
-        for accepted, count in enumerate(histogram):
-            total[accepted] += count
+def totals(outputs: Iterable[RequestMetrics]) -> RequestMetrics:
+    """What is counted, summed; without times."""
+    total = RequestMetrics()
+    histogram = total.acceptance_histogram
+    for each in outputs:
+        for name in _COUNTED:
+            setattr(total, name, getattr(total, name) + getattr(each, name))
+        histogram.extend([0] * (len(each.acceptance_histogram) - len(histogram)))
+        for accepted, count in enumerate(each.acceptance_histogram):
+            histogram[accepted] += count
     return total
 
 
@@ -33,28 +40,28 @@ def statistics(outputs: Sequence[RequestMetrics], largest_window: int) -> dict[s
 
     ``largest_window``: most tokens drafted at a time.
     """
-    histogram = summed_histogram(m.acceptance_histogram for m in outputs)
-    steps, accepted, drafted = sum(histogram), sum(m.accepted for m in outputs), sum(m.drafted for m in outputs)
-    tokens, forwards = sum(m.output_tokens for m in outputs), sum(m.target_forwards for m in outputs)
-    tested, runs = sum(m.tested for m in outputs), sum(m.runs for m in outputs)
+    total = totals(outputs)
+    steps, accepted, forwards = sum(total.acceptance_histogram), total.accepted, total.target_forwards
     first_tokens = [m.time_to_first_token for m in outputs if m.time_to_first_token is not None]
     return {
         "speculative_decoding": {
             "mean_acceptance_length": 1 + accepted / steps if steps else None,
-            "draft_acceptance_rate": accepted / drafted if drafted else None,
-            "acceptance_histogram": histogram,
+            "draft_acceptance_rate": accepted / total.drafted if total.drafted else None,
+            "acceptance_histogram": total.acceptance_histogram,
             "num_spec_steps": steps,
             "num_accepted_draft_tokens": accepted,
-            "num_draft_tokens": drafted,
+            "num_draft_tokens": total.drafted,
             "num_spec_tokens": largest_window,
         },
         "pearl": {
             "target_forwards": forwards,
-            "draft_forwards": sum(m.draft_forwards for m in outputs),
-            "tokens_per_target_forward": tokens / forwards if forwards else None,
-            "acceptance_rate": accepted / tested if tested else None,  # of the drafted tokens that were judged
-            "mean_accepted_run": accepted / runs if runs else None,
-            "preemptions": sum(m.preemptions for m in outputs),
+            "draft_forwards": total.draft_forwards,
+            "tokens_per_target_forward": total.output_tokens / forwards if forwards else None,
+            "acceptance_rate": accepted / total.tested
+            if total.tested
+            else None,  # of the drafted tokens that were judged
+            "mean_accepted_run": accepted / total.runs if total.runs else None,
+            "preemptions": total.preemptions,
             "time_to_first_token": min(first_tokens, default=None),
         },
     }

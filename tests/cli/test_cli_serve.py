@@ -88,6 +88,21 @@ def test_the_second_signal_ends_at_once() -> None:
         assert process.wait(_PATIENCE) == -signal.SIGTERM
 
 
+def test_what_the_drain_timeout_does_not_suffice_for_is_told_so() -> None:
+    body = BODY | {"max_tokens": 450, "stream": True, "n": 16}
+    with (
+        serving("--drain-timeout", "0") as (process, url),
+        httpx.stream("POST", f"{url}/v1/completions", json=body) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines)
+        process.send_signal(signal.SIGTERM)
+        *_, error, done = [line for line in lines if line]
+        assert "the engine was closed before this output had ended" in error
+        assert done == "data: [DONE]"
+        assert process.wait(_PATIENCE) == 0
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     import socket
 
@@ -101,7 +116,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureF
     [
         (["--api-key", " "], "API key"),
         (["--max-body", "much"], "a size is"),
-        (["--generation-config", "mine"], "auto or none"),
+        (["--generation-config", "mine"], "'mine' is not one of"),
         (["--host", "no such host."], "no address"),
         (["--port", "99999"], "port"),
         (["--port", "0", "--max-waiting", "0"], "max_waiting"),

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pearl import LLM, SamplingParams
-from pearl.engine.engine import Engine
 from pearl.messages import TargetOutput, TargetPlan
-from pearl.outputs import CompletionOutput, StreamChunk
+from pearl.outputs import CompletionOutput
 from pearl.serving.async_engine import AsyncEngine
 from pearl.serving.async_stream import AsyncStream
 
@@ -73,6 +72,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+def thread_of(engine: AsyncEngine) -> threading.Thread:
+    (thread,) = [argument for argument in engine._join.args if isinstance(argument, threading.Thread)]
+    return thread
+
+
 def assert_nothing_held(llm: LLM) -> None:
     """Called when the engine rests."""
     scheduler = llm.engine.scheduler
@@ -83,6 +87,11 @@ def assert_nothing_held(llm: LLM) -> None:
     for kv in filter(None, (scheduler.target_kv, scheduler.draft_kv)):
         kv.check_integrity()
         assert kv.num_free_pages == kv.num_pages
+
+
+async def assert_drains_empty(engine: AsyncEngine) -> None:
+    await engine.drain()
+    assert_nothing_held(engine.llm)
 
 
 @dataclass
@@ -102,10 +111,11 @@ class Hook:
         return output
 
 
-def hook(engine: Engine) -> Hook:
-    made = Hook(engine._target.run)
-    engine._target.run = made  # type: ignore[method-assign]
-    return made
+def hooked_llm(**options: Any) -> tuple[LLM, Hook]:
+    llm = bundled(**options)
+    hook = Hook(llm.engine._target.run)
+    llm.engine._target.run = hook  # type: ignore[method-assign]
+    return llm, hook
 
 
 class Hold:
@@ -135,11 +145,3 @@ def held(hooked: Hook) -> Iterator[Hold]:
     finally:
         hooked.before = lambda plan: None
         hold.release()
-
-
-def joined(chunks: list[StreamChunk], index: int = 0) -> CompletionOutput:
-    output = CompletionOutput(index)
-    for chunk in chunks:
-        if chunk.index == index:
-            output.extend(chunk)
-    return output

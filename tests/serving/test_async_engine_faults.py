@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 from async_support import (
-    PATIENCE,
     Hook,
+    assert_drains_empty,
     assert_nothing_held,
     bundled,
     errors_of,
     greedy,
     held,
-    hook,
+    hooked_llm,
     read,
     run,
     serving,
+    thread_of,
     until,
 )
 
@@ -37,11 +36,6 @@ from pearl.serving.health import Health
 PROMPT = [5, 6, 7]
 
 
-def thread_of(engine: AsyncEngine) -> threading.Thread:
-    (thread,) = [argument for argument in engine._join.args if isinstance(argument, threading.Thread)]
-    return thread
-
-
 def raising(error: BaseException) -> Callable[..., Any]:
     def call(*args: object) -> None:
         raise error
@@ -50,8 +44,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_a_round_that_fails_ends_its_requests_and_no_others() -> None:
-    llm = bundled(max_num_seqs=2)
-    hooked = hook(llm.engine)
+    llm, hooked = hooked_llm(max_num_seqs=2)
 
     async def test() -> None:
         async with serving(llm) as engine:
@@ -65,8 +58,7 @@ def test_a_round_that_fails_ends_its_requests_and_no_others() -> None:
                 assert (await errors_of(stream))[-1] == "RuntimeError: out of luck"
             assert (await read(waiting))[0].token_ids == expected[0].token_ids
             assert engine.health == Health(True)
-            await engine.drain()
-            assert_nothing_held(llm)
+            await assert_drains_empty(engine)
 
     run(test())
 
@@ -80,8 +72,7 @@ def fail_once(hooked: Hook, error: BaseException) -> Callable[[TargetPlan], None
 
 
 def test_a_request_without_numbers_fails_alone() -> None:
-    llm = bundled(max_num_seqs=3, method="autoregressive")
-    hooked = hook(llm.engine)
+    llm, hooked = hooked_llm(max_num_seqs=3, method="autoregressive")
 
     def poison(plan: TargetPlan, output: TargetOutput) -> None:
         row = 0
@@ -102,8 +93,7 @@ def test_a_request_without_numbers_fails_alone() -> None:
             assert 0 < len(bad.token_ids) < 10
             assert good[0].token_ids == same[0].token_ids == expected[0].token_ids
             assert engine.health == Health(True)
-            await engine.drain()
-            assert_nothing_held(llm)
+            await assert_drains_empty(engine)
 
     run(test())
 
@@ -151,8 +141,7 @@ def test_an_engine_that_cannot_go_on_answers_everyone_and_turns_red(
     break_it: Callable[[AsyncEngine], None], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who runs, who waits, who has just come, and who comes later. Then it can still be closed."""
-    llm = bundled(max_num_seqs=2, window=3)
-    hooked = hook(llm.engine)
+    llm, hooked = hooked_llm(max_num_seqs=2, window=3)
 
     async def test() -> threading.Thread:
         engine = AsyncEngine(llm)
@@ -204,8 +193,7 @@ def test_what_comes_as_it_dies_is_answered_too() -> None:
 
 
 def test_a_round_that_does_not_end_turns_health_red_until_it_does() -> None:
-    llm = bundled()
-    hooked = hook(llm.engine)
+    llm, hooked = hooked_llm()
 
     async def test() -> None:
         async with serving(llm, round_limit=0.2) as engine:
@@ -226,8 +214,7 @@ def test_a_round_that_does_not_end_turns_health_red_until_it_does() -> None:
 
 
 def test_closing_does_not_wait_for_ever_for_a_round_that_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
-    llm = bundled()
-    hooked = hook(llm.engine)
+    llm, hooked = hooked_llm()
 
     async def test() -> None:
         engine = AsyncEngine(llm, round_limit=0.05)
@@ -262,46 +249,3 @@ def test_observers_that_raise_harm_nobody(caplog: pytest.LogCaptureFixture) -> N
 
     run(test())
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError, TypeError]
-
-
-FORGOTTEN = """
-import asyncio, sys
-from pearl import LLM, SamplingParams
-from pearl.serving.async_engine import AsyncEngine
-
-engine = AsyncEngine(LLM(device="cpu", draft_threads=2, target_threads=2))
-
-async def main():
-    global stream
-    stream = engine.submit([5, 6, 7], SamplingParams(max_tokens=1500, ignore_eos=True))
-    async for chunk in stream:
-        print(len(chunk.token_ids) > 0)
-        return
-
-if sys.argv[1] != "idle":
-    asyncio.run(main())
-if sys.argv[1] == "garbage":
-    del engine, stream
-print("end")
-"""
-
-
-@pytest.mark.parametrize("state", ["idle", "busy", "garbage"])
-def test_a_program_that_forgets_to_close_ends(state: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORGOTTEN, state], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["end"] if state == "idle" else ["True", "end"]
-
-
-def test_an_engine_that_is_garbage_ends_its_thread() -> None:
-    async def test() -> None:
-        engine = AsyncEngine(bundled())
-        thread, stream = thread_of(engine), engine.submit(PROMPT, greedy(400))
-        await anext(stream)
-        del engine
-        assert (await errors_of(stream))[-1] == "the engine was closed before this output had ended"
-        assert not thread.is_alive()
-
-    run(test())

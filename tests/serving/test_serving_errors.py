@@ -116,6 +116,13 @@ def test_malformed_bodies(idle_llm: LLM, content: bytes) -> None:
     assert not engine.asked
 
 
+def test_more_ids_than_any_context_holds_are_said_to_be_too_many(idle_llm: LLM) -> None:
+    ids = [5] * ((1 << 20) + 1)
+    response = complete(FakeEngine(idle_llm), prompt=ids)
+    assert (response.status_code, told(response)["param"]) == (400, "prompt")
+    assert f"the prompt has {len(ids)} tokens, the context holds" in told(response)["message"]
+
+
 def test_json_must_be_declared(idle_llm: LLM) -> None:
     response = ask(FakeEngine(idle_llm), "POST", "/v1/completions", content=json.dumps(BODY))
     assert response.status_code == 400
@@ -176,8 +183,9 @@ def test_the_key_covers_every_route_but_health(idle_llm: LLM, path: str) -> None
         response = ask(engine, "GET", path, locked, headers={"authorization": authorization})
         assert response.status_code == 401
         assert told(response)["code"] == "invalid_api_key"
-    allowed = ask(engine, "GET", path, locked, headers={"authorization": "Bearer s3cret"})
-    assert allowed.status_code == (404 if path == "/nowhere" else 200)
+    for key in ("s3cret", "s3cret\n"):  # as a file of settings may have it
+        allowed = ask(engine, "GET", path, {"api_key": key}, headers={"authorization": "Bearer s3cret"})
+        assert allowed.status_code == (404 if path == "/nowhere" else 200)
     assert ask(engine, "GET", "/health", locked).status_code == 200
     assert ask(engine, "POST", "/v1/completions", locked, json=BODY).status_code == 401
     assert not engine.asked

@@ -201,6 +201,8 @@ def test_token_ids_and_statistics_on_request(server: LiveServer, llm: LLM) -> No
 def test_models_and_tokenizers(client: openai.OpenAI, server: LiveServer, llm: LLM) -> None:
     assert [model.id for model in client.models.list()] == [NAME, "alias"]
     assert client.models.retrieve("alias").id == "alias"
+    card = server.http.get(f"/v1/models/{NAME}").json()
+    assert (card["max_model_len"], card["default_sampling_params"]) == (llm.max_model_len, {"temperature": 1.0})
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/name")
     text = "def läuft(self):\n    return '→'\n"
@@ -266,6 +268,8 @@ def test_metrics_count_what_was_returned(server: LiveServer) -> None:
     assert new["vllm:inter_token_latency_seconds_count"] > 0
     assert new["pearl:rounds_total"] > 0
     assert (after["vllm:num_requests_running"], after["pearl:healthy"]) == (0, 1)
+    assert server.post("/v1/completions", **body | {"n": 13}).status_code == 429  # 4 run, 8 wait
+    assert scrape(server)["pearl:requests_refused_total queue_full"] == 1
 
 
 def scrape(server: LiveServer) -> dict[str, float]:

@@ -5,7 +5,7 @@ const TITLES = {
   target: "the target's own token",
 };
 
-function element(id) {
+export function element(id) {
   return document.getElementById(id);
 }
 
@@ -13,7 +13,7 @@ function show(id, text) {
   element(id).textContent = text;
 }
 
-function made(kind, classes, text = "") {
+export function made(kind, classes, text = "") {
   const node = document.createElement(kind);
   node.className = classes;
   node.textContent = text;

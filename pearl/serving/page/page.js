@@ -1,9 +1,8 @@
 // The form: what is asked, when, and what is said about it.
 
-import { Answer } from "./answer.js";
+import { Answer, element, made } from "./answer.js";
 import { Refused, events, read } from "./events.js";
 
-const element = (id) => document.getElementById(id);
 const form = element("form");
 const prompt = element("prompt");
 const key = element("key");
@@ -63,12 +62,8 @@ function sampling() {
 }
 
 function turn(classes, text = "") {
-  const node = document.createElement("div");
-  node.className = `turn ${classes}`;
-  const said = document.createElement("span");
-  said.className = "prompt";
-  said.textContent = text;
-  node.append(said);
+  const node = made("div", `turn ${classes}`);
+  node.append(made("span", "prompt", text));
   element("transcript").append(node);
   return node;
 }
