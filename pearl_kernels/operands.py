@@ -117,13 +117,12 @@ def check_sampling(call: CallChecks, op: str, params: SamplingTensors, n: int) -
     call.contiguous(op, "seed", params.seed, torch.int64, (n,))
 
 
-def check_alternatives(op: str, count: int) -> None:
+def new_alternatives(op: str, logits: Tensor, count: int) -> Alternatives | None:
+    """Uninitialised; None if none are asked for."""
     if not 0 <= count <= MOST_ALTERNATIVES:
         raise ValueError(f"{op}: alternatives must be 0 to {MOST_ALTERNATIVES}, not {count}")
-
-
-def new_alternatives(logits: Tensor, count: int) -> Alternatives:
-    """Uninitialised."""
+    if count == 0:
+        return None
     n = logits.shape[0]
     return Alternatives(
         logits.new_empty((n, count), dtype=torch.int64),

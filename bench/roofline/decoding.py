@@ -31,7 +31,7 @@ from bench.roofline.gguf_export import write_gguf
 from bench.roofline.llama_cpp import INSTALL, load_library
 from bench.roofline.near_ties import widest_gap
 from pearl.bench.command import run_command
-from pearl.bench.options import check_output, whole_number
+from pearl.bench.options import check_output, positive_numbers
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import provenance, write_whole
 from pearl.errors import ConfigurationError
@@ -74,9 +74,7 @@ def decoding(
     """Tokens per second of plain decoding without prompts, beside llama.cpp; ratios of neighbouring processes."""
     if dtype not in _DTYPES:
         raise ConfigurationError(f"--dtype takes {' or '.join(_DTYPES)}, not {shown(dtype)}")
-    counts = [whole_number(name.strip()) or 0 for name in threads.split(",")]
-    if min(counts) < 1:
-        raise ConfigurationError(f"--threads takes numbers from 1, with commas, not {shown(threads)}")
+    counts = positive_numbers("--threads", threads)
     check_output("--json", json_out)
     try:
         load_library()

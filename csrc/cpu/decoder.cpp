@@ -102,7 +102,6 @@ void* Decoder::at(void* rows, int64_t row, int64_t width) const {
   return static_cast<uint8_t*>(rows) + row * width * bytes_of(shape_.dtype);
 }
 
-/// The first residual: the tokens' embeddings.
 void Decoder::copy_pages(const int64_t* pairs, int64_t count) {
   if (count == 0) return;
   const int64_t bytes = shape_.page_size * shape_.kv_heads * shape_.head_dim * bytes_of(shape_.dtype);
@@ -111,6 +110,7 @@ void Decoder::copy_pages(const int64_t* pairs, int64_t count) {
   }
 }
 
+/// The first residual: the tokens' embeddings.
 void Decoder::embed(const DecoderBatch& batch) {
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
   const auto* table = static_cast<const uint8_t*>(embedding_);

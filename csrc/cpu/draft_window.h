@@ -24,8 +24,7 @@ struct DraftWindow {
   uint32_t stream;
   void* ring;  // [ring_rows, the decoder's vocab_size], where logits of drafted tokens are kept
   int64_t ring_rows;
-  const int64_t*
-      ring_base;  // [R]; the token at position p goes to row ring_base + p % ring_size; negative: none is kept
+  const int64_t* ring_base;  // [R]; the token at position p goes to row ring_base + p % ring_size; negative: to none
   const int64_t* ring_size;  // [R]
   const LateBranch* late;    // [num_late]
   int64_t num_late;

@@ -1,4 +1,4 @@
-"""``sample`` and ``verify`` in C++, for fp32 and bf16 logits; meaning as in ``pearl_kernels.reference.sampling``."""
+"""``sample`` and ``verify`` in C++, for fp32 and bf16 logits; meaning as in ``pearl_kernels.reference``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pearl_kernels.cpu import _core
 from pearl_kernels.cpu.checks import CHECKS
 from pearl_kernels.native import RULE_CODES, NativeSampling
-from pearl_kernels.operands import check_alternatives, check_logits, check_sampling, new_alternatives
+from pearl_kernels.operands import check_logits, check_sampling, new_alternatives
 from pearl_kernels.reference import Rule, Sampled, SamplingTensors, Stream
 
 _NATIVE = NativeSampling(_core, CHECKS, rules=get_args(Rule))
@@ -68,11 +68,10 @@ def sample(
     checks = CHECKS.beside(op, "logits", logits)
     check_logits(checks, op, "logits", logits, vocab_size)
     check_sampling(checks, op, params, n)
-    check_alternatives(op, alternatives)
     checks.contiguous(op, "positions", positions, torch.int64, (n,))
     tokens = logits.new_empty(n, dtype=torch.int64)
     logprobs = logits.new_empty(n, dtype=torch.float32)
-    ranked = new_alternatives(logits, alternatives) if alternatives else None
+    ranked = new_alternatives(op, logits, alternatives)
     _core.sample(
         _NATIVE.logits(logits),
         _NATIVE.sampling(params),

@@ -1,4 +1,4 @@
-"""``verify`` and what it shares with ``sample``; meaning, shapes and dtypes as in ``pearl_kernels.reference.sampling``.
+"""``verify`` and what it shares with ``sample``; meaning, shapes and dtypes as in ``pearl_kernels.reference``.
 
 Logits are of the dtypes of the module's checks; the draft's may differ from the target's. Inputs that a kernel cannot
 take raise ValueError.

@@ -140,7 +140,7 @@ def rank(
     drawn: Distributions,
     stream: Stream,
     made: Alternatives,
-) -> Alternatives:
+) -> None:
     """Fills ``made``. drawn: of the same plan and rows, with a token of each."""
     count = made.tokens.shape[1]
     ranks = logits.new_empty((plan.slots, count, plan.span), dtype=torch.float32)
@@ -151,7 +151,6 @@ def rank(
     rank_kernel[plan.grid](*inputs, *records, ranks, winners, made.drawn, *size, **fixed, num_warps=WARPS)
     rows = 1 << (count - 1).bit_length()
     merge_kernel[(plan.slots,)](*records, ranks, winners, made.tokens, made.scores, ROWS=rows, **fixed, num_warps=WARPS)
-    return made
 
 
 def variants(dtype: str) -> tuple[Variant, ...]:

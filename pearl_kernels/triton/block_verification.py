@@ -2,7 +2,7 @@
 
 Target and draft rows become distributions at once. Then weigh follows each request's tokens, spare sums
 max(weight P - Q, 0) of every row behind them, decide finds where each request ends, and what takes the token's place is
-drawn as under rejection. Every row of both models is read twice, or three times where it is cut. Launches: 10, or 7
+drawn as under rejection. Most rows of both models are read twice, or three times where they are cut. Launches: 10, or 7
 where every draft is a point mass.
 """
 
@@ -16,17 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from pearl_kernels.reference import SamplingTensors, Stream, Verdict
+from pearl_kernels.triton.drafted import describe_draft, ratios, residual_of
 from pearl_kernels.triton.launch import WARPS, Plan, distributions, make_plan, variant
 from pearl_kernels.triton.philox import uniform
-from pearl_kernels.triton.replacement import OpenRows, probabilities, race_kernel, replace_failed
+from pearl_kernels.triton.replacement import OpenRows, race_kernel, replace_failed
 from pearl_kernels.triton.statistics import (
     CUTOFF,
     GREEDY,
     INVERSE_TEMPERATURE,
     KIND,
-    LOG_MASS,
     PEAK,
     TILE,
+    TILES_AT,
     floats_of,
     ints_of,
     request_of,
@@ -56,17 +57,10 @@ def weigh_kernel(
     begin, end = tl.load(row_start + request).to(tl.int64), tl.load(row_start + request + 1).to(tl.int64)
     weight = 1.0
     for row in range(begin, end):
-        record, drafted = floats_of(floats, row, SPAN), tl.load(draft_tokens + row)
-        kind = tl.load(ints_of(ints, row, SPAN) + KIND)
+        drafted, kind = tl.load(draft_tokens + row), tl.load(ints_of(ints, row, SPAN) + KIND)
         tested = (drafted >= 0) & (drafted < vocab_size) & (kind != GREEDY)
-        logit = tl.load(logits + row * stride + drafted, tested, float("-inf")).to(tl.float32)
-        z = (logit - tl.load(record + PEAK)) * tl.load(record + INVERSE_TEMPERATURE)
-        log_ratio = z - tl.load(record + LOG_MASS)
-        if draft_logprobs is not None:
-            log_ratio -= tl.load(draft_logprobs + row)
-        product = weight * tl.exp(log_ratio)
-        possible = tested & (z >= tl.load(record + CUTOFF)) & (product > 0)  # no NaN: nobody drafts such a token
-        weight = tl.where(possible, tl.minimum(product, 1.0), 0.0)
+        product = weight * ratios(logits, draft_logprobs, row, drafted, tested, floats, stride, SPAN)
+        weight = tl.where(product > 0, tl.minimum(product, 1.0), 0.0)  # a NaN is a token that nobody drafts
         tl.store(weights + row, weight)
 
 
@@ -105,20 +99,19 @@ def spare_kernel(
     record, draft_record = floats_of(floats, row, SPAN), floats_of(draft_floats, row, SPAN)
     draft_index = tl.load(draft_rows + row).to(tl.int64)
     draft_row = draft_logits + draft_index * draft_stride
-    spread = draft_index >= 0
-    if spread:
-        spread = tl.load(ints_of(draft_ints, row, SPAN) + KIND) != GREEDY
-        certain = tl.where(spread, -1, tl.load(draft_drawn + row).to(tl.int32))
-        draft_peak = tl.load(draft_record + PEAK)
-        spread = spread & ((draft_peak - draft_peak) == 0)  # else it is no distribution, and q is 0
+    spread, certain = describe_draft(certain, draft_index, draft_floats, draft_ints, draft_drawn, row, SPAN)
+    inverse, peak = tl.load(record + INVERSE_TEMPERATURE), tl.load(record + PEAK)
+    cutoff = tl.load(record + CUTOFF)
     first_tile = tl.program_id(1) * tiles_per_program
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, TILES)):
-        first = tile * TILE
-        p = probabilities(logits + row * stride, record, first, vocab_size)
-        q = tl.where(first + tl.arange(0, TILE) == certain, 1.0, 0.0)
-        if spread:
-            q = probabilities(draft_row, draft_record, first, vocab_size)
-        tl.store(spares + row * SPAN + tile, tl.sum(tl.maximum(weight * p - q, 0.0)))
+        spare = 0.0
+        if (tl.load(record + TILES_AT + tile) - peak) * inverse >= cutoff:  # else p is 0 in all of it
+            first = tile * TILE
+            _, residual = residual_of(
+                logits + row * stride, record, draft_row, draft_record, spread, certain, weight, first, vocab_size
+            )
+            spare = tl.sum(residual)
+        tl.store(spares + row * SPAN + tile, spare)
 
 
 @triton.jit
@@ -197,13 +190,12 @@ def judge_blocks(
     """plan: of as many slots as logits has rows, at least one; of at least one request."""
     requests = row_start.shape[0] - 1
     target = distributions(plan, logits, params, row_start=row_start)
-    rows, draft = torch.full_like(draft_tokens, -1, dtype=torch.int32), None
+    rows, q_logits, q = torch.full_like(draft_tokens, -1, dtype=torch.int32), logits, target
     if draft_logits is not None and draft_rows is not None and draft_temperature is not None:
         named = (draft_tokens >= 0) & (draft_rows < draft_logits.shape[0])
         rows = torch.where(named, draft_rows, rows)
         drafter = replace(params, temperature=draft_temperature)
-        draft = distributions(plan, draft_logits, drafter, rows=rows, row_start=row_start)
-    q_logits, q = (logits, target) if draft_logits is None or draft is None else (draft_logits, draft)
+        q_logits, q = draft_logits, distributions(plan, draft_logits, drafter, rows=rows, row_start=row_start)
     weights = logits.new_empty(plan.slots, dtype=torch.float32)
     spares = logits.new_empty((plan.slots, plan.span), dtype=torch.float32)
     open_weights = logits.new_empty(requests, dtype=torch.float32)
@@ -227,23 +219,19 @@ def judge_blocks(
         **plan.constants,
         num_warps=_DECIDE_WARPS,
     )
-    last, inputs = make_plan(requests, plan.vocab_size), (draft_tokens, positions, params.seed)
-    replace_failed(
-        last, logits, draft_logits, *inputs, target, draft, open_rows, verdict.next_token, weights=open_weights
-    )
+    last, inputs = make_plan(requests, plan.vocab_size), (logits, q_logits, draft_tokens, positions, params.seed)
+    replace_failed(last, *inputs, target, q, open_rows, verdict.next_token, weights=open_weights)
     return verdict
 
 
 def variants(dtype: str) -> tuple[Variant, ...]:
     """For logits of this dtype."""
-    made = (
+    return (
         variant(f"verify-scan_draft_rows-{dtype}", scan_kernel, dtype, {"positions": None}),
         variant(f"verify-weigh-{dtype}", weigh_kernel, dtype, num_warps=_DECIDE_WARPS),
         variant(f"verify-spare-{dtype}", spare_kernel, dtype),
         variant(f"verify-race_block-{dtype}", race_kernel, dtype),
     )
-    return (
-        made
-        if dtype != "bf16"
-        else (*made, variant("verify-decide_blocks", decide_blocks_kernel, dtype, num_warps=_DECIDE_WARPS))
-    )
+
+
+DECIDE = variant("verify-decide_blocks", decide_blocks_kernel, "bf16", num_warps=_DECIDE_WARPS)

@@ -13,33 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from pearl_kernels.reference import Stream
+from pearl_kernels.triton.drafted import describe_draft, residual_of
 from pearl_kernels.triton.launch import WARPS, Distributions, Plan
 from pearl_kernels.triton.philox import exponentials
 from pearl_kernels.triton.sampling import winner_of
 from pearl_kernels.triton.statistics import (
     CUTOFF,
-    GREEDY,
     INVERSE_TEMPERATURE,
-    KIND,
-    LOG_MASS,
     NO_TOKEN,
     PEAK,
     TILE,
     TILES_AT,
     floats_of,
-    ints_of,
-    load_tile,
     race,
 )
 
 _SAMPLE, _RESIDUAL = (tl.constexpr(int(s)) for s in (Stream.SAMPLE, Stream.RESIDUAL))
-
-
-@triton.jit
-def probabilities(row, record, first, vocab_size):
-    """fp32 [TILE]: of the tokens from ``first`` in a slot that is not greedy. record: of floats."""
-    z = (load_tile(row, first, vocab_size, TILE) - tl.load(record + PEAK)) * tl.load(record + INVERSE_TEMPERATURE)
-    return tl.where(z >= tl.load(record + CUTOFF), tl.exp(z - tl.load(record + LOG_MASS)), 0.0)
 
 
 @triton.jit(do_not_specialize=["tiles_per_program"])
@@ -82,12 +71,7 @@ def race_kernel(
     if weights is not None:
         slot, weight = index, tl.load(weights + request)
     draft_row, draft_record = draft_logits + draft_index * draft_stride, floats_of(draft_floats, slot, SPAN)
-    spread = draft_index >= 0
-    if spread:
-        spread = tl.load(ints_of(draft_ints, slot, SPAN) + KIND) != GREEDY
-        certain = tl.where(spread, -1, tl.load(draft_drawn + slot).to(tl.int32))
-        draft_peak = tl.load(draft_record + PEAK)
-        spread = spread & ((draft_peak - draft_peak) == 0)  # else it is no distribution, and q is 0
+    spread, certain = describe_draft(certain, draft_index, draft_floats, draft_ints, draft_drawn, slot, SPAN)
     key, position = tl.load(seed + request), tl.load(positions + index)
     speeds, winners = speeds + request * 2 * SPAN, winners + request * 2 * SPAN
     first_tile = tl.program_id(1) * tiles_per_program
@@ -95,12 +79,10 @@ def race_kernel(
         speed, token, fallback_speed, fallback = 0.0, NO_TOKEN, 0.0, NO_TOKEN
         if (tl.load(record + TILES_AT + tile) - peak) * inverse >= cutoff:
             first = tile * TILE
-            p = probabilities(logits + index * stride, record, first, vocab_size)
-            q = tl.where(first + tl.arange(0, TILE) == certain, 1.0, 0.0)
-            if spread:
-                q = probabilities(draft_row, draft_record, first, vocab_size)
+            row = logits + index * stride
+            p, residual = residual_of(row, record, draft_row, draft_record, spread, certain, weight, first, vocab_size)
             arrival = exponentials(key, position, stream, first, TILE)
-            speed, token = race(tl.maximum(weight * p - q, 0.0), arrival, first, TILE)
+            speed, token = race(residual, arrival, first, TILE)
             if speed == 0:
                 fallback_speed, fallback = race(p, arrival, first, TILE)
         tl.store(speeds + tile, speed)
@@ -131,19 +113,17 @@ class OpenRows(NamedTuple):
 def replace_failed(
     plan: Plan,
     logits: Tensor,
-    draft_logits: Tensor | None,
+    draft_logits: Tensor,
     draft_tokens: Tensor,
     positions: Tensor,
     seed: Tensor,
     target: Distributions,
-    draft: Distributions | None,
+    draft: Distributions,
     open_rows: OpenRows,
     next_token: Tensor,
     weights: Tensor | None = None,
 ) -> None:
-    """plan: of as many slots as there are requests. draft: None where no row of draft_logits is named."""
-    if draft_logits is None or draft is None:  # what stands here is not read
-        draft_logits, draft = logits, target
+    """plan: of as many slots as there are requests. Where open_rows names no row of draft_logits, neither is read."""
     speeds = logits.new_empty((plan.slots, 2 * plan.span), dtype=torch.float32)
     winners = logits.new_empty((plan.slots, 2 * plan.span), dtype=torch.int32)
     race_kernel[plan.grid](

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pearl_kernels.operands import check_alternatives, check_logits, check_sampling, new_alternatives
+from pearl_kernels.operands import check_logits, check_sampling, new_alternatives
 from pearl_kernels.reference import Sampled, SamplingTensors, Stream
 from pearl_kernels.triton import CHECKS
 from pearl_kernels.triton.alternatives import MERGE, rank
@@ -113,9 +113,8 @@ def sample(
     checks = CHECKS.beside(op, "logits", logits)
     check_logits(checks, op, "logits", logits, vocab_size)
     check_sampling(checks, op, params, n)
-    check_alternatives(op, alternatives)
     checks.contiguous(op, "positions", positions, torch.int64, (n,))
-    ranked = new_alternatives(logits, alternatives) if alternatives else None
+    ranked = new_alternatives(op, logits, alternatives)
     if n == 0:
         return Sampled(logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32), ranked)
     plan = make_plan(n, vocab_size)

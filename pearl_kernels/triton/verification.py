@@ -1,4 +1,4 @@
-"""``verify`` in Triton; meaning, shapes and dtypes as in ``pearl_kernels.reference.sampling``.
+"""``verify`` in Triton; meaning, shapes and dtypes as in ``pearl_kernels.reference.verification``.
 
 All rows become distributions at once (under "coupled", draws). Then one small program for each request finds its first
 row that fails, and the row that takes the token's place is drawn: the draft's distribution is computed for that row
@@ -19,24 +19,14 @@ from torch import Tensor
 from pearl_kernels.operands import check_verify
 from pearl_kernels.reference import Rule, SamplingTensors, Stream, Verdict
 from pearl_kernels.triton import CHECKS
-from pearl_kernels.triton.block_verification import judge_blocks
+from pearl_kernels.triton.block_verification import DECIDE, judge_blocks
 from pearl_kernels.triton.block_verification import variants as block_variants
+from pearl_kernels.triton.drafted import ratios
 from pearl_kernels.triton.launch import distributions, make_plan, variant
 from pearl_kernels.triton.philox import uniform
 from pearl_kernels.triton.replacement import OpenRows, race_kernel, replace_failed
 from pearl_kernels.triton.sampling import draw
-from pearl_kernels.triton.statistics import (
-    CUTOFF,
-    GREEDY,
-    INVERSE_TEMPERATURE,
-    KIND,
-    LOG_MASS,
-    NO_TOKEN,
-    PEAK,
-    floats_of,
-    ints_of,
-    scan_kernel,
-)
+from pearl_kernels.triton.statistics import GREEDY, KIND, NO_TOKEN, ints_of, scan_kernel
 from pearl_kernels.triton.variants import Variant
 
 _ACCEPT = tl.constexpr(int(Stream.ACCEPT))
@@ -75,19 +65,12 @@ def decide_kernel(
         index = first + tl.arange(0, _ROWS)
         inside, row = index < end, index.to(tl.int64)
         drafted = tl.load(draft_tokens + row, inside, -1)
-        record = floats_of(floats, row, SPAN)
         own = COUPLED | (tl.load(ints_of(ints, row, SPAN) + KIND, inside, GREEDY) == GREEDY)
         holds = own & (tl.load(drawn + row, inside, -1) == drafted)
         if not COUPLED:
             tested = inside & (own == 0) & (drafted >= 0) & (drafted < vocab_size)
-            logit = tl.load(logits + row * stride + drafted, tested, float("-inf")).to(tl.float32)
-            z = (logit - tl.load(record + PEAK, tested, 0.0)) * tl.load(record + INVERSE_TEMPERATURE, tested, 1.0)
-            log_ratio = z - tl.load(record + LOG_MASS, tested, 0.0)
-            if draft_logprobs is not None:
-                log_ratio -= tl.load(draft_logprobs + row, tested, 0.0)
             u = uniform(tl.load(seed + request), tl.load(positions + row, inside, 0), _ACCEPT)
-            kept = z >= tl.load(record + CUTOFF, tested, 0.0)
-            holds = holds | (tested & kept & (u < tl.exp(log_ratio)))
+            holds = holds | (u < ratios(logits, draft_logprobs, row, drafted, tested, floats, stride, SPAN))
         fails = tl.minimum(fails, tl.min(tl.where(inside & (holds == 0), index, NO_TOKEN)))
     tl.store(accepted + request, tl.minimum(fails, end) - begin)
     token, open_row, draft_row = -1, -1, -1
@@ -149,12 +132,12 @@ def verify(
         num_warps=_DECIDE_WARPS,
     )
     if not coupled:
-        last, draft = make_plan(requests, vocab_size), None
+        last, q_logits, q = make_plan(requests, vocab_size), logits, target
         if draft_logits is not None and draft_temperature is not None:
             drafter = replace(params, temperature=draft_temperature)
-            draft = distributions(last, draft_logits, drafter, rows=open_rows.failed_draft)
-        inputs = logits, draft_logits, draft_tokens, positions, params.seed
-        replace_failed(last, *inputs, target, draft, open_rows, verdict.next_token)
+            q_logits, q = draft_logits, distributions(last, draft_logits, drafter, rows=open_rows.failed_draft)
+        inputs = logits, q_logits, draft_tokens, positions, params.seed
+        replace_failed(last, *inputs, target, q, open_rows, verdict.next_token)
     return verdict
 
 
@@ -178,4 +161,8 @@ def _coupled_variants(dtype: str) -> tuple[Variant, ...]:
     )
 
 
-VARIANTS = (*(made for dtype in ("bf16", "fp16", "fp32") for made in _variants(dtype)), *_coupled_variants("bf16"))
+VARIANTS = (
+    *(made for dtype in ("bf16", "fp16", "fp32") for made in _variants(dtype)),
+    *_coupled_variants("bf16"),
+    DECIDE,
+)

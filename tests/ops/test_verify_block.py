@@ -24,6 +24,7 @@ from verify_support import Case, assert_same, block_shares, check, decided_reque
 
 from pearl_kernels import SamplingTensors, Situation, cuda, reference
 from pearl_kernels.reference import Stream, Verdict, verification
+from pearl_kernels.reference.philox import uniform
 
 HERE = implementations("verify")
 GPU = [p for p in emulated("verify") if p.id != "cuda"]  # whose kernels refuse the rule
@@ -121,6 +122,27 @@ def test_a_row_without_a_distribution_rejects(verify: Implementation, value: flo
     assert (accepted == 2).all()
     drawn = reference.sample(logits, params[request], positions, vocab_size, Stream.RESIDUAL).tokens
     assert torch.equal(next_token, drawn[2::g])
+
+
+@pytest.mark.parametrize("verify", implementations("verify", with_reference=True) + GPU)
+@pytest.mark.parametrize(("others", "cut"), [(-torch.inf, {}), (-5.0, {"top_k": 2})], ids=("uncut", "cut"))
+def test_mass_at_the_end_of_a_large_vocabulary_counts(verify: Implementation, others: float, cut: Any) -> None:
+    """The first token's weight is 1/2, the second cannot hold; behind the first 1/4 is left, all of it at the end."""
+    n, end = 24, LARGE - 10
+    logits, q = torch.full((2 * n, LARGE), others), torch.full((n, LARGE), others)
+    logits[::2, [7, 8]] = 0.0
+    logits[1::2, [5, end]] = 0.0
+    q[:, [3, 5]] = 0.0
+    params, positions = sampling(n, **cut), torch.arange(2).repeat(n)
+    case: Case = {"logits": logits, "params": params, "positions": positions, "vocab_size": LARGE, "rule": "block"}
+    case |= {"row_start": torch.arange(n + 1).int() * 2, "draft_tokens": torch.tensor([7, 3]).repeat(n)}
+    case |= {"draft_logits": q, "draft_rows": torch.stack((torch.full((n,), -1), torch.arange(n)), 1).flatten().int()}
+    case |= {"draft_logprobs": torch.tensor([0.0, math.log(0.5)]).repeat(n), "draft_temperature": torch.ones(n)}
+    accepted, next_token = verify(**case)
+    holds = uniform(params.seed, positions[::2], Stream.ACCEPT) < (1 / 4) / (1 / 4 + 1 - 1 / 2)
+    assert 0 < holds.sum() < n
+    assert torch.equal(accepted, holds.int())
+    assert torch.equal(next_token, torch.where(holds, end, 8))
 
 
 @emulated_too
