@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,16 @@ from pearl.user_values import shown
 
 Message = Mapping[str, Any]
 
+_CALL_WANTED = 'a call is such as {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}'
 _WANTED = 'a conversation is a list of messages such as {"role": "user", "content": "Hello"}'
 
 
 def read_conversations(given: Any) -> list[list[dict[str, Any]]]:
     """One conversation, or a list of them. Raises InvalidRequestError; which roles there are is the template's matter.
 
-    Content is a text, or a list of text parts ({"type": "text", "text": ...}), which become lines. Whatever else a
-    message holds (name, tool_calls, ...) is handed on to the template.
+    Content is a text, or a list of text parts ({"type": "text", "text": ...}), which become lines. Calls of tools are
+    as OpenAI has them; their arguments, a JSON object in a text, become a mapping, as templates expect. What is null is
+    left out, and so is an empty list of calls. Whatever else a message holds (name, ...) is handed on to the template.
     """
     if not _is_list(given):
         raise InvalidRequestError(f"{_WANTED}, not {shown(given)}")
@@ -47,17 +50,55 @@ def _conversation(given: Any, name: str) -> list[dict[str, Any]]:
 def _message(given: Any, name: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise InvalidRequestError(f"{_WANTED}; {name} is {shown(given)}")
-    message = dict(given)
+    message = {key: value for key, value in given.items() if value is not None}
     if not isinstance(message.get("role"), str):
         raise InvalidRequestError(f'{name} has no "role" that is a text; {_WANTED}')
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]
+    for key in ("tool_call_id", "reasoning_content"):
+        if not isinstance(message.get(key, ""), str):
+            raise InvalidRequestError(f"{name}.{key} is no text, but {shown(message[key])}")
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], f"{name}.tool_calls")
     content: Any = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return message
+    if content is None and ("tool_calls" in message or message.get("reasoning_content")):
+        content = ""  # templates print it, and print None as a word
     if _is_list(content):
         content = "\n".join(_text_of_part(part, f"{name}.content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
         raise InvalidRequestError(f'{name} has no "content" that is a text; {_WANTED}')
     return message | {"content": content}
+
+
+def _calls(given: Any, name: str) -> list[dict[str, Any]]:
+    if not _is_list(given):
+        raise InvalidRequestError(f"{name} is no list, but {shown(given)}; {_CALL_WANTED}")
+    return [_call(call, f"{name}[{index}]") for index, call in enumerate(given)]
+
+
+def _call(given: Any, name: str) -> dict[str, Any]:
+    function = given.get("function") if isinstance(given, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{name} has no function with a name; {_CALL_WANTED}")
+    if given.get("type", "function") != "function" or not isinstance(given.get("id", ""), str):
+        raise InvalidRequestError(f"{name} is of another type, or its id is no text; {_CALL_WANTED}")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str | Mapping | None):
+        raise InvalidRequestError(f"{name}.function.arguments is {shown(arguments)}; {_CALL_WANTED}")
+    return {**given, "type": "function", "function": {**function, "arguments": _arguments(arguments)}}
+
+
+def _arguments(given: str | Mapping[str, Any] | None) -> Any:
+    """A text that is no JSON object is what a model wrote: the template's matter."""
+    if not given:
+        return {}
+    if isinstance(given, Mapping):
+        return given
+    try:
+        read = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return read if isinstance(read, dict) else given
 
 
 def _text_of_part(part: Any, name: str) -> str:

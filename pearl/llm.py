@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -214,24 +214,30 @@ class LLM:
         """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
         return self._driver
 
-    def prepare(self, prompt: AnyPrompts, params: SamplingParams) -> list[Request]:
-        """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet."""
+    def prepare(self, prompt: AnyPrompts, params: SamplingParams, shown: Collection[int] = ()) -> list[Request]:
+        """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet.
+
+        ``shown``: special tokens whose names are part of the text.
+        """
         (one,) = params_for(1, params)
         self._admission.check(one)
-        requests = self._requests(self.encode(prompt), one)
+        requests = self._requests(self.encode(prompt), one, shown)
         self.engine.scheduler.require_fits(requests[0])
         return requests
 
-    def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
+    def _requests(self, ids: list[int], params: SamplingParams, shown: Collection[int] = ()) -> list[Request]:
         """One for each output of a prompt."""
         seed = self._seed(params)
-        return [self._request(ids, params, seed + index) for index in range(params.n)]
+        return [self._request(ids, params, seed + index, shown) for index in range(params.n)]
 
-    def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
+    def _request(self, ids: list[int], params: SamplingParams, seed: int, shown: Collection[int]) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        output = OutputProcessor(
-            self.tokenizer.detokenizer(ids), params, max_tokens, self.tokenizer.eos_ids, self.tokenizer.special_texts
-        )
+        tokenizer = self.tokenizer
+        hidden = tokenizer.special_texts
+        if shown:
+            hidden = {token: text for token, text in hidden.items() if token not in shown}
+        detokenizer = tokenizer.detokenizer(ids, shown)
+        output = OutputProcessor(detokenizer, params, max_tokens, tokenizer.eos_ids, hidden)
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
         pinned = self._is_pinned(params)

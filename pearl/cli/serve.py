@@ -38,6 +38,14 @@ class ServerOptions:
     generation_config: Annotated[
         Literal["auto", "none"], _server(help="Sampling defaults: auto, the target's own; none, OpenAI's.")
     ] = "auto"
+    tool_call_parser: Annotated[
+        Literal["auto", "hermes", "llama3_json", "none"],
+        _server(help="How the model writes calls of tools; auto: by its chat template."),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "think", "none"],
+        _server(help="think: what is between <think> and </think> is reasoning; auto: if the model has these tags."),
+    ] = "auto"
     drain_timeout: Annotated[
         float | None, _server(min=0, help="Seconds that SIGTERM leaves to what runs. Default: all that it takes.")
     ] = None
@@ -78,7 +86,10 @@ def serve(
     from pearl.serving.settings import ServerSettings
 
     names = tuple(server.served_model_name or [engine.target or _BUNDLED])
-    settings = ServerSettings(names, server.api_key, tuple(server.allow_origin or ()), max_body)
+    settings = ServerSettings(
+        names, server.api_key, tuple(server.allow_origin or ()), max_body,
+        tool_parser=server.tool_call_parser, reasoning_parser=server.reasoning_parser,
+    )  # fmt: skip
     terminal = Terminal.open(output.no_color)
     run_server(
         terminal.note,

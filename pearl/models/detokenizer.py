@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from pearl.models.token_bytes import TokenBytes
@@ -106,6 +106,25 @@ class ByteDetokenizer:
         count, shown = (size, self._prompts) if self._bytes.replaces_each else (1, min(1, self._prompts))
         self._prompts = 0
         return _REPLACEMENT * (count - shown)
+
+
+class ShowingDetokenizer:
+    """Gives some tokens that have no text one of their own."""
+
+    def __init__(self, inner: IncrementalDetokenizer, texts: Mapping[int, str]) -> None:
+        self._inner, self._texts = inner, texts
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        if self._texts.keys().isdisjoint(tokens):
+            return self._inner.feed(tokens)
+        return "".join([self._feed(token) for token in tokens])
+
+    def _feed(self, token: int) -> str:
+        text = self._texts.get(token)
+        return self._inner.feed((token,)) if text is None else self._inner.flush() + text
+
+    def flush(self) -> str:
+        return self._inner.flush()
 
 
 class TextDetokenizer:

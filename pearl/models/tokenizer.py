@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pearl.errors import InvalidRequestError
-from pearl.models.detokenizer import ByteDetokenizer, IncrementalDetokenizer, TextDetokenizer
+from pearl.models.detokenizer import ByteDetokenizer, IncrementalDetokenizer, ShowingDetokenizer, TextDetokenizer
 from pearl.models.token_bytes import TokenBytes
 from pearl.models.tokenizer_files import end_of_text_ids, load_tokenizer
 from pearl.models.vocabulary import Vocabulary
@@ -74,8 +74,11 @@ class Tokenizer:
         texts = {name: text for name in names if (text := getattr(self._tokenizer, name, None)) is not None}
         return texts | {"chat_template": self._tokenizer.chat_template}
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> IncrementalDetokenizer:
-        """For text that continues the prompt."""
+    def detokenizer(self, prompt_ids: Sequence[int], shown: Collection[int] = ()) -> IncrementalDetokenizer:
+        """For text that continues the prompt. ``shown``: special tokens that have a text here, their name."""
+        if shown:
+            names = {token: self.special_texts[token] for token in shown}
+            return ShowingDetokenizer(self.detokenizer(prompt_ids), names)
         if self._token_bytes is not None:
             return ByteDetokenizer(self.decode, self._token_bytes, prompt_ids)
         return TextDetokenizer(self.decode, self.special_texts, prompt_ids)
@@ -83,9 +86,16 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Token ids of a conversation ({"role", "content"} messages) that ends where the assistant's answer begins.
+        """Token ids of ``chat_text``. InvalidRequestError."""
+        return self.encode_chat(self.chat_text(messages, variables))
 
-        ``variables`` are the template's own, such as Qwen3's enable_thinking.
+    def encode_chat(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)  # the template writes them itself
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """A conversation ({"role", "content"} messages) that ends where the assistant's answer begins.
+
+        ``variables`` are the template's own, such as Qwen3's enable_thinking; ``tools`` is one of them.
         Raises InvalidRequestError if the tokenizer has no chat template, or the template refuses the messages.
         """
         if not self._tokenizer.chat_template:
@@ -93,14 +103,14 @@ class Tokenizer:
                 "this model's tokenizer has no chat template; use a chat model, or plain text with `pearl generate`"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 list(messages), **{"add_generation_prompt": True, **(variables or {}), "tokenize": False}
             )
         except Exception as error:  # templates raise whatever they like, jinja2's errors among it
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
         if lone_surrogate(text) is not None:
             raise InvalidRequestError("the messages have half a character (a lone surrogate); read them as UTF-8")
-        return self.encode(text, add_special_tokens=False)  # the template writes them itself
+        return text
 
 
 def _special_texts(tokenizer: Any, backend: Any) -> dict[int, str]:

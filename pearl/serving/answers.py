@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +21,14 @@ from pearl.serving.token_sources import TokenSources
 from pearl.serving.usage import statistics, usage
 
 
+class Piece(NamedTuple):
+    """``says``: whether it tells anything beside what is told of its tokens and its end."""
+
+    members: str  # in JSON
+    says: bool
+    finish_reason: str | None
+
+
 class Shape(Protocol):
     """An API's own objects."""
 
@@ -28,15 +36,19 @@ class Shape(Protocol):
     chunk_kind: str  # that of an event
 
     def choice(self, output: CompletionOutput) -> dict[str, Any]:
-        """Of a whole output, without ``index``, ``finish_reason`` and ids."""
+        """Of a whole output, without ``index`` and ids."""
         ...
 
     def opening(self, index: int) -> str:
         """Members of the choice in the event that opens an output, in JSON; "": there is no such event."""
         ...
 
-    def piece(self, chunk: StreamChunk) -> str:
-        """Members of the choice in the event of a chunk, in JSON: built by hand, since there is one every round."""
+    def piece(self, chunk: StreamChunk) -> Piece:
+        """Of the choice in the event of a chunk: built by hand, since there is one every round."""
+        ...
+
+    def reasoning_tokens(self) -> int | None:
+        """Of all outputs so far; None where reasoning is not told from answers."""
         ...
 
 
@@ -83,7 +95,7 @@ class Answer:
     def whole(self, outputs: Sequence[CompletionOutput]) -> dict[str, Any]:
         choices = []
         for output in outputs:
-            choice = {"index": output.index, **self._shape.choice(output), "finish_reason": output.finish_reason}
+            choice = {"index": output.index, **self._shape.choice(output)}
             if self._wishes.token_ids:
                 choice["token_ids"] = output.token_ids
                 choice["prompt_token_ids"] = self._generation.prompt_of(output.index)
@@ -110,14 +122,15 @@ class Answer:
                     opened.add(index)
                     if members := shape.opening(index):
                         event = f'{head}{index},{members},"finish_reason":null}}]{tail}'
-                if silent and not chunk.text and chunk.finish_reason is None:
+                piece = shape.piece(chunk)
+                if silent and not piece.says and piece.finish_reason is None:
                     if event:
                         yield event.encode()
                     continue
-                reason = "null" if chunk.finish_reason is None else f'"{chunk.finish_reason}"'
+                reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
                 if wishes.usage_always:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
-                event += f'{head}{index},{shape.piece(chunk)},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
+                event += f'{head}{index},{piece.members},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:
             yield self._closing(base, generated)
@@ -139,7 +152,7 @@ class Answer:
     def _usage(self, generated: int) -> dict[str, Any]:
         outputs, n = self._generation.outputs, self._generation.per_prompt
         cached = sum(output.metrics.cached_tokens for output in outputs[::n])
-        return usage(sum(map(len, self._generation.prompts)), generated, cached)
+        return usage(sum(map(len, self._generation.prompts)), generated, cached, self._shape.reasoning_tokens())
 
     def _statistics(self) -> dict[str, Any]:
         config = self._service.engine.llm.config

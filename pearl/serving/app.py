@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from pearl.serving import chat, completions, errors, models, tokenization
 from pearl.serving.async_engine import AsyncEngine
+from pearl.serving.chat_markup import ChatMarkup
 from pearl.serving.connection import ClientGone
 from pearl.serving.guards import ApiKeyGuard, BodyLimit
 from pearl.serving.metrics import Gauges, Metrics
@@ -42,7 +43,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 def create_app(engine: AsyncEngine, settings: ServerSettings, defaults: SamplingDefaults) -> FastAPI:
     """An OpenAI-compatible API around ``engine``, which stays the caller's to drain and close."""
     texts = Texts(engine.llm)
-    service = Service(engine, settings, defaults, texts, Metrics(settings.name, lambda: _gauges(engine)))
+    markup = ChatMarkup(engine.llm.tokenizer, settings.tool_parser, settings.reasoning_parser)
+    service = Service(engine, settings, defaults, texts, Metrics(settings.name, lambda: _gauges(engine)), markup)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from queue import SimpleQueue
 
@@ -64,8 +64,10 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncStream:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, shown: Collection[int] = ()) -> AsyncStream:
         """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
+
+        ``shown``: special tokens whose names are part of the text.
 
         Raises InvalidRequestError; QueueFullError if there is no room for all of ``params.n``: max_num_seqs run at once
         and max_waiting may wait; EngineDrainingError; EngineClosedError if it is closed or cannot go on.
@@ -75,7 +77,7 @@ class AsyncEngine:
         self._require_loop(loop)
         (one,) = params_for(1, params)
         self._require_room(one.n)
-        requests = self.llm.prepare(prompt_ids, one)
+        requests = self.llm.prepare(prompt_ids, one, shown)
         mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from pearl.errors import InvalidRequestError
 from pearl.outputs import CompletionOutput, StreamChunk
-from pearl.serving.answers import Answer, Wishes
+from pearl.serving.answers import Answer, Piece, Wishes
 from pearl.serving.event_stream import as_json
 from pearl.serving.generation import Generation
 from pearl.serving.logprobs import CompletionLogprobs
@@ -51,15 +51,19 @@ class TextShape:
         self._unsaid = {i: self._echo(i) for i in range(len(generation.outputs))}
 
     def choice(self, output: CompletionOutput) -> dict[str, Any]:
-        return {"text": self._echo(output.index) + output.text, "logprobs": self._of(output)}
+        text = self._echo(output.index) + output.text
+        return {"text": text, "logprobs": self._of(output), "finish_reason": output.finish_reason}
 
     def opening(self, index: int) -> str:
         return ""
 
-    def piece(self, chunk: StreamChunk) -> str:
+    def piece(self, chunk: StreamChunk) -> Piece:
         text = self._unsaid.pop(chunk.index, "") + chunk.text
         logprobs = as_json(self._of(chunk)) if self._logprobs else "null"
-        return f'"text":{as_json(text)},"logprobs":{logprobs}'
+        return Piece(f'"text":{as_json(text)},"logprobs":{logprobs}', bool(text), chunk.finish_reason)
+
+    def reasoning_tokens(self) -> None:
+        return None
 
     def _echo(self, index: int) -> str:
         return self._echoes[index // self._generation.per_prompt]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -21,16 +21,19 @@ Jobs = Sequence[tuple[Sequence[int], SamplingParams]]
 class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
-    def __init__(self, service: Service, request_id: str, jobs: Jobs) -> None:
-        """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does."""
-        self.id = request_id
+    def __init__(self, service: Service, request_id: str, jobs: Jobs, shown: Collection[int] = ()) -> None:
+        """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does.
+
+        ``shown``: special tokens whose names are part of the text.
+        """
+        self.id, self.shown = request_id, shown
         self.prompts = [ids for ids, _ in jobs]
         self.per_prompt = jobs[0][1].n
         self.outputs = [CompletionOutput(index) for index in range(len(jobs) * self.per_prompt)]
         self._streams: list[AsyncStream] = []
         try:
             for ids, params in jobs:
-                self._streams.append(service.engine.submit(ids, params))
+                self._streams.append(service.engine.submit(ids, params, shown))
         except PearlError as error:
             self._cancel()
             service.metrics.refused(api_error(error).code or "invalid")

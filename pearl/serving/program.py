@@ -12,6 +12,7 @@ from pearl.llm import LLM
 from pearl.models import bundled_path
 from pearl.serving.app import create_app
 from pearl.serving.async_engine import AsyncEngine
+from pearl.serving.chat_markup import ChatMarkup
 from pearl.serving.listening import ServerProcess, bound_socket, url_of
 from pearl.serving.sampling import SamplingDefaults
 from pearl.serving.settings import ServerSettings
@@ -48,6 +49,7 @@ def run_server(
         def listening() -> None:
             tell(f"listening on {url_of(opened)}, model {settings.name}")
 
+        _LOG.info("chat: %s", ChatMarkup(llm.tokenizer, settings.tool_parser, settings.reasoning_parser).described())
         engine = AsyncEngine(llm, round_limit=round_limit)
         server = ServerProcess(create_app(engine, settings, defaults), engine, listening, drain_timeout)
         server.run([opened])

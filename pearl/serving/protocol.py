@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -108,8 +108,41 @@ class CompletionRequest(SamplingFields):
         return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
 
 
+class FunctionName(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+
+
+class FunctionDefinition(BaseModel):
+    """What else it holds is the template's. ``strict`` is what structured output makes it, not an instruction."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Field(description="JSON schema of an object.")] = None
+    strict: bool | None = None
+
+
+class ToolDefinition(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class TemplateFields(Body):
     """What a chat template gets beside the messages."""
+
+    tools: list[ToolDefinition] | None = None
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -121,6 +154,8 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeRequest(TemplateFields):

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from pearl.serving.async_engine import AsyncEngine
+from pearl.serving.chat_markup import ChatMarkup
 from pearl.serving.errors import ApiError
 from pearl.serving.metrics import Metrics
 from pearl.serving.protocol import Body
@@ -21,6 +22,7 @@ class Service:
     defaults: SamplingDefaults
     texts: Texts
     metrics: Metrics
+    markup: ChatMarkup
     created: int = field(default_factory=lambda: int(time.time()))
 
     def admit(self, body: Body) -> None:

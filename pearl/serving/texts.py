@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pearl.chat_messages import read_conversation
 from pearl.errors import InvalidRequestError
@@ -15,7 +15,15 @@ from pearl.serving.protocol import TemplateFields
 
 T = TypeVar("T")
 _NOT_OF_TEMPLATES = ("chat_template", "documents", "tokenize", "tools")  # a client's template is code of a stranger's
+_TEXT_END = 128
 _SHORT = 2048  # characters, or ids: less than a switch to another thread may take
+
+
+class Conversation(NamedTuple):
+    """As a prompt. ``end``: the last characters of its text."""
+
+    ids: list[int]
+    end: str
 
 
 class Texts:
@@ -39,11 +47,13 @@ class Texts:
 
         return await self._run(_naming(name, encode), len(prompt))
 
-    async def conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
+    async def conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Conversation:
         """Likewise, by the chat template; ``variables`` are for it. InvalidRequestError, about "messages"."""
 
-        def encode() -> list[int]:
-            return self._llm.encode(ReadPrompt(token_ids=self._rendered(messages, variables)))
+        def encode() -> Conversation:
+            text = self._tokenizer.chat_text(read_conversation(messages), variables)
+            ids = self._llm.encode(ReadPrompt(token_ids=self._tokenizer.encode_chat(text)))
+            return Conversation(ids, text[-_TEXT_END:])
 
         return await self._run(_naming("messages", encode))
 

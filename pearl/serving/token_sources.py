@@ -21,7 +21,8 @@ class TokenSources:
         """Members of a choice: a source for each token; and the generated text, cut where its tokens end."""
         attribution = self._attributions.get(part.index)
         if attribution is None:
-            attribution = Attribution(self._tokenizer.detokenizer(self._generation.prompt_of(part.index)))
+            generation = self._generation
+            attribution = Attribution(self._tokenizer.detokenizer(generation.prompt_of(part.index), generation.shown))
             self._attributions[part.index] = attribution
         return {
             "token_sources": [_source(drafted) for drafted in part.drafted],

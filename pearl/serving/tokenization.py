@@ -8,6 +8,7 @@ from pearl.errors import InvalidRequestError
 from pearl.serving.protocol import DetokenizeRequest, TokenizeRequest
 from pearl.serving.service import Service
 from pearl.serving.texts import template_variables
+from pearl.serving.tool_use import template_tools
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
@@ -15,7 +16,10 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give a prompt, or messages", "prompt")
     if body.messages is not None:
-        ids = await service.texts.conversation_ids(body.messages, template_variables(body))
+        variables = template_variables(body)
+        if tools := template_tools(body.tools, service.markup):
+            variables["tools"] = tools
+        ids = await service.texts.conversation_ids(body.messages, variables)
     else:
         ids = await service.texts.ids(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.llm.max_model_len, "tokens": ids}

@@ -12,14 +12,22 @@ _COUNTED = (
 )  # fmt: skip
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """``prompt_tokens`` counts each prompt once, ``completion_tokens`` what is returned of all outputs."""
-    return {
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """``prompt_tokens`` counts each prompt once, ``completion_tokens`` what is returned of all outputs.
+
+    ``reasoning_tokens``: None where there is no reasoning to tell from answers.
+    """
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": min(cached_tokens, prompt_tokens)},
     }
+    if reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counts
 
 
 def totals(outputs: Iterable[RequestMetrics]) -> RequestMetrics:

@@ -9,6 +9,11 @@ import pytest
 from pearl.chat_messages import read_conversation, read_conversations
 from pearl.errors import InvalidRequestError
 
+
+def call(arguments: Any, **more: Any) -> dict[str, Any]:
+    return {"function": {"name": "f", "arguments": arguments}, **more}
+
+
 USER = {"role": "user", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -26,8 +31,28 @@ SYSTEM = {"role": "system", "content": "Be brief."}
             [[{"role": "user", "content": "a\nb"}]],
         ),
         (
-            [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
-            [[{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]],
+            [{"role": "assistant", "content": None, "refusal": None, "tool_calls": [call('{"a": [1]}', id="x")]}],
+            [[{"role": "assistant", "content": "", "tool_calls": [call({"a": [1]}, id="x", type="function")]}]],
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [call(""), call(None), call({"b": 2}), call('{"a": 1'), call("[1]")]}],
+            [
+                [
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [call(a, type="function") for a in ({}, {}, {"b": 2}, '{"a": 1', "[1]")],
+                    }
+                ]
+            ],
+        ),
+        (
+            [{"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "7"}], "tool_calls": []}],
+            [[{"role": "tool", "tool_call_id": "x", "content": "7"}]],
+        ),
+        (
+            [{"role": "assistant", "content": None, "reasoning_content": "so"}],
+            [[{"role": "assistant", "content": "", "reasoning_content": "so"}]],
         ),
     ],
 )
@@ -57,6 +82,17 @@ def test_conversations(given: Any, wanted: list[list[dict[str, Any]]]) -> None:
         ),
         ([{"role": "user", "content": [{"type": "thinking", "text": "x"}]}], "is no text ('thinking')"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0] is no text"),
+        ([{"role": "assistant", "tool_calls": {}}], "messages[0].tool_calls is no list, but {}"),
+        ([{"role": "assistant", "tool_calls": []}], 'messages[0] has no "content"'),
+        ([{"role": "assistant", "tool_calls": "f()"}], "messages[0].tool_calls is no list"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], "messages[0].tool_calls[0] has no function with a name"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "tool_calls[0] has no function with a name"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}], "has no function with a name"),
+        ([{"role": "assistant", "tool_calls": [call("{}", type="custom")]}], "tool_calls[0] is of another type"),
+        ([{"role": "assistant", "tool_calls": [call("{}"), call("{}", id=5)]}], "tool_calls[1] is of another type"),
+        ([{"role": "assistant", "tool_calls": [call([1])]}], "tool_calls[0].function.arguments is [1]"),
+        ([{"role": "tool", "tool_call_id": 7, "content": "a"}], "messages[0].tool_call_id is no text, but 7"),
+        ([{"role": "assistant", "reasoning_content": [], "content": "a"}], "messages[0].reasoning_content is no text"),
     ],
 )
 def test_what_is_no_conversation_is_refused(given: Any, says: str) -> None:
