@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pearl.errors import InvalidRequestError
 from pearl.serving.chat_markup import ChatMarkup
 from pearl.serving.protocol import ChatCompletionRequest, NamedTool, ToolDefinition
 from pearl.serving.tool_formats import ToolFormat
+from pearl.user_values import lone_surrogate
 
 Tool = dict[str, Any]
 _NO_REFERENCES = ("const", "default", "enum", "examples")  # keys of a schema whose values are data
@@ -53,6 +55,7 @@ def tool_use(body: ChatCompletionRequest, markup: ChatMarkup) -> ToolUse | None:
 def template_tools(given: Sequence[ToolDefinition] | None, markup: ChatMarkup | None) -> list[Tool]:
     """As a chat template gets them. InvalidRequestError for what cannot be called, or not with this template."""
     tools = [tool.model_dump(exclude_unset=True) for tool in given or ()]
+    _require_text(tools)
     for name, count in Counter(tool["function"]["name"] for tool in tools).items():
         if count > 1:
             raise InvalidRequestError(f"tools: there are {count} of the name {name!r}", "tools")
@@ -63,6 +66,16 @@ def template_tools(given: Sequence[ToolDefinition] | None, markup: ChatMarkup | 
     if tools and markup is not None and not markup.writes_tools:
         raise InvalidRequestError("tools: this model's chat template knows no tools; leave them out", "tools")
     return tools
+
+
+def _require_text(tools: Sequence[Tool]) -> None:
+    """Templates write them as JSON."""
+    try:
+        text = json.dumps(tools, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"tools: they cannot be written as JSON: {error}", "tools") from error
+    if lone_surrogate(text) is not None:
+        raise InvalidRequestError("tools: they have half a character (a lone surrogate)", "tools")
 
 
 def forced_call_schema(tools: Sequence[Tool], name: str | None, form: ToolFormat) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import httpx
@@ -57,14 +57,16 @@ class FakeEngine:
         self.llm, self.script, self.endless = llm, script, endless
         self.refusal: Exception | None = None
         self.taken = 0
+        self.shown: Collection[int] = ()
         self.health, self.load, self.draining = Health(True), EngineLoad(0, 0, 0.0), False
         self.streams: list[FakeStream] = []
         self.asked: list[tuple[Sequence[int], SamplingParams]] = []
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, shown: Collection[int] = ()) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
             raise self.refusal
         self.asked.append((prompt_ids, params))
+        self.shown = shown
         self.streams.append(FakeStream(self.script, self.endless))
         return self.streams[-1]
 
