@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from pearl.errors import InvalidRequestError
 from pearl.user_values import unknown_names
@@ -130,6 +130,19 @@ class ToolDefinition(BaseModel):
 
     type: Literal["function"]
     function: FunctionDefinition
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, given: Any, check: ModelWrapValidatorHandler[ToolDefinition]) -> ToolDefinition:
+        checked = check(given)
+        checked._given = given
+        return checked
+
+    def for_template(self) -> dict[str, Any]:
+        """As it was written, in the order of its keys, which are a part of the prompt; but for nulls."""
+        function = {key: value for key, value in self._given["function"].items() if value is not None}
+        return {**self._given, "function": function}
 
 
 class NamedTool(BaseModel):

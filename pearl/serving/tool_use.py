@@ -54,7 +54,7 @@ def tool_use(body: ChatCompletionRequest, markup: ChatMarkup) -> ToolUse | None:
 
 def template_tools(given: Sequence[ToolDefinition] | None, markup: ChatMarkup | None) -> list[Tool]:
     """As a chat template gets them. InvalidRequestError for what cannot be called, or not with this template."""
-    tools = [tool.model_dump(exclude_unset=True) for tool in given or ()]
+    tools = [tool.for_template() for tool in given or ()]
     _require_text(tools)
     for name, count in Counter(tool["function"]["name"] for tool in tools).items():
         if count > 1:

@@ -27,13 +27,19 @@ TEMPLATE = """
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}{{ "\n" }}{% endfor %}
 {%- if add_generation_prompt %}<assistant>{% endif %}"""
-THINKING = TEMPLATE + '{% if enable_thinking %}<think>{{ "\\n" }}{% endif %}'
+THINKING = (
+    TEMPLATE.replace(
+        "{{ m.content }}", r"{% if m.reasoning_content %}<think>{{ '\n' + m.reasoning_content }}{{ '\n</think>\n\n' }}"
+        "{% endif %}{{ m.content }}",
+    ) + r"{% if enable_thinking %}<think>{{ '\n' }}{% endif %}"
+)  # fmt: skip
 QUESTION = {"role": "user", "content": "2 + 3?"}
 ADD: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "add",
         "description": "Adds.",
+        "strict": True,  # which openai's streaming helper wants
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
     },
 }
@@ -43,14 +49,19 @@ CHAT = "/v1/chat/completions"
 _CONTEXT = 4096
 
 
-def talker(llm: LLM, template: str | None = TEMPLATE, special: Sequence[str] = (), added: Sequence[str] = ()) -> LLM:
-    """``llm`` for a FakeEngine, with another tokenizer. ``added``: texts that are one token each, ``special`` too."""
+def byte_tokenizer(special: Sequence[str] = (), added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A token a byte; and these texts, which are one token each."""
     backend = Backend(backends.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True) for text in special])
     backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def talker(llm: LLM, template: str | None = TEMPLATE, special: Sequence[str] = (), added: Sequence[str] = ()) -> LLM:
+    """``llm`` for a FakeEngine, with another tokenizer."""
+    tokenizer = byte_tokenizer(special, added)
     tokenizer.chat_template = template
     changed = copy.copy(llm)
     changed.tokenizer = Tokenizer(tokenizer, frozenset())

@@ -204,6 +204,6 @@ def test_reasoning_comes_back_to_the_template(llm: LLM) -> None:
     engine = FakeEngine(llm, *script(llm, ["a"]))
     thought = {"role": "assistant", "content": None, "reasoning_content": "so"}
     chat(engine, messages=[QUESTION, thought, QUESTION])
-    assert prompt_of(engine) == "<user>2 + 3?\n<assistant>\n<user>2 + 3?\n<assistant>"
+    assert prompt_of(engine) == "<user>2 + 3?\n<assistant><think>\nso\n</think>\n\n\n<user>2 + 3?\n<assistant>"
     response = ask(engine, "POST", CHAT, json={"messages": [QUESTION, thought | {"reasoning_content": 5}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
