@@ -22,11 +22,15 @@ from pearl.serving.usage import statistics, usage
 
 
 class Piece(NamedTuple):
-    """``says``: whether it tells anything beside what is told of its tokens and its end."""
+    """``members``: in JSON. ``says``: whether they tell anything beside what is told of the tokens and the end.
 
-    members: str  # in JSON
+    ``earlier``: members of events before it, about which nothing more is told.
+    """
+
+    members: str
     says: bool
     finish_reason: str | None
+    earlier: Sequence[str] = ()
 
 
 class Shape(Protocol):
@@ -130,6 +134,8 @@ class Answer:
                 reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
                 if wishes.usage_always:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
+                for members in piece.earlier:
+                    event += f'{head}{index},{members},"finish_reason":null}}]{tail}'
                 event += f'{head}{index},{piece.members},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:

@@ -69,8 +69,10 @@ class ChatShape:
         if chunk.finish_reason is not None:
             piece = piece.followed_by(reader.parser.finish())
         reader.count(chunk)
-        members = f'"delta":{as_json(piece.as_delta())},"logprobs":{logprobs}'
-        return Piece(members, bool(piece), reader.finish_reason(chunk))
+        *earlier, last = piece.deltas() or [{}]
+        members = f'"delta":{as_json(last)},"logprobs":{logprobs}'
+        before = [f'"delta":{as_json(delta)},"logprobs":null' for delta in earlier]
+        return Piece(members, bool(piece), reader.finish_reason(chunk), before)
 
     def reasoning_tokens(self) -> int | None:
         return sum(reader.reasoning_tokens for reader in self._readers.values()) if self._markup.reasoning else None

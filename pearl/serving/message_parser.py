@@ -43,15 +43,11 @@ class Piece:
         """``other`` begins no call and goes on with none: what was held back."""
         return Piece(self.reasoning + other.reasoning, self.content + other.content, self.calls)
 
-    def as_delta(self) -> dict[str, Any]:
-        delta: dict[str, Any] = {}
-        if self.reasoning:
-            delta["reasoning_content"] = self.reasoning
-        if self.content:
-            delta["content"] = self.content
-        if self.calls:
-            delta["tool_calls"] = [call.as_delta() for call in self.calls]
-        return delta
+    def deltas(self) -> list[dict[str, Any]]:
+        """Each of one kind: many clients look no further than the first that they find."""
+        calls = [call.as_delta() for call in self.calls]
+        parts = {"reasoning_content": self.reasoning, "content": self.content, "tool_calls": calls}
+        return [{name: part} for name, part in parts.items() if part]
 
 
 class MessageParser:

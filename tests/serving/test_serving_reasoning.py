@@ -175,6 +175,21 @@ def test_tools_after_reasoning_and_what_is_told_of_tokens(llm: LLM, stream: bool
     assert "".join(parts) == "".join(entries) == "".join(pieces)
 
 
+def test_a_chunk_of_several_kinds_is_several_events(llm: LLM) -> None:
+    """Many clients look for content only where there is no reasoning. The last one tells of the chunk's tokens."""
+    pieces = ["<think>a", f"b</think>c{CALL}"]
+    asked = {"tools": [ADD], "logprobs": True, "return_token_sources": True, "stream": True}
+    response = ask(FakeEngine(llm, *script(llm, pieces)), "POST", CHAT, json={"messages": [QUESTION], **asked})
+    events = [json.loads(line[6:])["choices"][0] for line in response.text.split("\n\n") if line[6:7] == "{"]
+    assert [list(event["delta"]) for event in events[1:]] == [
+        ["reasoning_content"], ["reasoning_content"], ["content"], ["tool_calls"],
+    ]  # fmt: skip
+    assert ["text_sources" in event for event in events] == [False, True, False, False, True]
+    assert [event["logprobs"] is not None for event in events] == [False, True, False, False, True]
+    assert [event["finish_reason"] for event in events] == [None] * 4 + ["tool_calls"]
+    assert "".join(part["text"] for part in events[-1]["text_sources"]) == pieces[1]
+
+
 def test_the_operator_decides_and_else_template_and_vocabulary(llm: LLM, idle_llm: LLM) -> None:
     plain = talker(idle_llm, "{{ messages[0].content }}")
     for served, parser, found in (

@@ -60,6 +60,7 @@ def read(text: str, form: ToolFormat = HERMES, **options: Any) -> tuple[str | No
         ('<tool_call>{"name":"add","arguments":{"a":1}</tool_call>so', "so", [("add", '{"a":1}')]),
         ('<tool_call>{"name":"add","arguments":{"a":1}}\nDone.', "\nDone.", [("add", '{"a":1}')]),
         (f'<tool_call>{{"name":"add","arguments":{{"a":1}}}}{CALL}', None, [("add", '{"a":1}'), ("add", ARGUMENTS)]),
+        ('<tool_call>{"name":"add","arguments":{}}' + " " * 65 + "</tool_call>", " " * 65 + "</tool_call>", [("add", "{}")]),
         # What is no call stays as it is written.
         ("<tool_call>add(1)</tool_call>", "<tool_call>add(1)</tool_call>", []),
         ("a <tool_call>\n</tool_call> b", "a <tool_call>\n</tool_call> b", []),
@@ -128,13 +129,14 @@ def joined(found: MessageParser, pieces: Iterable[str]) -> tuple[str, str, list[
     content, reasoning, calls = "", "", list[list[str]]()
     for piece in (*(found.feed(text) for text in pieces), found.finish()):
         check_form(piece, len(calls))
-        delta = json.loads(json.dumps(piece.as_delta()))
-        content += delta.get("content", "")
-        reasoning += delta.get("reasoning_content", "")
-        for entry in delta.get("tool_calls", []):
-            if "id" in entry:
-                calls.append([entry["function"]["name"], ""])
-            calls[entry["index"]][1] += entry["function"]["arguments"]
+        for delta in piece.deltas():
+            assert len(delta) == 1
+            content += delta.get("content", "")
+            reasoning += delta.get("reasoning_content", "")
+            for entry in delta.get("tool_calls", []):
+                if "id" in entry:
+                    calls.append([entry["function"]["name"], ""])
+                calls[entry["index"]][1] += entry["function"]["arguments"]
     return content, reasoning, [(name, arguments) for name, arguments in calls]
 
 
