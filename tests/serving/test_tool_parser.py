@@ -60,7 +60,7 @@ def read(text: str, form: ToolFormat = HERMES, **options: Any) -> tuple[str | No
         ('<tool_call>{"name":"add","arguments":{"a":1}</tool_call>so', "so", [("add", '{"a":1}')]),
         ('<tool_call>{"name":"add","arguments":{"a":1}}\nDone.', "\nDone.", [("add", '{"a":1}')]),
         (f'<tool_call>{{"name":"add","arguments":{{"a":1}}}}{CALL}', None, [("add", '{"a":1}'), ("add", ARGUMENTS)]),
-        ('<tool_call>{"name":"add","arguments":{}}' + " " * 65 + "</tool_call>", " " * 65 + "</tool_call>", [("add", "{}")]),
+        ('<tool_call>{"name":"add"}' + " " * 65 + "</tool_call>", " " * 65 + "</tool_call>", [("add", "{}")]),
         # What is no call stays as it is written.
         ("<tool_call>add(1)</tool_call>", "<tool_call>add(1)</tool_call>", []),
         ("a <tool_call>\n</tool_call> b", "a <tool_call>\n</tool_call> b", []),
