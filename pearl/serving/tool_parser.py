@@ -9,6 +9,7 @@ from pearl.serving.json_pieces import JsonScanner, call_head, cannot_be_call, wh
 from pearl.serving.tool_formats import Opening, ToolFormat, held_back
 
 _MOST_SPACE = 64  # characters before a call that are the markup's and no content
+_AT_ONCE = 256  # characters: what is read again after each call that is none stays short
 
 
 class Content(NamedTuple):
@@ -48,8 +49,11 @@ class ToolCallParser:
         self.is_open = False  # whether a call has begun whose arguments have not ended
 
     def feed(self, text: str) -> list[Event]:
-        self._text += text
-        return self._run()
+        for start in range(0, len(text), _AT_ONCE):
+            self._text += text[start : start + _AT_ONCE]
+            while self._step():
+                pass
+        return self._taken_events()
 
     def finish(self) -> list[Event]:
         """What was held back, at the end of the text. Not to be fed again."""
@@ -57,12 +61,9 @@ class ToolCallParser:
         if self._step == self._read_call or (self._step == self._read_content and not only_spaces):
             self._say(self._text)
         self._text = ""
-        events, self._events = self._events, []
-        return events
+        return self._taken_events()
 
-    def _run(self) -> list[Event]:
-        while self._step():
-            pass
+    def _taken_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
