@@ -214,7 +214,7 @@ class LLM:
         """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
         return self._driver
 
-    def prepare(self, prompt: AnyPrompts, params: SamplingParams, shown: Collection[int] = ()) -> list[Request]:
+    def prepare(self, prompt: AnyPrompts, params: SamplingParams, *, shown: Collection[int] = ()) -> list[Request]:
         """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet.
 
         ``shown``: special tokens whose names are part of the text.

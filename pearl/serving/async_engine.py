@@ -64,7 +64,7 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, shown: Collection[int] = ()) -> AsyncStream:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, shown: Collection[int] = ()) -> AsyncStream:
         """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
 
         ``shown``: special tokens whose names are part of the text.
@@ -77,7 +77,7 @@ class AsyncEngine:
         self._require_loop(loop)
         (one,) = params_for(1, params)
         self._require_room(one.n)
-        requests = self.llm.prepare(prompt_ids, one, shown)
+        requests = self.llm.prepare(prompt_ids, one, shown=shown)
         mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)

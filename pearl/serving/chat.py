@@ -35,7 +35,7 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
     room = service.engine.llm.max_model_len - len(ids)
     params = sampling_params(body, service.defaults, room, max_tokens, logprobs, names)
     markup = _markup(service, body, tools, prompt_end)
-    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)], markup.shown)
+    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)], shown=markup.shown)
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None, markup, generation)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))
     return await answer.respond(request, bool(body.stream))

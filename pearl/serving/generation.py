@@ -21,7 +21,7 @@ Jobs = Sequence[tuple[Sequence[int], SamplingParams]]
 class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
-    def __init__(self, service: Service, request_id: str, jobs: Jobs, shown: Collection[int] = ()) -> None:
+    def __init__(self, service: Service, request_id: str, jobs: Jobs, *, shown: Collection[int] = ()) -> None:
         """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does.
 
         ``shown``: special tokens whose names are part of the text.
@@ -33,7 +33,7 @@ class Generation:
         self._streams: list[AsyncStream] = []
         try:
             for ids, params in jobs:
-                self._streams.append(service.engine.submit(ids, params, shown))
+                self._streams.append(service.engine.submit(ids, params, shown=shown))
         except PearlError as error:
             self._cancel()
             service.metrics.refused(api_error(error).code or "invalid")

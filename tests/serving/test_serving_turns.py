@@ -71,7 +71,7 @@ def test_special_tokens_show_where_they_are_asked_for(server: LiveServer) -> Non
         found = []
         for stop, shown in ((None, ()), (None, (0,)), (end, (0,)), (f"{end}x", (0,)), (f"x{end}", ())):
             params = SamplingParams(max_tokens=3, logit_bias={0: 1000.0}, ignore_eos=True, stop=stop)
-            stream = server.engine.submit(server.engine.llm.encode(PROMPT), params, shown)
+            stream = server.engine.submit(server.engine.llm.encode(PROMPT), params, shown=shown)
             found.append("".join([chunk.text async for chunk in stream]))
         return found
 

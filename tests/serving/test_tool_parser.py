@@ -86,6 +86,10 @@ def read(text: str, form: ToolFormat = HERMES, **options: Any) -> tuple[str | No
         ("almost <tool_ca", "almost <tool_ca", []),
         ('<tool_call>{"arguments": ' + "[" * 10_000, '<tool_call>{"arguments": ' + "[" * 10_000, []),
         ('<tool_call>{"id": ' + "9" * 5000 + "}", '<tool_call>{"id": ' + "9" * 5000 + "}", []),
+        (f'<tool_call>{{"id": {"[" * 9999}{"]" * 9999}, "name": "add"}}',
+         f'<tool_call>{{"id": {"[" * 9999}{"]" * 9999}, "name": "add"}}', []),
+        ('<tool_call>{"name": "add"' + " " * 65 + ', "arguments": {"a": 1',
+         '<tool_call>{"name": "add"' + " " * 65 + ', "arguments": {"a": 1', []),
         # What ends amid its arguments has begun.
         ('<tool_call>{"name": "add", "arguments": {"a": "x', None, [("add", '{"a": "x')]),
     ],
