@@ -108,11 +108,18 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     name = _field(errors[0])
     found = dict.fromkeys(str(each["msg"]) for each in errors if _field(each) == name)
     words = "; or: ".join(found)
+    if name == "tools":
+        return ApiError(400, f"{_place(errors[0])}: {errors[0]['msg']}", param=name)
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][-1]}")
     if name is None:
         return ApiError(400, f"the body must be a JSON object, sent with Content-Type: application/json ({words})")
     return ApiError(400, f"{name}: {words}", param=name)
+
+
+def _place(error: Mapping[str, Any]) -> str:
+    """Of a finding where there are no unions, whose branches would be named too."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][1:])[1:]
 
 
 def _field(error: Mapping[str, Any]) -> str | None:

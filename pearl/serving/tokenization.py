@@ -8,7 +8,7 @@ from pearl.errors import InvalidRequestError
 from pearl.serving.protocol import DetokenizeRequest, TokenizeRequest
 from pearl.serving.service import Service
 from pearl.serving.texts import template_variables
-from pearl.serving.tool_use import template_tools
+from pearl.serving.tool_use import checked_tools, require_template
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
@@ -17,7 +17,8 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         raise InvalidRequestError("give a prompt, or messages", "prompt")
     if body.messages is not None:
         variables = template_variables(body)
-        if tools := template_tools(body.tools, service.markup):
+        if tools := checked_tools(body.tools):
+            require_template(tools, service.markup)
             variables["tools"] = tools
         ids = await service.texts.conversation_ids(body.messages, variables)
     else:

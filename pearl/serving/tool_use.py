@@ -12,7 +12,7 @@ from pearl.errors import InvalidRequestError
 from pearl.serving.chat_markup import ChatMarkup
 from pearl.serving.protocol import ChatCompletionRequest, NamedTool, ToolDefinition
 from pearl.serving.tool_formats import ToolFormat
-from pearl.user_values import lone_surrogate
+from pearl.user_values import lone_surrogate, shown
 
 Tool = dict[str, Any]
 _NO_REFERENCES = ("const", "default", "enum", "examples")  # keys of a schema whose values are data
@@ -34,14 +34,14 @@ class ToolUse:
 
 def tool_use(body: ChatCompletionRequest, markup: ChatMarkup) -> ToolUse | None:
     """None: nothing is called. InvalidRequestError names ``tools`` or ``tool_choice``."""
-    tools, choice = template_tools(body.tools, None), body.tool_choice
+    tools, choice = checked_tools(body.tools), body.tool_choice
     if isinstance(choice, NamedTool) and choice.function.name not in (tool["function"]["name"] for tool in tools):
-        raise InvalidRequestError(f"tool_choice: there is no tool {choice.function.name!r} in tools", "tool_choice")
+        raise InvalidRequestError(f"tool_choice: there is no tool {shown(choice.function.name)}", "tool_choice")
     if choice == "required" and not tools:
         raise InvalidRequestError("tool_choice is 'required', but there are no tools", "tool_choice")
     if not tools or choice == "none":
         return None
-    template_tools(body.tools, markup)
+    require_template(tools, markup)
     if markup.tool_format is None:
         raise InvalidRequestError(
             "tools: this server cannot read the calls of this model; start it with --tool-call-parser", "tools"
@@ -52,8 +52,8 @@ def tool_use(body: ChatCompletionRequest, markup: ChatMarkup) -> ToolUse | None:
     return ToolUse(tools, markup.tool_format, body.parallel_tool_calls is False, schema)
 
 
-def template_tools(given: Sequence[ToolDefinition] | None, markup: ChatMarkup | None) -> list[Tool]:
-    """As a chat template gets them. InvalidRequestError for what cannot be called, or not with this template."""
+def checked_tools(given: Sequence[ToolDefinition] | None) -> list[Tool]:
+    """As a chat template gets them. InvalidRequestError for what cannot be called."""
     tools = [tool.for_template() for tool in given or ()]
     _require_text(tools)
     for name, count in Counter(tool["function"]["name"] for tool in tools).items():
@@ -63,9 +63,13 @@ def template_tools(given: Sequence[ToolDefinition] | None, markup: ChatMarkup | 
         if (parameters := tool["function"].get("parameters")) and parameters.get("type", "object") != "object":
             name = tool["function"]["name"]
             raise InvalidRequestError(f"tools: the parameters of {name!r} must be of type 'object'", "tools")
-    if tools and markup is not None and not markup.writes_tools:
-        raise InvalidRequestError("tools: this model's chat template knows no tools; leave them out", "tools")
     return tools
+
+
+def require_template(tools: Sequence[Tool], markup: ChatMarkup) -> None:
+    """InvalidRequestError if the model would not learn of them."""
+    if tools and not markup.writes_tools:
+        raise InvalidRequestError("tools: this model's chat template knows no tools; leave them out", "tools")
 
 
 def _require_text(tools: Sequence[Tool]) -> None:

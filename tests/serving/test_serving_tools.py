@@ -239,6 +239,12 @@ def test_refusals_name_the_field(llm: LLM, body: dict[str, Any], param: str) -> 
     assert not engine.asked
 
 
+def test_refusals_say_which_tool(llm: LLM) -> None:
+    body = {"messages": [QUESTION], "tools": [ADD, {"type": "function", "function": {"description": "x"}}]}
+    response = ask(FakeEngine(llm), "POST", CHAT, json=body)
+    assert response.json()["error"]["message"] == "tools[1].function.name: Field required"
+
+
 @pytest.mark.parametrize("depth", [200, 900, 20_000])
 def test_deep_schemas_are_no_server_error(llm: LLM, depth: int) -> None:
     deep = '{"not":' * depth + "{}" + "}" * depth
