@@ -61,9 +61,9 @@ class Calibration:
         modes[mode].add(tokens, predicted_rate * seconds, batch)
 
     def factor(self, mode: Mode, batch: int) -> float:
-        """To multiply predictions with, of batches of that size. Modes share what makes predictions wrong, such as times
-        that rise while they are measured; by itself a mode is off only as far as it was seen to be, so that one that
-        was not run for long does not look better than those that were.
+        """To multiply predictions with, for batches of that size. Modes share what makes predictions wrong, such as
+        times that rise while they are measured; by itself a mode is off only as far as it was seen to be, so that one
+        that was not run for long does not look better than those that were.
         """
         modes = self._sums[batch.bit_length()]
         every = [sums for sums in modes.values() if sums.requests]
