@@ -176,10 +176,10 @@ class AutoPace:
         self._judge_look(before, best, load)
         probe = self._probe(choices, best, load)
         choice = probe or best
-        choice = replace(choice, informed=self._knows(load, alone=choice.mode in _TAKES_TURNS))
         windows = dict(zip(ids, choice.windows(odds), strict=True))
+        choice = replace(choice, informed=self._is_informed(choice.mode, sum(windows.values()), load))
         span = self._span(before, best, probe is not None)
-        until = self._rounds + (_SOON if probe else span)
+        until = self._rounds + (_SOON if probe or not choice.informed else span)
         return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
 
     def _typical(self, choice: _Choice, windows: Mapping[int, int], now: Situation) -> int:
@@ -292,6 +292,12 @@ class AutoPace:
             if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within):
                 untried.append(choice)
         return max(untried, key=lambda choice: choice.rate, default=None)
+
+    def _is_informed(self, mode: Mode, drafted: int, load: Load) -> bool:
+        """Whether the prediction rests on measured times, not on what rows might cost that nobody has seen."""
+        alone = mode in _TAKES_TURNS
+        rows = load.batch if mode == "autoregressive" else drafted
+        return self._knows(load, alone) and self._curves.covers(load, not alone, rows)
 
     def _knows(self, load: Load, alone: bool) -> bool:
         return self._curves.knows(load, beside=not alone, rounds=_PROBED)

@@ -22,6 +22,7 @@ Numbers = NDArray[np.float64]
 
 COLD_ROUNDS = 24  # in which memory is touched and code run for the first time: their times are forgotten then
 _RECENT = 24  # rounds of a mode
+_BEYOND = 1.25  # times the most rows that were measured: a guess from there on
 _SIMILAR = 1  # steps between contexts whose forwards take about as long
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
@@ -130,6 +131,11 @@ class Curves:
             if state == beside and abs(key[0] - batch) <= 1 and abs(key[1] - context) <= 2:
                 enough = max(enough, min(samples.target.count, samples.draft.count))
         return enough >= rounds
+
+    def covers(self, load: Load, beside: bool, rows: float) -> bool:
+        """Whether about so many rows of the target were measured, or more."""
+        points = self._about(load, beside, "target").points
+        return bool(points) and rows <= _BEYOND * points[-1][0]
 
     def tried(self, batch: int, mode: Mode, rounds: int, within: int) -> bool:
         """Whether the mode was run for so many rounds of about such a batch, and in one of the latest ``within``."""

@@ -17,6 +17,7 @@ from test_pace_speed import ALONE, situation
 from pearl.methods import METHODS, Mode
 from pearl.pace import AutoPace, FixedPace, Load, Pace, PacePolicy, Progressed, Sizes
 from pearl.pace.acceptance import Odds
+from pearl.pace.curves import COLD_ROUNDS
 from pearl.pace.speed import tokens_per_second
 
 LARGEST = 16
@@ -146,6 +147,20 @@ def test_a_stall_of_the_machine_says_nothing_of_the_mode_in_which_it_fell() -> N
     for _ in Batch(machine, 1, lambda *_: odds, seed=1).serve(policy, 200):
         pass
     assert policy._running.rate > 0.9 * rate  # type: ignore[union-attr]
+
+
+def test_what_rows_cost_that_nobody_has_seen_is_a_guess_that_is_soon_looked_at() -> None:
+    """Rows were dear while memory was cold, which is forgotten: then longer windows look free, for a few rounds."""
+    policy = AutoPace(("pearl",), LARGEST, SIZES)
+    held, most, spans = [Progressed(index, 1, 1, 1) for index in range(16)], 1, []
+    for number in range(100):
+        rows = sum(policy.decide(range(16), Load(16, 1600), False).windows)
+        if number > COLD_ROUNDS and rows > 1.3 * most:
+            spans.append(policy._until - policy._rounds)
+        most = max(most, rows) if number > COLD_ROUNDS else rows
+        policy.observe(measured_round(16, rows=rows, target_seconds=0.25 * rows, steps=1, requests=held))
+    assert spans
+    assert max(spans) <= 6
 
 
 def test_a_mode_that_never_keeps_its_promise_is_left() -> None:
