@@ -72,7 +72,7 @@ def table(results: Sequence[MethodResult], title: str) -> Table:
             rows.add_section()
             rows.add_row(f"batch {r.batch}")
             batch = r.batch
-        drafted = bool(r.window)
+        drafted = bool(r.window or r.acceptance_rate)  # prompt lookup may find nothing in most rounds
         rows.add_row(
             r.method,
             f"{r.tok_s:.1f}",

@@ -7,7 +7,7 @@ scatter, and now and then runs what it has not measured for long, if that promis
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,16 +29,15 @@ _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first c
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
 _STALE = 256  # and rounds after which that is no longer believed: twice as many each time that it was no better,
 _MOST_DOUBLED = 5
-_LINGERING = (
-    16  # rounds that a smaller batch stays at plain decoding: one that shrinks may be at its end, where drafting
-)
-# never pays for the draft's catching up with all tokens
-_WORTH_A_TRY = 0.75  # if it promises so much of the best one's speed
+_LINGERING = 16  # rounds that a batch that became smaller keeps its mode: it may be at its end, where no change pays
+_WORTH_A_TRY = 0.6  # if it promises so much of the best one's speed
 _RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
 _PREPARED = (1, 2, 3, 4, 6, 8, 16, 32)  # windows that are looked at, if so many may be,
 _WORTH_PREPARING = 1.01  # and by how much they must promise more than none
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
+_ALIKE = 0.1  # by which batches may differ to which a prediction applies
+_LATELY, _STALL = 16, 2.0  # rounds, and times the longest of them: what takes longer is the machine, or a collection
 _LEVELS = np.array([8.0, 16.0])  # of odds: requests on the same ones are predicted together
 
 # While the other model rests, or works.
@@ -96,9 +95,11 @@ class AutoPace:
         self._decisions: dict[tuple[int, bool], _Decision] = {}  # by size of batch, and whether it is pinned
         self._latest: _Decision | None = None
         self._running: _Choice | None = None
+        self._running_for = 0  # requests, which it was chosen for
         self._since = 0  # the round in which its mode began
         self._in_vain: defaultdict[tuple[int, Mode], int] = defaultdict(int)  # looks at a mode, since it was last best
         self._deciding, self._round = 0.0, 0.0  # seconds that a choice takes, and a round
+        self._lately: deque[float] = deque(maxlen=_LATELY)  # seconds of rounds
         self._rounds = 0  # that could be learnt from; where nothing is, all
         self._until = 0  # of the latest decision
         self._size, self._lingered = 0, 0  # the batch's, as a power of two, and its rounds of plain decoding since then
@@ -111,8 +112,8 @@ class AutoPace:
         if not request_ids:
             return Pace(self._modes[0], ())
         self._rounds += not self.listens  # the others are counted when they are observed
-        if self._lingers(load) and self._latest is not None:
-            return Pace("autoregressive", (1,) * load.batch, self._latest.choice.rate)
+        if self._latest is not None and self._lingers(load):
+            return self._paced(self._latest, request_ids)
         key = load.batch.bit_length(), pinned
         decision = self._decisions.get(key)
         if decision is None or self._rounds >= decision.until:
@@ -120,17 +121,21 @@ class AutoPace:
             self._decisions[key] = decision = self._decide(request_ids, load, pinned, decision or self._latest)
             self._deciding = time.perf_counter() - begin
         self._latest, self._until = decision, decision.until
-        choice, windows, typical = decision.choice, decision.windows, decision.typical
-        if self._running is None or self._running.mode != choice.mode:
+        if self._running is None or self._running.mode != decision.choice.mode:
             self._since = self._rounds
-        self._running = choice
+        self._running, self._running_for = decision.choice, len(decision.windows)
+        return self._paced(decision, request_ids)
+
+    def _paced(self, decision: _Decision, request_ids: Sequence[int]) -> Pace:
+        choice, windows, typical = decision.choice, decision.windows, decision.typical
         own = tuple([windows.get(i, typical) for i in request_ids])
         return Pace(choice.mode, own, choice.rate, choice.prepared)
 
     def _lingers(self, load: Load) -> bool:
-        """Whether the batch became smaller a moment ago, while it was decoded plainly."""
+        """Whether the batch became smaller a moment ago, and could go on as it is."""
         size, running = load.batch.bit_length(), self._running
-        if size >= self._size or running is None or running.mode != "autoregressive" or self._lingered >= _LINGERING:
+        alone = load.batch == 1 and running is not None and running.mode == "two-halves"
+        if size >= self._size or alone or self._lingered >= _LINGERING:
             self._size, self._lingered = size, 0
             return False
         self._lingered += 1
@@ -142,11 +147,20 @@ class AutoPace:
         self._acceptance.observe(measured.requests)
         if measured.prepared:
             self._hits.observe(measured.prepared / measured.load.batch, measured.rejections, measured.hits)
-        self._round += (measured.seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
+        seconds = self._without_stall(measured.seconds)
+        self._round += (seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
         running = self._running
-        if running is not None and running.informed and running.mode == measured.mode and self._settled():
+        for_these = abs(measured.load.batch - self._running_for) <= _ALIKE * self._running_for
+        if running is not None and running.informed and running.mode == measured.mode and for_these and self._settled():
             tokens = sum(request.committed for request in measured.requests)
-            self._calibration.observe(running.mode, tokens, measured.seconds, running.predicted, measured.load.batch)
+            self._calibration.observe(running.mode, tokens, seconds, running.predicted, measured.load.batch)
+
+    def _without_stall(self, seconds: float) -> float:
+        """A stall of a tenth of a second would outweigh a hundred rounds, to the harm of the mode in which it fell."""
+        if self._lately:
+            seconds = min(seconds, _STALL * max(self._lately))
+        self._lately.append(seconds)
+        return seconds
 
     def _settled(self) -> bool:
         """Whether requests are no longer in the state in which another mode left them."""
@@ -162,10 +176,10 @@ class AutoPace:
         self._judge_look(before, best, load)
         probe = self._probe(choices, best, load)
         choice = probe or best
-        choice = replace(choice, informed=self._knows(load, alone=choice.mode in _TAKES_TURNS))
         windows = dict(zip(ids, choice.windows(odds), strict=True))
+        choice = replace(choice, informed=self._is_informed(choice.mode, sum(windows.values()), load))
         span = self._span(before, best, probe is not None)
-        until = self._rounds + (_SOON if probe else span)
+        until = self._rounds + (_SOON if probe or not choice.informed else span)
         return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
 
     def _typical(self, choice: _Choice, windows: Mapping[int, int], now: Situation) -> int:
@@ -216,7 +230,7 @@ class AutoPace:
         """Of a mode, with as many prepared windows as pay: all windows alike, or each as long as its tokens pay for the
         rows that they cost the target.
         """
-        factor = self._calibration.factor(mode)
+        factor = self._calibration.factor(mode, round(now.batch))
         longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
         prepared = self._pays(now, longest) if mode == "pearl" and self._prepared else 0
         now = self._with(now, prepared)
@@ -256,7 +270,7 @@ class AutoPace:
         """The same choice, with what is predicted now."""
         windows = _ragged(np.array([choice.longest]), np.array([choice.threshold]), now.later)
         predicted = float(tokens_per_second(choice.mode, self._with(now, choice.prepared), windows)[0])
-        return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode))
+        return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode, round(now.batch)))
 
     def _probe(self, choices: Mapping[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
         """A choice that tells what is not known: how long forwards take alone, or beside each other, which all other
@@ -278,6 +292,12 @@ class AutoPace:
             if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within):
                 untried.append(choice)
         return max(untried, key=lambda choice: choice.rate, default=None)
+
+    def _is_informed(self, mode: Mode, drafted: int, load: Load) -> bool:
+        """Whether the prediction rests on measured times, not on what rows might cost that nobody has seen."""
+        alone = mode in _TAKES_TURNS
+        rows = load.batch if mode == "autoregressive" else drafted
+        return self._knows(load, alone) and self._curves.covers(load, not alone, rows)
 
     def _knows(self, load: Load, alone: bool) -> bool:
         return self._curves.knows(load, beside=not alone, rounds=_PROBED)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pearl.methods import Mode
 
-_FORGET = 0.999  # of the rounds before, with each further one
+_FORGET = 0.999  # of the rounds before, with each further one of any mode: what a mode was once is looked at again
 _DOUBT = 250.0  # rounds of a request after which half of what was found is believed: its tokens vary about as much as
 # they are, while formulas are seldom off by more than a sixteenth
 _CHANCE = 3.0  # relative: of the tokens of a request's round, three standard deviations
@@ -21,6 +21,16 @@ class _Sums:
     tokens: float = 0.0
     predicted: float = 0.0
     requests: float = 0.0
+
+    def forget(self) -> None:
+        self.tokens *= _FORGET
+        self.predicted *= _FORGET
+        self.requests *= _FORGET
+
+    def add(self, tokens: float, predicted: float, requests: float) -> None:
+        self.tokens += tokens
+        self.predicted += predicted
+        self.requests += requests
 
     @property
     def off(self) -> float:
@@ -40,27 +50,29 @@ class Calibration:
     """Belongs to one pace."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[Mode, _Sums] = defaultdict(_Sums)
+        # By size of batch: for one request and for several the formulas are others, and so are their faults.
+        self._sums: defaultdict[int, defaultdict[Mode, _Sums]] = defaultdict(lambda: defaultdict(_Sums))
 
     def observe(self, mode: Mode, tokens: int, seconds: float, predicted_rate: float, batch: int) -> None:
         """A round, whose mode was predicted to give so many tokens per second (before any factor)."""
-        sums = self._sums[mode]
-        sums.tokens = _FORGET * sums.tokens + tokens
-        sums.predicted = _FORGET * sums.predicted + predicted_rate * seconds
-        sums.requests = _FORGET * sums.requests + batch
+        modes = self._sums[batch.bit_length()]
+        for known in modes.values():
+            known.forget()
+        modes[mode].add(tokens, predicted_rate * seconds, batch)
 
-    def factor(self, mode: Mode) -> float:
-        """To multiply predictions with. Modes share what makes predictions wrong, such as times that rise while they
-        are measured; by itself a mode is off only as far as it was seen to be, so that one that was not run for long
-        does not look better than those that were.
+    def factor(self, mode: Mode, batch: int) -> float:
+        """To multiply predictions with, for batches of that size. Modes share what makes predictions wrong, such as
+        times that rise while they are measured; by itself a mode is off only as far as it was seen to be, so that one
+        that was not run for long does not look better than those that were.
         """
-        every = [sums for sums in self._sums.values() if sums.requests]
+        modes = self._sums[batch.bit_length()]
+        every = [sums for sums in modes.values() if sums.requests]
         shared = _Sums(
             sum(sums.tokens for sums in every),
             sum(sums.predicted for sums in every),
             sum(sums.requests for sums in every),
         )
         common = min(max(_SHARED * shared.believed, -_AT_MOST), _AT_MOST)
-        own = self._sums.get(mode, _Sums())
+        own = modes.get(mode, _Sums())
         beyond = _Sums(own.tokens, own.predicted * math.exp(common), own.requests).believed
         return min(max(math.exp(common + beyond), _LOWEST), _HIGHEST)

@@ -5,6 +5,7 @@ Before anything is measured a forward takes as long as its weights need to be re
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 
 from pearl.methods import Mode
 from pearl.pace.rounds import Load, MeasuredRound
-from pearl.pace.samples import Point, Samples, Summary
+from pearl.pace.samples import Point, Samples, Summary, summary
 
 Numbers = NDArray[np.float64]
 
 COLD_ROUNDS = 24  # in which memory is touched and code run for the first time: their times are forgotten then
 _RECENT = 24  # rounds of a mode
+_BEYOND = 1.25  # times the most rows that were measured: a guess from there on
+_SIMILAR = 1  # steps between contexts whose forwards take about as long
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
 _LONGEST_START = 4.0  # steps: what else a window's time cannot be, beside those that it has
@@ -94,6 +97,7 @@ class Curves:
         self._sizes = sizes
         self._samples: defaultdict[_Key, _Forwards] = defaultdict(_Forwards)
         self._overhead: defaultdict[tuple[int, Mode], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._known: dict[tuple[Load, bool, str], Summary] = {}  # until the next round is measured
         self._run: dict[tuple[int, Mode], int] = {}  # the latest round of a mode
         self.rounds = 0
         self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
@@ -104,6 +108,7 @@ class Curves:
         if self.rounds == COLD_ROUNDS:
             self._samples.clear()
             self._overhead.clear()
+        self._known.clear()
         if not steady:
             return
         target, draft = measured.target_seconds, measured.draft_seconds
@@ -127,6 +132,11 @@ class Curves:
                 enough = max(enough, min(samples.target.count, samples.draft.count))
         return enough >= rounds
 
+    def covers(self, load: Load, beside: bool, rows: float) -> bool:
+        """Whether about so many rows of the target were measured, or more."""
+        points = self._about(load, beside, "target").points
+        return bool(points) and rows <= _BEYOND * points[-1][0]
+
     def tried(self, batch: int, mode: Mode, rounds: int, within: int) -> bool:
         """Whether the mode was run for so many rounds of about such a batch, and in one of the latest ``within``."""
         size = batch.bit_length()
@@ -144,22 +154,25 @@ class Curves:
         known = [key for key, samples in self._overhead.items() if samples]
         if not known:
             return 0.0
-        samples = sorted(self._overhead[min(known, key=lambda key: (abs(key[0] - size), key[1] != mode))])
+        samples = sorted(self._overhead[min(known, key=lambda key: 2 * abs(key[0] - size) + 3 * (key[1] != mode))])
         return statistics.fmean(samples[: max(1, len(samples) * 9 // 10)])
 
     def spread(self, load: Load) -> float:
         """The relative error of what is known of the target's times, from their own scatter."""
-        return max(self._nearest(load, beside, "target").error for beside in (True, False))
+        return max(self._about(load, beside, "target").error for beside in (True, False))
 
     def times(self, load: Load, beside: bool) -> Times:
-        here, there = (self._nearest(load, state, "target") for state in (beside, not beside))
-        steps, sizes = self._nearest(load, beside, "draft").points, self._sizes
+        here, there = (self._about(load, state, "target") for state in (beside, not beside))
+        steps, sizes = self._about(load, beside, "draft").points, self._sizes
         points = here.points or ((1.0, sizes.target_bytes / sizes.bytes_per_second),)
         if not steps:
             # As many times faster than the target as it is smaller.
             scale = points[0][1] / sizes.target_bytes if sizes.target_bytes else 0.0
             steps = ((1.0, sizes.draft_bytes * scale),)
-        typical, start = _start(self._nearest(load, beside, "windows"))
+        windows = self._near(load, beside, "windows")[
+            :1
+        ]  # of one size of batch: longer ones would not be told from larger
+        typical, start = _start(summary([self._samples[key].windows for key in windows]))
         return Times(points, self._slope(here, there, points[0]), steps, typical, start)
 
     def _slope(self, here: Summary, there: Summary, guess: Point) -> float:
@@ -170,8 +183,8 @@ class Curves:
         x, y = (known.x / known.n, known.y / known.n) if known.n else guess
         xx = _GUESS_WEIGHT * (_GUESS_SPREAD * x) ** 2
         xy = xx * self._row_share() * y / x
-        for summary in (here, there):
-            more_xx, more_xy = summary.sums.around_the_means()
+        for measured in (here, there):
+            more_xx, more_xy = measured.sums.around_the_means()
             xx, xy = xx + more_xx, xy + more_xy
         return max(0.0, xy / xx)
 
@@ -180,22 +193,30 @@ class Curves:
         if self._share_of != self.rounds:
             xx, xy = _GUESS_WEIGHT * _GUESS_SPREAD**2, _GUESS_WEIGHT * _GUESS_SPREAD**2 * _ROW_SHARE
             for forwards in self._samples.values():
-                more_xx, more_xy = forwards.target.summary.sums.around_the_means(relative=True)
+                more_xx, more_xy = summary([forwards.target]).sums.around_the_means(relative=True)
                 xx, xy = xx + more_xx, xy + more_xy
             self._share, self._share_of = max(0.0, xy / xx), self.rounds
         return self._share
 
-    def _nearest(self, load: Load, beside: bool, name: str) -> Summary:
-        """Of the most similar load, rather with the other model in the same state than without."""
-        groups: list[tuple[_Key, Samples]] = [(key, getattr(seen, name)) for key, seen in self._samples.items()]
-        (batch, context), known = load.bucket, [(key, samples) for key, samples in groups if samples.count]
-        if not known:
-            return Summary()
+    def _about(self, load: Load, beside: bool, name: str) -> Summary:
+        """What the forwards of that ``name`` take under such a load, rather with the other model in the same state than
+        without; by rows that it did not have yet, what they took in batches of other sizes.
+        """
+        if (known := self._known.get((load, beside, name))) is None:
+            near = self._near(load, beside, name)
+            alike = [key for key in near if key[1] == near[0][1] and abs(key[0][1] - near[0][0][1]) <= _SIMILAR]
+            known = summary([getattr(self._samples[key], name) for key in alike])
+            self._known[load, beside, name] = known
+        return known
+
+    def _near(self, load: Load, beside: bool, name: str) -> list[_Key]:
+        """Where such forwards were measured, the most similar load first."""
+        size, (_, context) = math.log2(load.batch) + 0.5, load.bucket
 
         def distance(key: _Key) -> float:
-            return 4 * abs(key[0][0] - batch) + abs(key[0][1] - context) + 3 * (key[1] != beside)
+            return 4 * abs(key[0][0] - size) + abs(key[0][1] - context) + 3 * (key[1] != beside)
 
-        return min(known, key=lambda item: distance(item[0]))[1].summary
+        return sorted([key for key in self._samples if getattr(self._samples[key], name).count], key=distance)
 
 
 def _start(windows: Summary) -> Point:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _RECENT = 24  # samples of about the same x that are kept
 _RATIO = 1.12  # of x that count as the same
+_ENOUGH = 3  # samples
 
 Point = tuple[float, float]
 
@@ -58,6 +59,9 @@ class _Group:
         self._samples: deque[Point] = deque(maxlen=_RECENT)
         self._median: _Median | None = None
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def add(self, x: float, y: float) -> None:
         self._samples.append((x, y))
         self._median = None
@@ -83,26 +87,31 @@ class Samples:
     """Of about the same x the latest are kept, so that rare ones are not driven out."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, _Group] = {}
-        self._summary: Summary | None = None
+        self.groups: dict[int, _Group] = {}  # by about the logarithm of x
         self.count = 0
 
     def add(self, x: float, seconds: float) -> None:
         group = round(math.log(x, _RATIO))
-        if group not in self._groups:
-            self._groups[group] = _Group()
-        self._groups[group].add(x, seconds)
-        self._summary = None
+        if group not in self.groups:
+            self.groups[group] = _Group()
+        self.groups[group].add(x, seconds)
         self.count += 1
 
-    @property
-    def summary(self) -> Summary:
-        if self._summary is None:
-            medians = [self._groups[key].median for key in sorted(self._groups)]
-            sums = Sums(*map(sum, zip(*(median.sums for median in medians), strict=True))) if medians else Sums()
-            scatter = sum(median.n * median.scatter for median in medians)
-            self._summary = Summary(_rising(medians), sums, scatter / sums.n**1.5 if medians else 0.0)
-        return self._summary
+
+def summary(samples: Sequence[Samples]) -> Summary:
+    """What they say together: about each x the first one that has ``_ENOUGH`` samples, or the one that has most."""
+    heard: dict[int, _Median] = {}
+    for one in samples:
+        for group, measured in one.groups.items():
+            known = heard.get(group)
+            if known is None or known.n < min(_ENOUGH, len(measured)):
+                heard[group] = measured.median
+    medians = [heard[group] for group in sorted(heard)]
+    if not medians:
+        return Summary()
+    sums = Sums(*map(sum, zip(*(median.sums for median in medians), strict=True)))
+    scatter = sum(median.n * median.scatter for median in medians)
+    return Summary(_rising(medians), sums, scatter / sums.n**1.5)
 
 
 def _rising(medians: Iterable[_Median]) -> tuple[Point, ...]:

@@ -19,6 +19,7 @@ from pearl.serving.guards import ApiKeyGuard, BodyLimit
 from pearl.serving.metrics import Gauges, Metrics
 from pearl.serving.page_routes import PAGE_PATHS, add_page
 from pearl.serving.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pearl.serving.round_counts import RoundCounts
 from pearl.serving.sampling import SamplingDefaults
 from pearl.serving.service import Service
 from pearl.serving.settings import ServerSettings
@@ -42,9 +43,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 def create_app(engine: AsyncEngine, settings: ServerSettings, defaults: SamplingDefaults) -> FastAPI:
     """An OpenAI-compatible API around ``engine``, which stays the caller's to drain and close."""
-    texts = Texts(engine.llm)
+    texts, rounds = Texts(engine.llm), RoundCounts()
+    engine.observe(rounds)
     markup = ChatMarkup(engine.llm.tokenizer, settings.tool_parser, settings.reasoning_parser)
-    service = Service(engine, settings, defaults, texts, Metrics(settings.name, lambda: _gauges(engine)), markup)
+    metrics = Metrics(settings.name, lambda: _gauges(engine, rounds))
+    service = Service(engine, settings, defaults, texts, metrics, markup)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -124,16 +127,15 @@ async def _nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=_NOBODY)
 
 
-def _gauges(engine: AsyncEngine) -> Gauges:
+def _gauges(engine: AsyncEngine, rounds: RoundCounts) -> Gauges:
     """Numbers that the engine's thread writes, each as it is just now."""
-    inner, load = engine.llm.engine, engine.load
-    prefixes = inner.scheduler.target_kv.stats
+    load, prefixes = engine.load, engine.llm.engine.scheduler.target_kv.stats
     return Gauges(
         running=load.running,
         waiting=load.waiting,
         kv_usage=load.kv_usage,
         prefix_queries=prefixes.queried_tokens,
         prefix_hits=prefixes.hit_tokens,
-        rounds=inner.stats.rounds,
+        modes={**rounds.by_mode},
         healthy=engine.health.ok,
     )

@@ -6,7 +6,7 @@ What is counted per chunk are plain numbers of the event loop's; they become ser
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pearl.outputs import RequestMetrics
 from pearl.serving.request_log import log_request
 from pearl.serving.request_record import Latencies, RequestRecord
+from pearl.serving.round_counts import ModeCounts
 from pearl.serving.usage import totals
 
 _LABELS = ("model_name", "engine")
@@ -30,7 +31,7 @@ class Gauges:
     kv_usage: float
     prefix_queries: int
     prefix_hits: int
-    rounds: int
+    modes: Mapping[str, ModeCounts]
     healthy: bool
 
 
@@ -97,7 +98,6 @@ class Metrics:
             ("vllm:spec_decode_num_drafts", "Verdicts on drafted tokens", sum(histogram)),
             ("vllm:spec_decode_num_draft_tokens", "Tokens drafted", total.drafted),
             ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that became output", total.accepted),
-            ("pearl:rounds", "Rounds of the engine", now.rounds),
             ("pearl:target_forwards", "Forwards of the target, for each output in them", total.target_forwards),
             ("pearl:draft_forwards", "Forwards of the draft, for each output in them", total.draft_forwards),
             ("pearl:tested_tokens", "Drafted tokens that were judged", total.tested),
@@ -105,6 +105,7 @@ class Metrics:
             ("pearl:requests_cancelled", "Requests whose client left", self._cancelled),
         ):  # fmt: skip
             yield self._counter(name, help, [((), value)])
+        yield from self._of_modes(now.modes)
         finished = [((reason,), count) for reason, count in sorted(self._finished.items())]
         yield self._counter("vllm:request_success", "Outputs that ended", finished, "finished_reason")
         refused = [((reason,), count) for reason, count in sorted(self._refused.items())]
@@ -115,12 +116,22 @@ class Metrics:
         help = "Drafted tokens that became output, by position"
         yield self._counter("vllm:spec_decode_num_accepted_tokens_per_pos", help, positions, "position")
 
+    def _of_modes(self, modes: Mapping[str, ModeCounts]) -> Iterator[Metric]:
+        for name, help in (
+            ("rounds", "Rounds of the engine, by what the pace had both models do"),
+            ("seconds", "Seconds of those rounds"),
+            ("tokens", "Tokens that they added to outputs"),
+            ("predicted", "Tokens that the pace predicted for those seconds"),
+        ):
+            values = [((mode,), getattr(counts, name)) for mode, counts in sorted(modes.items())]
+            yield self._counter(f"pearl:{'rounds' if name == 'rounds' else f'round_{name}'}", help, values, "mode")
+
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=_LABELS)
         family.add_metric(self._labels, value)
         return family
 
-    def _counter(self, name: str, help: str, values: Iterable[tuple[tuple[str, ...], int]], *labels: str) -> Metric:
+    def _counter(self, name: str, help: str, values: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
         family = CounterMetricFamily(name, help, labels=(*_LABELS, *labels))
         for given, value in values:
             family.add_metric((*self._labels, *given), value)

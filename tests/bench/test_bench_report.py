@@ -50,6 +50,10 @@ def test_what_does_not_draft_has_no_draft_columns() -> None:
     assert row == ["autoregressive", "160.1", "-", "1.00x", "-", "-", "1.000", "-", "0.990"]
 
 
+def test_a_drafter_that_is_mostly_dry_has_them() -> None:
+    assert cells(replace(PEARL, window=0.0))[1][5:8] == ["0.875", "0.300", "0"]
+
+
 def test_a_result_without_tokens_is_shown_too() -> None:
     assert cells(replace(AUTOREGRESSIVE, tokens=0, tok_s=0.0))[1][6] == "-"
 

@@ -17,6 +17,7 @@ from test_pace_speed import ALONE, situation
 from pearl.methods import METHODS, Mode
 from pearl.pace import AutoPace, FixedPace, Load, Pace, PacePolicy, Progressed, Sizes
 from pearl.pace.acceptance import Odds
+from pearl.pace.curves import COLD_ROUNDS
 from pearl.pace.speed import tokens_per_second
 
 LARGEST = 16
@@ -105,11 +106,9 @@ def test_a_batch_that_shrinks_stays_at_plain_decoding_for_a_while() -> None:
         for _ in Batch(machine, batch, lambda *_: odds).serve(policy, 120):
             pass
     modes = []
-    for batch in [16] * 5 + [2] * 30:
-        pace = policy.decide(range(batch), Load(batch, 100 * batch), False)
-        assert len(pace.windows) == batch
-        modes.append(pace.mode)
-        policy.observe(measured_round(batch, mode=pace.mode, rows=batch, steps=0))
+    for batch, rounds in ((16, 5), (2, 60)):
+        for _ in Batch(machine, batch, lambda *_: odds).serve(policy, rounds):
+            modes.append(policy._running.mode)  # type: ignore[union-attr]
     assert set(modes[:16]) == {"autoregressive"}
     assert "autoregressive" not in modes[20:]
 
@@ -133,6 +132,35 @@ def test_easy_and_hard_requests_of_a_batch_get_windows_of_different_length() -> 
         pass
     windows = policy.decide(range(8), Load(8, 800), False).windows
     assert max(windows[::2]) < min(windows[1::2])
+
+
+def test_a_stall_of_the_machine_says_nothing_of_the_mode_in_which_it_fell() -> None:
+    """As of Python's garbage collection: a hundred rounds long."""
+    machine, odds = Machine(1.0, 5.0, 0.1, 0.3, noise=0.03), Odds(0.75, 0.75)
+    policy = auto(machine)
+    for _ in Batch(machine, 1, lambda *_: odds).serve(policy, 600):
+        pass
+    mode, rate = policy._running.mode, policy._running.rate  # type: ignore[union-attr]
+    policy.observe(measured_round(mode=mode, rows=6, target_seconds=600.0, steps=5))
+    after = {policy._calibration.factor(other, 1) for other in METHODS}
+    assert min(after) > 0.95
+    for _ in Batch(machine, 1, lambda *_: odds, seed=1).serve(policy, 200):
+        pass
+    assert policy._running.rate > 0.9 * rate  # type: ignore[union-attr]
+
+
+def test_what_rows_cost_that_nobody_has_seen_is_a_guess_that_is_soon_looked_at() -> None:
+    """Rows were dear while memory was cold, which is forgotten: then longer windows look free, for a few rounds."""
+    policy = AutoPace(("pearl",), LARGEST, SIZES)
+    held, most, spans = [Progressed(index, 1, 1, 1) for index in range(16)], 1, []
+    for number in range(100):
+        rows = sum(policy.decide(range(16), Load(16, 1600), False).windows)
+        if number > COLD_ROUNDS and rows > 1.3 * most:
+            spans.append(policy._until - policy._rounds)
+        most = max(most, rows) if number > COLD_ROUNDS else rows
+        policy.observe(measured_round(16, rows=rows, target_seconds=0.25 * rows, steps=1, requests=held))
+    assert spans
+    assert max(spans) <= 6
 
 
 def test_a_mode_that_never_keeps_its_promise_is_left() -> None:

@@ -172,21 +172,21 @@ def calibrated(rate: float, rounds: int, tokens: int = 1) -> Calibration:
 
 
 def test_predictions_are_corrected_as_far_as_there_is_evidence() -> None:
-    assert Calibration().factor("pearl") == 1.0
-    assert calibrated(1.0, 500).factor("pearl") == 1.0
-    found = [calibrated(1.2, rounds).factor("pearl") for rounds in (0, 20, 200, 3000)]
+    assert Calibration().factor("pearl", 1) == 1.0
+    assert calibrated(1.0, 500).factor("pearl", 1) == 1.0
+    found = [calibrated(1.2, rounds).factor("pearl", 1) for rounds in (0, 20, 200, 3000)]
     assert found == sorted(found, reverse=True)
     assert found[1] > 0.97  # twenty rounds of luck
     assert found[3] == pytest.approx(1 / 1.2, abs=0.04)
-    assert calibrated(4.0, 100).factor("pearl") < 0.4  # more than luck
-    assert calibrated(4.0, 100, tokens=16).factor("pearl") == 1.5  # and never beyond reason
+    assert calibrated(4.0, 100).factor("pearl", 1) < 0.4  # more than luck
+    assert calibrated(4.0, 100, tokens=16).factor("pearl", 1) == 1.5  # and never beyond reason
 
 
 def test_of_what_one_mode_was_off_others_are_suspected_a_little() -> None:
     """Times that rise while they are measured make all modes slower; a mode must not look good by being unknown."""
     calibration = calibrated(1.1, 3000)
-    assert calibration.factor("pearl") < calibration.factor("speculative") < 0.98
-    assert calibrated(8.0, 3000).factor("speculative") > 0.9  # but so much is a fault of the mode's own
+    assert calibration.factor("pearl", 1) < calibration.factor("speculative", 1) < 0.98
+    assert calibrated(8.0, 3000).factor("speculative", 1) > 0.9  # but so much is a fault of the mode's own
 
 
 def test_how_often_windows_hit_is_learnt_whatever_number_there_was() -> None:

@@ -13,6 +13,7 @@ from serving_support import NAME, OPTIONS, PROMPT, LiveServer, live_server
 from pearl import LLM, SamplingParams
 from pearl.outputs import RequestOutput
 
+ROUND_PARTS = ("rounds", "round_seconds", "round_tokens")
 MESSAGES: Any = [{"role": "user", "content": "def add(a, b):"}]
 SEEDED = {"temperature": 0.9, "seed": 7, "max_tokens": 24}
 
@@ -266,7 +267,10 @@ def test_metrics_count_what_was_returned(server: LiveServer) -> None:
     assert new["vllm:time_to_first_token_seconds_count"] == new["vllm:e2e_request_latency_seconds_count"] == 2
     assert new["vllm:request_success_total length"] == 2
     assert new["vllm:inter_token_latency_seconds_count"] > 0
-    assert new["pearl:rounds_total"] > 0
+    of_modes = {part: sum(v for k, v in new.items() if k.startswith(f"pearl:{part}_total ")) for part in ROUND_PARTS}
+    assert of_modes["rounds"] > 0
+    assert of_modes["round_tokens"] == 24
+    assert 0 < of_modes["round_seconds"] < 60
     assert (after["vllm:num_requests_running"], after["pearl:healthy"]) == (0, 1)
     assert server.post("/v1/completions", **body | {"n": 13}).status_code == 429  # 4 run, 8 wait
     assert scrape(server)["pearl:requests_refused_total queue_full"] == 1
