@@ -62,6 +62,9 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.asked: list[tuple[Sequence[int], SamplingParams]] = []
 
+    def observe(self, observer: Any) -> None:
+        """It has no rounds."""
+
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, shown: Collection[int] = ()) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
             raise self.refusal
