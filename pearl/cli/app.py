@@ -14,6 +14,7 @@ from pearl.cli.bench import PASSES_ON, bench
 from pearl.cli.chat import chat
 from pearl.cli.generate import generate
 from pearl.cli.info import DISTRIBUTION, info, installed
+from pearl.cli.plan import plan
 from pearl.cli.program import exit_code, run_and_leave
 from pearl.cli.serve import serve
 
@@ -42,7 +43,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)
-    for command in (generate, chat, serve, info):
+    for command in (generate, chat, serve, plan, info):
         app.command()(command)
     app.command(context_settings=PASSES_ON)(bench)
     return app

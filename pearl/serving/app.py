@@ -136,6 +136,6 @@ def _gauges(engine: AsyncEngine, rounds: RoundCounts) -> Gauges:
         kv_usage=load.kv_usage,
         prefix_queries=prefixes.queried_tokens,
         prefix_hits=prefixes.hit_tokens,
-        modes={**rounds.by_mode},
+        modes=rounds.by_mode.copy(),
         healthy=engine.health.ok,
     )

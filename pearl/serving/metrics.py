@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pearl.methods import Mode
 from pearl.outputs import RequestMetrics
 from pearl.serving.request_log import log_request
 from pearl.serving.request_record import Latencies, RequestRecord
@@ -31,7 +32,7 @@ class Gauges:
     kv_usage: float
     prefix_queries: int
     prefix_hits: int
-    modes: Mapping[str, ModeCounts]
+    modes: Mapping[Mode, ModeCounts]
     healthy: bool
 
 
@@ -116,7 +117,7 @@ class Metrics:
         help = "Drafted tokens that became output, by position"
         yield self._counter("vllm:spec_decode_num_accepted_tokens_per_pos", help, positions, "position")
 
-    def _of_modes(self, modes: Mapping[str, ModeCounts]) -> Iterator[Metric]:
+    def _of_modes(self, modes: Mapping[Mode, ModeCounts]) -> Iterator[Metric]:
         for name, help in (
             ("rounds", "Rounds of the engine, by what the pace had both models do"),
             ("seconds", "Seconds of those rounds"),

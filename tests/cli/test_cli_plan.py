@@ -1,0 +1,50 @@
+"""``pearl plan``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pearl.cli.app import application
+from pearl.errors import ConfigurationError
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(application(), ["plan", *arguments], env={"COLUMNS": "120"})
+
+
+def test_measured_times_give_a_table_and_a_sentence() -> None:
+    result = plan("--target-ms", "25", "--draft-ms", "3", "--acceptance", "0.8")
+    assert result.exit_code == 0
+    for part in ("8.3 steps in a forward", "speculative", "pearl", "Fastest should be", "times taking turns"):
+        assert part in result.stdout
+    worthless = plan("--target-ms", "1", "--draft-ms", "0.9", "--row-ms", "0.9")
+    assert "Drafting is not worth it here" in worthless.stdout
+
+
+def test_a_gpu_and_two_shapes_give_json() -> None:
+    result = plan("--target", "70b", "--draft", "8b", "--gpu", "h200", "--target-gpus", "2", "--batch", "4", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["ratio"] == pytest.approx(70 / 8 / 2, rel=0.05)
+    assert [one["method"] for one in found["forecasts"]] == ["autoregressive", "speculative", "two-halves", "pearl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give both"),
+        (("--target-ms", "3"), "give both"),
+        (("--target-ms", "3", "--draft-ms", "1", "--gpu", "h100"), "give both"),
+        (("--target", "70b", "--draft", "1b", "--gpu", "tpu"), "known are a10"),
+        (("--target", "70b", "--draft", "1b", "--gpu", "a10"), "share the target"),
+        (("--target-ms", "3", "--draft-ms", "1", "--acceptance", "1.5"), "acceptance"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    result = plan(*arguments)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, ConfigurationError)
+    assert message in str(result.exception)
