@@ -136,6 +136,14 @@ def test_a_call_that_breaks_off(llm: LLM, end: Any) -> None:
     assert found["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("text", ["a <tool_ca", "a \n", '<tool_call>{"name": "a'])
+def test_what_is_held_back_comes_with_the_end(llm: LLM, text: str) -> None:
+    body = {"messages": [QUESTION], "tools": [ADD], "stream": True}
+    response = ask(FakeEngine(llm, *script(llm, list(text))), "POST", CHAT, json=body)
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in response.text.split("\n\n")[:-2]]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+
+
 def test_one_call_where_calls_are_not_parallel(llm: LLM) -> None:
     engine = FakeEngine(llm, *script(llm, [CALL, CALL]))
     for parallel, count in ((None, 2), (True, 2), (False, 1)):
@@ -155,7 +163,7 @@ def test_what_is_told_of_tokens_is_of_the_raw_text(llm: LLM, stream: bool) -> No
         choices = response.json()["choices"]
     assert len(choices) == (len(PIECES) if stream else 1)
     for choice, piece in zip(choices, PIECES if stream else ["".join(PIECES)], strict=True):
-        assert "".join(part["text"] for part in choice["text_sources"]) == piece
+        assert [part["text"] for part in choice["text_sources"]] == list(piece)
         assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == piece
         assert len(choice["token_sources"]) == len(choice["token_ids"]) == len(piece)
     expected = ["draft" if drafted else "target" for chunk in chunks for drafted in chunk.drafted]
@@ -169,7 +177,9 @@ def test_tags_that_are_special_tokens_are_read(idle_llm: LLM) -> None:
     (found,) = chat(engine, tools=[ADD], return_token_sources=True)["choices"]
     assert set(engine.shown) == shown
     assert (found["message"]["content"], len(found["message"]["tool_calls"])) == ("Well.", 1)
-    assert "".join(part["text"] for part in found["text_sources"]) == f"Well.{CALL}"
+    inner = CALL.removeprefix("<tool_call>").removesuffix("</tool_call>")
+    tokens = [*"Well.", "<tool_call>", *inner, "</tool_call>"]
+    assert [part["text"] for part in found["text_sources"]] == tokens
     chat(engine)
     assert not engine.shown
 
