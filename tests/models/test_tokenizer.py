@@ -82,6 +82,16 @@ def test_special_tokens_have_no_text(bundled: Tokenizer) -> None:
     assert "".join(pieces(bundled, [], ids)) == bundled.decode(ids) == "def fx"
 
 
+def test_special_tokens_that_are_to_show_have_their_name(bundled: Tokenizer) -> None:
+    (end,) = bundled.eos_ids
+    half = bundled.encode("🙂")[:1]
+    detokenizer = bundled.detokenizer(bundled.encode("x"), [end])
+    assert detokenizer.feed([*bundled.encode("a"), *half]) == "a"
+    assert detokenizer.feed([end, *bundled.encode("b"), end]) == "\ufffd<|endoftext|>b<|endoftext|>"
+    assert detokenizer.feed(half) == ""
+    assert detokenizer.flush() == "\ufffd"
+
+
 def test_vocabulary_size_and_ends_of_text(bundled: Tokenizer) -> None:
     assert bundled.vocab_size == 4096
     assert bundled.eos_ids == {0}
