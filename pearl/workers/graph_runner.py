@@ -72,7 +72,8 @@ class GraphRunner(ModelRunner):
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         rows = sum(len(item.tokens) for item in work)
-        if rows > self._most_rows or any(item.num_logits < len(item.tokens) for item in work):
+        most = self.limits.rows_per_sequence
+        if rows > self._most_rows or any(item.num_logits < len(item.tokens) or len(item.tokens) > most for item in work):
             return super().forward(work)
         lists = BatchLists.of(work, self.page_size)
         shape = self.limits.shape(rows, len(work), max(len(item.block_table) for item in work))
