@@ -35,8 +35,9 @@ class Largest:
         window = min(config.most_judged if role == "target" else 2, max_model_len)  # a draft may lag by two tokens
         # Decoding rows are never held back by prompts, which get a page at least (Scheduler._plan_batch).
         tokens = max(config.max_num_batched_tokens, sequences * window + config.page_size)
-        rows = config.max_logit_rows if role == "target" else sequences
-        return cls(min(tokens, sequences * max_model_len), sequences, window, rows, max_model_len, config.page_size)
+        tokens = min(tokens, sequences * max_model_len)
+        rows = min(config.max_logit_rows, tokens) if role == "target" else sequences
+        return cls(tokens, sequences, window, rows, max_model_len, config.page_size)
 
     @property
     def batches(self) -> tuple[list[int], list[int]]:
