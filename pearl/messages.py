@@ -273,9 +273,9 @@ PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
 class FoundPrompt(NamedTuple):
-    """Log-probabilities of ``count`` prompt tokens, made by a call."""
+    """Log-probabilities of ``size`` prompt tokens, made by a call."""
 
-    count: int
+    size: int
     entries: Callable[[], tuple[TokenLogprobs, ...]]
 
 

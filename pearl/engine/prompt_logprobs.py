@@ -48,7 +48,7 @@ class PromptProgress:
 
     def add(self, found: FoundPrompt) -> None:
         """Of all rows that were wanted of a forward."""
-        self._known += found.count
+        self._known += found.size
         self._found.append(found.entries)
 
     def take(self) -> PromptLogprobs | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.serving.connection import while_connected
 from pearl.serving.event_stream import EventStream, as_json
 from pearl.serving.generation import Generation
+from pearl.serving.logprobs import ranked_logprobs
 from pearl.serving.protocol import SamplingFields
 from pearl.serving.service import Service
 from pearl.serving.token_sources import TokenSources
@@ -26,6 +28,7 @@ class Shape(Protocol):
 
     kind: str  # the answer's ``object``
     chunk_kind: str  # that of an event
+    of_one_prompt: bool  # what is told of it stands beside the choices, else in each
 
     def choice(self, output: CompletionOutput) -> dict[str, Any]:
         """Of a whole output, without ``index``, ``finish_reason`` and ids."""
@@ -50,6 +53,7 @@ class Wishes:
     token_ids: bool = False
     token_sources: bool = False
     logprobs: bool = False
+    prompt_logprobs: int | None = None  # how many alternatives, in vLLM's form
 
     @classmethod
     def of(cls, body: SamplingFields, logprobs: bool) -> Wishes:
@@ -57,7 +61,7 @@ class Wishes:
         with_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
         tokens = (bool(body.return_token_ids), bool(body.return_token_sources))
-        return cls(with_usage, with_usage and always, bool(body.metrics), *tokens, logprobs)
+        return cls(with_usage, with_usage and always, bool(body.metrics), *tokens, logprobs, body.prompt_logprobs)
 
 
 class Answer:
@@ -72,13 +76,20 @@ class Answer:
         try:
             if not stream:
                 outputs = await while_connected(request.receive, generation.complete())
-                return Response(as_json(self.whole(outputs)), media_type="application/json")
+                written = await self._written(lambda: as_json(self.whole(outputs)), generation.tells_prompts)
+                return Response(written, media_type="application/json")
             events = self.events()
             first = await while_connected(request.receive, anext(events))
             return EventStream(first, events, generation.close)
         except BaseException:
             generation.close()
             raise
+
+    async def _written(self, write: Callable[[], str], tells_prompts: bool) -> str:
+        """A part of the answer. What tells of prompts may take long."""
+        if not tells_prompts:
+            return write()
+        return await self._service.texts.run(write, sum(map(len, self._generation.prompts)))
 
     def whole(self, outputs: Sequence[CompletionOutput]) -> dict[str, Any]:
         choices = []
@@ -89,10 +100,22 @@ class Answer:
                 choice["prompt_token_ids"] = self._generation.prompt_of(output.index)
             if self._wishes.token_sources:
                 choice |= self._sources.of(output)
+            if not self._shape.of_one_prompt:
+                choice |= self._of_prompt(output.index)
             choices.append(choice)
         answer = {**self._base, "object": self._shape.kind, "choices": choices}
         answer["usage"] = self._usage(sum(len(output.token_ids) for output in outputs))
+        if self._shape.of_one_prompt:
+            answer |= self._of_prompt(0)
         return answer | ({"metrics": self._statistics()} if self._wishes.metrics else {})
+
+    def _of_prompt(self, index: int) -> dict[str, Any]:
+        """Members about an output's prompt."""
+        most, found = self._wishes.prompt_logprobs, self._generation.prompt_logprobs_of(index)
+        if most is None or found is None:
+            return {}
+        tokenizer, tokens = self._service.engine.llm.tokenizer, self._generation.prompt_of(index)
+        return {"prompt_logprobs": ranked_logprobs(tokenizer, tokens, found, most)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape, wishes = self._shape, self._wishes
@@ -117,7 +140,8 @@ class Answer:
                 reason = "null" if chunk.finish_reason is None else f'"{chunk.finish_reason}"'
                 if wishes.usage_always:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
-                event += f'{head}{index},{shape.piece(chunk)},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
+                piece = await self._written(partial(shape.piece, chunk), chunk.prompt_logprobs is not None)
+                event += f'{head}{index},{piece},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:
             yield self._closing(base, generated)

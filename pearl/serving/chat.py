@@ -47,6 +47,7 @@ def _logprobs(body: ChatCompletionRequest) -> int | None:
 
 class ChatShape:
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    of_one_prompt = True
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool) -> None:
         self._tokenizer, self._logprobs = tokenizer, logprobs
