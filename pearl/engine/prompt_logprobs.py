@@ -86,7 +86,7 @@ def find_prompts(
     on_rows = from_numbers(tokens, torch.int64, logits.device)
     found = {rows.wanted.request_id: _find(logits, rows, on_rows, vocab_size) for rows in placed}
     with torch.inference_mode():
-        return found, logits[from_numbers(judged, torch.int64, logits.device)]
+        return found, logits[from_numbers(judged, torch.int64, logits.device)] if judged else logits[:0]
 
 
 def _find(logits: Tensor, rows: _Rows, tokens: Tensor, vocab_size: int) -> FoundPrompt:

@@ -94,12 +94,21 @@ def test_columns_that_only_pad_the_vocabulary_have_no_part(
     assert_told(pair.judge, prompt, output.prompt_logprobs, ids=VOCAB)
 
 
-def test_the_prefix_cache_is_filled_and_not_read(llama: Pair, open_llm: OpenLLM) -> None:
-    llm = open_llm(llama, window=3)
+@pytest.mark.parametrize(("page_size", "cached_of_80"), [(16, 64), (4, 76)])
+def test_the_prefix_cache_is_filled_and_not_read(
+    llama: Pair, open_llm: OpenLLM, page_size: int, cached_of_80: int
+) -> None:
+    llm = open_llm(llama, window=3, page_size=page_size)
     long = prompts((80,), seed=5)[0]
     plain = SamplingParams(max_tokens=4, ignore_eos=True)
     # Who asks comes before, between and after those who do not; the last one's prefix is cached by one who asked.
-    asked = [(long[:50], TOLD, 0), (long[:50], plain, 48), (long, TOLD, 0), (long, plain, 64), (long[:33], TOLD, 0)]
+    asked = [
+        (long[:50], TOLD, 0),
+        (long[:50], plain, 48),
+        (long, TOLD, 0),
+        (long, plain, cached_of_80),
+        (long[:33], TOLD, 0),
+    ]
     for prompt, params, cached in asked:
         (output,) = llm.generate([prompt], params)
         assert output.metrics.cached_tokens == cached
