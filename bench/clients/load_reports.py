@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
 def guidellm(python: str, served: Served, folder: Path) -> list[Report]:
     """Chat and completions, some at a time and as many as there can be. PearlError if guidellm fails."""
-    found = []
+    found: list[Report] = []
     for path in ("/v1/chat/completions", "/v1/completions"):
         for profile in (f"kind=concurrent,streams={_STREAMS}", "kind=throughput,max_concurrency=16"):
             out = folder / f"guidellm-{len(found)}.json"
@@ -62,7 +62,7 @@ def _of_guidellm(what: str, benchmark: Any) -> Report:
 
 def vllm_bench(python: str, served: Served, folder: Path) -> list[Report]:
     """Chat and completions, with log-probabilities and sampled. PearlError if the client fails."""
-    found = []
+    found: list[Report] = []
     for backend, path, options in (
         ("openai", "/v1/completions", ("--logprobs", "2")),
         ("openai-chat", "/v1/chat/completions", ()),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,10 +20,7 @@ from pearl.errors import PearlError
 _WIDTH = 120  # of the table in a pipe
 
 
-class Client(StrEnum):
-    LM_EVAL = "lm-eval"
-    GUIDELLM = "guidellm"
-    VLLM_BENCH = "vllm-bench"
+Client = Literal["lm-eval", "guidellm", "vllm-bench"]
 
 
 def serving_clients(
@@ -45,7 +41,7 @@ def serving_clients(
 
 
 def _tried(client: Client, python: str, served: Served, folder: Path) -> tuple[Table, bool]:
-    if client is Client.LM_EVAL:
+    if client == "lm-eval":
         table = Table("prompts as", "log-likelihoods", "greedy", "largest difference", "greedy for one alone")
         found = agreements(python, served, folder)
         for one in found:
@@ -53,7 +49,7 @@ def _tried(client: Client, python: str, served: Served, folder: Path) -> tuple[T
             table.add_row(one.form, str(one.requests), str(one.greedy), largest, str(one.other_greedy))
         return table, all(one.holds for one in found)
     table = Table("load", "completed", "failed", "output tokens", "errors")
-    reports = (guidellm if client is Client.GUIDELLM else vllm_bench)(python, served, folder)
+    reports = (guidellm if client == "guidellm" else vllm_bench)(python, served, folder)
     for report in reports:
         numbers = (report.completed, report.failed, report.output_tokens)
         table.add_row(report.what, *map(str, numbers), "; ".join(report.errors))
