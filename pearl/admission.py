@@ -56,9 +56,9 @@ class Admission:
         if len(self._banned(params)) >= self._vocab_size:
             sentence = "logit_bias and min_tokens together ban every token; leave at least one"
             raise InvalidRequestError(sentence, "logit_bias")
-        if (params.logprobs or 0) > self._vocab_size:
-            sentence = f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens"
-            raise InvalidRequestError(sentence, "logprobs")
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if (count or 0) > self._vocab_size:
+                raise InvalidRequestError(f"{name}={count}, but the vocabulary has {self._vocab_size} tokens", name)
 
     def _outside(self, token: int) -> str:
         return self._tokenizer.vocabulary.outside(token, self._vocab_size)

@@ -18,6 +18,7 @@ from pearl.engine.builder import connect
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
+from pearl.engine.prompt_logprobs import PromptProgress
 from pearl.engine.request import Request
 from pearl.engine.rounds import RoundRecord
 from pearl.errors import ConfigurationError, InvalidRequestError
@@ -228,7 +229,10 @@ class LLM:
     def _requests(self, ids: list[int], params: SamplingParams, shown: Collection[int] = ()) -> list[Request]:
         """One for each output of a prompt."""
         seed = self._seed(params)
-        return [self._request(ids, params, seed + index, shown) for index in range(params.n)]
+        requests = [self._request(ids, params, seed + index, shown) for index in range(params.n)]
+        if params.prompt_logprobs is not None:
+            requests[0].prompt_logprobs = PromptProgress(ids, params.prompt_logprobs)
+        return requests
 
     def _request(self, ids: list[int], params: SamplingParams, seed: int, shown: Collection[int]) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))

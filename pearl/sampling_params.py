@@ -33,9 +33,10 @@ _INTEGERS = {
     "min_tokens": _Range(0, float("inf"), "an integer between 0 and max_tokens"),
     "seed": _Range(-(2**63), 2**64 - 1, "None or a 64-bit integer"),
     "logprobs": _Range(0, 20, "None or between 0 and 20, an integer"),
+    "prompt_logprobs": _Range(0, 20, "None or between 0 and 20, an integer"),
     "n": _Range(1, 16_384, "an integer, at least 1 and at most 16384"),
 }
-_MAY_BE_NONE = ("draft_temperature", "seed", "logprobs")
+_MAY_BE_NONE = ("draft_temperature", "seed", "logprobs", "prompt_logprobs")
 _SMALLEST_TEMPERATURE = 1e-5
 _SMALLEST_TOP_P = 1e-7  # below 1 / vocabulary it keeps the likeliest token alone, however small
 _LARGEST_TOP_K = 2**31 - 1
@@ -78,6 +79,7 @@ class SamplingParams:
     ignore_eos: do not stop at the model's end-of-text. min_tokens: that many tokens end nothing, what ends the output
         comes after them (unless max_tokens does), as vLLM and transformers count.
     max_tokens: most tokens returned. logprobs: report that many alternatives of each token; None = off.
+    prompt_logprobs: likewise of each token of the prompt. All of it is computed then, whatever the prefix cache holds.
     n: outputs for the prompt; output i uses seed + i.
     draft_temperature: the draft's own temperature; None = the same. It changes speed, never the output's distribution.
     """
@@ -99,6 +101,7 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     draft_temperature: float | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in _NUMBERS.items():

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from queue import SimpleQueue
 
@@ -17,6 +17,7 @@ from pearl.admission import params_for
 from pearl.engine.scheduler import require_room
 from pearl.errors import ConfigurationError, EngineClosedError, EngineDrainingError, EngineInUseError
 from pearl.llm import LLM
+from pearl.prompts import AnyPrompts
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream, Mailbox
 from pearl.serving.engine_thread import Cancel, Command, End, EngineThread, Submit, TellWhenIdle
@@ -64,8 +65,8 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, shown: Collection[int] = ()) -> AsyncStream:
-        """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
+    def submit(self, prompt: AnyPrompts, params: SamplingParams, *, shown: Collection[int] = ()) -> AsyncStream:
+        """Queue a prompt, if short in any form, and return its outputs as they grow. On the event loop; never waits.
 
         ``shown``: special tokens whose names are part of the text.
 
@@ -77,7 +78,7 @@ class AsyncEngine:
         self._require_loop(loop)
         (one,) = params_for(1, params)
         self._require_room(one.n)
-        requests = self.llm.prepare(prompt_ids, one, shown=shown)
+        requests = self.llm.prepare(prompt, one, shown=shown)
         mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)

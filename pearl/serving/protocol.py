@@ -36,8 +36,8 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
 }
 _UNSUPPORTED = (
     *_WITHOUT, "allowed_token_ids", "audio", "bad_words", "documents", "guided_choice", "guided_grammar", "guided_json",
-    "guided_regex", "logprob_token_ids", "metadata", "prediction", "prompt_embeds", "prompt_logprobs",
-    "reasoning_effort", "return_tokens_as_token_ids", "structured_outputs", "truncate_prompt_tokens", "verbosity",
+    "guided_regex", "logprob_token_ids", "metadata", "prediction", "prompt_embeds", "reasoning_effort",
+    "return_tokens_as_token_ids", "structured_outputs", "truncate_prompt_tokens", "verbosity",
     "web_search_options",
 )  # fmt: skip
 
@@ -86,6 +86,7 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     n: int | None = None
     draft_temperature: float | None = None
+    prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metrics: Annotated[bool | None, Field(description="Report how speculative decoding went.")] = None

@@ -15,6 +15,7 @@ _FILE = "generation_config.json"
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _NUMBERS = (
     *_FROM_FILE, "presence_penalty", "frequency_penalty", "min_tokens", "seed", "n", "draft_temperature",
+    "prompt_logprobs",
 )  # fmt: skip
 _OPENAI = {"temperature": 1.0}
 
@@ -61,6 +62,9 @@ def sampling_params(
 
     ``names``: what an API calls these parameters, where it has another name.
     """
+    if fields.stream and fields.prompt_logprobs is not None:
+        sentence = "prompt_logprobs are not streamed; leave one out, or use echo with logprobs in /v1/completions"
+        raise InvalidRequestError(sentence, "prompt_logprobs")
     values = dict(defaults.values)
     for name in _NUMBERS:
         if (given := getattr(fields, name)) is not None:
