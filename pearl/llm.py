@@ -22,6 +22,7 @@ from pearl.engine.request import Request
 from pearl.engine.rounds import RoundRecord
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.gate import Gate, Turn
+from pearl.grammars import Grammar
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
 from pearl.prompts import AnyPrompts, ReadPrompt, read_prompts
 from pearl.sampling_params import SamplingParams
@@ -209,6 +210,12 @@ class LLM:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
         return self._admission.encode(prompt)
 
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """Compile what ``params.structured`` asks for before the request comes, on any thread: as long as the result is
+        held, ``prepare`` finds it. InvalidRequestError.
+        """
+        return self._admission.grammar(params)
+
     @property
     def driver(self) -> Driver:
         """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
@@ -236,7 +243,10 @@ class LLM:
         self._next_id += 1
         pinned = self._is_pinned(params)
         rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
-        return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys)
+        grammar = self._admission.grammar(params)
+        return Request(
+            self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys, grammar
+        )
 
     def _is_pinned(self, params: SamplingParams) -> bool:
         """Whether a seed must give an output again, whose draws depend on how each token is decided."""

@@ -18,6 +18,7 @@ from pearl.serving.logprobs import chat_logprobs
 from pearl.serving.protocol import ChatCompletionRequest
 from pearl.serving.sampling import sampling_params
 from pearl.serving.service import Service
+from pearl.serving.structured import compiled
 from pearl.serving.texts import template_variables
 
 
@@ -31,6 +32,7 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
         names["max_tokens"] = "max_completion_tokens"
     room = service.engine.llm.max_model_len - len(ids)
     params = sampling_params(body, service.defaults, room, max_tokens, logprobs, names)
+    _grammar = await compiled(service, body, params)  # held until the job is queued
     generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)])
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))

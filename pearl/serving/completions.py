@@ -17,6 +17,7 @@ from pearl.serving.logprobs import CompletionLogprobs
 from pearl.serving.protocol import CompletionRequest
 from pearl.serving.sampling import sampling_params
 from pearl.serving.service import Service
+from pearl.serving.structured import compiled
 
 _MAX_TOKENS = 16  # OpenAI's
 
@@ -25,13 +26,15 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
     service.admit(body)
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError("echo with logprobs is not supported yet: leave one of them out", "echo")
-    jobs, texts = [], []
+    jobs, texts, grammars = [], [], []
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     for index, prompt in enumerate(body.prompts):
         name = "prompt" if len(body.prompts) == 1 else f"prompt[{index}]"
         ids = await service.texts.prompt(prompt, body.add_special_tokens is not False, name)
         room = service.engine.llm.max_model_len - len(ids)
-        jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))
+        params = sampling_params(body, service.defaults, room, max_tokens, body.logprobs)
+        grammars.append(await compiled(service, body, params))  # held until the jobs are queued
+        jobs.append((ids, params))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
     generation = Generation(service, f"cmpl-{uuid4().hex}", jobs)
     shape = TextShape(service, generation, texts, body.logprobs is not None)
