@@ -52,9 +52,7 @@ class Admission:
         return encoded
 
     def check(self, params: SamplingParams) -> None:
-        """InvalidRequestError: ids outside the vocabulary, nothing left to choose, more alternatives than tokens, a form
-        of the output that cannot be compiled.
-        """
+        """InvalidRequestError: ids outside the vocabulary, nothing left to choose, more alternatives than tokens."""
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
             for token in ids:
                 if not 0 <= token < self._vocab_size:
@@ -65,13 +63,9 @@ class Admission:
         if (params.logprobs or 0) > self._vocab_size:
             sentence = f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens"
             raise InvalidRequestError(sentence, "logprobs")
-        self.grammar(params)
 
     def grammar(self, params: SamplingParams) -> Grammar | None:
-        """Of the form that the output must have, compiled if it is not yet; as long as anyone holds it, it is known.
-
-        Any thread may do it. InvalidRequestError.
-        """
+        """Of the form that outputs must have, compiled. InvalidRequestError: it cannot be, or they could not end."""
         structured = params.structured
         if structured is None:
             return None

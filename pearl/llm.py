@@ -131,8 +131,10 @@ class LLM:
             raise InvalidRequestError(f"on_output must be a function, not {shown(on_output)}")
         batch = read_prompts(prompts)
         every = params_for(len(batch), params)
-        for one in {id(one): one for one in every}.values():
+        unique = {id(one): one for one in every}
+        for one in unique.values():
             self._admission.check(one)
+        grammars = {key: self._admission.grammar(one) for key, one in unique.items()}
         self.engine.scheduler.require_room(sum(one.n for one in every))
         encoded = self._admission.encode_all(batch)
         reader, outputs = Reader(), []
@@ -141,7 +143,7 @@ class LLM:
             try:
                 requests: list[Request] = []
                 for prompt, ids, one in zip(batch, encoded, every, strict=True):
-                    mine = self._requests(ids, one)
+                    mine = self._requests(ids, one, grammars[id(one)])
                     own = [CompletionOutput(index, metrics=request.metrics) for index, request in enumerate(mine)]
                     outputs.append(RequestOutput(prompt.text, ids, own))
                     completions.update(zip((request.id for request in mine), own, strict=True))
@@ -194,7 +196,7 @@ class LLM:
         (one,) = params_for(1, params)
         self._admission.check(one)
         ids = self.encode(prompt)
-        return Stream(self._driver, partial(self._requests, ids, one))
+        return Stream(self._driver, partial(self._requests, ids, one, self._admission.grammar(one)))
 
     def stream_chat(
         self,
@@ -211,9 +213,7 @@ class LLM:
         return self._admission.encode(prompt)
 
     def grammar(self, params: SamplingParams) -> Grammar | None:
-        """Compile what ``params.structured`` asks for before the request comes, on any thread: as long as the result is
-        held, ``prepare`` finds it. InvalidRequestError.
-        """
+        """Compile what ``params.structured`` asks for, for ``prepare``; on any thread. InvalidRequestError."""
         return self._admission.grammar(params)
 
     @property
@@ -221,20 +221,25 @@ class LLM:
         """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
         return self._driver
 
-    def prepare(self, prompt: AnyPrompts, params: SamplingParams) -> list[Request]:
-        """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet."""
+    def prepare(
+        self, prompt: AnyPrompts, params: SamplingParams, grammar: Grammar | None = None
+    ) -> list[Request]:
+        """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet.
+
+        ``grammar``: as ``LLM.grammar`` gives it for these parameters; None: it is compiled now, if there is one.
+        """
         (one,) = params_for(1, params)
         self._admission.check(one)
-        requests = self._requests(self.encode(prompt), one)
+        requests = self._requests(self.encode(prompt), one, grammar or self._admission.grammar(one))
         self.engine.scheduler.require_fits(requests[0])
         return requests
 
-    def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
+    def _requests(self, ids: list[int], params: SamplingParams, grammar: Grammar | None) -> list[Request]:
         """One for each output of a prompt."""
         seed = self._seed(params)
-        return [self._request(ids, params, seed + index) for index in range(params.n)]
+        return [self._request(ids, params, seed + index, grammar) for index in range(params.n)]
 
-    def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
+    def _request(self, ids: list[int], params: SamplingParams, seed: int, grammar: Grammar | None) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
         output = OutputProcessor(
             self.tokenizer.detokenizer(ids), params, max_tokens, self.tokenizer.eos_ids, self.tokenizer.special_texts
@@ -243,7 +248,6 @@ class LLM:
         self._next_id += 1
         pinned = self._is_pinned(params)
         rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
-        grammar = self._admission.grammar(params)
         return Request(
             self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys, grammar
         )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import deque
 from typing import Any
-from weakref import WeakValueDictionary
 
 from pearl.errors import InvalidRequestError
 from pearl.grammars.grammar import Grammar, one_line
@@ -15,11 +13,10 @@ from pearl.models import Tokenizer
 from pearl.structured_output import StructuredOutput
 
 _PARAM = "structured"
-_KEPT = 32  # grammars that are remembered although nobody uses them
 # Else a text that the grammar leaves no choice about could be spelled in one way only, the tokenizer's.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 # What one request may cost the others, whose round waits for its masks; the library's own limits hold for the rest.
-_LIMITS = {"step_max_items": 10_000, "max_lexer_states": 50_000, "verbose_errors": False}
+_LIMITS = {"max_items_in_row": 600, "step_max_items": 10_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # Between the parts of JSON. Without a bound a model may write line breaks for ever.
 _WHITESPACE = r" |\r?\n[ \t]{0,64}"
 _NAMES = {
@@ -32,46 +29,43 @@ _NAMES = {
 
 
 class GrammarCompiler:
-    """Of one model's tokens. Any thread may use it; one compiles at a time, and lets others run Python meanwhile."""
+    """Of one model's tokens. Any thread may use it, several at a time; what takes long lets others run Python."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """``vocab_size``: ids that the model may draw."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
-        self._tokens: Any = None  # llguidance's LLTokenizer; building it takes half a second at 128k tokens
-        self._known: WeakValueDictionary[StructuredOutput, Grammar] = WeakValueDictionary()
-        self._recent: deque[Grammar] = deque(maxlen=_KEPT)
+        self._known: Any = None  # the tokens as llguidance's LLTokenizer
 
     def compile(self, structured: StructuredOutput) -> Grammar:
-        """The same one for equal ``structured`` as long as anyone holds it. InvalidRequestError: it cannot be compiled,
-        nothing matches it, or llguidance is not installed.
+        """A new one each time: its matchers share what they have found out, and limits that they come to, so that it
+        should be one request's. InvalidRequestError: it cannot be compiled, nothing matches it, or llguidance is not
+        installed.
         """
-        with self._lock:
-            grammar = self._known.get(structured)
-            if grammar is None:
-                grammar = self._known[structured] = self._compile(structured)
-                self._recent.append(grammar)
-            return grammar
-
-    def _compile(self, structured: StructuredOutput) -> Grammar:
         library = _llguidance()
-        if self._tokens is None:
-            self._tokens = self._library_tokens(library)
+        tokens = self._tokens(library)
         name = _NAMES[structured.kind]
         try:
             text = _OPTIONS + _lark(library, structured)
         except ValueError as error:
             raise InvalidRequestError(f"{name} cannot be used: {one_line(str(error))}", _PARAM) from error
-        start = library.LLMatcher(self._tokens, text, log_level=0, limits=library.LLParserLimits(**_LIMITS))
+        start = library.LLMatcher(tokens, text, log_level=0, limits=library.LLParserLimits(**_LIMITS))
         if start.is_error():
             raise InvalidRequestError(f"{name} cannot be used: {_said(start)}", _PARAM)
         first = start.deep_copy()
         first.compute_bitmask()
         if first.is_error():
-            raise InvalidRequestError(f"{name} cannot be used, no text matches it: {_said(first)}", _PARAM)
+            raise InvalidRequestError(f"{name} cannot be used: {_said(first)}", _PARAM)
         return Grammar(start, self._vocab_size)
 
-    def _library_tokens(self, library: Any) -> Any:
+    def _tokens(self, library: Any) -> Any:
+        """Made when they are first asked for, which takes half a second for 128k."""
+        with self._lock:
+            if self._known is None:
+                self._known = self._make_tokens(library)
+            return self._known
+
+    def _make_tokens(self, library: Any) -> Any:
         """Each id with its bytes. Special tokens and ids without a meaning have none, so that no text contains them."""
         tokenizer = self._tokenizer
         known = tokenizer.vocabulary.tokens.keys() - tokenizer.special_texts.keys()
@@ -120,7 +114,8 @@ def _schema(structured: StructuredOutput) -> str:
 
 def _said(matcher: Any) -> str:
     """Places are in a text that begins with a line of ours."""
-    return re.sub(r"^at \d+\(\d+\): ", "", one_line(matcher.get_error()))
+    error = one_line(matcher.get_error())
+    return "no text matches it" if error.startswith("NoExtension") else re.sub(r"^at \d+\(\d+\): ", "", error)
 
 
 def _llguidance() -> Any:

@@ -11,7 +11,7 @@ from pearl.host_tensors import Array
 
 
 class Grammar:
-    """Immutable, and may be shared by threads: each makes matchers of its own.
+    """May be shared by threads: each makes matchers of its own. What they see of it does not change, but for failures.
 
     The library knows ids [0, vocab_size), and one more, which no model has: the end.
     """
@@ -41,13 +41,12 @@ class Matcher:
 
         All zero, with a ``failure``, where the grammar allows nothing, or is too complex to tell.
         """
-        self.failure = None
-        if not self._follow(list(output)):
-            return None
-        bits = np.frombuffer(self._native.compute_bitmask(), np.uint32).copy()
-        if self._native.is_error():
+        self.failure, bits = None, None
+        if self._follow(list(output)):
+            bits = np.frombuffer(self._native.compute_bitmask(), np.uint32).copy()
+        if self._native.is_error():  # in consuming a token, or in looking for those that may follow
             self.failure = one_line(self._native.get_error())
-            bits[:] = 0
+            return np.zeros(self._grammar.vocab_size // 32 + 1, np.uint32)
         return bits
 
     def _follow(self, output: list[int]) -> bool:

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from pearl.admission import params_for
 from pearl.engine.scheduler import require_room
 from pearl.errors import ConfigurationError, EngineClosedError, EngineDrainingError, EngineInUseError
+from pearl.grammars import Grammar
 from pearl.llm import LLM
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream, Mailbox
@@ -64,18 +65,22 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncStream:
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, grammar: Grammar | None = None
+    ) -> AsyncStream:
         """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
 
         Raises InvalidRequestError; QueueFullError if there is no room for all of ``params.n``: max_num_seqs run at once
         and max_waiting may wait; EngineDrainingError; EngineClosedError if it is closed or cannot go on.
+
+        ``grammar``: as ``LLM.grammar`` gives it; a request that needs one has it compiled here otherwise, which is slow.
         """
         loop = asyncio.get_running_loop()
         self._require_open()
         self._require_loop(loop)
         (one,) = params_for(1, params)
         self._require_room(one.n)
-        requests = self.llm.prepare(prompt_ids, one)
+        requests = self.llm.prepare(prompt_ids, one, grammar)
         mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)

@@ -32,8 +32,8 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
         names["max_tokens"] = "max_completion_tokens"
     room = service.engine.llm.max_model_len - len(ids)
     params = sampling_params(body, service.defaults, room, max_tokens, logprobs, names)
-    _grammar = await compiled(service, body, params)  # held until the job is queued
-    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)])
+    grammar = await compiled(service.texts, body, params)
+    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)], grammar)
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))
     return await answer.respond(request, bool(body.stream))

@@ -26,17 +26,16 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
     service.admit(body)
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError("echo with logprobs is not supported yet: leave one of them out", "echo")
-    jobs, texts, grammars = [], [], []
+    jobs, texts = [], []
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     for index, prompt in enumerate(body.prompts):
         name = "prompt" if len(body.prompts) == 1 else f"prompt[{index}]"
         ids = await service.texts.prompt(prompt, body.add_special_tokens is not False, name)
         room = service.engine.llm.max_model_len - len(ids)
-        params = sampling_params(body, service.defaults, room, max_tokens, body.logprobs)
-        grammars.append(await compiled(service, body, params))  # held until the jobs are queued
-        jobs.append((ids, params))
+        jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
-    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs)
+    grammar = await compiled(service.texts, body, jobs[0][1])
+    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, grammar)
     shape = TextShape(service, generation, texts, body.logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, body.logprobs is not None))
     return await answer.respond(request, bool(body.stream))

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from pearl.errors import PearlError, RoundError
+from pearl.grammars import Grammar
 from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream
@@ -21,8 +22,8 @@ Jobs = Sequence[tuple[Sequence[int], SamplingParams]]
 class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
-    def __init__(self, service: Service, request_id: str, jobs: Jobs) -> None:
-        """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does."""
+    def __init__(self, service: Service, request_id: str, jobs: Jobs, grammar: Grammar | None = None) -> None:
+        """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does. ``grammar``: of all outputs."""
         self.id = request_id
         self.prompts = [ids for ids, _ in jobs]
         self.per_prompt = jobs[0][1].n
@@ -30,7 +31,7 @@ class Generation:
         self._streams: list[AsyncStream] = []
         try:
             for ids, params in jobs:
-                self._streams.append(service.engine.submit(ids, params))
+                self._streams.append(service.engine.submit(ids, params, grammar))
         except PearlError as error:
             self._cancel()
             service.metrics.refused(api_error(error).code or "invalid")

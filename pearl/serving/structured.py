@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pearl.errors import InvalidRequestError
 from pearl.grammars import Grammar
 from pearl.sampling_params import SamplingParams
 from pearl.serving.protocol import SamplingFields
+from pearl.serving.texts import Texts
 from pearl.structured_output import StructuredOutput
-
-if TYPE_CHECKING:
-    from pearl.serving.service import Service
 
 
 def structured_output(fields: SamplingFields) -> StructuredOutput | None:
@@ -44,12 +42,13 @@ def _of_format(fields: SamplingFields) -> StructuredOutput | None:
         raise _named(error, fields) from error
 
 
-async def compiled(service: Service, fields: SamplingFields, params: SamplingParams) -> Grammar | None:
-    """What ``params.structured`` asks for, compiled where neither the event loop nor the engine's rounds wait for it;
-    the engine knows it as long as it is held. InvalidRequestError names the field at fault.
+async def compiled(texts: Texts, fields: SamplingFields, params: SamplingParams) -> Grammar | None:
+    """What ``params.structured`` asks for, compiled where neither the event loop nor the engine's rounds wait for it.
+
+    InvalidRequestError names the field at fault.
     """
     try:
-        return await service.texts.grammar(params)
+        return await texts.grammar(params)
     except InvalidRequestError as error:
         raise _named(error, fields) from error
 

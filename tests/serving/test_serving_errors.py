@@ -157,7 +157,7 @@ def test_unknown_routes_methods_and_models(idle_llm: LLM) -> None:
     assert complete(engine, model="alias").json()["model"] == "pair"
 
 
-@pytest.mark.parametrize("field", ["best_of", "suffix", "structural_tag", "guided_json", "prompt_logprobs", "tools"])
+@pytest.mark.parametrize("field", ["best_of", "suffix", "length_penalty", "guided_json", "prompt_logprobs", "tools"])
 def test_unsupported_fields_are_refused_unless_they_mean_nothing(idle_llm: LLM, field: str) -> None:
     engine = FakeEngine(idle_llm, END)
     response = complete(engine, **{field: 5})
