@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pearl.grammars import Matcher
+from pearl.grammars.grammar import has
 from pearl.host_tensors import Array, upload
 from pearl.messages import SequenceState
 
@@ -53,7 +54,7 @@ class GrammarMasks:
         bits = self._matcher(row.state).mask(row.output)
         if bits is None:
             return None
-        may_end = _get(bits, self._vocab_size)
+        may_end = has(bits, self._vocab_size)
         for token in row.state.params.ending_ids(self._eos_ids):
             if token < self._vocab_size:
                 _put(bits, token, may_end)
@@ -73,10 +74,6 @@ class GrammarMasks:
         matcher.mask(row.output)
         why = matcher.failure or "of the tokens that it allows, logit_bias, min_tokens or the model bans every one"
         return f"no token is left to draw after what the structured output has so far: {why}"
-
-
-def _get(bits: Array, token: int) -> bool:
-    return bool(bits[token // _WORD] >> np.uint32(token % _WORD) & np.uint32(1))
 
 
 def _put(bits: Array, token: int, value: bool) -> None:

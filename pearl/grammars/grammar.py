@@ -41,16 +41,22 @@ class Matcher:
 
         All zero, with a ``failure``, where the grammar allows nothing, or is too complex to tell.
         """
-        self.failure, bits = None, None
-        if self._follow(list(output)):
-            bits = np.frombuffer(self._native.compute_bitmask(), np.uint32).copy()
+        self.failure = None
+        refused = self._follow(list(output))
+        bits = np.frombuffer(self._native.compute_bitmask(), np.uint32).copy()
         if self._native.is_error():  # in consuming a token, or in looking for those that may follow
             self.failure = one_line(self._native.get_error())
-            return np.zeros(self._grammar.vocab_size // 32 + 1, np.uint32)
+        elif refused is None:
+            return bits
+        elif not has(bits, refused):
+            return None
+        else:  # nothing that was allowed may be taken for an end, behind which anything goes
+            self.failure = "a token was refused that had been allowed"
+        bits[:] = 0
         return bits
 
-    def _follow(self, output: list[int]) -> bool:
-        """Go to the state after ``output``; False if there is none."""
+    def _follow(self, output: list[int]) -> int | None:
+        """Go to the state after ``output``, or before its first token that may not stand there, which is returned."""
         if self._native.is_error():  # for good
             self._native, self._consumed = self._grammar.begin(), []
         common = min(len(output), len(self._consumed))
@@ -62,7 +68,11 @@ class Matcher:
         rest = output[common:]
         taken = self._native.try_consume_tokens(rest) if rest else 0
         self._consumed += rest[:taken]
-        return bool(taken == len(rest))
+        return rest[taken] if taken < len(rest) else None
+
+
+def has(bits: Array, token: int) -> bool:
+    return bool(bits[token // 32] >> np.uint32(token % 32) & np.uint32(1))
 
 
 def one_line(error: str) -> str:

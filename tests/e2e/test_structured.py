@@ -146,6 +146,15 @@ def test_masks_are_right(llama: Pair, open_llm: OpenLLM, options: dict[str, Any]
     assert all(output.outputs[0].finish_reason == "stop" for output in outputs)
 
 
+def test_the_draft_is_masked_too(llama: Pair, open_llm: OpenLLM) -> None:
+    """Or it would propose what cannot be: an unmasked one is hardly ever right about these."""
+    batch, params = prompts((3, 9, 14, 5, 21, 8), seed=9), SamplingParams(structured={"choice": CHOICES})
+    llm = open_llm(llama, window=3)
+    assert acceptance(llm.generate(batch, params)) > 0.5
+    llm.engine._drafter._on_host._grammars.apply = lambda logits, rows: None
+    assert acceptance(llm.generate(batch, params)) < 0.2
+
+
 def is_valid(form: dict[str, Any], output: CompletionOutput) -> bool:
     if "json" in form or "json_object" in form:
         jsonschema.validate(json.loads(output.text), form.get("json", {"type": "object"}))
