@@ -64,7 +64,7 @@ def texts_of(tokenizer: Tokenizer) -> list[bytes]:
 
 @pytest.mark.parametrize("make", [sentencepiece, lambda: Tokenizer.from_pretrained(str(bundled_path("target")))])
 def test_masks_are_those_of_trying_every_token(make: Callable[[], Tokenizer]) -> None:
-    tokenizer, choices = make(), (" ab a", "ab", "abé€", "b", 'a "x\\\n/', "😀")
+    tokenizer, choices = make(), (" ab a", "ab", "abé€", "babb", 'a "x\\\n/', "😀")
     texts, end = texts_of(tokenizer), tokenizer.vocab_size
     grammar = GrammarCompiler(tokenizer, end).compile(StructuredOutput(choice=choices))
     rng, matcher, reached = random.Random(1), grammar.matcher(), set[bytes]()
@@ -100,6 +100,31 @@ def test_a_mask_depends_on_the_output_alone(compiler: GrammarCompiler, bundled: 
         assert found is None or np.array_equal(found, fresh)
     assert used.mask([*whole, *bundled.eos_ids]) is None
     assert used.mask([*whole, whole[0]]) is None
+
+
+class Contradicting:
+    """Of the library's interface as much as is used: it allows what it then refuses."""
+
+    def deep_copy(self) -> Contradicting:
+        return self
+
+    def is_error(self) -> bool:
+        return False
+
+    def try_consume_tokens(self, tokens: list[int]) -> int:
+        return 0
+
+    def compute_bitmask(self) -> bytes:
+        return b"\xff" * 8
+
+
+def test_what_is_refused_against_its_mask_is_no_end() -> None:
+    """Behind an end anything goes: an output that is not at its end must not get there."""
+    matcher = Grammar(Contradicting(), 40).matcher()
+    mask = matcher.mask([3])
+    assert mask is not None
+    assert not mask.any()
+    assert "refused" in str(matcher.failure)
 
 
 def state_of(grammar: Grammar, request_id: int = 1, lane: int = 0, **params: Any) -> SequenceState:
