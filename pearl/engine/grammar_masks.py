@@ -20,7 +20,7 @@ _WORD = 32  # bits
 class MaskedRow(NamedTuple):
     """A row of logits, and the output that its token follows."""
 
-    index: int
+    place: int  # in the logits
     state: SequenceState
     output: Sequence[int]
 
@@ -40,15 +40,15 @@ class GrammarMasks:
 
         logits: fp32 ``[N, >= vocab_size]``. An output may end, with any token that ends it, only where its grammar may.
         """
-        found = [(row.index, bits) for row in rows if (bits := self._bits(row)) is not None]
+        found = [(row.place, bits) for row in rows if (bits := self._bits(row)) is not None]
         if not found:
             return
-        indices, masks = zip(*found, strict=True)
+        places, masks = zip(*found, strict=True)
         (words,) = upload([np.stack(masks).view(np.int32)], logits.device)
         shifts = torch.arange(_WORD, dtype=torch.int32, device=logits.device)
         banned = (words[:, :, None] >> shifts & 1).flatten(1)[:, : self._vocab_size] == 0
-        for index, row in zip(indices, banned, strict=True):
-            logits[index, : self._vocab_size].masked_fill_(row, -torch.inf)
+        for place, row in zip(places, banned, strict=True):
+            logits[place, : self._vocab_size].masked_fill_(row, -torch.inf)
 
     def _bits(self, row: MaskedRow) -> Array | None:
         bits = self._matcher(row.state).mask(row.output)

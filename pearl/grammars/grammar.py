@@ -9,6 +9,8 @@ import numpy as np
 
 from pearl.host_tensors import Array
 
+_LONGEST = 500  # characters of an error, which may quote all that it is about
+
 
 class Grammar:
     """May be shared by threads: each makes matchers of its own. What they see of it does not change, but for failures.
@@ -43,7 +45,7 @@ class Matcher:
         """
         self.failure = None
         refused = self._follow(list(output))
-        bits = np.frombuffer(self._native.compute_bitmask(), np.uint32).copy()
+        bits: Array = np.frombuffer(self._native.compute_bitmask(), np.uint32).copy()
         if self._native.is_error():  # in consuming a token, or in looking for those that may follow
             self.failure = one_line(self._native.get_error())
         elif refused is None:
@@ -83,4 +85,5 @@ def one_line(error: str) -> str:
             break
         if line.strip() and not line.startswith("<"):
             lines.append(line.strip())
-    return " ".join(lines)[:500]
+    text = " ".join(lines)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"

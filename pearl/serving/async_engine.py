@@ -65,15 +65,13 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, grammar: Grammar | None = None
-    ) -> AsyncStream:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, grammar: Grammar | None = None) -> AsyncStream:
         """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
 
         Raises InvalidRequestError; QueueFullError if there is no room for all of ``params.n``: max_num_seqs run at once
         and max_waiting may wait; EngineDrainingError; EngineClosedError if it is closed or cannot go on.
 
-        ``grammar``: as ``LLM.grammar`` gives it; a request that needs one has it compiled here otherwise, which is slow.
+        ``grammar``: as ``LLM.grammar`` gives it; else a request that needs one has it compiled here, which is slow.
         """
         loop = asyncio.get_running_loop()
         self._require_open()

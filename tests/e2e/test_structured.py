@@ -35,6 +35,7 @@ FORMS: list[dict[str, Any]] = [
     {"grammar": 'root ::= "(" root ")" | [0-9] [0-9]?'},
     {"json_object": True},
 ]
+METHODS: list[dict[str, Any]] = [{"method": "autoregressive"}, {"window": 3}, {"window": 4, "method": "speculative"}]
 SETTINGS = (
     "pearl-1", "pearl-5", "pearl-auto", "pearl-no-pre-3", "pearl-no-post-3", "pearl-neither-4", "prepared-5",
     "prepared-no-pre-3", "speculative-3", "ngram-pearl", "ngram-speculative",
@@ -137,7 +138,7 @@ def chosen_greedily(pair: Pair, prompt: list[int], choices: Sequence[str]) -> li
         text += texts[tokens[-1]]
 
 
-@pytest.mark.parametrize("options", [{"method": "autoregressive"}, {"window": 3}, {"window": 4, "method": "speculative"}])
+@pytest.mark.parametrize("options", METHODS, ids=str)
 def test_masks_are_right(llama: Pair, open_llm: OpenLLM, options: dict[str, Any]) -> None:
     batch = prompts((3, 9, 14, 5, 21, 8), seed=9)
     outputs = open_llm(llama, **options).generate(batch, SamplingParams(structured={"choice": CHOICES}))
@@ -182,7 +183,7 @@ def test_what_ends_by_itself_is_valid(llama: Pair, open_llm: OpenLLM, rule: str)
     assert_at_rest(llm)
 
 
-@pytest.mark.parametrize("options", [{"method": "autoregressive"}, {"window": 3}, {"window": 4, "method": "speculative"}])
+@pytest.mark.parametrize("options", METHODS, ids=str)
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_the_distribution_is_the_masked_targets(
     tmp_path_factory: pytest.TempPathFactory, open_llm: OpenLLM, options: dict[str, Any], rule: str
