@@ -47,7 +47,7 @@ class GrammarMasks:
         (words,) = upload([np.stack(masks).view(np.int32)], logits.device)
         shifts = torch.arange(_WORD, dtype=torch.int32, device=logits.device)
         banned = (words[:, :, None] >> shifts & 1).flatten(1)[:, : self._vocab_size] == 0
-        for place, row in zip(places, banned, strict=True):
+        for place, row in zip(places, banned.unbind(), strict=True):
             logits[place, : self._vocab_size].masked_fill_(row, -torch.inf)
 
     def _bits(self, row: MaskedRow) -> Array | None:

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 from e2e_support import ALL_SETTINGS, EOS, VOCAB, Pair, Rounds, acceptance, assert_at_rest, prompts, token_ids
+from graphed_llm import OpenGraphed
 from joint_frequencies import ALARM, PROMPT, params_of, small_pair
 from random_pace import RandomPace
 from scipy.stats import chisquare
@@ -121,6 +122,21 @@ def test_preemption_and_cached_prefixes_do_not_matter(
         outputs = roomy.generate(batch_for(params), params)
         assert token_ids(outputs) == expected
         assert any(output.outputs[0].metrics.cached_tokens for output in outputs) == cached
+
+
+@pytest.mark.parametrize("on", ["target", "target apart"])
+def test_captured_forwards_do_not_matter(
+    llama: Pair, open_graphed: OpenGraphed, autoregressive: tuple[float, list[list[int]]], on: str
+) -> None:
+    """The target's are; nobody waits for its rows to mask them. (Windows that a host drafts wait for their device.)"""
+    temperature, expected = autoregressive
+    params = requests(temperature)
+    graphed = open_graphed(llama, on, window=3, verification="coupled", max_num_seqs=4)
+    outputs = graphed.llm.generate(batch_for(params), params)
+    assert [output.outputs[0].error for output in outputs] == [None] * len(params)
+    assert token_ids(outputs) == expected
+    assert all(queue.replayed > 2 for queue in graphed.queues)
+    assert_at_rest(graphed.llm)
 
 
 def chosen_greedily(pair: Pair, prompt: list[int], choices: Sequence[str]) -> list[int]:
