@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pearl.grammars import Grammar
 from pearl.kv import PageCopy
 from pearl.pace import Load, Pace
 from pearl.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ class SequenceState:
     seed: int
     prompt_length: int
     history: tuple[int, ...] | None  # committed + pending tokens; None where nothing reads them
+    grammar: Grammar | None = None
 
 
 class ForwardWork(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn, cast
 
 from pearl.errors import InvalidRequestError
+from pearl.structured_output import StructuredOutput
 from pearl.user_values import as_flag, as_integer, as_items, as_number, lone_surrogate, shown, unknown_names
 
 
@@ -82,6 +83,8 @@ class SamplingParams:
     prompt_logprobs: likewise of each token of the prompt. All of it is computed then, whatever the prefix cache holds.
     n: outputs for the prompt; output i uses seed + i.
     draft_temperature: the draft's own temperature; None = the same. It changes speed, never the output's distribution.
+    structured: the form that the output must have, a StructuredOutput or a mapping of its fields. Until the output may
+        end, nothing but max_tokens and stop can end it.
     """
 
     temperature: float = 0.0
@@ -102,6 +105,7 @@ class SamplingParams:
     n: int = 1
     draft_temperature: float | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredOutput | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in _NUMBERS.items():
@@ -115,6 +119,7 @@ class SamplingParams:
         self._set("stop", self._checked_stop())
         self._set("stop_token_ids", self._checked_stop_token_ids())
         self._set("logit_bias", self._checked_logit_bias())
+        self._set("structured", self._checked_structured())
         self._keep_within_fp32()
 
     def _normalise(self, name: str, read: Callable[[object], float | None], bounds: _Range) -> None:
@@ -176,6 +181,13 @@ class SamplingParams:
             biases[token] = bias if bias >= -_LARGEST_BIAS else -float("inf")
         return TokenBiases(biases)
 
+    def _checked_structured(self) -> StructuredOutput | None:
+        if self.structured is None or isinstance(self.structured, StructuredOutput):
+            return self.structured
+        if not isinstance(self.structured, Mapping):
+            raise _refusal("structured", "a StructuredOutput, or a mapping of its fields", self.structured)
+        return StructuredOutput.from_mapping(self.structured)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -205,7 +217,12 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
+            or self.structured
         )
+
+    def ending_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
+        """Tokens that end the output; ``eos_ids``: the model's."""
+        return frozenset(self.stop_token_ids or ()) | (frozenset() if self.ignore_eos else frozenset(eos_ids))
 
 
 def _refusal(name: str, expected: str, given: object) -> InvalidRequestError:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pearl.engine.grammar_masks import GrammarMasks, MaskedRow
 from pearl.engine.logits_processing import process_rows
 from pearl.engine.prompt_logprobs import find_prompts
 from pearl.engine.token_logprobs import FoundLogprobs, Span, TopLogprobs
@@ -100,6 +101,7 @@ class Verifier:
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
         self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
         self._batches = SamplingBatches(queue.device)
+        self._grammars = GrammarMasks(vocab_size, eos_ids)
 
     def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
         """Judge the pending tokens and the first token of the windows drafted in this round.
@@ -273,6 +275,7 @@ class Verifier:
         for rows in changed:
             window = logits[rows.begin : rows.end]
             process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+        self._grammars.apply(logits, [row for rows in changed for row in _masked(rows)])
         return logits
 
     def _top_logprobs(self, logits: Tensor, requests: Sequence[_Rows]) -> TopLogprobs | None:
@@ -305,6 +308,8 @@ class Verifier:
             if token == _OF_NO_DISTRIBUTION:
                 peak = logits[rows.begin + index, : self._vocab_size].max().item()
                 if peak == -math.inf:
+                    if masked := _masked(rows):
+                        return self._grammars.failure(masked[index])
                     return "no token is left to draw: logit_bias, or min_tokens, bans all of them; ban fewer"
                 if not math.isfinite(peak):
                     return (
@@ -312,6 +317,17 @@ class Verifier:
                         "are at fault: try dtype='float32'"
                     )
         return None
+
+
+def _masked(rows: _Rows) -> list[MaskedRow]:
+    """A request's rows, if it has a grammar, each with the output before it."""
+    state = rows.forward.state
+    if state.grammar is None:
+        return []
+    assert state.history is not None
+    output = (*state.history[state.prompt_length : rows.work.position], *rows.tested)
+    committed = rows.work.position - state.prompt_length
+    return [MaskedRow(rows.begin + i, state, output[: committed + i]) for i in range(len(rows.tokens))]
 
 
 def _joined(requests: Sequence[_Rows], accepted: list[int], next_tokens: list[int]) -> tuple[list[int], list[int]]:

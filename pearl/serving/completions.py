@@ -18,6 +18,7 @@ from pearl.serving.logprobs import CompletionLogprobs
 from pearl.serving.protocol import CompletionRequest
 from pearl.serving.sampling import sampling_params
 from pearl.serving.service import Service
+from pearl.serving.structured import compiled
 
 _MAX_TOKENS = 16  # OpenAI's
 
@@ -32,7 +33,8 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
         ids = await service.texts.prompt(prompt, body.add_special_tokens is not False, name)
         jobs.append((ids, _params(service, body, service.engine.llm.max_model_len - len(ids))))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
-    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, prompt_alone)
+    grammar = await compiled(service.texts, body, jobs[0][1])
+    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, prompts_alone=prompt_alone, grammar=grammar)
     shape = TextShape(service, generation, texts if body.echo else None, body.logprobs)
     return await Answer(service, generation, shape, wishes).respond(request, bool(body.stream))
 

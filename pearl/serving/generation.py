@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from pearl.errors import PearlError, RoundError
+from pearl.grammars import Grammar
 from pearl.messages import PromptLogprobs
 from pearl.outputs import CompletionOutput, FinishReason, StreamChunk
 from pearl.prompts import ReadPrompt
@@ -24,12 +25,19 @@ class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
     def __init__(
-        self, service: Service, request_id: str, jobs: Jobs, prompts_alone: bool = False, shown: Collection[int] = ()
+        self,
+        service: Service,
+        request_id: str,
+        jobs: Jobs,
+        *,
+        prompts_alone: bool = False,
+        grammar: Grammar | None = None,
+        shown: Collection[int] = (),
     ) -> None:
         """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does.
 
-        ``prompts_alone``: what is generated is left out; outputs are empty, and as long as was wanted. ``shown``:
-        special tokens whose names are part of the text.
+        ``prompts_alone``: what is generated is left out; outputs are empty, and as long as was wanted. ``grammar``: of
+        all outputs. ``shown``: special tokens whose names are part of the text.
         """
         self.id, self.shown = request_id, shown
         self.prompts = [ids for ids, _ in jobs]
@@ -40,7 +48,8 @@ class Generation:
         self._streams: list[AsyncStream] = []
         try:
             for ids, params in jobs:
-                self._streams.append(service.engine.submit(ReadPrompt(token_ids=list(ids)), params, shown=shown))
+                prompt = ReadPrompt(token_ids=list(ids))
+                self._streams.append(service.engine.submit(prompt, params, grammar=grammar, shown=shown))
         except PearlError as error:
             self._cancel()
             service.metrics.refused(api_error(error).code or "invalid")

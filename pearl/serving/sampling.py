@@ -10,6 +10,7 @@ from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.models.model_files import find_file, read_json
 from pearl.sampling_params import SamplingParams
 from pearl.serving.protocol import SamplingFields
+from pearl.serving.structured import structured_output
 
 _FILE = "generation_config.json"
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -81,6 +82,7 @@ def sampling_params(
             ignore_eos=bool(fields.ignore_eos),
             logit_bias=_biases(fields.logit_bias),
             logprobs=logprobs,
+            structured=structured_output(fields),
         )
     except InvalidRequestError as error:
         own = error.param or ""

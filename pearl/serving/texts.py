@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pearl.chat_messages import read_conversation
 from pearl.errors import InvalidRequestError
+from pearl.grammars import Grammar
 from pearl.llm import LLM
 from pearl.prompts import ReadPrompt
+from pearl.sampling_params import SamplingParams
 from pearl.serving.protocol import TemplateFields
 
 T = TypeVar("T")
@@ -75,6 +77,12 @@ class Texts:
             if not 0 <= token < size:
                 raise InvalidRequestError(f"tokens: {token} is outside the vocabulary [0, {size})", "tokens")
         return await self.run(lambda: self._tokenizer.decode(ids), len(ids))
+
+    async def grammar(self, params: SamplingParams) -> Grammar | None:
+        """``LLM.grammar``: a large one takes most of a second, the first one of a tokenizer likewise."""
+        if params.structured is None:
+            return None
+        return await self.run(lambda: self._llm.grammar(params))
 
     async def settings(self) -> dict[str, Any]:
         return await self.run(self._tokenizer.settings)

@@ -10,6 +10,7 @@ import httpx
 from serving_support import settings
 
 from pearl import LLM, SamplingParams
+from pearl.grammars import Grammar
 from pearl.outputs import FinishReason, RequestMetrics, StreamChunk
 from pearl.serving.app import create_app
 from pearl.serving.health import EngineLoad, Health
@@ -65,7 +66,14 @@ class FakeEngine:
     def observe(self, observer: Any) -> None:
         """It has no rounds."""
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, shown: Collection[int] = ()) -> Any:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        shown: Collection[int] = (),
+    ) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
             raise self.refusal
         self.asked.append((prompt_ids, params))
