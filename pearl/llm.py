@@ -221,7 +221,7 @@ class LLM:
         """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
         return self._driver
 
-    def prepare(self, prompt: AnyPrompts, params: SamplingParams, grammar: Grammar | None = None) -> list[Request]:
+    def prepare(self, prompt: AnyPrompts, params: SamplingParams, *, grammar: Grammar | None = None) -> list[Request]:
         """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet.
 
         ``grammar``: as ``LLM.grammar`` gives it for these parameters; None: it is compiled now, if there is one.
