@@ -65,7 +65,9 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, grammar: Grammar | None = None) -> AsyncStream:
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, grammar: Grammar | None = None
+    ) -> AsyncStream:
         """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
 
         Raises InvalidRequestError; QueueFullError if there is no room for all of ``params.n``: max_num_seqs run at once
@@ -78,7 +80,7 @@ class AsyncEngine:
         self._require_loop(loop)
         (one,) = params_for(1, params)
         self._require_room(one.n)
-        requests = self.llm.prepare(prompt_ids, one, grammar)
+        requests = self.llm.prepare(prompt_ids, one, grammar=grammar)
         mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)

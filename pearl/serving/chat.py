@@ -33,7 +33,7 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
     room = service.engine.llm.max_model_len - len(ids)
     params = sampling_params(body, service.defaults, room, max_tokens, logprobs, names)
     grammar = await compiled(service.texts, body, params)
-    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)], grammar)
+    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)], grammar=grammar)
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))
     return await answer.respond(request, bool(body.stream))

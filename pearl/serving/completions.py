@@ -35,7 +35,7 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
         jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
     grammar = await compiled(service.texts, body, jobs[0][1])
-    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, grammar)
+    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, grammar=grammar)
     shape = TextShape(service, generation, texts, body.logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, body.logprobs is not None))
     return await answer.respond(request, bool(body.stream))

@@ -22,7 +22,7 @@ Jobs = Sequence[tuple[Sequence[int], SamplingParams]]
 class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
-    def __init__(self, service: Service, request_id: str, jobs: Jobs, grammar: Grammar | None = None) -> None:
+    def __init__(self, service: Service, request_id: str, jobs: Jobs, *, grammar: Grammar | None = None) -> None:
         """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does. ``grammar``: of all outputs."""
         self.id = request_id
         self.prompts = [ids for ids, _ in jobs]
@@ -31,7 +31,7 @@ class Generation:
         self._streams: list[AsyncStream] = []
         try:
             for ids, params in jobs:
-                self._streams.append(service.engine.submit(ids, params, grammar))
+                self._streams.append(service.engine.submit(ids, params, grammar=grammar))
         except PearlError as error:
             self._cancel()
             service.metrics.refused(api_error(error).code or "invalid")

@@ -62,7 +62,7 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.asked: list[tuple[Sequence[int], SamplingParams]] = []
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, grammar: Grammar | None = None) -> Any:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, grammar: Grammar | None = None) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
             raise self.refusal
         self.asked.append((prompt_ids, params))
