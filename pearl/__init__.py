@@ -14,6 +14,7 @@ from pearl.errors import (
     UnsupportedModelError,
 )
 from pearl.sampling_params import SamplingParams
+from pearl.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
     from pearl.llm import LLM
@@ -34,6 +35,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutput",
     "UnsupportedModelError",
 ]
 

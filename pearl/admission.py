@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pearl.errors import InvalidRequestError
+from pearl.grammars import Grammar
+from pearl.grammars.compiler import GrammarCompiler
 from pearl.models import Tokenizer
 from pearl.prompts import AnyPrompts, read_prompt
 from pearl.sampling_params import SamplingParams
+from pearl.structured_output import StructuredOutput
 from pearl.user_values import as_items, shown
 
 AnyParams = SamplingParams | Iterable[SamplingParams] | None
@@ -18,6 +21,7 @@ class Admission:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
         self._tokenizer, self._vocab_size, self._max_model_len = tokenizer, vocab_size, max_model_len
+        self._grammars = GrammarCompiler(tokenizer, vocab_size)
 
     def encode(self, prompt: AnyPrompts) -> list[int]:
         """Token ids of one prompt in any form. InvalidRequestError: empty, unknown ids, too long for the context."""
@@ -56,9 +60,20 @@ class Admission:
         if len(self._banned(params)) >= self._vocab_size:
             sentence = "logit_bias and min_tokens together ban every token; leave at least one"
             raise InvalidRequestError(sentence, "logit_bias")
-        if (params.logprobs or 0) > self._vocab_size:
-            sentence = f"logprobs={params.logprobs}, but the vocabulary has {self._vocab_size} tokens"
-            raise InvalidRequestError(sentence, "logprobs")
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if (count or 0) > self._vocab_size:
+                raise InvalidRequestError(f"{name}={count}, but the vocabulary has {self._vocab_size} tokens", name)
+
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """Of the form that outputs must have, compiled. InvalidRequestError: it cannot be, or they could not end."""
+        structured = params.structured
+        if structured is None:
+            return None
+        assert isinstance(structured, StructuredOutput)
+        if not any(0 <= token < self._vocab_size for token in params.ending_ids(self._tokenizer.eos_ids)):
+            sentence = "structured output ends with a token that ends it: give stop_token_ids, or leave ignore_eos out"
+            raise InvalidRequestError(sentence, "structured")
+        return self._grammars.compile(structured)
 
     def _outside(self, token: int) -> str:
         return self._tokenizer.vocabulary.outside(token, self._vocab_size)
@@ -67,8 +82,7 @@ class Admission:
         """What may not be chosen, at least for some time."""
         banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -float("inf")}
         if params.min_tokens:
-            banned.update(params.stop_token_ids or ())
-            banned.update(() if params.ignore_eos else self._tokenizer.eos_ids)
+            banned.update(params.ending_ids(self._tokenizer.eos_ids))
         return {token for token in banned if 0 <= token < self._vocab_size}
 
 

@@ -21,6 +21,7 @@ NGRAM = "ngram"  # as ``draft``: propose from the request's own text instead of 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PENDING = 1 << 16  # drafted tokens of all requests together: each keeps a row of logits
 _MOST_PREPARED, _AUTO_PREPARED = 256, 16
+_PROMPT_ROWS = 64  # of logits, where verdicts have fewer: enough for a forward to be worth its weights
 _CPU_PREFILL_CHUNK = 128  # computed in the time of a few decoding rounds; smaller ones make prompts dearer
 # The largest of each count: beyond it the engine would allocate without end for nothing.
 _COUNTS = {
@@ -224,6 +225,16 @@ class EngineConfig:
     @property
     def largest_window(self) -> int:
         return self.max_window if self.window == "auto" else self.window
+
+    @property
+    def most_judged(self) -> int:
+        """Rows of logits that a verdict on one request has at most: one for each pending token, and one more."""
+        return self.largest_window + 1 if self.uses_draft else 1
+
+    @property
+    def max_logit_rows(self) -> int:
+        """Of one forward of the target: of verdicts, or of prompts whose log-probabilities are wanted."""
+        return max(self.max_num_seqs * self.most_judged, _PROMPT_ROWS)
 
     @property
     def most_prepared(self) -> int:

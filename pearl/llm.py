@@ -18,10 +18,12 @@ from pearl.engine.builder import connect
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels, load_models
 from pearl.engine.output_processor import OutputProcessor
+from pearl.engine.prompt_logprobs import PromptProgress
 from pearl.engine.request import Request
 from pearl.engine.rounds import RoundRecord
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.gate import Gate, Turn
+from pearl.grammars import Grammar
 from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
 from pearl.prompts import AnyPrompts, ReadPrompt, read_prompts
 from pearl.sampling_params import SamplingParams
@@ -130,8 +132,10 @@ class LLM:
             raise InvalidRequestError(f"on_output must be a function, not {shown(on_output)}")
         batch = read_prompts(prompts)
         every = params_for(len(batch), params)
-        for one in {id(one): one for one in every}.values():
+        unique = {id(one): one for one in every}
+        for one in unique.values():
             self._admission.check(one)
+        grammars = {key: self._admission.grammar(one) for key, one in unique.items()}
         self.engine.scheduler.require_room(sum(one.n for one in every))
         encoded = self._admission.encode_all(batch)
         reader, outputs = Reader(), []
@@ -140,7 +144,7 @@ class LLM:
             try:
                 requests: list[Request] = []
                 for prompt, ids, one in zip(batch, encoded, every, strict=True):
-                    mine = self._requests(ids, one)
+                    mine = self._requests(ids, one, grammars[id(one)])
                     own = [CompletionOutput(index, metrics=request.metrics) for index, request in enumerate(mine)]
                     outputs.append(RequestOutput(prompt.text, ids, own))
                     completions.update(zip((request.id for request in mine), own, strict=True))
@@ -193,7 +197,7 @@ class LLM:
         (one,) = params_for(1, params)
         self._admission.check(one)
         ids = self.encode(prompt)
-        return Stream(self._driver, partial(self._requests, ids, one))
+        return Stream(self._driver, partial(self._requests, ids, one, self._admission.grammar(one)))
 
     def stream_chat(
         self,
@@ -209,28 +213,47 @@ class LLM:
         """Token ids of a prompt, checked: not empty, known ids, shorter than the context."""
         return self._admission.encode(prompt)
 
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """Compile what ``params.structured`` asks for, for ``prepare``; on any thread. InvalidRequestError."""
+        return self._admission.grammar(params)
+
     @property
     def driver(self) -> Driver:
         """For who runs the rounds himself (``pearl.serving``), inside a turn at its gate."""
         return self._driver
 
-    def prepare(self, prompt: AnyPrompts, params: SamplingParams, *, shown: Collection[int] = ()) -> list[Request]:
+    def prepare(
+        self,
+        prompt: AnyPrompts,
+        params: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        shown: Collection[int] = (),
+    ) -> list[Request]:
         """Requests for ``driver``, one for each output of a prompt: checked (InvalidRequestError), not queued yet.
 
+        ``grammar``: as ``LLM.grammar`` gives it for these parameters; None: it is compiled now, if there is one.
         ``shown``: special tokens whose names are part of the text.
         """
         (one,) = params_for(1, params)
         self._admission.check(one)
-        requests = self._requests(self.encode(prompt), one, shown)
+        requests = self._requests(self.encode(prompt), one, grammar or self._admission.grammar(one), shown)
         self.engine.scheduler.require_fits(requests[0])
         return requests
 
-    def _requests(self, ids: list[int], params: SamplingParams, shown: Collection[int] = ()) -> list[Request]:
+    def _requests(
+        self, ids: list[int], params: SamplingParams, grammar: Grammar | None, shown: Collection[int] = ()
+    ) -> list[Request]:
         """One for each output of a prompt."""
         seed = self._seed(params)
-        return [self._request(ids, params, seed + index, shown) for index in range(params.n)]
+        requests = [self._request(ids, params, seed + index, grammar, shown) for index in range(params.n)]
+        if params.prompt_logprobs is not None:
+            requests[0].prompt_logprobs = PromptProgress(ids, params.prompt_logprobs)
+        return requests
 
-    def _request(self, ids: list[int], params: SamplingParams, seed: int, shown: Collection[int]) -> Request:
+    def _request(
+        self, ids: list[int], params: SamplingParams, seed: int, grammar: Grammar | None, shown: Collection[int]
+    ) -> Request:
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
         tokenizer = self.tokenizer
         hidden = tokenizer.special_texts
@@ -242,7 +265,9 @@ class LLM:
         self._next_id += 1
         pinned = self._is_pinned(params)
         rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
-        return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys)
+        return Request(
+            self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys, grammar
+        )
 
     def _is_pinned(self, params: SamplingParams) -> bool:
         """Whether a seed must give an output again, whose draws depend on how each token is decided."""

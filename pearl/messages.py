@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pearl.grammars import Grammar
 from pearl.kv import PageCopy
 from pearl.pace import Load, Pace
 from pearl.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ class SequenceState:
     seed: int
     prompt_length: int
     history: tuple[int, ...] | None  # committed + pending tokens; None where nothing reads them
+    grammar: Grammar | None = None
 
 
 class ForwardWork(NamedTuple):
@@ -38,7 +40,7 @@ class ForwardWork(NamedTuple):
     state: SequenceState
     tokens: tuple[int, ...]
     start: int
-    num_logits: int  # logits of the last num_logits tokens are wanted; 0 for a prefill chunk
+    num_logits: int  # logits of the last num_logits tokens are wanted; 0 for most prefill chunks
     block_table: tuple[int, ...]
 
     @property
@@ -80,10 +82,22 @@ class DraftWork(NamedTuple):
     branches: tuple[Branch, ...] = ()
 
 
+class PromptRows(NamedTuple):
+    """Prompt tokens whose log-probabilities are wanted, with the ``most`` likely tokens in the place of each.
+
+    The first rows of the request's logits tell them, before those of its verdict.
+    """
+
+    request_id: int
+    tokens: tuple[int, ...]
+    most: int
+
+
 @dataclass(frozen=True)
 class TargetPlan:
     work: tuple[ForwardWork, ...]
     copies: tuple[PageCopy, ...] = ()  # performed before the forward (copy-on-write)
+    prompts: tuple[PromptRows, ...] = ()  # in the order of ``work``
 
 
 @dataclass(frozen=True)
@@ -256,6 +270,17 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+# Of each prompt token; of the first one nothing can be told.
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+
+
+class FoundPrompt(NamedTuple):
+    """Log-probabilities of ``size`` prompt tokens, made by a call."""
+
+    size: int
+    entries: Callable[[], tuple[TokenLogprobs, ...]]
+
+
 class Decision(NamedTuple):
     """The verdict for one request: what was tested, how much of it holds, what follows."""
 
@@ -280,3 +305,4 @@ class VerifyResult:
     decisions: dict[int, Decision] = field(default_factory=dict)  # by request id
     windows: Windows = field(default_factory=dict)  # what was drafted in this round
     prepared: Windows = field(default_factory=dict)
+    prompts: dict[int, FoundPrompt] = field(default_factory=dict)  # by request id

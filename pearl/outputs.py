@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from pearl.messages import TokenLogprobs
+from pearl.messages import PromptLogprobs, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -72,6 +72,7 @@ class OutputDelta(NamedTuple):
     finish_reason: FinishReason | None
     metrics: RequestMetrics
     error: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # where asked for, with the first token of a prompt's first output
 
     @classmethod
     def given_up(cls, request_id: int, metrics: RequestMetrics, error: str | None) -> OutputDelta:
@@ -89,6 +90,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None  # why the engine gave up on it ("abort"); what came before is still exact
+    prompt_logprobs: PromptLogprobs | None = None  # of a prompt's first output, where asked for: see RequestOutput
 
     def extend(self, delta: OutputDelta | StreamChunk) -> None:
         self.text += delta.text
@@ -96,6 +98,8 @@ class CompletionOutput:
         self.drafted.extend(delta.drafted)
         if delta.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *delta.logprobs]
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         self.finish_reason, self.metrics, self.error = delta.finish_reason, delta.metrics, delta.error
 
 
@@ -113,6 +117,13 @@ class RequestOutput:
         return self.outputs[0].metrics
 
     @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Of each prompt token, where asked for; of the first one None. One for all ``n`` outputs; None where the first
+        output ended, with an error, before its first token.
+        """
+        return self.outputs[0].prompt_logprobs
+
+    @property
     def finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
 
@@ -120,7 +131,8 @@ class RequestOutput:
 @dataclass(frozen=True)
 class StreamChunk:
     """A piece of a streamed output. Concatenating ``text`` gives exactly the text that ``generate`` returns; so do
-    ``token_ids`` and ``logprobs``, of which there is one for each token, where asked for."""
+    ``token_ids`` and ``logprobs``, of which there is one for each token, where asked for. ``prompt_logprobs``, where
+    asked for, come with the first piece of output 0."""
 
     index: int
     text: str
@@ -130,7 +142,9 @@ class StreamChunk:
     metrics: RequestMetrics
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @classmethod
     def of(cls, index: int, d: OutputDelta) -> StreamChunk:
-        return cls(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs)
+        tokens = (d.token_ids, d.drafted)
+        return cls(index, d.text, *tokens, d.finish_reason, d.metrics, d.error, d.logprobs, d.prompt_logprobs)

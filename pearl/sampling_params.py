@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn, cast
 
 from pearl.errors import InvalidRequestError
+from pearl.structured_output import StructuredOutput
 from pearl.user_values import as_flag, as_integer, as_items, as_number, lone_surrogate, shown, unknown_names
 
 
@@ -33,9 +34,10 @@ _INTEGERS = {
     "min_tokens": _Range(0, float("inf"), "an integer between 0 and max_tokens"),
     "seed": _Range(-(2**63), 2**64 - 1, "None or a 64-bit integer"),
     "logprobs": _Range(0, 20, "None or between 0 and 20, an integer"),
+    "prompt_logprobs": _Range(0, 20, "None or between 0 and 20, an integer"),
     "n": _Range(1, 16_384, "an integer, at least 1 and at most 16384"),
 }
-_MAY_BE_NONE = ("draft_temperature", "seed", "logprobs")
+_MAY_BE_NONE = ("draft_temperature", "seed", "logprobs", "prompt_logprobs")
 _SMALLEST_TEMPERATURE = 1e-5
 _SMALLEST_TOP_P = 1e-7  # below 1 / vocabulary it keeps the likeliest token alone, however small
 _LARGEST_TOP_K = 2**31 - 1
@@ -78,8 +80,11 @@ class SamplingParams:
     ignore_eos: do not stop at the model's end-of-text. min_tokens: that many tokens end nothing, what ends the output
         comes after them (unless max_tokens does), as vLLM and transformers count.
     max_tokens: most tokens returned. logprobs: report that many alternatives of each token; None = off.
+    prompt_logprobs: likewise of each token of the prompt. All of it is computed then, whatever the prefix cache holds.
     n: outputs for the prompt; output i uses seed + i.
     draft_temperature: the draft's own temperature; None = the same. It changes speed, never the output's distribution.
+    structured: the form that the output must have, a StructuredOutput or a mapping of its fields. Until the output may
+        end, nothing but max_tokens and stop can end it.
     """
 
     temperature: float = 0.0
@@ -99,6 +104,8 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     draft_temperature: float | None = None
+    prompt_logprobs: int | None = None
+    structured: StructuredOutput | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in _NUMBERS.items():
@@ -112,6 +119,7 @@ class SamplingParams:
         self._set("stop", self._checked_stop())
         self._set("stop_token_ids", self._checked_stop_token_ids())
         self._set("logit_bias", self._checked_logit_bias())
+        self._set("structured", self._checked_structured())
         self._keep_within_fp32()
 
     def _normalise(self, name: str, read: Callable[[object], float | None], bounds: _Range) -> None:
@@ -173,6 +181,13 @@ class SamplingParams:
             biases[token] = bias if bias >= -_LARGEST_BIAS else -float("inf")
         return TokenBiases(biases)
 
+    def _checked_structured(self) -> StructuredOutput | None:
+        if self.structured is None or isinstance(self.structured, StructuredOutput):
+            return self.structured
+        if not isinstance(self.structured, Mapping):
+            raise _refusal("structured", "a StructuredOutput, or a mapping of its fields", self.structured)
+        return StructuredOutput.from_mapping(self.structured)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -202,7 +217,12 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
+            or self.structured
         )
+
+    def ending_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
+        """Tokens that end the output; ``eos_ids``: the model's."""
+        return frozenset(self.stop_token_ids or ()) | (frozenset() if self.ignore_eos else frozenset(eos_ids))
 
 
 def _refusal(name: str, expected: str, given: object) -> InvalidRequestError:

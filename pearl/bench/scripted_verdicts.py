@@ -46,7 +46,8 @@ class ScriptedVerifier:
             real, forward = decisions[work.request_id], forwards[work.request_id]
             held = self._held(forward.state.seed, work.position, len(real.tested))
             # A row more than tokens is a bonus row.
-            decisions[work.request_id] = self._script(real, held, forward.num_logits > len(real.tested))
+            has_bonus = forward.end + 1 - work.position > len(real.tested)
+            decisions[work.request_id] = self._script(real, held, has_bonus)
         return replace(result, decisions=decisions)
 
     def _held(self, seed: int, position: int, count: int) -> int:

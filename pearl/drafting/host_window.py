@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pearl.drafting.logits_ring import LogitsRing, keeps_logits
+from pearl.engine.grammar_masks import GrammarMasks, MaskedRow
 from pearl.engine.logits_processing import process_row
 from pearl.host_tensors import from_numbers, start_download
 from pearl.messages import Branch, Drafted, DraftPlan, DraftWork, ForwardWork, Ranked, SequenceState, Windows
@@ -36,6 +37,10 @@ class _Line:
     rows: Iterator[int]  # of the ring, for those tokens
     history: tuple[int, ...] | None  # the text before the window
 
+    def masked(self, row: int) -> MaskedRow:
+        """Its row of logits."""
+        return MaskedRow(row, self.state, self.text[self.state.prompt_length :])
+
     @property
     def text(self) -> tuple[int, ...]:
         assert self.history is not None
@@ -57,6 +62,7 @@ class HostWindows:
         self._runner, self._rule, self._vocab_size, self._eos_ids = runner, rule, vocab_size, eos_ids
         self._ring, self._stream, self._device = ring, stream, runner.queue.device
         self._batches = SamplingBatches(self._device, for_draft=True)
+        self._grammars = GrammarMasks(vocab_size, eos_ids)
 
     def draft(self, plan: DraftPlan) -> DraftedWindows:
         """Windows of the items that draft, and of their branches. Copies of the plan are performed already, but for the
@@ -137,6 +143,7 @@ class HostWindows:
             process_row(logits[row], state, lines[row].text, self._eos_ids)
             if keeps_logits(state.params, self._rule):
                 logits[row] = logits[row].to(dtype)
+        self._grammars.apply(logits, [line.masked(row) for row, line in enumerate(lines) if line.state.grammar])
         return logits
 
 

@@ -59,6 +59,7 @@ def connect(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_waiting=config.max_waiting,
+        max_logit_rows=config.max_logit_rows,
         prefill_chunk=config.resolve_prefill_chunk(),
         drafter_reads_history=drafter is not None and drafter.reads_history,
         branches=branches,

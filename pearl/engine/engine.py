@@ -264,7 +264,7 @@ class Engine:
             return
         plan = record.plan
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
-        if not decoding or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
+        if not decoding or plan.target.prompts or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return
         if record.preparations or plan.preempted:
             return

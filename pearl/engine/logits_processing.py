@@ -37,8 +37,7 @@ def process_row(row: Tensor, state: SequenceState, history: Sequence[int], eos_i
         tokens = from_numbers(list(params.logit_bias), torch.int64, row.device)
         row[tokens] += from_numbers(list(params.logit_bias.values()), torch.float32, row.device)
     if len(output) < params.min_tokens:
-        ending = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(eos_ids))
-        row.index_fill_(0, from_numbers(sorted(ending), torch.int64, row.device), -torch.inf)
+        row.index_fill_(0, from_numbers(sorted(params.ending_ids(eos_ids)), torch.int64, row.device), -torch.inf)
 
 
 def process_rows(

@@ -74,11 +74,14 @@ class Outbox:
         request.count(decision, kept)
         if metrics.first_token_at is None:
             metrics.first_token_at = time.monotonic()
+        prompt = None if request.prompt_logprobs is None else request.prompt_logprobs.take()
         drafted = ((True,) * decision.accepted + (False,))[:kept]  # one at most, the last, is the target's own
         logprobs = None if decision.logprobs is None else decision.logprobs()[:kept]
         if finish_reason is not None:
             self._end(request)
-        return OutputDelta(request.id, tokens[:kept], drafted, text, logprobs, finish_reason, metrics)
+        return OutputDelta(
+            request.id, tokens[:kept], drafted, text, logprobs, finish_reason, metrics, prompt_logprobs=prompt
+        )
 
     def _end(self, request: Request) -> None:
         if request.status is not Status.FINISHED:

@@ -48,9 +48,7 @@ class OutputProcessor:
         self._max_tokens = max_tokens
         self._min_tokens = params.min_tokens
         self._stop_strings, self._marks = _mark_special(params.stop_strings, special_texts or {})
-        self._ending_ids = frozenset(params.stop_token_ids or ()) | (
-            frozenset() if params.ignore_eos else frozenset(eos_ids)
-        )
+        self._ending_ids = params.ending_ids(eos_ids)
         self._held = ""  # text that may still turn out to begin a stop string, with marks
         self._exempt = 0  # characters at its begin that the first min_tokens tokens gave
         self._count = 0  # tokens

@@ -32,11 +32,12 @@ class Largest:
     @classmethod
     def of(cls, config: EngineConfig, role: Role, max_model_len: int) -> Largest:
         sequences = config.max_num_seqs
-        window = min(_judged(config) if role == "target" else 2, max_model_len)  # a draft may lag by two tokens
+        window = min(config.most_judged if role == "target" else 2, max_model_len)  # a draft may lag by two tokens
         # Decoding rows are never held back by prompts, which get a page at least (Scheduler._plan_batch).
         tokens = max(config.max_num_batched_tokens, sequences * window + config.page_size)
-        rows = sequences * (window if role == "target" else 1)
-        return cls(min(tokens, sequences * max_model_len), sequences, window, rows, max_model_len, config.page_size)
+        tokens = min(tokens, sequences * max_model_len)
+        rows = min(config.max_logit_rows, tokens) if role == "target" else sequences
+        return cls(tokens, sequences, window, rows, max_model_len, config.page_size)
 
     @property
     def batches(self) -> tuple[list[int], list[int]]:
@@ -80,7 +81,7 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
     if role == "draft":
         return ring + processed
     logprobs = (config.max_num_seqs + 2) * share.vocab_size * 4
-    return (logprobs + processed) * _judged(config) + (
+    return (logprobs + processed) * config.most_judged + (
         ring if draft is not None and draft.device != share.device else 0
     )
 
@@ -88,11 +89,6 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
 def _pools(config: EngineConfig) -> int:
     """A worker's graphs keep their tensors in a pool of their own, beside that of its other forwards."""
     return 1 if config.enforce_eager else 2
-
-
-def _judged(config: EngineConfig) -> int:
-    """Most rows of a request in one target forward: a row for each pending token and one more."""
-    return config.largest_window + 1 if config.uses_draft else 1
 
 
 def _prepare(decoder: Decoder, share: Share, largest: Largest, lengths: Sequence[int]) -> Callable[[], Tensor]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pearl.engine.odds import Confidence
 from pearl.engine.output_processor import OutputProcessor
+from pearl.engine.prompt_logprobs import PromptProgress
+from pearl.grammars import Grammar
 from pearl.messages import Branch, Decision, Drafted, DraftWork, ForwardWork, SequenceState
 from pearl.outputs import RequestMetrics
 from pearl.sampling_params import SamplingParams
@@ -39,6 +42,8 @@ class Request:
     metrics: RequestMetrics
     pinned: bool = False  # reproducible although draws depend on the draft: every token must be drafted and tested
     rekeys: bool = False  # draws after a rejection have new keys: its verdict saw the noise of positions to come
+    grammar: Grammar | None = None  # that the output must be of
+    prompt_logprobs: PromptProgress | None = None  # where they are wanted
     status: Status = Status.WAITING
     lane: int = -1  # while running
     pending: tuple[Drafted, ...] = ()
@@ -66,6 +71,14 @@ class Request:
     def remaining(self) -> int:
         return self.max_tokens + self.prompt_length - len(self.tokens)
 
+    @property
+    def reusable(self) -> Sequence[int]:
+        """Tokens, of which all but the last may be found in the target's prefix cache: a row of logits that is wanted
+        must be computed.
+        """
+        progress = self.prompt_logprobs
+        return self.tokens if progress is None or not progress.missing else self.tokens[: progress.first_row + 1]
+
     def start_running(self, lane: int, target_cached: int, draft_cached: int) -> None:
         self.status, self.lane = Status.RUNNING, lane
         self.target_computed, self.draft_computed = target_cached, draft_cached
@@ -87,7 +100,7 @@ class Request:
 
     def _make_state(self, history: tuple[int, ...] | None) -> SequenceState:
         seed = self.seed if self._noise_seed is None else self._noise_seed
-        return SequenceState(self.id, self.lane, self.params, seed, self.prompt_length, history)
+        return SequenceState(self.id, self.lane, self.params, seed, self.prompt_length, history, self.grammar)
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions [start, end) of the committed and then the pending tokens."""

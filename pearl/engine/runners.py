@@ -69,7 +69,7 @@ def _most_graph_rows(config: EngineConfig, role: Role, kernels: KernelSet, queue
 
 def _rows_per_sequence(config: EngineConfig, role: Role) -> int:
     """Of captured forwards: the target's have one for each pending token and one more. Windows are not among them."""
-    return config.largest_window + 1 if role == "target" and config.uses_draft else 1
+    return config.most_judged if role == "target" else 1
 
 
 def _queue(config: EngineConfig, role: Role) -> DeviceQueue:

@@ -17,6 +17,7 @@ from pearl.kv import KVCacheManager, OutOfPages, PageCopy
 from pearl.messages import (
     DraftWork,
     ForwardWork,
+    PromptRows,
     SchedulerOutput,
     TargetPlan,
     VerifyResult,
@@ -38,12 +39,13 @@ class _Round:
         self.draft = DraftParts()
         self.verify: list[VerifyWork] = []
         self.target_copies: list[PageCopy] = []
+        self.prompts: list[PromptRows] = []
         self.drafting: list[Drafting] = []
         self.preempted: list[int] = []
 
     def freeze(self) -> SchedulerOutput:
         return SchedulerOutput(
-            TargetPlan(tuple(self.target), tuple(self.target_copies)),
+            TargetPlan(tuple(self.target), tuple(self.target_copies), tuple(self.prompts)),
             self.draft.freeze(),
             tuple(self.verify),
             tuple(self.preempted),
@@ -55,7 +57,8 @@ class _Round:
 class Scheduler:
     """Owns the requests and both KV managers. First come, first served; the latest arrival is preempted first.
 
-    draft_kv is None where the drafter keeps no KV. branches: None where it prepares no windows.
+    draft_kv is None where the drafter keeps no KV. branches: None where it prepares no windows. max_logit_rows: of a
+    forward of the target, verdicts' and prompts' together; but verdicts are never held back by it.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_waiting: int,
+        max_logit_rows: int = 64,
         prefill_chunk: int | None = None,
         drafter_reads_history: bool = False,
         branches: Branches | None = None,
@@ -74,7 +78,7 @@ class Scheduler:
         self._pace = pace
         self.target_kv, self.draft_kv = target_kv, draft_kv
         self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
-        self._prefill_chunk = prefill_chunk or max_num_batched_tokens
+        self._max_logit_rows, self._prefill_chunk = max_logit_rows, prefill_chunk or max_num_batched_tokens
         self._drafter_reads_history, self.branches = drafter_reads_history, branches
         self._free_lanes = list(range(max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
@@ -151,8 +155,24 @@ class Scheduler:
         decodes = len(target.keys() | draft.keys()) < len(batch)
         target_rows = sum(len(r.pending) + 1 for r in batch if r.id not in target)
         draft_rows = sum(not _draft_lags(r) for r in batch)
+        self._cut_to_rows(target, batch)
         plan.target_shares = share(self._left_beside(target_rows, decodes), target)
         plan.draft_shares = share(self._left_beside(draft_rows, decodes), draft)
+
+    def _cut_to_rows(self, needs: dict[int, int], batch: Sequence[Request]) -> None:
+        """Of prompts whose log-probabilities are wanted a forward computes no more than it may have rows of logits:
+        what verdicts leave of them, and at least a page.
+        """
+        prompts = {r.id: r.prompt_logprobs for r in batch if r.id in needs and r.prompt_logprobs is not None}
+        wanted = {request_id: progress.missing for request_id, progress in prompts.items() if progress.missing}
+        if not wanted:
+            return
+        judged = sum(len(r.pending) + 1 for r in batch)
+        rows = share(max(self._max_logit_rows - judged, self.target_kv.page_size), wanted)
+        for request_id, count in wanted.items():
+            if rows[request_id] < count:
+                before = prompts[request_id].first_row - self.requests[request_id].target_computed
+                needs[request_id] = before + rows[request_id]
 
     def _left_beside(self, rows: int, decodes: bool) -> int:
         left = self._max_num_batched_tokens - rows
@@ -219,8 +239,11 @@ class Scheduler:
         state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)
         start = request.target_computed
         if target_end > start:
-            table = self.target_kv.block_table(request.id)
-            plan.target.append(ForwardWork(state, request.token_range(start, target_end), start, rows, table))
+            table, logits = self.target_kv.block_table(request.id), rows
+            if request.prompt_logprobs and (wanted := request.prompt_logprobs.wanted(request.id, start, target_end)):
+                plan.prompts.append(wanted)
+                logits += len(wanted.tokens)
+            plan.target.append(ForwardWork(state, request.token_range(start, target_end), start, logits, table))
         if rows:
             plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens), request.pinned))
         start = request.draft_computed
@@ -239,9 +262,10 @@ class Scheduler:
             needed = -(-(request.length + 1) // self.target_kv.page_size)
             if self.running and any(kv.num_free_pages < needed for kv in pools):
                 return
-            cached = [kv.begin(request.id, request.tokens) for kv in pools]
+            target_cached = self.target_kv.begin(request.id, request.reusable)
+            draft_cached = self.draft_kv.begin(request.id, request.tokens) if self.draft_kv else 0
             self.waiting.popleft()
-            request.start_running(self._free_lanes.pop(), cached[0], cached[1] if self.draft_kv else 0)
+            request.start_running(self._free_lanes.pop(), target_cached, draft_cached)
             self.running.append(request)
 
     def _preempt(self, request: Request) -> None:
@@ -264,6 +288,8 @@ class Scheduler:
         request_id = request.id
         window, decision = result.windows.get(request_id, ()), result.decisions.get(request_id)
         ahead = self.branches.settle(request, result) if self.branches is not None else ()
+        if request.prompt_logprobs is not None and (found := result.prompts.get(request_id)) is not None:
+            request.prompt_logprobs.add(found)
         committed = request.apply(target, draft, window, decision, ahead)
         self.target_kv.settle(request_id, request.tokens, request.target_computed)
         if self.draft_kv is not None:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pearl.engine.grammar_masks import GrammarMasks, MaskedRow
 from pearl.engine.logits_processing import process_rows
+from pearl.engine.prompt_logprobs import find_prompts
 from pearl.engine.token_logprobs import FoundLogprobs, Span, TopLogprobs
 from pearl.host_tensors import array, from_numbers, send_rows, start_download, upload
 from pearl.messages import (
@@ -22,6 +24,7 @@ from pearl.messages import (
     DraftProposal,
     DrawnTokens,
     ForwardWork,
+    FoundPrompt,
     SchedulerOutput,
     SequenceState,
     TargetOutput,
@@ -98,6 +101,7 @@ class Verifier:
         self._kernels, self._rule, self._vocab_size = kernels, rule, vocab_size
         self._eos_ids, self._queue, self._draft_queue = eos_ids, queue, draft_queue
         self._batches = SamplingBatches(queue.device)
+        self._grammars = GrammarMasks(vocab_size, eos_ids)
 
     def verify(self, plan: SchedulerOutput, proposal: DraftProposal, target: TargetOutput) -> VerifyResult:
         """Judge the pending tokens and the first token of the windows drafted in this round.
@@ -106,15 +110,16 @@ class Verifier:
         """
         if not (self._queue.asynchronous and plan.verify) or _reads_tokens(plan):
             proposal = _read(proposal)
+        prompts, rows = self._find_prompts(plan, target.logits)
         if not plan.verify:
             self._queue.synchronize()
-            return VerifyResult({}, proposal.windows, proposal.prepared)
+            return VerifyResult({}, proposal.windows, proposal.prepared, prompts)
         with self._queue.enter("verify"):
-            assert target.logits is not None
+            assert rows is not None
             late = proposal.on_device
             requests = self._align(plan, proposal.windows if late is None else proposal.windows | late.outlines())
-            top = self._top_logprobs(target.logits, requests)  # of raw rows, before processing changes them in place
-            logits = self._process(target.logits, requests)
+            top = self._top_logprobs(rows, requests)  # of raw rows, before processing changes them in place
+            logits = self._process(rows, requests)
             read_verdict = self._judge(self._blocks(requests), logits, proposal, top)
             self._queue.mark().wait()
         if late is not None:
@@ -124,20 +129,31 @@ class Verifier:
         found = top.found() if top else None
         decisions = map(partial(self._decision, logits, found), requests, accepted, next_tokens)
         ids = [rows.work.request_id for rows in requests]
-        return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows, proposal.prepared)
+        return VerifyResult(dict(zip(ids, decisions, strict=True)), proposal.windows, proposal.prepared, prompts)
+
+    def _find_prompts(
+        self, plan: SchedulerOutput, logits: Tensor | None
+    ) -> tuple[dict[int, FoundPrompt], Tensor | None]:
+        """What the plan wants of prompts; and the verdicts' rows of logits."""
+        if not plan.target.prompts:
+            return {}, logits
+        assert logits is not None
+        with self._queue.enter("prompt log-probabilities"):
+            return find_prompts(logits, plan.target.work, plan.target.prompts, self._vocab_size)
 
     @staticmethod
     def _align(plan: SchedulerOutput, windows: Windows) -> list[_Rows]:
-        """Put beside each logits row the token that it judges."""
-        forwards = [work for work in plan.target.work if work.num_logits]
+        """Put beside each of the verdicts' logits rows the token that it judges."""
+        forwards = {work.state.request_id: work for work in plan.target.work}
         aligned, begin = [], 0
-        for work, forward in zip(plan.verify, forwards, strict=True):
-            tokens = work.pending
-            if forward.num_logits > len(tokens):
+        for work in plan.verify:
+            forward, tokens = forwards[work.request_id], work.pending
+            count = forward.end + 1 - work.position
+            if count > len(tokens):
                 window = windows.get(work.request_id)
                 tokens = (*tokens, window[0] if window else _BONUS)
             aligned.append(_Rows(work, forward, begin, tokens))
-            begin += forward.num_logits
+            begin += count
         return aligned
 
     def _blocks(self, requests: Sequence[_Rows]) -> list[_Rows]:
@@ -259,6 +275,7 @@ class Verifier:
         for rows in changed:
             window = logits[rows.begin : rows.end]
             process_rows(window, rows.forward.state, rows.tested, self._eos_ids, rows.work.position)
+        self._grammars.apply(logits, [row for rows in changed for row in _masked(rows)])
         return logits
 
     def _top_logprobs(self, logits: Tensor, requests: Sequence[_Rows]) -> TopLogprobs | None:
@@ -291,6 +308,8 @@ class Verifier:
             if token == _OF_NO_DISTRIBUTION:
                 peak = logits[rows.begin + index, : self._vocab_size].max().item()
                 if peak == -math.inf:
+                    if masked := _masked(rows):
+                        return self._grammars.failure(masked[index])
                     return "no token is left to draw: logit_bias, or min_tokens, bans all of them; ban fewer"
                 if not math.isfinite(peak):
                     return (
@@ -298,6 +317,17 @@ class Verifier:
                         "are at fault: try dtype='float32'"
                     )
         return None
+
+
+def _masked(rows: _Rows) -> list[MaskedRow]:
+    """A request's rows, if it has a grammar, each with the output before it."""
+    state = rows.forward.state
+    if state.grammar is None:
+        return []
+    assert state.history is not None
+    output = (*state.history[state.prompt_length : rows.work.position], *rows.tested)
+    committed = rows.work.position - state.prompt_length
+    return [MaskedRow(rows.begin + i, state, output[: committed + i]) for i in range(len(rows.tokens))]
 
 
 def _joined(requests: Sequence[_Rows], accepted: list[int], next_tokens: list[int]) -> tuple[list[int], list[int]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,10 +16,13 @@ from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.serving.connection import while_connected
 from pearl.serving.event_stream import EventStream, as_json
 from pearl.serving.generation import Generation
+from pearl.serving.logprobs import ranked_logprobs
 from pearl.serving.protocol import SamplingFields
 from pearl.serving.service import Service
 from pearl.serving.token_sources import TokenSources
 from pearl.serving.usage import statistics, usage
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -38,6 +42,7 @@ class Shape(Protocol):
 
     kind: str  # the answer's ``object``
     chunk_kind: str  # that of an event
+    of_one_prompt: bool  # what is told of it stands beside the choices, else in each
 
     def choice(self, output: CompletionOutput) -> dict[str, Any]:
         """Of a whole output, without ``index`` and ids."""
@@ -66,6 +71,7 @@ class Wishes:
     token_ids: bool = False
     token_sources: bool = False
     logprobs: bool = False
+    prompt_logprobs: int | None = None  # how many alternatives, in vLLM's form
 
     @classmethod
     def of(cls, body: SamplingFields, logprobs: bool) -> Wishes:
@@ -73,7 +79,7 @@ class Wishes:
         with_usage = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
         tokens = (bool(body.return_token_ids), bool(body.return_token_sources))
-        return cls(with_usage, with_usage and always, bool(body.metrics), *tokens, logprobs)
+        return cls(with_usage, with_usage and always, bool(body.metrics), *tokens, logprobs, body.prompt_logprobs)
 
 
 class Answer:
@@ -88,13 +94,20 @@ class Answer:
         try:
             if not stream:
                 outputs = await while_connected(request.receive, generation.complete())
-                return Response(as_json(self.whole(outputs)), media_type="application/json")
+                written = await self._written(lambda: as_json(self.whole(outputs)), generation.tells_prompts)
+                return Response(written, media_type="application/json")
             events = self.events()
             first = await while_connected(request.receive, anext(events))
             return EventStream(first, events, generation.close)
         except BaseException:
             generation.close()
             raise
+
+    async def _written(self, write: Callable[[], T], tells_prompts: bool) -> T:
+        """A part of the answer. What tells of prompts may take long."""
+        if not tells_prompts:
+            return write()
+        return await self._service.texts.run(write, sum(map(len, self._generation.prompts)))
 
     def whole(self, outputs: Sequence[CompletionOutput]) -> dict[str, Any]:
         choices = []
@@ -105,10 +118,22 @@ class Answer:
                 choice["prompt_token_ids"] = self._generation.prompt_of(output.index)
             if self._wishes.token_sources:
                 choice |= self._sources.of(output)
+            if not self._shape.of_one_prompt:
+                choice |= self._of_prompt(output.index)
             choices.append(choice)
         answer = {**self._base, "object": self._shape.kind, "choices": choices}
         answer["usage"] = self._usage(sum(len(output.token_ids) for output in outputs))
+        if self._shape.of_one_prompt:
+            answer |= self._of_prompt(0)
         return answer | ({"metrics": self._statistics()} if self._wishes.metrics else {})
+
+    def _of_prompt(self, index: int) -> dict[str, Any]:
+        """Members about an output's prompt."""
+        most, found = self._wishes.prompt_logprobs, self._generation.prompt_logprobs_of(index)
+        if most is None or found is None:
+            return {}
+        tokenizer, tokens = self._service.engine.llm.tokenizer, self._generation.prompt_of(index)
+        return {"prompt_logprobs": ranked_logprobs(tokenizer, tokens, found, most)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape, wishes = self._shape, self._wishes
@@ -126,7 +151,7 @@ class Answer:
                     opened.add(index)
                     if members := shape.opening(index):
                         event = f'{head}{index},{members},"finish_reason":null}}]{tail}'
-                piece = shape.piece(chunk)
+                piece = await self._written(partial(shape.piece, chunk), chunk.prompt_logprobs is not None)
                 if silent and not piece.says and piece.finish_reason is None:
                     if event:
                         yield event.encode()

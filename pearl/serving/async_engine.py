@@ -9,14 +9,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from queue import SimpleQueue
 
 from pearl.admission import params_for
 from pearl.engine.scheduler import require_room
 from pearl.errors import ConfigurationError, EngineClosedError, EngineDrainingError, EngineInUseError
+from pearl.grammars import Grammar
 from pearl.llm import LLM
+from pearl.prompts import AnyPrompts
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream, Mailbox
 from pearl.serving.engine_thread import Cancel, Command, End, EngineThread, Submit, TellWhenIdle
@@ -64,20 +66,30 @@ class AsyncEngine:
         # Younger than the workers' own: it is called before them when the interpreter ends.
         weakref.finalize(self, self._join)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, shown: Collection[int] = ()) -> AsyncStream:
-        """Queue a prompt and return its outputs as they grow. On the event loop; never waits.
+    def submit(
+        self,
+        prompt: AnyPrompts,
+        params: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        shown: Collection[int] = (),
+    ) -> AsyncStream:
+        """Queue a prompt, if short in any form, and return its outputs as they grow. On the event loop; never waits.
 
-        ``shown``: special tokens whose names are part of the text.
+        ``grammar``: of the outputs, compiled, which is slow otherwise. ``shown``: special tokens whose names are part
+        of the text.
 
         Raises InvalidRequestError; QueueFullError if there is no room for all of ``params.n``: max_num_seqs run at once
         and max_waiting may wait; EngineDrainingError; EngineClosedError if it is closed or cannot go on.
+
+        ``grammar``: as ``LLM.grammar`` gives it; else a request that needs one has it compiled here, which is slow.
         """
         loop = asyncio.get_running_loop()
         self._require_open()
         self._require_loop(loop)
         (one,) = params_for(1, params)
         self._require_room(one.n)
-        requests = self.llm.prepare(prompt_ids, one, shown=shown)
+        requests = self.llm.prepare(prompt, one, grammar=grammar, shown=shown)
         mailbox = Mailbox(requests)
         feed = Feed(requests, mailbox, self._thread.outgoing)
         self._submitted += len(requests)

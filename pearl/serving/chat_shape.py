@@ -37,6 +37,7 @@ class Markup:
 
 class ChatShape:
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    of_one_prompt = True
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool, markup: Markup, generation: Generation) -> None:
         self._tokenizer, self._logprobs, self._markup, self._generation = tokenizer, logprobs, markup, generation

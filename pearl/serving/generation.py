@@ -8,7 +8,10 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from pearl.errors import PearlError, RoundError
-from pearl.outputs import CompletionOutput, StreamChunk
+from pearl.grammars import Grammar
+from pearl.messages import PromptLogprobs
+from pearl.outputs import CompletionOutput, FinishReason, StreamChunk
+from pearl.prompts import ReadPrompt
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream
 from pearl.serving.errors import api_error
@@ -21,19 +24,32 @@ Jobs = Sequence[tuple[Sequence[int], SamplingParams]]
 class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
-    def __init__(self, service: Service, request_id: str, jobs: Jobs, *, shown: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request_id: str,
+        jobs: Jobs,
+        *,
+        prompts_alone: bool = False,
+        grammar: Grammar | None = None,
+        shown: Collection[int] = (),
+    ) -> None:
         """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does.
 
-        ``shown``: special tokens whose names are part of the text.
+        ``prompts_alone``: what is generated is left out; outputs are empty, and as long as was wanted. ``grammar``: of
+        all outputs. ``shown``: special tokens whose names are part of the text.
         """
         self.id, self.shown = request_id, shown
         self.prompts = [ids for ids, _ in jobs]
         self.per_prompt = jobs[0][1].n
+        self.tells_prompts = jobs[0][1].prompt_logprobs is not None
+        self._prompts_alone = prompts_alone
         self.outputs = [CompletionOutput(index) for index in range(len(jobs) * self.per_prompt)]
         self._streams: list[AsyncStream] = []
         try:
             for ids, params in jobs:
-                self._streams.append(service.engine.submit(ids, params, shown=shown))
+                prompt = ReadPrompt(token_ids=list(ids))
+                self._streams.append(service.engine.submit(prompt, params, grammar=grammar, shown=shown))
         except PearlError as error:
             self._cancel()
             service.metrics.refused(api_error(error).code or "invalid")
@@ -43,16 +59,25 @@ class Generation:
     def prompt_of(self, index: int) -> Sequence[int]:
         return self.prompts[index // self.per_prompt]
 
+    def prompt_logprobs_of(self, index: int) -> PromptLogprobs | None:
+        """What is known of an output's prompt when its first chunk has come, where that was asked for."""
+        return self.outputs[index - index % self.per_prompt].prompt_logprobs
+
     async def chunks(self) -> AsyncGenerator[StreamChunk, None]:
         """Chunks of all outputs, in the order of arrival. RoundError if the engine gave one up; the rest ends too."""
         record = self._record
         try:
-            async with aclosing(self._merged()) as merged:
-                async for chunk in merged:
+            async with aclosing(self._ordered()) as ordered:
+                async for chunk in ordered:
                     if chunk.error is not None:
                         record.failed(chunk.error)
                         raise RoundError(chunk.error)
-                    self.outputs[chunk.index].metrics = chunk.metrics
+                    output = self.outputs[chunk.index]
+                    output.metrics = chunk.metrics
+                    if chunk.prompt_logprobs is not None:
+                        output.prompt_logprobs = chunk.prompt_logprobs
+                    if self._prompts_alone:
+                        chunk = _without_tokens(chunk)
                     record.saw(chunk)
                     yield chunk
             if record.outcome == "cancelled":
@@ -65,6 +90,21 @@ class Generation:
             async for chunk in chunks:
                 self.outputs[chunk.index].extend(chunk)
         return self.outputs
+
+    async def _ordered(self) -> AsyncGenerator[StreamChunk, None]:
+        """As they come; but where prompts are told, an output waits for the first one's first chunk, which does it."""
+        waiting = {prompt: list[StreamChunk]() for prompt in range(len(self.prompts) if self.tells_prompts else 0)}
+        async with aclosing(self._merged()) as merged:
+            async for chunk in merged:
+                held = waiting.get(prompt := chunk.index // self.per_prompt)
+                if held is None or chunk.error is not None:
+                    yield chunk
+                elif chunk.prompt_logprobs is None:
+                    held.append(chunk)
+                else:
+                    yield chunk
+                    for after in waiting.pop(prompt):
+                        yield after
 
     async def _merged(self) -> AsyncGenerator[StreamChunk, None]:
         if len(self._streams) == 1:
@@ -110,3 +150,9 @@ async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[Strea
         await arrived.put(error)
     else:
         await arrived.put(None)
+
+
+def _without_tokens(chunk: StreamChunk) -> StreamChunk:
+    reason: FinishReason | None = None if chunk.finish_reason is None else "length"
+    logprobs = None if chunk.logprobs is None else ()
+    return replace(chunk, text="", token_ids=(), drafted=(), finish_reason=reason, logprobs=logprobs)

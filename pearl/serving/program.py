@@ -11,6 +11,7 @@ from typing import Any
 from pearl.errors import InvalidRequestError
 from pearl.llm import LLM
 from pearl.models import bundled_path
+from pearl.sampling_params import SamplingParams
 from pearl.serving.app import create_app
 from pearl.serving.async_engine import AsyncEngine
 from pearl.serving.chat_markup import ChatMarkup
@@ -45,6 +46,9 @@ def run_server(
         llm = LLM(**llm_options)
         with contextlib.suppress(InvalidRequestError):  # the first conversation imports what templates need: seconds
             llm.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+        # The first grammar reads the vocabulary, and no thread runs Python meanwhile: half a second for 128k tokens.
+        with contextlib.suppress(InvalidRequestError):
+            llm.grammar(SamplingParams(structured={"regex": "a"}))
         _LOG.info("sampling defaults of requests: %s", defaults.shown())
 
         def listening() -> None:

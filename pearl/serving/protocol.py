@@ -24,7 +24,6 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "priority": (0,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -36,9 +35,8 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
 }
 _UNSUPPORTED = (
     *_WITHOUT, "allowed_token_ids", "audio", "bad_words", "documents", "guided_choice", "guided_grammar", "guided_json",
-    "guided_regex", "logprob_token_ids", "metadata", "prediction", "prompt_embeds", "prompt_logprobs",
-    "reasoning_effort", "return_tokens_as_token_ids", "structured_outputs", "truncate_prompt_tokens", "verbosity",
-    "web_search_options",
+    "guided_regex", "logprob_token_ids", "metadata", "prediction", "prompt_embeds", "reasoning_effort",
+    "return_tokens_as_token_ids", "truncate_prompt_tokens", "verbosity", "web_search_options",
 )  # fmt: skip
 
 
@@ -67,6 +65,36 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchema(BaseModel):
+    """What OpenAI wraps a schema in. An answer always follows the schema, ``strict`` or not."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """Exactly one of these, as vLLM has them; ``pearl.StructuredOutput`` says what they mean."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: Annotated[dict[str, Any] | bool | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class SamplingFields(Body):
     """What completions and chat completions share; ``pearl.sampling_params`` says what the numbers mean."""
 
@@ -86,6 +114,9 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     n: int | None = None
     draft_temperature: float | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metrics: Annotated[bool | None, Field(description="Report how speculative decoding went.")] = None

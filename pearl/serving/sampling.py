@@ -10,11 +10,13 @@ from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.models.model_files import find_file, read_json
 from pearl.sampling_params import SamplingParams
 from pearl.serving.protocol import SamplingFields
+from pearl.serving.structured import structured_output
 
 _FILE = "generation_config.json"
 _FROM_FILE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _NUMBERS = (
     *_FROM_FILE, "presence_penalty", "frequency_penalty", "min_tokens", "seed", "n", "draft_temperature",
+    "prompt_logprobs",
 )  # fmt: skip
 _OPENAI = {"temperature": 1.0}
 
@@ -61,6 +63,9 @@ def sampling_params(
 
     ``names``: what an API calls these parameters, where it has another name.
     """
+    if fields.stream and fields.prompt_logprobs is not None:
+        sentence = "prompt_logprobs are not streamed; leave one out, or use echo with logprobs in /v1/completions"
+        raise InvalidRequestError(sentence, "prompt_logprobs")
     values = dict(defaults.values)
     for name in _NUMBERS:
         if (given := getattr(fields, name)) is not None:
@@ -77,6 +82,7 @@ def sampling_params(
             ignore_eos=bool(fields.ignore_eos),
             logit_bias=_biases(fields.logit_bias),
             logprobs=logprobs,
+            structured=structured_output(fields),
         )
     except InvalidRequestError as error:
         own = error.param or ""

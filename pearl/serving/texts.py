@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pearl.chat_messages import read_conversation
 from pearl.errors import InvalidRequestError
+from pearl.grammars import Grammar
 from pearl.llm import LLM
 from pearl.prompts import ReadPrompt
+from pearl.sampling_params import SamplingParams
 from pearl.serving.protocol import TemplateFields
 
 T = TypeVar("T")
@@ -45,7 +47,7 @@ class Texts:
                 read = ReadPrompt(token_ids=self._tokenizer.encode(prompt, add_special_tokens=False))
             return self._llm.encode(read)
 
-        return await self._run(_naming(name, encode), len(prompt))
+        return await self.run(_naming(name, encode), len(prompt))
 
     async def conversation(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Conversation:
         """Likewise, by the chat template; ``variables`` are for it. InvalidRequestError, about "messages"."""
@@ -55,15 +57,15 @@ class Texts:
             ids = self._llm.encode(ReadPrompt(token_ids=self._tokenizer.encode_chat(text)))
             return Conversation(ids, text[-_TEXT_END:])
 
-        return await self._run(_naming("messages", encode))
+        return await self.run(_naming("messages", encode))
 
     async def ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Of any text, also an empty one, and one that is too long for a prompt."""
-        return await self._run(_naming("prompt", lambda: self._tokenizer.encode(text, add_special_tokens)), len(text))
+        return await self.run(_naming("prompt", lambda: self._tokenizer.encode(text, add_special_tokens)), len(text))
 
     async def conversation_ids(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         """Of any conversation, also one that is too long for a prompt."""
-        return await self._run(_naming("messages", lambda: self._rendered(messages, variables)))
+        return await self.run(_naming("messages", lambda: self._rendered(messages, variables)))
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         return self._tokenizer.render_chat(read_conversation(messages), variables)
@@ -74,12 +76,19 @@ class Texts:
         for token in ids:
             if not 0 <= token < size:
                 raise InvalidRequestError(f"tokens: {token} is outside the vocabulary [0, {size})", "tokens")
-        return await self._run(lambda: self._tokenizer.decode(ids), len(ids))
+        return await self.run(lambda: self._tokenizer.decode(ids), len(ids))
+
+    async def grammar(self, params: SamplingParams) -> Grammar | None:
+        """``LLM.grammar``: a large one takes most of a second, the first one of a tokenizer likewise."""
+        if params.structured is None:
+            return None
+        return await self.run(lambda: self._llm.grammar(params))
 
     async def settings(self) -> dict[str, Any]:
-        return await self._run(self._tokenizer.settings)
+        return await self.run(self._tokenizer.settings)
 
-    async def _run(self, work: Callable[[], T], size: int = _SHORT) -> T:
+    async def run(self, work: Callable[[], T], size: int = _SHORT) -> T:
+        """What ``work`` returns. ``size``: of the texts or ids that it goes through."""
         if size < _SHORT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -72,13 +72,16 @@ class GraphRunner(ModelRunner):
 
     def forward(self, work: Sequence[ForwardWork]) -> Tensor:
         rows = sum(len(item.tokens) for item in work)
-        if rows > self._most_rows or any(item.num_logits < len(item.tokens) for item in work):
+        if rows > self._most_rows or any(self._is_of_prompt(item) for item in work):
             return super().forward(work)
         lists = BatchLists.of(work, self.page_size)
         shape = self.limits.shape(rows, len(work), max(len(item.block_table) for item in work))
         lists.pad(shape)
         lists.logits_rows = list(range(shape.rows))
         return self.replay(shape, lists.arrays())[:rows]
+
+    def _is_of_prompt(self, item: ForwardWork) -> bool:
+        return not len(item.tokens) <= min(item.num_logits, self.limits.rows_per_sequence)
 
     def replay(self, shape: BatchShape, arrays: Mapping[str, Array]) -> Tensor:
         """Compute a padded batch; returns logits, those of ``shape.rows`` rows first."""

@@ -161,7 +161,7 @@ class Fixed:
 def decide(real: Decision, rate: float, rows: int, position: int = 10, seed: int = 3) -> Decision:
     """What becomes of a verdict about one request whose forward had ``rows`` rows."""
     state = SequenceState(1, 0, SamplingParams(), seed, 1, None)
-    forward = ForwardWork(state, tuple(range(rows)), position, rows, (0,))
+    forward = ForwardWork(state, tuple(range(rows)), position - 1, rows, (0,))
     pending = tuple(Drafted(token, 0.0, -1) for token in real.tested)
     plan = SchedulerOutput(TargetPlan((forward,)), DraftPlan(()), (VerifyWork(1, pending, position),))
     windows = {1: (Drafted(5, 0.0, -1),)}

@@ -212,21 +212,22 @@ def test_the_profiled_batches_are_the_largest_and_can_be_computed() -> None:
             return len(calls)
 
     assert measured_bytes(config, decoder, share, Largest.of(config, "target", 120), Computing({})) == 4
-    for (batch, logits), tokens, sequences in zip(calls, (300, 20), (3, 5), strict=True):
+    for (batch, logits), tokens, sequences, rows in zip(calls, (300, 20), (3, 5), (64, 20), strict=True):
         assert batch.input_ids.shape == (tokens,)
         assert batch.context_lens.tolist() == [120] * sequences
         assert batch.slot_mapping.unique().shape == (tokens,)
-        assert tuple(logits) == (20, shape.vocab_size)
+        assert tuple(logits) == (rows, shape.vocab_size)
 
 
 @pytest.mark.parametrize(
     ("changes", "role", "tokens", "rows", "windows"),
     [
-        ({}, "target", 512, 40, [4] * 10),
+        ({}, "target", 512, 64, [4] * 10),  # prompts may have more rows of logits than verdicts, these may not
+        ({"max_num_seqs": 20}, "target", 512, 80, [4] * 20),
         ({}, "draft", 512, 10, [2] * 10),
-        ({"method": "autoregressive"}, "target", 512, 10, [1] * 10),
-        ({"max_num_batched_tokens": 8}, "target", 56, 40, [4] * 10),  # decoding rows, and a page of a prompt
-        ({"max_num_seqs": 1, "max_num_batched_tokens": 900}, "target", 120, 4, [4]),  # as long as a sequence can be
+        ({"method": "autoregressive"}, "target", 512, 64, [1] * 10),
+        ({"max_num_batched_tokens": 8}, "target", 56, 56, [4] * 10),  # decoding rows, and a page of a prompt
+        ({"max_num_seqs": 1, "max_num_batched_tokens": 900}, "target", 120, 64, [4]),  # as long as a sequence can be
     ],
 )
 def test_what_the_scheduler_can_ask_for(

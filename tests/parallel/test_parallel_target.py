@@ -111,6 +111,21 @@ def test_greedy_tokens_are_those_of_one_rank(pair: LLM) -> None:
     assert all(o.outputs[0].error is None for o in found)
 
 
+def test_prompts_are_told_as_by_one_rank(pair: LLM) -> None:
+    """The rows of logits are whole: also of a prompt that is computed in pieces."""
+    params, batch = SamplingParams(prompt_logprobs=2, max_tokens=4), [*PROMPTS, list(range(5, 200))]
+    with LLM(dtype="float32", method="autoregressive", max_model_len=256) as alone:
+        found, expected = pair.generate(batch, params), alone.generate(batch, params)
+    for one, other in zip(found, expected, strict=True):
+        told, right = (output.prompt_logprobs or () for output in (one, other))
+        assert len(told) == len(right) == len(one.prompt_token_ids)
+        for mine, its in zip(told[1:], right[1:], strict=True):
+            assert mine is not None
+            assert its is not None
+            assert mine.logprob == pytest.approx(its.logprob, abs=1e-4)
+            assert [value for _, value in mine.top] == pytest.approx([value for _, value in its.top], abs=1e-4)
+
+
 def test_three_ranks_of_a_target_that_verifies_sampled_drafts(tmp_path: Path) -> None:
     """Coupled, so that the tokens do not depend on who verifies how many of them. One KV head, which all three hold."""
     tokenizer, model = e2e_support.byte_tokenizer(), e2e_support.random_model(e2e_support.FAMILIES["mistral"], seed=0)

@@ -10,7 +10,9 @@ import httpx
 from serving_support import settings
 
 from pearl import LLM, SamplingParams
+from pearl.grammars import Grammar
 from pearl.outputs import FinishReason, RequestMetrics, StreamChunk
+from pearl.prompts import ReadPrompt
 from pearl.serving.app import create_app
 from pearl.serving.health import EngineLoad, Health
 from pearl.serving.sampling import SamplingDefaults
@@ -65,10 +67,18 @@ class FakeEngine:
     def observe(self, observer: Any) -> None:
         """It has no rounds."""
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, shown: Collection[int] = ()) -> Any:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        shown: Collection[int] = (),
+    ) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
             raise self.refusal
-        self.asked.append((prompt_ids, params))
+        ids = prompt_ids.token_ids if isinstance(prompt_ids, ReadPrompt) else prompt_ids
+        self.asked.append((ids or (), params))
         self.shown = shown
         self.streams.append(FakeStream(self.script, self.endless))
         return self.streams[-1]

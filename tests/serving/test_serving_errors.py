@@ -157,13 +157,13 @@ def test_unknown_routes_methods_and_models(idle_llm: LLM) -> None:
     assert complete(engine, model="alias").json()["model"] == "pair"
 
 
-@pytest.mark.parametrize("field", ["best_of", "suffix", "response_format", "guided_json", "prompt_logprobs", "tools"])
+@pytest.mark.parametrize("field", ["best_of", "suffix", "length_penalty", "guided_json", "prompt_embeds", "tools"])
 def test_unsupported_fields_are_refused_unless_they_mean_nothing(idle_llm: LLM, field: str) -> None:
     engine = FakeEngine(idle_llm, END)
     response = complete(engine, **{field: 5})
     assert (response.status_code, told(response)["param"]) == (400, field)
     assert "not supported" in told(response)["message"]
-    neutral = {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": []}
+    neutral = {"best_of": 1, "suffix": "", "length_penalty": 1.0, "tools": []}
     assert complete(engine, **{field: neutral.get(field)}).status_code == 200
 
 

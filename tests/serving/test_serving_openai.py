@@ -108,8 +108,6 @@ def test_echo_puts_the_prompt_before_the_text(server: LiveServer, client: openai
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
     assert streamed == texts
-    refused = server.post("/v1/completions", prompt=PROMPT, echo=True, logprobs=1)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
 
 
 def test_chat_is_the_librarys(client: openai.OpenAI, llm: LLM) -> None:
