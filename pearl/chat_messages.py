@@ -20,7 +20,8 @@ def read_conversations(given: Any) -> list[list[dict[str, Any]]]:
 
     Content is a text, or a list of text parts ({"type": "text", "text": ...}), which become lines. Calls of tools are
     as OpenAI has them; their arguments, a JSON object in a text, become a mapping, as templates expect. What is null is
-    left out, and so is an empty list of calls. Whatever else a message holds (name, ...) is handed on to the template.
+    left out, and so is an empty list of calls; a tool's result gets the tool's name. Whatever else a message holds is
+    handed on to the template.
     """
     if not _is_list(given):
         raise InvalidRequestError(f"{_WANTED}, not {shown(given)}")
@@ -44,7 +45,19 @@ def _conversation(given: Any, name: str) -> list[dict[str, Any]]:
         raise InvalidRequestError(f"{_WANTED}; {name} is {shown(given)}")
     if not given:
         raise InvalidRequestError(f"{name} is empty; {_WANTED}")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(given)]
+    messages = [_message(message, f"{name}[{index}]") for index, message in enumerate(given)]
+    _name_results(messages)
+    return messages
+
+
+def _name_results(messages: Sequence[dict[str, Any]]) -> None:
+    """A tool's result says which call it is of; some templates, such as Hermes', want the tool's name."""
+    names: dict[str, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            names[call.get("id", "")] = call["function"]["name"]
+        if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
+            message["name"] = names[message["tool_call_id"]]
 
 
 def _message(given: Any, name: str) -> dict[str, Any]:

@@ -51,6 +51,31 @@ SYSTEM = {"role": "system", "content": "Be brief."}
             [[{"role": "tool", "tool_call_id": "x", "content": "7"}]],
         ),
         (
+            [
+                {"role": "assistant", "tool_calls": [call("", id="x"), {"id": "y", "function": {"name": "g"}}]},
+                {"role": "tool", "tool_call_id": "y", "content": "1"},
+                {"role": "tool", "tool_call_id": "x", "content": "2"},
+                {"role": "tool", "tool_call_id": "x", "content": "3", "name": "own"},
+                {"role": "tool", "content": "4"},
+            ],
+            [
+                [
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [
+                            call({}, id="x", type="function"),
+                            {"id": "y", "type": "function", "function": {"name": "g", "arguments": {}}},
+                        ],
+                    },
+                    {"role": "tool", "tool_call_id": "y", "content": "1", "name": "g"},
+                    {"role": "tool", "tool_call_id": "x", "content": "2", "name": "f"},
+                    {"role": "tool", "tool_call_id": "x", "content": "3", "name": "own"},
+                    {"role": "tool", "content": "4"},
+                ]
+            ],
+        ),
+        (
             [{"role": "assistant", "content": None, "reasoning_content": "so"}],
             [[{"role": "assistant", "content": "", "reasoning_content": "so"}]],
         ),

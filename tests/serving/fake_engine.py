@@ -12,6 +12,7 @@ from serving_support import settings
 from pearl import LLM, SamplingParams
 from pearl.grammars import Grammar
 from pearl.outputs import FinishReason, RequestMetrics, StreamChunk
+from pearl.prompts import ReadPrompt
 from pearl.serving.app import create_app
 from pearl.serving.health import EngineLoad, Health
 from pearl.serving.sampling import SamplingDefaults
@@ -76,7 +77,8 @@ class FakeEngine:
     ) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
             raise self.refusal
-        self.asked.append((prompt_ids, params))
+        ids = prompt_ids.token_ids if isinstance(prompt_ids, ReadPrompt) else prompt_ids
+        self.asked.append((ids or (), params))
         self.shown = shown
         self.streams.append(FakeStream(self.script, self.endless))
         return self.streams[-1]

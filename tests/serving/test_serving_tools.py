@@ -303,11 +303,3 @@ def test_the_schema_of_a_forced_call(form: Any) -> None:
         assert holds(named, name, arguments) == (name == "grow")
     assert not any(holds(schema, *call) for schema in (named, any_of) for call in bad)
     assert list(named["properties"]) == ["name", form.key]
-
-
-def test_a_call_cannot_be_forced_yet(llm: LLM) -> None:
-    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
-        body = {"messages": [QUESTION], "tools": [ADD], "tool_choice": choice}
-        response = ask(FakeEngine(llm, *script(llm, ["a"])), "POST", CHAT, json=body)
-        assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")
-        assert "structured output" in response.json()["error"]["message"]

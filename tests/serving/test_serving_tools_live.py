@@ -90,3 +90,37 @@ def test_a_stop_string_may_be_a_tag(server: LiveServer) -> None:
         (choice,) = answer["choices"]
         assert choice["message"]["content"] == content
         assert choice["finish_reason"] == ("stop" if stop == "<tool_call>" else "tool_calls")
+
+
+def pick(n: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"n": n}, "required": ["n"], "additionalProperties": False}
+    return {"type": "function", "function": {"name": "pick", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 3}])
+def test_calls_that_must_be_made(server: LiveServer, sampling: dict[str, Any]) -> None:
+    """Whatever the model would rather write."""
+    named = {"type": "function", "function": {"name": "pick"}}
+    tools = [ADD, pick({"enum": [1, 2]})]
+    for choice, names in ((named, {"pick"}), ("required", {"pick", "add"})):
+        asked = {"messages": [QUESTION], "tools": tools, "tool_choice": choice, "max_tokens": 200, **sampling}
+        (found,) = server.post(CHAT, **asked).json()["choices"]
+        (call,) = found["message"]["tool_calls"]
+        assert found["message"] == {"role": "assistant", "content": None, "tool_calls": [call]}
+        assert found["finish_reason"] == "tool_calls"
+        name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+        assert name in names
+        assert isinstance(arguments["a"], int) if name == "add" else arguments in ({"n": 1}, {"n": 2})
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [pick({"type": "x"})]}, "tools"),
+        ({"tools": [ADD], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [ADD], "structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+    ],
+)
+def test_calls_that_cannot_be_forced(server: LiveServer, body: dict[str, Any], param: str) -> None:
+    refused = server.post(CHAT, messages=[QUESTION], tool_choice="required", **body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
