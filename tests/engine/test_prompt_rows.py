@@ -87,7 +87,9 @@ def test_rows_are_found_in_pieces_among_those_of_verdicts(
     assert {request_id: one.size for request_id, one in told.items()} == {1: 5, 3: 4}
     expected = logits[:, :vocab].log_softmax(-1)
     for request_id, first in ((1, 0), (3, 10)):
-        for token, entry in enumerate(told[request_id].entries()):
+        entries = told[request_id].entries()
+        assert len(entries) == told[request_id].size
+        for token, entry in enumerate(entries):
             row = expected[first + token]
             assert entry.logprob == row[token].item()
             assert [value for _, value in entry.top] == row.topk(request_id).values.tolist()
