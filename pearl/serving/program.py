@@ -34,15 +34,11 @@ def run_server(
 
     model_defaults: whether sampling defaults are the target's own. Raises ConfigurationError.
     """
-    logging.basicConfig(level=logging.WARNING, format=_FORM)
-    logging.getLogger("pearl").setLevel(logging.INFO)
+    begin_log()
     with bound_socket(*address) as opened:
-        target = llm_options.get("target") or str(bundled_path("target"))
-        defaults = SamplingDefaults.of_model(target) if model_defaults else SamplingDefaults.of_openai()
+        defaults = sampling_defaults(llm_options, model_defaults)
         tell("loading the models")
-        llm = LLM(**llm_options)
-        with contextlib.suppress(InvalidRequestError):  # the first conversation imports what templates need: seconds
-            llm.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+        llm = load_llm(llm_options)
         _LOG.info("sampling defaults of requests: %s", defaults.shown())
 
         def listening() -> None:
@@ -51,3 +47,24 @@ def run_server(
         engine = AsyncEngine(llm, round_limit=round_limit)
         server = ServerProcess(create_app(engine, settings, defaults), engine, listening, drain_timeout)
         server.run([opened])
+
+
+def begin_log(anew: bool = False) -> None:
+    """To standard error: warnings of all, and what the server tells. ``anew``: whatever was set up before."""
+    logging.basicConfig(level=logging.WARNING, format=_FORM, force=anew)
+    logging.getLogger("pearl").setLevel(logging.INFO)
+
+
+def sampling_defaults(llm_options: Mapping[str, Any], model_defaults: bool) -> SamplingDefaults:
+    """The target's own, or OpenAI's. Raises ConfigurationError."""
+    if not model_defaults:
+        return SamplingDefaults.of_openai()
+    return SamplingDefaults.of_model(llm_options.get("target") or str(bundled_path("target")))
+
+
+def load_llm(options: Mapping[str, Any]) -> LLM:
+    """Ready for a first conversation, which else would import what templates need: seconds. ConfigurationError."""
+    llm = LLM(**options)
+    with contextlib.suppress(InvalidRequestError):
+        llm.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+    return llm
