@@ -105,6 +105,9 @@ class Fleet:
                 await relay.end()
                 return
             except ReplicaLost:
+                if relay.is_whole:
+                    await relay.end()
+                    return
                 if relay.has_begun or attempt + 1 == _TRIES:
                     raise
                 self.retried += 1
@@ -130,23 +133,28 @@ class Fleet:
 
 
 class _Relay:
-    """An answer on its way to its client."""
+    """An answer on its way to its client. ``is_whole``: all of it has been sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._is_stream = False
-        self.has_begun = False
+        self._missing = 0  # bytes of an answer that is no stream
+        self.has_begun = self.is_whole = False
 
     async def write(self, part: Part) -> None:
         if not self.has_begun:
-            self.has_begun = True
-            self._is_stream = any(
-                name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in part.headers
-            )
+            self._begin(part)
             await self._send({"type": "http.response.start", "status": part.status, "headers": list(part.headers)})
+        self._missing -= len(part.body)
+        self.is_whole = part.body.endswith(DONE) if self._is_stream else self._missing == 0
         if part.body:
             await self._send({"type": "http.response.body", "body": part.body, "more_body": True})
+
+    def _begin(self, part: Part) -> None:
+        headers = {name.lower(): value for name, value in part.headers}
+        self.has_begun = True
+        self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        self._missing = int(headers.get(b"content-length", b"0"))
 
     async def end(self) -> None:
         if not self.has_begun:
@@ -154,8 +162,8 @@ class _Relay:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: ApiError) -> None:
-        """As a status where nothing was sent yet, else as an event, where the answer has events."""
-        if not self.has_begun:
+        """A status where nothing was sent yet; in a stream an event. Else what was sent lacks its end, as it says."""
+        if not (self.has_begun and self._is_stream):
             raise error
-        told = f"data: {error.body()}\n\n".encode() + DONE if self._is_stream else b""
+        told = f"data: {error.body()}\n\n".encode() + DONE
         await self._send({"type": "http.response.body", "body": told, "more_body": False})

@@ -98,18 +98,18 @@ def _index(name: str) -> int:
     return int(str(name).partition(":")[2] or 0)
 
 
-def router_of(plan: ReplicaPlan, at_once: int) -> dict[str, Any] | None:
-    """Ray's RequestRouterConfig; None: its default, the less loaded of two. ``at_once``: requests of a full batch.
+def router_of(plan: ReplicaPlan, at_once: int) -> dict[str, Any]:
+    """Ray's RequestRouterConfig; empty: its default, the less loaded of two. ``at_once``: requests of a full batch.
 
     By prefixes where it can be imported (``auto``), or ConfigurationError (``prefix``).
     """
     if plan.router == "load":
-        return None
+        return {}
     try:
         importlib.import_module(_PREFIX_MODULE)
     except ImportError as error:
         if plan.router == "auto":
-            return None
+            return {}
         raise ConfigurationError(
             f"Ray's router by prefixes cannot be used here: {error}; leave --router out"
         ) from error
