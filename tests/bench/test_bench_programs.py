@@ -12,7 +12,9 @@ import pytest
 from bench_support import ROOT
 
 
-@pytest.mark.parametrize("name", ["latency.py", "host_cost.py", "cpu_roofline.py", "train_pair.py"])
+@pytest.mark.parametrize(
+    "name", ["latency.py", "host_cost.py", "cpu_roofline.py", "train_pair.py", "serve_load.py", "serve_soak.py"]
+)
 def test_a_program_finds_its_folder_from_anywhere(tmp_path: Path, name: str) -> None:
     """In a checkout whose programs do nothing but tell that they started."""
     checkout = tmp_path / "checkout"
