@@ -24,7 +24,7 @@ from pearl.serving.replicas import plan as plans
 from pearl.serving.replicas.fleet import Fleet, ReplicaLost
 from pearl.serving.replicas.front import create_front, merged
 from pearl.serving.replicas.plan import ReplicaPlan, parse_autoscaling, router_of, share_of
-from pearl.serving.replicas.replica import Forwarded, Part, State, call
+from pearl.serving.replicas.replica import Forwarded, Part, Replica, State, call
 from pearl.serving.sampling import SamplingDefaults
 
 PATH = "/v1/completions"
@@ -267,6 +267,15 @@ def test_who_stops_reading_an_app_is_a_client_that_left(idle_llm: LLM) -> None:
         assert engine.streams[0].cancelled
 
     asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_ray_is_told_of_an_engine_that_cannot_go_on(idle_llm: LLM) -> None:
+    replica, engine = Replica.__new__(Replica), FakeEngine(idle_llm)
+    replica._engine = engine  # type: ignore[assignment]
+    replica.check_health()
+    engine.health = Health(False, "ill")
+    with pytest.raises(RuntimeError, match="ill"):
+        replica.check_health()
 
 
 @pytest.mark.parametrize(
