@@ -21,6 +21,7 @@ from pearl.serving.event_stream import DONE
 from pearl.serving.health import Health
 from pearl.serving.replicas import fleet as fleets
 from pearl.serving.replicas import plan as plans
+from pearl.serving.replicas import replica as replicas
 from pearl.serving.replicas.fleet import Fleet, ReplicaLost
 from pearl.serving.replicas.front import create_front, merged
 from pearl.serving.replicas.plan import ReplicaPlan, parse_autoscaling, router_of, share_of
@@ -119,12 +120,13 @@ def test_what_has_not_begun_goes_to_another_replica(first: Script) -> None:
     assert "pearl:replica_retries_total 1.0" in metrics.text
 
 
-def test_what_has_begun_is_told_the_failure_and_not_given_to_another() -> None:
-    cluster = FakeCluster([FIRST, LOST], [FIRST, SECOND])
+@pytest.mark.parametrize(("failure", "code"), [(LOST, "engine_failed"), (ValueError("a bug"), "internal_error")])
+def test_what_has_begun_is_told_the_failure_and_not_given_to_another(failure: Exception, code: str) -> None:
+    cluster = FakeCluster([FIRST, failure], [FIRST, SECOND])
     response = post(cluster)
     first, error, rest = response.content.split(b"\n\n", 2)
     assert (first, rest) == (b"data: 1", DONE)
-    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == code
     assert len(cluster.asked) == 1
 
 
@@ -251,6 +253,25 @@ def test_an_app_that_is_called_answers_as_over_http(idle_llm: LLM) -> None:
     assert dict(first.headers)[b"content-type"] == b"application/json"
     got = json.loads(first.body + b"".join(part.body for part in rest))
     assert got["choices"] == whole.json()["choices"]
+
+
+def test_later_parts_of_a_stream_are_gathered(idle_llm: LLM) -> None:
+    """And its end is not waited for longer than it takes to come."""
+    engine = FakeEngine(idle_llm, *[chunk("a") for _ in range(30)], chunk("b", "length"))
+    app = create_app(engine, settings(), SamplingDefaults.of_openai())  # type: ignore[arg-type]
+    body = json.dumps(BODY | {"stream": True}).encode()
+
+    async def test() -> list[Part]:
+        request = Forwarded("POST", PATH, headers=((b"content-type", b"application/json"),), body=body)
+        return [part async for part in call(app, request)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicas, "_GATHER", 20.0)
+        first, *rest = asyncio.run(asyncio.wait_for(test(), 10))
+    assert first.body.count(b"data: ") < 5
+    assert len(rest) == 1
+    assert (first.body + rest[0].body).count(b'"text":"a"') == 30
+    assert rest[0].body.endswith(DONE)
 
 
 def test_who_stops_reading_an_app_is_a_client_that_left(idle_llm: LLM) -> None:

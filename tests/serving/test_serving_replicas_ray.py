@@ -22,7 +22,7 @@ PROMPTS = ("import os\n", "def add(a, b):\n", "class Node:\n    ", "for i in ran
 QUESTIONS = [Question.of(number, prompt, 200) for number, prompt in enumerate(PROMPTS)]
 SETTLED = ("--dtype", "float32", "--window", "3", "--max-model-len", "512")
 CLIENTS = 16
-PATIENCE = 90.0
+PATIENCE = 240.0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from pearl.serving.connection import ClientGone, while_connected
-from pearl.serving.errors import ApiError
+from pearl.serving.errors import ApiError, api_error
 from pearl.serving.event_stream import DONE
 from pearl.serving.replicas.replica import Forwarded, Part, State
 
@@ -91,6 +91,11 @@ class Fleet:
                 raise
             words = "the server was closed before this output had ended"
             await relay.fail(ApiError(500, words, kind="server_error", code="engine_failed"))
+        except Exception as error:
+            if not relay.has_begun:
+                raise
+            _LOG.exception("%s %s failed", request.method, request.path)
+            await relay.fail(api_error(error))
         finally:
             self._running.discard(task)
 

@@ -21,6 +21,7 @@ from pearl.serving.program import begin_log, load_llm, sampling_defaults
 from pearl.serving.settings import ServerSettings
 
 _WAITING = 64  # messages that an answer may be ahead of who reads it
+_GATHER = 0.01  # seconds between two parts of an answer: each costs a crossing of processes, about a millisecond
 _PREFIX = 20_000  # characters that a router gets to see
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -102,9 +103,9 @@ class Replica:
 
 
 async def call(app: ASGIApp, request: Forwarded) -> AsyncGenerator[Part, None]:
-    """Have ``app`` answer in this process; what it has written while nobody read comes as one part."""
+    """Have ``app`` answer in this process. The first part comes at once, later ones hold what was written meanwhile."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue(_WAITING)
-    gone, asked = asyncio.Event(), False
+    gone, ended, asked = asyncio.Event(), asyncio.Event(), False
 
     async def receive() -> Message:
         nonlocal asked
@@ -119,6 +120,7 @@ async def call(app: ASGIApp, request: Forwarded) -> AsyncGenerator[Part, None]:
             await app(_scope(request), receive, messages.put)
         except Exception:  # it has been answered, with status 500
             logging.getLogger("pearl.serving").exception("a request failed")
+        ended.set()
         await messages.put(None)
 
     task = asyncio.ensure_future(work())
@@ -135,6 +137,8 @@ async def call(app: ASGIApp, request: Forwarded) -> AsyncGenerator[Part, None]:
             yield Part(bytes(body), status, headers)
             if message is None:
                 return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(ended.wait(), _GATHER)
     finally:
         gone.set()
         task.cancel()
