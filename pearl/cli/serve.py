@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ from pearl.errors import ConfigurationError
 
 _server = partial(typer.Option, rich_help_panel="Server")
 _load = partial(typer.Option, rich_help_panel="Load")
+_replicas = partial(typer.Option, rich_help_panel="Replicas")
 _BUNDLED = "pearl-bundled"
 _EXTRA = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 
@@ -66,12 +68,38 @@ class LoadOptions:
     seed: Annotated[int | None, _load(help="Of requests without one. Default: a fresh one for each.")] = None
 
 
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """Several engines behind one address, under Ray Serve."""
+
+    replicas: Annotated[int, _replicas(min=1, help="Engines, each in its own process, under Ray Serve.")] = 1
+    autoscale: Annotated[
+        str | None,
+        _replicas(metavar="FEWEST,MOST", help="As many as the load needs; or JSON, Ray's AutoscalingConfig."),
+    ] = None
+    router: Annotated[
+        Literal["auto", "prefix", "load"],
+        _replicas(help="prefix: to the replica that has seen the prompt's beginning. load: to the less loaded of two."),
+    ] = "auto"
+    replica_cpus: Annotated[
+        int, _replicas(min=0, help="Cores of each; 0: on CPU, this machine's shared among them.")
+    ] = 0
+    ray_address: Annotated[
+        str | None, _replicas(help="A running Ray cluster's, or auto. Default: Ray is started here.")
+    ] = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.replicas > 1 or self.autoscale is not None or self.ray_address is not None
+
+
 @spread
 def serve(
     *,
     engine: EngineOptions,
     server: ServerOptions,
     load: LoadOptions,
+    several: ReplicaOptions,
     output: OutputOptions,
 ) -> None:
     """Serve the models to clients of OpenAI's API.
@@ -81,8 +109,7 @@ def serve(
     if server.api_key is not None and not server.api_key.strip():
         raise ConfigurationError("the API key (--api-key, PEARL_API_KEY) is empty; give one, or unset it")
     max_body = parse_size(server.max_body)
-    require_extra()
-    from pearl.serving.program import run_server
+    require_extra("serve", _EXTRA)
     from pearl.serving.settings import ServerSettings
 
     names = tuple(server.served_model_name or [engine.target or _BUNDLED])
@@ -91,7 +118,8 @@ def serve(
         tool_parser=server.tool_call_parser, reasoning_parser=server.reasoning_parser,
     )  # fmt: skip
     terminal = Terminal.open(output.no_color)
-    run_server(
+    run = _runner_of(several)
+    run(
         terminal.note,
         (server.host, server.port),
         engine.keywords() | vars(load),
@@ -102,9 +130,24 @@ def serve(
     )
 
 
-def require_extra() -> None:
-    """ConfigurationError names what is not installed."""
+def _runner_of(several: ReplicaOptions) -> Callable[..., None]:
+    """What serves: one engine, or a front of replicas. ConfigurationError."""
+    if not several.wanted:
+        from pearl.serving.program import run_server
+
+        return run_server
+    require_extra("ray", ("ray",))
+    from pearl.serving.replicas.plan import ReplicaPlan, parse_autoscaling
+    from pearl.serving.replicas.program import run_replicas
+
+    scaling = None if several.autoscale is None else parse_autoscaling(several.autoscale)
+    plan = ReplicaPlan(several.replicas, scaling, several.router, several.replica_cpus, several.ray_address)
+    return partial(run_replicas, plan=plan)
+
+
+def require_extra(name: str, modules: Sequence[str]) -> None:
+    """ConfigurationError names what is not installed of ``modules``, which the extra ``name`` has."""
     from importlib.util import find_spec
 
-    if missing := [name for name in _EXTRA if find_spec(name) is None]:
-        raise ConfigurationError(f"pearl serve needs {', '.join(missing)}: pip install 'pearl-engine[serve]'")
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ConfigurationError(f"pearl serve needs {', '.join(missing)}: pip install 'pearl-engine[{name}]'")

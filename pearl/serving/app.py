@@ -25,7 +25,7 @@ from pearl.serving.service import Service
 from pearl.serving.settings import ServerSettings
 from pearl.serving.texts import Texts
 
-_HEALTH = "/health"  # without a key: load balancers have none
+HEALTH = "/health"  # without a key: load balancers have none
 _NOBODY = 499  # nginx's status for a client that closed the connection; nobody reads it
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": words, "content": {"application/json": {}}}
@@ -46,7 +46,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings, defaults: Sampling
     texts, rounds = Texts(engine.llm), RoundCounts()
     engine.observe(rounds)
     markup = ChatMarkup(engine.llm.tokenizer, settings.tool_parser, settings.reasoning_parser)
-    metrics = Metrics(settings.name, lambda: _gauges(engine, rounds))
+    metrics = Metrics(settings.name, settings.replica, lambda: _gauges(engine, rounds))
     service = Service(engine, settings, defaults, texts, metrics, markup)
 
     @asynccontextmanager
@@ -58,7 +58,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings, defaults: Sampling
     app = FastAPI(title="PEARL", docs_url=None, redoc_url=None, lifespan=lifespan)
     errors.install(app)
     app.add_exception_handler(ClientGone, _nobody)
-    _add_guards(app, settings)
+    add_guards(app, settings)
     _add_generation(app, service)
     _add_tokenization(app, service)
     _add_information(app, service)
@@ -66,11 +66,11 @@ def create_app(engine: AsyncEngine, settings: ServerSettings, defaults: Sampling
     return app
 
 
-def _add_guards(app: FastAPI, settings: ServerSettings) -> None:
-    """The last one added sees a request first: a browser asks without a key whether it may ask."""
+def add_guards(app: FastAPI, settings: ServerSettings) -> None:
+    """Key, body limit, web pages. The last added sees a request first: a browser asks without a key whether it may."""
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if settings.api_key is not None:
-        app.add_middleware(ApiKeyGuard, key=settings.api_key, open_paths=(_HEALTH, *PAGE_PATHS))
+        app.add_middleware(ApiKeyGuard, key=settings.api_key, open_paths=(HEALTH, *PAGE_PATHS))
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -110,7 +110,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def retrieve_model(name: str) -> dict[str, Any]:
         return models.retrieve_model(service, name)
 
-    @app.get(_HEALTH, responses=_REFUSALS)
+    @app.get(HEALTH, responses=_REFUSALS)
     async def health() -> Response:
         return models.health(service)
 

@@ -8,12 +8,12 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
 from pearl.errors import ConfigurationError
-from pearl.serving.async_engine import AsyncEngine
 
 _LOG = logging.getLogger("pearl.serving")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,6 +43,18 @@ def url_of(opened: socket.socket) -> str:
     return f"http://[{host}]:{port}" if opened.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
+class Ending(Protocol):
+    """What stands behind an app: an engine, or several."""
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take nothing new, and wait for what runs; at most ``timeout`` seconds."""
+        ...
+
+    async def close(self) -> None:
+        """Give up what still runs. May be called again."""
+        ...
+
+
 class ServerProcess(uvicorn.Server):
     """uvicorn's server, which would stop listening at the first signal: clients could not be told why.
 
@@ -50,7 +62,7 @@ class ServerProcess(uvicorn.Server):
     """
 
     def __init__(
-        self, app: FastAPI, engine: AsyncEngine, listening: Callable[[], None], drain_timeout: float | None
+        self, app: FastAPI, engine: Ending, listening: Callable[[], None], drain_timeout: float | None
     ) -> None:
         """``listening`` is called when requests are accepted. ``drain_timeout``: seconds; None: as long as it takes."""
         config = uvicorn.Config(

@@ -39,8 +39,8 @@ class Gauges:
 class Metrics:
     """One app's. Everything but ``exposition`` belongs to the event loop."""
 
-    def __init__(self, model_name: str, gauges: Callable[[], Gauges]) -> None:
-        self._labels, self._gauges = (model_name, "0"), gauges
+    def __init__(self, model_name: str, replica: str, gauges: Callable[[], Gauges]) -> None:
+        self._labels, self._gauges = (model_name, replica), gauges
         self._live: set[RequestRecord] = set()
         self._totals = RequestMetrics()  # of the outputs that have ended
         self._finished: Counter[str] = Counter()  # outputs by finish reason

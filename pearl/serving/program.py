@@ -37,26 +37,43 @@ def run_server(
 
     model_defaults: whether sampling defaults are the target's own. Raises ConfigurationError.
     """
-    logging.basicConfig(level=logging.WARNING, format=_FORM)
-    logging.getLogger("pearl").setLevel(logging.INFO)
+    begin_log()
     with bound_socket(*address) as opened:
-        target = llm_options.get("target") or str(bundled_path("target"))
-        defaults = SamplingDefaults.of_model(target) if model_defaults else SamplingDefaults.of_openai()
+        defaults = sampling_defaults(llm_options, model_defaults)
         tell("loading the models")
-        llm = LLM(**llm_options)
-        with contextlib.suppress(InvalidRequestError):  # the first conversation imports what templates need: seconds
-            llm.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
-        # The first grammar reads the vocabulary, and no thread runs Python meanwhile: half a second for 128k tokens.
-        with contextlib.suppress(InvalidRequestError):
-            llm.grammar(SamplingParams(structured={"regex": "a"}))
+        llm = load_llm(llm_options)
         _LOG.info("sampling defaults of requests: %s", defaults.shown())
 
         def listening() -> None:
-            gc.collect()  # what was imported and loaded stays: looking through it would stop all streams for 0.1 s
-            gc.freeze()
             tell(f"listening on {url_of(opened)}, model {settings.name}")
 
         _LOG.info("chat: %s", ChatMarkup(llm.tokenizer, settings.tool_parser, settings.reasoning_parser).described())
         engine = AsyncEngine(llm, round_limit=round_limit)
         server = ServerProcess(create_app(engine, settings, defaults), engine, listening, drain_timeout)
         server.run([opened])
+
+
+def begin_log(anew: bool = False) -> None:
+    """To standard error: warnings of all, and what the server tells. ``anew``: whatever was set up before."""
+    logging.basicConfig(level=logging.WARNING, format=_FORM, force=anew)
+    logging.getLogger("pearl").setLevel(logging.INFO)
+
+
+def sampling_defaults(llm_options: Mapping[str, Any], model_defaults: bool) -> SamplingDefaults:
+    """The target's own, or OpenAI's. Raises ConfigurationError."""
+    if not model_defaults:
+        return SamplingDefaults.of_openai()
+    return SamplingDefaults.of_model(llm_options.get("target") or str(bundled_path("target")))
+
+
+def load_llm(options: Mapping[str, Any]) -> LLM:
+    """Ready to serve: what a first request of some kind would do for all is done. ConfigurationError."""
+    llm = LLM(**options)
+    with contextlib.suppress(InvalidRequestError):  # a conversation imports what templates need: seconds
+        llm.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+    # A grammar reads the vocabulary, and no thread runs Python meanwhile: half a second for 128k tokens.
+    with contextlib.suppress(InvalidRequestError):
+        llm.grammar(SamplingParams(structured={"regex": "a"}))
+    gc.collect()  # what was imported and loaded stays: looking through it would stop all streams for 0.1 s
+    gc.freeze()
+    return llm

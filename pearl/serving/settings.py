@@ -15,7 +15,7 @@ class ServerSettings:
 
     ``api_key``: None lets everyone in. ``origins``: web pages that may ask, for CORS; none by default.
     ``tool_parser``, ``reasoning_parser``: how the model writes calls of tools, and what it thinks; "auto": as its chat
-    template and vocabulary have it.
+    template and vocabulary have it. ``replica``: which one this is, the label ``engine`` of its metrics.
     """
 
     names: tuple[str, ...]
@@ -24,6 +24,7 @@ class ServerSettings:
     max_body: int = 16 * MEBIBYTE
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
+    replica: str = "0"
 
     @property
     def name(self) -> str:

@@ -13,7 +13,16 @@ from bench_support import ROOT
 
 
 @pytest.mark.parametrize(
-    "name", ["latency.py", "host_cost.py", "cpu_roofline.py", "serving_clients.py", "train_pair.py"]
+    "name",
+    [
+        "latency.py",
+        "host_cost.py",
+        "cpu_roofline.py",
+        "serve_load.py",
+        "serve_soak.py",
+        "serving_clients.py",
+        "train_pair.py",
+    ],
 )
 def test_a_program_finds_its_folder_from_anywhere(tmp_path: Path, name: str) -> None:
     """In a checkout whose programs do nothing but tell that they started."""

@@ -103,6 +103,20 @@ def test_what_the_drain_timeout_does_not_suffice_for_is_told_so() -> None:
         assert process.wait(_PATIENCE) == 0
 
 
+def test_a_server_that_is_killed_breaks_its_connections_and_another_takes_its_port() -> None:
+    body = BODY | {"max_tokens": 450, "stream": True, "n": 16}
+    with serving() as (process, url), httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines)
+        process.kill()
+        with pytest.raises(httpx.TransportError):  # which nobody can take for the end of an answer
+            list(lines)
+        assert process.wait(_PATIENCE) == -signal.SIGKILL
+    with serving("--port", url.rpartition(":")[2]) as (_, again):
+        assert again == url
+        assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=_PATIENCE).status_code == 200
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     import socket
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,10 +32,12 @@ def settings(**changes: Any) -> ServerSettings:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The URL of ``app``, served until the end."""
+def listening(app: FastAPI, send_buffer: int | None = None) -> Iterator[str]:
+    """The URL of ``app``, served until the end. ``send_buffer``: bytes of an answer that the system holds back."""
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
     with bound_socket("127.0.0.1", 0) as opened:
+        if send_buffer is not None:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # of accepted connections too
         url = url_of(opened)
         thread = threading.Thread(target=server.run, args=([opened],))
         thread.start()

@@ -1,0 +1,1 @@
+"""``pearl serve`` as a process of its own, and the clients that load it."""
