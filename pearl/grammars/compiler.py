@@ -90,7 +90,8 @@ def _lark(library: Any, structured: StructuredOutput) -> str:
     if structured.regex is not None:
         return f"start: /(?:{library.regex_to_lark(structured.regex, '')})/"
     if structured.choice is not None:
-        return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
+        texts = " | ".join(_quoted(text) for text in structured.choice)
+        return f"start: CHOICE\nCHOICE: {texts}"  # a terminal: one expression, however many there are
     assert structured.grammar is not None
     if "%llguidance" in structured.grammar:
         raise ValueError("%llguidance, the library's options, are not a request's to set")
@@ -109,7 +110,12 @@ def _schema(structured: StructuredOutput) -> str:
     own = options.get("x-guidance", {})
     if isinstance(own, dict):
         options["x-guidance"] = {"whitespace_pattern": _WHITESPACE, **own}
-    return json.dumps(options, ensure_ascii=False)
+    return _quoted(options)
+
+
+def _quoted(value: Any) -> str:
+    """JSON as the library reads it in a grammar: without a character that JSON allows and it does not."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _said(matcher: Any) -> str:

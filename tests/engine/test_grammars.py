@@ -21,6 +21,7 @@ from pearl.engine.grammar_masks import GrammarMasks, MaskedRow
 from pearl.errors import InvalidRequestError
 from pearl.grammars import Grammar, Matcher
 from pearl.grammars.compiler import GrammarCompiler
+from pearl.grammars.grammar import has
 from pearl.messages import SequenceState
 from pearl.models import Tokenizer, bundled_path
 from pearl.sampling_params import SamplingParams
@@ -100,6 +101,25 @@ def test_a_mask_depends_on_the_output_alone(compiler: GrammarCompiler, bundled: 
         assert found is None or np.array_equal(found, fresh)
     assert used.mask([*whole, *bundled.eos_ids]) is None
     assert used.mask([*whole, whole[0]]) is None
+
+
+def test_choices_are_as_many_as_you_like(compiler: GrammarCompiler, bundled: Tokenizer) -> None:
+    """The library has a limit for ways to go on at one place."""
+    matcher, end = compiler.compile(StructuredOutput(choice=[f"no. {i}" for i in range(2000)])).matcher(), []
+    for ids in (bundled.encode("no. 1"), bundled.encode("no. 1999"), bundled.encode("no. 2000")):
+        masks = [matcher.mask(ids[:size]) for size in range(len(ids) + 1)]
+        assert matcher.failure is None
+        end.append(masks[-1] is not None and has(masks[-1], bundled.vocab_size))
+    assert end == [True, True, False]
+
+
+@pytest.mark.parametrize("text", ["\x7f", 'a"\\\n\x00', "\N{SNOWMAN}\N{GRINNING FACE}\x85\u2028"])
+def test_any_character_may_be_chosen(compiler: GrammarCompiler, bundled: Tokenizer, text: str) -> None:
+    for form in (StructuredOutput(choice=[text, "b"]), StructuredOutput(json={"const": text})):
+        written = text if form.choice else json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+        mask = compiler.compile(form).matcher().mask(bundled.encode(written))
+        assert mask is not None
+        assert has(mask, bundled.vocab_size)
 
 
 class Contradicting:
