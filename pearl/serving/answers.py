@@ -86,6 +86,7 @@ class Answer:
     def __init__(self, service: Service, generation: Generation, shape: Shape, wishes: Wishes) -> None:
         self._service, self._generation, self._shape, self._wishes = service, generation, shape, wishes
         self._sources = TokenSources(service.engine.llm.tokenizer, generation)
+        self._of_prompts: dict[int, str] = {}  # by their first outputs
         self._base = {"id": generation.id, "created": int(time.time()), "model": service.settings.name}
 
     async def respond(self, request: Request, stream: bool) -> Response:
@@ -94,7 +95,7 @@ class Answer:
         try:
             if not stream:
                 outputs = await while_connected(request.receive, generation.complete())
-                written = await self._written(lambda: as_json(self.whole(outputs)), generation.tells_prompts)
+                written = await self._written(lambda: self.whole(outputs), generation.tells_prompts)
                 return Response(written, media_type="application/json")
             events = self.events()
             first = await while_connected(request.receive, anext(events))
@@ -107,33 +108,39 @@ class Answer:
         """A part of the answer. What tells of prompts may take long."""
         if not tells_prompts:
             return write()
-        return await self._service.texts.run(write, sum(map(len, self._generation.prompts)))
+        return await self._service.texts.run(write, self._generation.told_of_prompts)
 
-    def whole(self, outputs: Sequence[CompletionOutput]) -> dict[str, Any]:
-        choices = []
-        for output in outputs:
-            choice = {"index": output.index, **self._shape.choice(output)}
-            if self._wishes.token_ids:
-                choice["token_ids"] = output.token_ids
-                choice["prompt_token_ids"] = self._generation.prompt_of(output.index)
-            if self._wishes.token_sources:
-                choice |= self._sources.of(output)
-            if not self._shape.of_one_prompt:
-                choice |= self._of_prompt(output.index)
-            choices.append(choice)
-        answer = {**self._base, "object": self._shape.kind, "choices": choices}
-        answer["usage"] = self._usage(sum(len(output.token_ids) for output in outputs))
-        if self._shape.of_one_prompt:
-            answer |= self._of_prompt(0)
-        return answer | ({"metrics": self._statistics()} if self._wishes.metrics else {})
+    def whole(self, outputs: Sequence[CompletionOutput]) -> str:
+        """In JSON, which is written choice by choice: while one is, no other thread runs Python."""
+        choices = ",".join([self._choice(output) for output in outputs])
+        head = as_json({**self._base, "object": self._shape.kind})[:-1]
+        of_all = {"usage": self._usage(sum(len(output.token_ids) for output in outputs))}
+        if self._wishes.metrics:
+            of_all["metrics"] = self._statistics()
+        of_prompt = self._of_prompt(0) if self._shape.of_one_prompt else ""
+        return f'{head},"choices":[{choices}],{as_json(of_all)[1:-1]}{of_prompt}}}'
 
-    def _of_prompt(self, index: int) -> dict[str, Any]:
-        """Members about an output's prompt."""
-        most, found = self._wishes.prompt_logprobs, self._generation.prompt_logprobs_of(index)
-        if most is None or found is None:
-            return {}
-        tokenizer, tokens = self._service.engine.llm.tokenizer, self._generation.prompt_of(index)
-        return {"prompt_logprobs": ranked_logprobs(tokenizer, tokens, found, most)}
+    def _choice(self, output: CompletionOutput) -> str:
+        choice = {"index": output.index, **self._shape.choice(output)}
+        if self._wishes.token_ids:
+            choice["token_ids"] = output.token_ids
+            choice["prompt_token_ids"] = self._generation.prompt_of(output.index)
+        if self._wishes.token_sources:
+            choice |= self._sources.of(output)
+        of_prompt = "" if self._shape.of_one_prompt else self._of_prompt(output.index)
+        return f"{as_json(choice)[:-1]}{of_prompt}}}"
+
+    def _of_prompt(self, index: int) -> str:
+        """More members, about an output's prompt: written once for all outputs, since they may be long."""
+        first = index - index % self._generation.per_prompt
+        if first not in self._of_prompts:
+            most, found = self._wishes.prompt_logprobs, self._generation.prompt_logprobs_of(index)
+            if most is None or found is None:
+                return ""
+            tokenizer, tokens = self._service.engine.llm.tokenizer, self._generation.prompt_of(index)
+            told = ranked_logprobs(tokenizer, tokens, found, most)
+            self._of_prompts[first] = f',"prompt_logprobs":{as_json(told)}'
+        return self._of_prompts[first]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         shape, wishes = self._shape, self._wishes

@@ -42,7 +42,8 @@ class Generation:
         self.id, self.shown = request_id, shown
         self.prompts = [ids for ids, _ in jobs]
         self.per_prompt = jobs[0][1].n
-        self.tells_prompts = jobs[0][1].prompt_logprobs is not None
+        self._most_of_prompts = jobs[0][1].prompt_logprobs
+        self.tells_prompts = self._most_of_prompts is not None
         self._prompts_alone = prompts_alone
         self.outputs = [CompletionOutput(index) for index in range(len(jobs) * self.per_prompt)]
         self._streams: list[AsyncStream] = []
@@ -55,6 +56,11 @@ class Generation:
             service.metrics.refused(api_error(error).code or "invalid")
             raise
         self._record = service.metrics.begin(request_id, [len(ids) for ids in self.prompts], len(self.outputs))
+
+    @property
+    def told_of_prompts(self) -> int:
+        """How many numbers an answer tells of prompts."""
+        return sum(map(len, self.prompts)) * self.per_prompt * (1 + (self._most_of_prompts or 0))
 
     def prompt_of(self, index: int) -> Sequence[int]:
         return self.prompts[index // self.per_prompt]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from serving_support import NAME, OPTIONS, PROMPT, LiveServer, live_server
 from pearl import LLM, SamplingParams
 from pearl.messages import TokenLogprobs
 from pearl.outputs import RequestOutput
+from pearl.serving.logprobs import ranked_logprobs
 
 TEXTS = (PROMPT, "import os\nimport sys\n\n\ndef main(argv=None):\n    # " + "läuft → " * 20)
 ASKED: dict[str, Any] = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
@@ -206,6 +208,31 @@ def test_outputs_wait_for_who_tells_of_their_prompt(idle_llm: LLM) -> None:
     assert [each[len(told) :] for each in numbers] == [[-2.0, -3.0], [-3.0, -4.0]]
     failing = FakeEngine(idle_llm, others[0], chunk("", "abort", "it broke"))
     assert ask(failing, "POST", "/v1/completions", json=asked).status_code == 500
+
+
+def test_what_many_outputs_tell_of_a_prompt_holds_nobody_up(
+    server: LiveServer, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found once, and not on the event loop, however short the prompt is."""
+    threads = []
+
+    def watched(*asked: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return ranked_logprobs(*asked)
+
+    monkeypatch.setattr("pearl.serving.answers.ranked_logprobs", watched)
+    texts = [TEXTS[1], TEXTS[1] + "x"]
+    answer = server.post("/v1/completions", prompt=texts, prompt_logprobs=20, n=4, **ASKED).json()
+    assert [name.startswith("pearl-texts") for name in threads] == [True, True]
+    for choice in answer["choices"]:
+        (output,) = llm.generate(texts[choice["index"] // 4], SamplingParams(max_tokens=1, prompt_logprobs=20))
+        found = choice["prompt_logprobs"]
+        assert len(found) == len(output.prompt_token_ids)
+        for entries, entry in zip(found[1:], (output.prompt_logprobs or ())[1:], strict=True):
+            assert entry is not None
+            assert entries[str(entry.top[0][0])]["logprob"] == pytest.approx(entry.top[0][1], abs=1e-4)
+    assert answer["usage"]["completion_tokens"] == 8 * ASKED["max_tokens"]
+    assert "prompt_logprobs" not in answer
 
 
 def test_a_slow_reader_misses_nothing_of_the_prompt() -> None:
