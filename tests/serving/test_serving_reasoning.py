@@ -130,6 +130,16 @@ def test_a_prompt_that_has_opened_it(llm: LLM) -> None:
     assert answer["choices"][0]["message"]["reasoning_content"] == "Two"
 
 
+@pytest.mark.parametrize("tools", [{}, {"tools": [ADD], "tool_choice": "none"}])
+def test_what_must_have_a_form_is_all_content(llm: LLM, tools: dict[str, Any]) -> None:
+    """Also behind a prompt that has opened reasoning."""
+    text = "<think>a</think>b"
+    engine = FakeEngine(llm, *script(llm, [text[:9], text[9:]]))
+    answer = chat(engine, structured_outputs={"choice": [text]}, stop_token_ids=[0], **OPENED, **tools)
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
+    assert "completion_tokens_details" not in answer["usage"]
+
+
 def test_an_output_that_ends_amid_reasoning_has_no_content(llm: LLM) -> None:
     engine = FakeEngine(llm, *script(llm, ["<think>", "Two and"], "length"))
     for stream in (False, True):
