@@ -120,6 +120,16 @@ def test_what_has_not_begun_goes_to_another_replica(first: Script) -> None:
     assert "pearl:replica_retries_total 1.0" in metrics.text
 
 
+@pytest.mark.parametrize("status", [400, 429, 500])
+def test_a_refusal_is_the_clients_and_no_other_replica_is_asked(status: int) -> None:
+    """Of one request: elsewhere it would fail as well, and 429 has its Retry-After."""
+    refusal = Part(b'{"error": {}}', status, ((b"content-length", b"13"),))
+    cluster = FakeCluster([refusal], [FIRST, SECOND])
+    response = post(cluster)
+    assert (response.status_code, response.content) == (status, refusal.body)
+    assert len(cluster.asked) == 1
+
+
 @pytest.mark.parametrize(("failure", "code"), [(LOST, "engine_failed"), (ValueError("a bug"), "internal_error")])
 def test_what_has_begun_is_told_the_failure_and_not_given_to_another(failure: Exception, code: str) -> None:
     cluster = FakeCluster([FIRST, failure], [FIRST, SECOND])
