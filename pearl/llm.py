@@ -235,13 +235,13 @@ class LLM:
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
         pinned = self._is_pinned(params)
-        rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
+        rekeys = self.config.verification == "block" and params.temperature > 0 and params.draft and not pinned
         return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys)
 
     def _is_pinned(self, params: SamplingParams) -> bool:
         """Whether a seed must give an output again, whose draws depend on how each token is decided."""
         seeded = params.seed is not None or self.config.seed is not None
-        return seeded and params.temperature > 0 and self.config.verification != "coupled"
+        return seeded and params.draft and params.temperature > 0 and self.config.verification != "coupled"
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:

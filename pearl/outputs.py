@@ -8,6 +8,10 @@ from typing import Literal, NamedTuple
 from pearl.messages import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]
+# How a token came. Drafted and accepted: tested while the rest of its window was drafted ("pre-verify"), in a verdict on
+# a window that was pending ("post-verify"), in a window that was prepared for the verdict before ("prepared"). The
+# target's own: in place of a drafted token that was rejected ("corrected"), or where none was drafted ("plain").
+TokenSource = Literal["pre-verify", "post-verify", "prepared", "corrected", "plain"]
 
 
 @dataclass
@@ -72,6 +76,7 @@ class OutputDelta(NamedTuple):
     finish_reason: FinishReason | None
     metrics: RequestMetrics
     error: str | None = None
+    sources: tuple[TokenSource, ...] = ()  # of each token, where asked for
 
     @classmethod
     def given_up(cls, request_id: int, metrics: RequestMetrics, error: str | None) -> OutputDelta:
@@ -89,11 +94,14 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None  # why the engine gave up on it ("abort"); what came before is still exact
+    sources: list[TokenSource] = field(default_factory=list)  # of each token, where asked for
 
     def extend(self, delta: OutputDelta | StreamChunk) -> None:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.drafted.extend(delta.drafted)
+        if delta.sources:
+            self.sources.extend(delta.sources)
         if delta.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *delta.logprobs]
         self.finish_reason, self.metrics, self.error = delta.finish_reason, delta.metrics, delta.error
@@ -130,7 +138,10 @@ class StreamChunk:
     metrics: RequestMetrics
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    sources: tuple[TokenSource, ...] = ()  # of each token, where asked for
 
     @classmethod
     def of(cls, index: int, d: OutputDelta) -> StreamChunk:
-        return cls(index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs)
+        return cls(
+            index, d.text, d.token_ids, d.drafted, d.finish_reason, d.metrics, d.error, d.logprobs, sources=d.sources
+        )

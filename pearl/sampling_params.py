@@ -36,6 +36,7 @@ _INTEGERS = {
     "n": _Range(1, 16_384, "an integer, at least 1 and at most 16384"),
 }
 _MAY_BE_NONE = ("draft_temperature", "seed", "logprobs")
+_FLAGS = ("ignore_eos", "draft", "token_sources")
 _SMALLEST_TEMPERATURE = 1e-5
 _SMALLEST_TOP_P = 1e-7  # below 1 / vocabulary it keeps the likeliest token alone, however small
 _LARGEST_TOP_K = 2**31 - 1
@@ -80,6 +81,8 @@ class SamplingParams:
     max_tokens: most tokens returned. logprobs: report that many alternatives of each token; None = off.
     n: outputs for the prompt; output i uses seed + i.
     draft_temperature: the draft's own temperature; None = the same. It changes speed, never the output's distribution.
+    draft: False decodes without drafting, one token of the target's own at a time, whatever the engine's method is.
+    token_sources: report of each token how it came (``pearl.outputs.TokenSource``).
     """
 
     temperature: float = 0.0
@@ -99,6 +102,8 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     draft_temperature: float | None = None
+    draft: bool = True
+    token_sources: bool = False
 
     def __post_init__(self) -> None:
         for name, bounds in _NUMBERS.items():
@@ -106,9 +111,10 @@ class SamplingParams:
         for name, bounds in _INTEGERS.items():
             self._normalise(name, as_integer, bounds)
         self._require("min_tokens", self.min_tokens <= self.max_tokens, "between 0 and max_tokens")
-        ignore_eos = as_flag(self.ignore_eos)
-        self._require("ignore_eos", ignore_eos is not None, "True or False")
-        self._set("ignore_eos", ignore_eos)
+        for name in _FLAGS:
+            flag = as_flag(getattr(self, name))
+            self._require(name, flag is not None, "True or False")
+            self._set(name, flag)
         self._set("stop", self._checked_stop())
         self._set("stop_token_ids", self._checked_stop_token_ids())
         self._set("logit_bias", self._checked_logit_bias())

@@ -76,9 +76,12 @@ class Outbox:
             metrics.first_token_at = time.monotonic()
         drafted = ((True,) * decision.accepted + (False,))[:kept]  # one at most, the last, is the target's own
         logprobs = None if decision.logprobs is None else decision.logprobs()[:kept]
+        sources = request.sources(decision, kept) if request.params.token_sources else ()
         if finish_reason is not None:
             self._end(request)
-        return OutputDelta(request.id, tokens[:kept], drafted, text, logprobs, finish_reason, metrics)
+        return OutputDelta(
+            request.id, tokens[:kept], drafted, text, logprobs, finish_reason, metrics, sources=sources
+        )
 
     def _end(self, request: Request) -> None:
         if request.status is not Status.FINISHED:

@@ -59,10 +59,11 @@ class EngineStats:
 
 
 def measured(record: RoundRecord) -> MeasuredRound:
-    """What a pace learns from a round that only decoded."""
+    """What a pace learns from a round that only decoded. Of requests that are not drafted for it is told the rows."""
     plan, proposal = record.plan, record.proposal
     assert plan.pace is not None
     assert plan.load is not None
+    plain = {work.state.request_id for work in plan.target.work if not work.state.params.draft}
     prepared, rejections, hits = _prepared(record) if plan.pace.branches else (0, 0, 0)
     return MeasuredRound(
         mode=plan.pace.mode,
@@ -77,6 +78,7 @@ def measured(record: RoundRecord) -> MeasuredRound:
             [
                 Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
                 for request_id, d in record.result.decisions.items()
+                if request_id not in plain
             ]
         ),
         prepared=prepared,

@@ -86,12 +86,16 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     n: int | None = None
     draft_temperature: float | None = None
+    draft: Annotated[bool | None, Field(description="False: this request is decoded without drafting.")] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metrics: Annotated[bool | None, Field(description="Report how speculative decoding went.")] = None
     return_token_ids: Annotated[bool | None, Field(description="Token ids beside the text.")] = None
     return_token_sources: Annotated[
-        bool | None, Field(description="Whose each token is: the draft's, accepted, or the target's.")
+        bool | None, Field(description="Whose each token is, the draft's, accepted, or the target's; and how it came.")
+    ] = None
+    return_rounds: Annotated[
+        bool | None, Field(description="In a stream: the rounds of both models that each chunk comes from.")
     ] = None
 
 

@@ -77,6 +77,8 @@ def sampling_params(
             ignore_eos=bool(fields.ignore_eos),
             logit_bias=_biases(fields.logit_bias),
             logprobs=logprobs,
+            draft=fields.draft is not False,
+            token_sources=bool(fields.return_token_sources),
         )
     except InvalidRequestError as error:
         own = error.param or ""
