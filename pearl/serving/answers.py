@@ -92,6 +92,8 @@ class Answer:
             choices.append(choice)
         answer = {**self._base, "object": self._shape.kind, "choices": choices}
         answer["usage"] = self._usage(sum(len(output.token_ids) for output in outputs))
+        if (rounds := self._generation.rounds) is not None:
+            answer["rounds"] = rounds.take()
         return answer | ({"metrics": self._statistics()} if self._wishes.metrics else {})
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -117,7 +119,8 @@ class Answer:
                 reason = "null" if chunk.finish_reason is None else f'"{chunk.finish_reason}"'
                 if wishes.usage_always:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
-                event += f'{head}{index},{shape.piece(chunk)},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
+                tokens = self._of_tokens(chunk)
+                event += f'{head}{index},{shape.piece(chunk)},"finish_reason":{reason}{tokens}}}]{self._rounds()}{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:
             yield self._closing(base, generated)
@@ -128,6 +131,11 @@ class Answer:
         if self._wishes.token_sources:
             members += f",{as_json(self._sources.of(chunk))[1:-1]}"
         return members
+
+    def _rounds(self) -> str:
+        """A member beside the choices."""
+        rounds = self._generation.rounds
+        return "" if rounds is None else f',"rounds":{as_json(rounds.take())}'
 
     def _closing(self, base: str, generated: int) -> bytes:
         """The event behind all choices."""

@@ -31,7 +31,7 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
         names["max_tokens"] = "max_completion_tokens"
     room = service.engine.llm.max_model_len - len(ids)
     params = sampling_params(body, service.defaults, room, max_tokens, logprobs, names)
-    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)])
+    generation = Generation(service, f"chatcmpl-{uuid4().hex}", [(ids, params)], bool(body.return_rounds))
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))
     return await answer.respond(request, bool(body.stream))

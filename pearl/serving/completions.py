@@ -33,7 +33,7 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
         room = service.engine.llm.max_model_len - len(ids)
         jobs.append((ids, sampling_params(body, service.defaults, room, max_tokens, body.logprobs)))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
-    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs)
+    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, bool(body.return_rounds))
     shape = TextShape(service, generation, texts, body.logprobs is not None)
     answer = Answer(service, generation, shape, Wishes.of(body, body.logprobs is not None))
     return await answer.respond(request, bool(body.stream))

@@ -12,6 +12,7 @@ from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream
 from pearl.serving.errors import api_error
+from pearl.serving.round_log import RoundLog
 from pearl.serving.service import Service
 
 _WAITING = 64  # chunks; beyond that each stream joins its own
@@ -21,13 +22,18 @@ Jobs = Sequence[tuple[Sequence[int], SamplingParams]]
 class Generation:
     """Outputs are numbered through: ``n`` for each prompt. Its end, in whatever way, aborts what has not ended."""
 
-    def __init__(self, service: Service, request_id: str, jobs: Jobs) -> None:
-        """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does."""
+    def __init__(self, service: Service, request_id: str, jobs: Jobs, with_rounds: bool = False) -> None:
+        """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does. ``with_rounds``: keeps a log of them."""
         self.id = request_id
         self.prompts = [ids for ids, _ in jobs]
         self.per_prompt = jobs[0][1].n
         self.outputs = [CompletionOutput(index) for index in range(len(jobs) * self.per_prompt)]
         self._streams: list[AsyncStream] = []
+        self._engine = service.engine
+        self.rounds: RoundLog | None = None
+        if with_rounds:
+            self.rounds = RoundLog([params for _, params in jobs])
+            self._engine.observe(self.rounds)
         try:
             for ids, params in jobs:
                 self._streams.append(service.engine.submit(ids, params))
@@ -96,6 +102,8 @@ class Generation:
     def _cancel(self) -> None:
         for stream in self._streams:
             stream.cancel()
+        if self.rounds is not None:
+            self._engine.forget(self.rounds)
 
 
 async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[StreamChunk | BaseException | None]) -> None:

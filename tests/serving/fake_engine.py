@@ -22,7 +22,7 @@ def chunk(
     text: str, finish_reason: FinishReason | None = None, error: str | None = None, index: int = 0
 ) -> StreamChunk:
     """One token of that text."""
-    return StreamChunk(index, text, (1,), (True,), finish_reason, RequestMetrics(), error)
+    return StreamChunk(index, text, (1,), (True,), finish_reason, RequestMetrics(), error, sources=("pre-verify",))
 
 
 class FakeStream:
@@ -59,7 +59,14 @@ class FakeEngine:
         self.taken = 0
         self.health, self.load, self.draining = Health(True), EngineLoad(0, 0, 0.0), False
         self.streams: list[FakeStream] = []
+        self.observers: list[Any] = []
         self.asked: list[tuple[Sequence[int], SamplingParams]] = []
+
+    def observe(self, observer: Any) -> None:
+        self.observers.append(observer)
+
+    def forget(self, observer: Any) -> None:
+        self.observers.remove(observer)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:
