@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 from pearl.messages import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]
-# How a token came. Drafted and accepted: tested while the rest of its window was drafted ("pre-verify"), in a verdict on
-# a window that was pending ("post-verify"), in a window that was prepared for the verdict before ("prepared"). The
+# How a token came. Drafted and accepted: tested while the rest of its window was drafted ("pre-verify"), in a verdict
+# on a window that was pending ("post-verify"), in a window that was prepared for the verdict before ("prepared"). The
 # target's own: in place of a drafted token that was rejected ("corrected"), or where none was drafted ("plain").
 TokenSource = Literal["pre-verify", "post-verify", "prepared", "corrected", "plain"]
 

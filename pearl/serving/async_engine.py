@@ -35,9 +35,9 @@ class AsyncEngine:
     """Owns an LLM: nobody else may drive it, and ``close`` closes it.
 
     All methods belong to one event loop, that of the first ``submit``; ``health``, ``load``, ``observe`` and
-    ``forget`` may be used by any thread. Another loop may follow when the first is closed or has no stream left. Requests cross to the
-    engine's thread in a queue that is emptied between rounds; what a round commits comes back in one call of the loop.
-    So nothing here waits for a round, but ``drain`` and ``close``.
+    ``forget`` may be used by any thread. Another loop may follow when the first is closed or has no stream left.
+    Requests cross to the engine's thread in a queue that is emptied between rounds; what a round commits comes back in
+    one call of the loop. So nothing here waits for a round, but ``drain`` and ``close``.
 
     An engine that nobody closed ends with the object, or the interpreter.
     """

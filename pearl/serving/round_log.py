@@ -1,4 +1,4 @@
-"""The rounds that an HTTP request's outputs took part in: when both models worked, and what became of drafted tokens."""
+"""The rounds that an HTTP request's outputs took part in: when both models worked, what became of drafted tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that are not drafted for, among those that are: the same tokens, no work of the draft, and nobody waits long."""
+"""Requests that are not drafted for, among those that are: the same tokens, no drafting, nobody waits long."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class FakeEngine:
         self.observers.append(observer)
 
     def forget(self, observer: Any) -> None:
-        self.observers.remove(observer)
+        self.observers = [each for each in self.observers if each is not observer]
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
         if self.refusal is not None and len(self.streams) >= self.taken:

@@ -153,7 +153,9 @@ def test_half_a_character_of_one_output_is_no_others(idle_llm: LLM) -> None:
     *begin, end = idle_llm.encode("\N{SNOWMAN}")
     letter = tuple(idle_llm.encode("a"))
     script = [
-        StreamChunk(0, "", tuple(begin), (True,) * len(begin), None, RequestMetrics(), sources=("prepared",) * len(begin)),
+        StreamChunk(
+            0, "", tuple(begin), (True,) * len(begin), None, RequestMetrics(), sources=("prepared",) * len(begin)
+        ),
         StreamChunk(1, "a", letter, (False,), "length", RequestMetrics(), sources=("corrected",)),
         StreamChunk(0, "\N{SNOWMAN}", (end,), (True,), "length", RequestMetrics(), sources=("post-verify",)),
     ]

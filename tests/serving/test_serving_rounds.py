@@ -62,7 +62,7 @@ def test_rounds_are_what_the_engine_records(server: LiveServer, path: str, asked
         assert entry.get("prepared", 0) == len(branches)
     begins = [entry["target"]["begin"] for entry in told_rounds if entry["target"]]
     assert begins == sorted(begins)
-    assert 0 <= begins[0]
+    assert begins[0] >= 0
     assert begins[-1] < 60_000
 
 
@@ -108,7 +108,9 @@ def test_verdicts_tell_every_way_that_a_token_came(server: LiveServer) -> None:
             continue
         accepted = entry["accepted"]
         prepared = min(accepted, ahead)
-        expected += ["prepared"] * prepared + ["post-verify" if entry["pending"] else "pre-verify"] * (accepted - prepared)
+        expected += ["prepared"] * prepared + ["post-verify" if entry["pending"] else "pre-verify"] * (
+            accepted - prepared
+        )
         if entry["committed"] > accepted:
             expected.append("corrected" if accepted < entry["tested"] else "plain")
         ahead = entry.get("hit_tokens", 0)
@@ -123,7 +125,9 @@ def test_without_drafting_every_token_is_plain_and_the_same(server: LiveServer) 
     assert ids[0] == ids[1]
     assert set(verdicts(plain)) == {"plain"}
     rounds = all_rounds(plain)
-    assert all(entry["draft"] is None and not entry["drafted"] and entry["mode"] == "autoregressive" for entry in rounds)
+    assert all(
+        entry["draft"] is None and not entry["drafted"] and entry["mode"] == "autoregressive" for entry in rounds
+    )
     assert sum(entry["committed"] for entry in rounds) == len(ids[1])
 
 
