@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from pearl.engine.branches import is_hit
-from pearl.engine.rounds import RoundRecord
+from pearl.engine.rounds import RoundRecord, hits
 from pearl.messages import DraftWork, ForwardWork, Interval
 from pearl.sampling_params import SamplingParams
 
@@ -51,7 +50,8 @@ class RoundLog:
             "committed": sum(len(decision.committed) for decision in decisions),
         }
         if prepared:
-            entry |= {"prepared": len(prepared), "prepared_tokens": sum(prepared), "hit_tokens": _hit(record, draft)}
+            came_true = [tokens for key, tokens in hits(record).items() if key in own]
+            entry |= {"prepared": len(prepared), "prepared_tokens": sum(prepared), "hit_tokens": sum(came_true)}
         return entry
 
     def _forward(self, busy: Interval, counted: str, count: int) -> dict[str, Any] | None:
@@ -59,18 +59,6 @@ class RoundLog:
         if not busy.seconds:
             return None
         return {"begin": _milliseconds(busy.begin - self._begin), "ms": _milliseconds(busy.seconds), counted: count}
-
-
-def _hit(record: RoundRecord, draft: Sequence[DraftWork]) -> int:
-    """Tokens of the prepared windows that the requests go on with: of each the first that came true."""
-    tokens, result = 0, record.result
-    for item in draft:
-        decision = result.decisions.get(item.forward.state.request_id)
-        if decision is not None:
-            windows = (result.prepared.get(branch.id, ()) for branch in item.branches)
-            hits = (len(w) - 1 for w, b in zip(windows, item.branches, strict=True) if is_hit(b, w, decision))
-            tokens += next(hits, 0)
-    return tokens
 
 
 def _milliseconds(seconds: float) -> float:

@@ -61,7 +61,7 @@ def visited(browser: Any, url: str, width: int = 1280) -> Iterator[Any]:
 
 
 def shows(page: Any, selector: str, words: str) -> None:
-    playwright.expect(page.locator(selector)).to_contain_text(words)
+    playwright.expect(page.locator(selector)).to_contain_text(words, timeout=30_000)
 
 
 def test_a_completion_by_keyboard_alone(browser: Any, idle_llm: LLM) -> None:
@@ -114,9 +114,14 @@ def test_a_conversation_goes_on(browser: Any, idle_llm: LLM) -> None:
             page.click("#generate")
             shows(page, "#state", "Finished")
             page.wait_for_selector("#generate:enabled")
-        assert [turn.inner_text() for turn in page.locator(".turn").all()] == ["how?", "well", "why?", "well"]
+        assert [turn.inner_text() for turn in page.locator("#transcript .turn").all()] == [
+            "how?",
+            "well",
+            "why?",
+            "well",
+        ]
         page.click("#renew")
-        assert page.locator(".turn").count() == 0
+        assert page.locator("#transcript .turn").count() == 0
     messages = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "well"}]
     messages.append({"role": "user", "content": "why?"})
     rendered = [idle_llm.tokenizer.render_chat(part, {}) for part in (messages[:1], messages)]
@@ -140,6 +145,12 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, idle_llm: LLM) -> 
 
 def counted(page: Any, *names: str) -> int:
     return sum(int(page.inner_text(f"#count-{name}")) for name in names)
+
+
+def steps(page: Any, kind: str) -> int:
+    """Tokens that bars of the timeline stand for."""
+    bars = f"[...document.querySelectorAll('#timeline {kind}')]"
+    return int(page.evaluate(f"() => {bars}.reduce((sum, bar) => sum + Number(bar.dataset.tokens), 0)"))
 
 
 def test_the_rounds_of_both_models_are_drawn(browser: Any, url: str) -> None:
@@ -166,10 +177,9 @@ def test_the_rounds_of_both_models_are_drawn(browser: Any, url: str) -> None:
         assert total == kept + lost
         # What is accepted behind the output's end is no output; each hollow or solid step is a drafted token.
         assert drafted <= kept + ahead <= drafted + 3
-        assert page.locator("#timeline .draft-bar.solid").count() == kept
-        assert page.locator("#timeline .draft-bar.hollow").count() == lost
+        assert (steps(page, ".draft-bar.solid"), steps(page, ".draft-bar.hollow")) == (kept, lost)
         assert 0 < hits <= windows
-        assert page.locator("#timeline .prepared-bar.solid").count() >= hits
+        assert steps(page, ".prepared-bar.solid") >= ahead >= hits - 1
         assert page.locator("#timeline .target-bar").count() > 20
         marks = page.locator("#timeline .accepted-mark").count(), page.locator("#timeline .own-mark").count()
         assert 150 <= sum(marks) <= 153
@@ -211,7 +221,7 @@ def test_a_replay_shows_tokens_when_they_came(browser: Any, url: str) -> None:
         page.click("#start-race")
         shows(page, "#replay-speed", "times slower")
         assert page.locator("#race-plain .later").count() > 0
-        playwright.expect(page.locator("#replay-speed")).to_be_empty(timeout=15_000)
+        playwright.expect(page.locator("#replay-speed")).to_be_empty(timeout=30_000)
         assert page.locator(".later").count() == 0
         for lane in ("drafting", "plain"):
             assert page.inner_text(f"#race-{lane}-speed").startswith("128 tokens, ")

@@ -3,7 +3,8 @@
 const SVG = "http://www.w3.org/2000/svg";
 const LANES = { tokens: 4, target: 46, draft: 78, prepared: 104 }; // tops, in pixels
 const HEIGHT = { forward: 22, prepared: 10, all: 136 };
-const ROUND = 44; // pixels of the middle one of all rounds
+const WIDE = { round: 44, draft: 30 }; // pixels of the middle one of all rounds, and of the draft's forwards, at least
+const NARROW = 5; // pixels of a token
 const MOST = 600; // rounds that are drawn: the first ones
 
 function drawn(kind, classes, places, title = "") {
@@ -55,6 +56,11 @@ function overlap({ target, draft }) {
   return Math.max(0, end - Math.max(target.begin, draft.begin));
 }
 
+function middle(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  return Math.max(sorted[sorted.length >> 1], 1e-3);
+}
+
 function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
@@ -84,21 +90,20 @@ function describe(round, number) {
   return words.join(", ");
 }
 
-/** A forward, cut into its steps: the first `solid` are filled, `hollow` ones outlined, as many as there are. */
+/**
+ * A forward, cut into its tokens: the first `solid` are filled, `hollow` ones outlined, as many as there are. Where they
+ * would be too narrow to tell one from the other, those that are alike are drawn as one.
+ */
 function steps(group, classes, { x, y, width, height }, solid, hollow) {
-  const each = width / Math.max(solid + hollow, 1);
-  const gap = Math.min(1, each / 4);
-  for (let i = 0; i < solid + hollow; i += 1) {
-    const kind = i < solid ? "solid" : "hollow";
-    const inset = i < solid ? 0 : 0.75; // an outline is drawn on the edge
-    group.append(
-      drawn("rect", `${classes} ${kind}`, {
-        x: x + i * each + inset,
-        y: y + inset,
-        width: Math.max(each - gap - 2 * inset, 0.5),
-        height: height - 2 * inset,
-      }),
-    );
+  const each = width / (solid + hollow);
+  const groups = [["solid", solid], ["hollow", hollow]].filter(([, count]) => count);
+  const alike = each < NARROW ? groups : groups.flatMap(([kind, count]) => Array.from({ length: count }, () => [kind, 1]));
+  let left = x;
+  for (const [kind, count] of alike) {
+    const inset = kind === "solid" ? 0 : 0.75; // an outline is drawn on the edge
+    const places = { x: left + inset, y: y + inset, width: Math.max(count * each - 1 - 2 * inset, 0.5) };
+    group.append(drawn("rect", `${classes} ${kind}`, { ...places, height: height - 2 * inset, "data-tokens": count }));
+    left += count * each;
   }
 }
 
@@ -146,8 +151,9 @@ export function draw(node, every) {
   const rounds = every.slice(0, MOST);
   if (!rounds.some((round) => round.target || round.draft)) return;
   const [begin, end] = span(rounds);
-  const lengths = rounds.map((r) => Math.max(r.target?.ms ?? 0, r.draft?.ms ?? 0)).sort((a, b) => a - b);
-  const scale = ROUND / Math.max(lengths[lengths.length >> 1], 1e-3);
+  const longer = rounds.map(({ target, draft }) => Math.max(target?.ms ?? 0, draft?.ms ?? 0));
+  const drafts = rounds.filter(({ draft }) => draft).map(({ draft }) => draft.ms);
+  const scale = Math.max(WIDE.round / middle(longer), drafts.length ? WIDE.draft / middle(drafts) : 0);
   const place = Object.assign((t) => 6 + (t - begin) * scale, { scale });
   const svg = drawn("svg", "rounds", { width: Math.ceil(place(end) + 40), height: HEIGHT.all, "aria-hidden": "true" });
   for (const name of ["target", "draft"]) {
