@@ -235,7 +235,7 @@ class LLM:
         metrics = RequestMetrics(arrival=time.monotonic())
         self._next_id += 1
         pinned = self._is_pinned(params)
-        rekeys = self.config.verification == "block" and params.temperature > 0 and params.draft and not pinned
+        rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
         return Request(self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys)
 
     def _is_pinned(self, params: SamplingParams) -> bool:
