@@ -172,8 +172,8 @@ class Request:
         ahead = min(self.judged_ahead, decision.accepted)
         tested: TokenSource = "post-verify" if self.judged_pending else "pre-verify"
         own: TokenSource = "corrected" if decision.rejected else "plain"
-        every: tuple[TokenSource, ...] = ("prepared",) * ahead + (tested,) * (decision.accepted - ahead) + (own,)
-        return every[:kept]
+        prepared: TokenSource = "prepared"
+        return ((prepared,) * ahead + (tested,) * (decision.accepted - ahead) + (own,))[:kept]
 
     def end_run(self) -> None:
         """The run in progress ends with a preemption, or with the output: when all before it is counted."""

@@ -122,7 +122,7 @@ class Scheduler:
         batch = list(self.running)
         drafted = [r for r in batch if r.params.draft]
         pace, load, intents = self._decide(drafted)
-        plan, windows = _Round(pace, load), pace.windows
+        plan, windows = _Round(pace, load), list(pace.windows)
         if len(drafted) < len(batch):
             intents, windows = _beside_plain(batch, pace, intents)
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]

@@ -170,6 +170,24 @@ def test_a_drafted_output_after_a_plain_one_of_the_same_prompt(llama: Pair, open
         assert token_ids(llm.generate(prompt, replace(GREEDY, draft=draft))) == [llama.greedy(prompt[0], TOKENS)]
 
 
+@pytest.mark.parametrize(
+    ("options", "cycle"),
+    [
+        ({"method": "speculative"}, ["post-verify"] * 3 + ["plain"]),
+        ({"post_verify": False}, ["pre-verify", "post-verify", "post-verify", "plain"]),
+        ({}, ["post-verify"]),
+    ],
+    ids=("speculative", "no-post", "pearl"),
+)
+def test_how_the_tokens_of_a_perfect_draft_came(
+    llama: Pair, open_llm: OpenLLM, options: dict[str, Any], cycle: list[str]
+) -> None:
+    llm = open_llm(llama, draft=llama.target, window=3, prepared_windows=0, **options)
+    (output,) = llm.generate(prompts((9,)), GREEDY)
+    first = [] if options else ["pre-verify"]
+    assert output.outputs[0].sources == [*first, *cycle * TOKENS][:TOKENS]
+
+
 def test_pace_auto(llama: Pair, open_llm: OpenLLM) -> None:
     batch, rounds = prompts((3, 11, 26, 7, 5)), Rounds()
     llm = open_llm(llama, observer=rounds)

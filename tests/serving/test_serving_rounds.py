@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fake_engine import BODY, FakeEngine, ask, chunk
@@ -13,6 +15,8 @@ from serving_support import PROMPT, LiveServer, live_server, wait_until
 
 from pearl import LLM
 from pearl.engine.rounds import RoundRecord
+from pearl.outputs import OutputDelta, RequestMetrics, TokenSource
+from pearl.serving.async_stream import Mailbox
 
 ASKING: dict[str, Any] = {"return_rounds": True, "return_token_sources": True, "temperature": 0, "max_tokens": 60}
 ROUTES = [
@@ -135,10 +139,16 @@ def test_several_outputs_and_a_whole_answer(server: LiveServer) -> None:
     """Of the request's own outputs only, whatever runs beside them."""
     answer = server.post("/v1/completions", prompt=[PROMPT, "import os\n"], n=2, **ASKING | {"max_tokens": 12}).json()
     assert sum(entry["committed"] for entry in answer["rounds"]) >= 4 * 12
-    beside = server.http.stream("POST", "/v1/completions", json={"prompt": PROMPT, "max_tokens": 400, "stream": True})
-    with beside as running:
-        next(running.iter_lines())
+    records: list[RoundRecord] = []
+    server.engine.observe(records.append)
+    body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "temperature": 1}
+    with ThreadPoolExecutor() as pool:
+        beside = pool.submit(server.post, "/v1/completions", **body)
+        wait_until(lambda: bool(server.engine.load.running))
         answer = server.post("/v1/completions", prompt=PROMPT, **ASKING | {"max_tokens": 12}).json()
+        assert beside.result().status_code == 200
+    server.engine.forget(records.append)
+    assert any(len(record.result.decisions) == 2 for record in records)
     assert 12 <= sum(entry["committed"] for entry in answer["rounds"]) <= 12 + 4
 
 
@@ -151,6 +161,16 @@ def test_nobody_looks_on_once_the_answer_has_ended(server: LiveServer) -> None:
     wait_until(lambda: server.engine._observers._observers == before)
     assert server.post("/v1/completions", prompt=PROMPT, **ASKING | {"top_p": 2}).status_code == 400
     assert server.engine._observers._observers == before
+
+
+def test_verdicts_of_what_nobody_has_read_yet_are_joined() -> None:
+    request: Any = SimpleNamespace(id=5)
+    mailbox = Mailbox([request])
+    metrics = RequestMetrics()
+    for token, source in enumerate(("pre-verify", "corrected", "plain")):
+        delta = OutputDelta(5, (token,), (not token,), "x", None, None, metrics, sources=(cast(TokenSource, source),))
+        mailbox.receive(delta)
+    assert mailbox.take().sources == ("pre-verify", "corrected", "plain")
 
 
 @pytest.mark.parametrize("stream", [False, True])
