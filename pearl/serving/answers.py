@@ -125,6 +125,8 @@ class Answer:
         answer["usage"] = self._usage(sum(len(output.token_ids) for output in outputs))
         if self._shape.of_one_prompt:
             answer |= self._of_prompt(0)
+        if (rounds := self._generation.rounds) is not None:
+            answer["rounds"] = rounds.take()
         return answer | ({"metrics": self._statistics()} if self._wishes.metrics else {})
 
     def _of_prompt(self, index: int) -> dict[str, Any]:
@@ -161,7 +163,8 @@ class Answer:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
                 for members in piece.earlier:
                     event += f'{head}{index},{members},"finish_reason":null}}]{tail}'
-                event += f'{head}{index},{piece.members},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
+                tokens, rounds = self._of_tokens(chunk), self._rounds()
+                event += f'{head}{index},{piece.members},"finish_reason":{reason}{tokens}}}]{rounds}{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:
             yield self._closing(base, generated)
@@ -172,6 +175,11 @@ class Answer:
         if self._wishes.token_sources:
             members += f",{as_json(self._sources.of(chunk))[1:-1]}"
         return members
+
+    def _rounds(self) -> str:
+        """A member beside the choices."""
+        rounds = self._generation.rounds
+        return "" if rounds is None else f',"rounds":{as_json(rounds.take())}'
 
     def _closing(self, base: str, generated: int) -> bytes:
         """The event behind all choices."""
