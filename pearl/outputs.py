@@ -155,7 +155,5 @@ class StreamChunk:
 
     @classmethod
     def of(cls, index: int, d: OutputDelta) -> StreamChunk:
-        tokens = (d.token_ids, d.drafted)
-        return cls(
-            index, d.text, *tokens, d.finish_reason, d.metrics, d.error, d.logprobs, d.prompt_logprobs, d.sources
-        )
+        tokens, logprobs = (d.token_ids, d.drafted), (d.logprobs, d.prompt_logprobs)
+        return cls(index, d.text, *tokens, d.finish_reason, d.metrics, d.error, *logprobs, d.sources)

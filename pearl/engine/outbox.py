@@ -80,10 +80,8 @@ class Outbox:
         sources = request.sources(decision, kept) if request.params.token_sources else ()
         if finish_reason is not None:
             self._end(request)
-        return OutputDelta(
-            request.id, tokens[:kept], drafted, text, logprobs, finish_reason, metrics, prompt_logprobs=prompt,
-            sources=sources,
-        )  # fmt: skip
+        told = (text, logprobs, finish_reason, metrics)
+        return OutputDelta(request.id, tokens[:kept], drafted, *told, prompt_logprobs=prompt, sources=sources)
 
     def _end(self, request: Request) -> None:
         if request.status is not Status.FINISHED:

@@ -164,4 +164,4 @@ async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[Strea
 def _without_tokens(chunk: StreamChunk) -> StreamChunk:
     reason: FinishReason | None = None if chunk.finish_reason is None else "length"
     logprobs = None if chunk.logprobs is None else ()
-    return replace(chunk, text="", token_ids=(), drafted=(), finish_reason=reason, logprobs=logprobs)
+    return replace(chunk, text="", token_ids=(), drafted=(), sources=(), finish_reason=reason, logprobs=logprobs)

@@ -246,7 +246,7 @@ def test_answers_that_differ_are_said_to(browser: Any, idle_llm: LLM) -> None:
         page.fill("#temperature", "0")
         show_race(page)
         submit = engine.submit
-        engine.submit = lambda ids, params: submit(ids, params) if params.draft else other(engine, ids, params)  # type: ignore[method-assign]
+        engine.submit = lambda ids, params, **_: submit(ids, params) if params.draft else other(engine, ids, params)  # type: ignore[method-assign]
         page.click("#start-race")
         shows(page, "#result", "Same tokens: no, they part after 0.")
     (first, second) = [params for _, params in engine.asked]
