@@ -14,12 +14,12 @@ from pearl.engine.rounds import RoundRecord, hits
 
 TARGET_COLOUR, DRAFT_COLOUR, ACCEPTED_COLOUR, OWN_COLOUR = "#3b5b92", "#e08e45", "#4d9a6a", "#b0413e"
 PREPARED_COLOUR = "#7a4fc4"
+_WINDOW = 5  # the pace would choose other modes on the way
 RUNS: dict[str, dict[str, Any]] = {
     "autoregressive": {"method": "autoregressive"},
-    "speculative": {"method": "speculative"},
-    "pearl": {"method": "pearl"},
-    "pearl, prepared windows": {"method": "pearl", "prepared_windows": 4},
-    "pearl, balanced": {"method": "pearl", "pace": "balanced"},
+    "speculative": {"method": "speculative", "window": _WINDOW},
+    "pearl": {"method": "pearl", "window": _WINDOW},
+    "pearl, prepared windows": {"method": "pearl", "window": _WINDOW, "prepared_windows": 3},
 }
 
 
