@@ -10,22 +10,25 @@ from pearl import LLM, SamplingParams
 from pearl.bench.command import run_command
 from pearl.bench.options import check_picture
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
-from pearl.engine.rounds import RoundRecord
+from pearl.engine.rounds import RoundRecord, hits
 
 TARGET_COLOUR, DRAFT_COLOUR, ACCEPTED_COLOUR, OWN_COLOUR = "#3b5b92", "#e08e45", "#4d9a6a", "#b0413e"
+PREPARED_COLOUR = "#7a4fc4"
+_WINDOW = 5  # the pace would choose other modes on the way
 RUNS: dict[str, dict[str, Any]] = {
     "autoregressive": {"method": "autoregressive"},
-    "speculative": {"method": "speculative"},
-    "pearl": {"method": "pearl"},
-    "pearl, balanced": {"method": "pearl", "pace": "balanced"},
+    "speculative": {"method": "speculative", "window": _WINDOW},
+    "pearl": {"method": "pearl", "window": _WINDOW},
+    "pearl, prepared windows": {"method": "pearl", "window": _WINDOW, "prepared_windows": 3},
 }
 
 
 def draw_timeline(runs: Mapping[str, Sequence[RoundRecord]], path: Path, milliseconds: float) -> None:
     """Draw the first ``milliseconds`` of each run, one panel a method, on one time axis, into a PNG or SVG.
 
-    Bars are measured times of the two models. A dot is a committed token, at the end of its round: green if it was
-    drafted and accepted, red if the target supplied it.
+    Bars are measured times of the two models; a line under a draft's bar: it prepared windows too. A dot is a committed
+    token, at the end of its round: green if it was drafted and accepted, violet if that was in a prepared window, red
+    if the target supplied it.
     """
     import matplotlib
 
@@ -37,7 +40,7 @@ def draw_timeline(runs: Mapping[str, Sequence[RoundRecord]], path: Path, millise
     figure, panels = pyplot.subplots(len(runs), 1, figsize=(10, 1.5 * len(runs) + 0.9), sharex=True, squeeze=False)
     for axis, (name, rounds) in zip(panels[:, 0], runs.items(), strict=True):
         start = rounds[0].whole.begin
-        tokens = 0
+        tokens, ahead = 0, dict[int, int]()  # by request: tokens of the prepared window that it went on with
         for record in rounds:
             end = (record.whole.begin + record.whole.seconds - start) * 1e3
             if end > milliseconds:
@@ -46,23 +49,30 @@ def draw_timeline(runs: Mapping[str, Sequence[RoundRecord]], path: Path, millise
                 if busy.seconds:
                     span = ((busy.begin - start) * 1e3, busy.seconds * 1e3)
                     axis.broken_barh([span], (lane - 0.32, 0.64), facecolors=colour, edgecolor="white", linewidth=0.4)
-            for decision in record.result.decisions.values():
+                    if lane == 0 and any(item.branches for item in record.plan.draft.work):
+                        axis.broken_barh([span], (-0.5, 0.16), facecolors=PREPARED_COLOUR)
+            for request_id, decision in record.result.decisions.items():
+                prepared = min(decision.accepted, ahead.pop(request_id, 0))
                 for index in range(len(decision.committed)):
                     colour = ACCEPTED_COLOUR if index < decision.accepted else OWN_COLOUR
+                    colour = PREPARED_COLOUR if index < prepared else colour
                     axis.plot(end, 1.65 + 0.28 * index, "o", color=colour, markersize=3.2)
                 tokens += len(decision.committed)
+            ahead |= hits(record)
         axis.set_yticks([0, 1], ["draft", "target"])
-        axis.set_ylim(-0.5, 4.2)
+        axis.set_ylim(-0.6, 4.2)
         axis.set_title(f"{name}: {tokens} tokens", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     panels[-1, 0].set_xlim(0, milliseconds)
     panels[-1, 0].set_xlabel("milliseconds")
     dots = [
         Line2D([], [], marker="o", linestyle="", color=ACCEPTED_COLOUR, label="token: drafted, accepted"),
+        Line2D([], [], marker="o", linestyle="", color=PREPARED_COLOUR, label="in a prepared window"),
         Line2D([], [], marker="o", linestyle="", color=OWN_COLOUR, label="token: the target's own"),
     ]
     bars = [Patch(color=TARGET_COLOUR, label="target works"), Patch(color=DRAFT_COLOUR, label="draft works")]
-    figure.legend(handles=[*bars, *dots], loc="upper right", ncols=4, fontsize=8, frameon=False)
+    bars.append(Patch(color=PREPARED_COLOUR, label="also ahead"))
+    figure.legend(handles=[*bars, *dots], loc="upper right", ncols=6, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

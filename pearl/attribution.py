@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, repeat
+from typing import NamedTuple
 
 from pearl.models import IncrementalDetokenizer
-from pearl.outputs import CompletionOutput, StreamChunk
+from pearl.outputs import CompletionOutput, StreamChunk, TokenSource
+
+
+class Origin(NamedTuple):
+    drafted: bool
+    source: TokenSource | None = None  # where the request asks for it
 
 
 class Attribution:
@@ -20,24 +26,25 @@ class Attribution:
 
     def __init__(self, detokenizer: IncrementalDetokenizer) -> None:
         self._detokenizer = detokenizer
-        self._spans: deque[tuple[int, bool]] = deque()  # (characters not shown yet, drafted) of tokens, oldest first
-        self._last = False
+        self._spans: deque[tuple[int, Origin]] = deque()  # (characters not shown yet, origin) of tokens, oldest first
+        self._last = Origin(False)
 
     def split(self, part: StreamChunk | CompletionOutput) -> Iterator[tuple[str, bool]]:
         """(piece, drafted) for each stretch of equal origin; the pieces join to ``part.text``."""
-        for drafted, pieces in groupby(self.pieces(part), lambda piece: piece[1]):
+        for drafted, pieces in groupby(self.pieces(part), lambda piece: piece[1].drafted):
             yield "".join(text for text, _ in pieces), drafted
 
-    def pieces(self, part: StreamChunk | CompletionOutput) -> Iterator[tuple[str, bool]]:
-        """The same for each token that gives text. A token whose text is shown in two parts gives two pieces."""
-        for token, drafted in zip(part.token_ids, part.drafted, strict=True):
-            self._last = drafted
+    def pieces(self, part: StreamChunk | CompletionOutput) -> Iterator[tuple[str, Origin]]:
+        """(piece, origin) for each token that gives text. A token whose text is shown in two parts gives two pieces."""
+        origins = map(Origin, part.drafted, part.sources or repeat(None))
+        for token, origin in zip(part.token_ids, origins, strict=True):
+            self._last = origin
             if length := len(self._detokenizer.feed((token,))):
-                self._spans.append((length, drafted))
+                self._spans.append((length, origin))
         text = part.text
         while text:
-            length, drafted = self._spans.popleft() if self._spans else (len(text), self._last)
-            yield text[:length], drafted
+            length, origin = self._spans.popleft() if self._spans else (len(text), self._last)
+            yield text[:length], origin
             if length > len(text):
-                self._spans.appendleft((length - len(text), drafted))
+                self._spans.appendleft((length - len(text), origin))
             text = text[length:]

@@ -272,7 +272,7 @@ class LLM:
     def _is_pinned(self, params: SamplingParams) -> bool:
         """Whether a seed must give an output again, whose draws depend on how each token is decided."""
         seeded = params.seed is not None or self.config.seed is not None
-        return seeded and params.temperature > 0 and self.config.verification != "coupled"
+        return seeded and params.draft and params.temperature > 0 and self.config.verification != "coupled"
 
     def _seed(self, params: SamplingParams) -> int:
         if params.seed is not None:

@@ -183,7 +183,7 @@ class SchedulerOutput:
     verify: tuple[VerifyWork, ...] = ()
     preempted: tuple[int, ...] = ()
     pace: Pace | None = None
-    load: Load | None = None  # of the batch that was planned
+    load: Load | None = None  # of the requests that the pace was chosen for; None where none is drafted for
 
     @property
     def is_empty(self) -> bool:

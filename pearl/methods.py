@@ -14,6 +14,8 @@ where both models work, and a verdict is applied the same way (``Request.apply``
 They may change from round to round. A request that is *pinned* decides every token in one way, by a draft and a test:
 it gets no bonus token, and where only the target would work it drafts one token beside it (``Intent.pinned``). So what
 it says does not depend on when modes and windows changed.
+
+A request that is *plain* is never drafted for, in any mode (``plain_intent``).
 """
 
 from __future__ import annotations
@@ -47,6 +49,16 @@ class Intent(NamedTuple):
 WAIT = Intent(draft=False, verify=False)
 
 
+PLAIN = Intent(draft=False, verify=True)
+
+
+def plain_intent(mode: Mode, others: Sequence[Intent]) -> Intent:
+    """Of requests that are not drafted for, beside ``others``, which are: the target decodes them in every round, but
+    where the models take turns in the rounds that are its own.
+    """
+    return WAIT if mode == "speculative" and any(other.draft for other in others) else PLAIN
+
+
 class DecodingMethod(Protocol):
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
         """One intent for each request of the batch; WAIT lets a request wait for this round."""
@@ -56,7 +68,7 @@ class DecodingMethod(Protocol):
 @dataclass(frozen=True)
 class Autoregressive:
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
-        return [Intent(draft=False, verify=True)] * len(batch)
+        return [PLAIN] * len(batch)
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Speculative:
         drafts = [_needs_window(progress) for progress in batch]
         if any(drafts):
             return [Intent(draft=True, verify=False) if draft else WAIT for draft in drafts]
-        return [Intent(draft=False, verify=True)] * len(batch)
+        return [PLAIN] * len(batch)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@ from typing import Literal, NamedTuple
 from pearl.messages import PromptLogprobs, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort"]
+# How a token came. Drafted and accepted: tested while the rest of its window was drafted ("pre-verify"), in a verdict
+# on a window that was pending ("post-verify"), in a window that was prepared for the verdict before ("prepared"). The
+# target's own: in place of a drafted token that was rejected ("corrected"), or where none was drafted ("plain").
+TokenSource = Literal["pre-verify", "post-verify", "prepared", "corrected", "plain"]
 
 
 @dataclass
@@ -73,6 +77,7 @@ class OutputDelta(NamedTuple):
     metrics: RequestMetrics
     error: str | None = None
     prompt_logprobs: PromptLogprobs | None = None  # where asked for, with the first token of a prompt's first output
+    sources: tuple[TokenSource, ...] = ()  # of each token, where asked for
 
     @classmethod
     def given_up(cls, request_id: int, metrics: RequestMetrics, error: str | None) -> OutputDelta:
@@ -91,11 +96,14 @@ class CompletionOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None  # why the engine gave up on it ("abort"); what came before is still exact
     prompt_logprobs: PromptLogprobs | None = None  # of a prompt's first output, where asked for: see RequestOutput
+    sources: list[TokenSource] = field(default_factory=list)  # of each token, where asked for
 
     def extend(self, delta: OutputDelta | StreamChunk) -> None:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.drafted.extend(delta.drafted)
+        if delta.sources:
+            self.sources.extend(delta.sources)
         if delta.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *delta.logprobs]
         if delta.prompt_logprobs is not None:
@@ -143,8 +151,9 @@ class StreamChunk:
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    sources: tuple[TokenSource, ...] = ()  # of each token, where asked for
 
     @classmethod
     def of(cls, index: int, d: OutputDelta) -> StreamChunk:
-        tokens = (d.token_ids, d.drafted)
-        return cls(index, d.text, *tokens, d.finish_reason, d.metrics, d.error, d.logprobs, d.prompt_logprobs)
+        tokens, logprobs = (d.token_ids, d.drafted), (d.logprobs, d.prompt_logprobs)
+        return cls(index, d.text, *tokens, d.finish_reason, d.metrics, d.error, *logprobs, d.sources)

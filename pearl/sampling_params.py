@@ -38,6 +38,7 @@ _INTEGERS = {
     "n": _Range(1, 16_384, "an integer, at least 1 and at most 16384"),
 }
 _MAY_BE_NONE = ("draft_temperature", "seed", "logprobs", "prompt_logprobs")
+_FLAGS = ("ignore_eos", "draft", "token_sources")
 _SMALLEST_TEMPERATURE = 1e-5
 _SMALLEST_TOP_P = 1e-7  # below 1 / vocabulary it keeps the likeliest token alone, however small
 _LARGEST_TOP_K = 2**31 - 1
@@ -85,6 +86,8 @@ class SamplingParams:
     draft_temperature: the draft's own temperature; None = the same. It changes speed, never the output's distribution.
     structured: the form that the output must have, a StructuredOutput or a mapping of its fields. Until the output may
         end, nothing but max_tokens and stop can end it.
+    draft: False decodes without drafting, one token of the target's own at a time, whatever the engine's method is.
+    token_sources: report of each token how it came (``pearl.outputs.TokenSource``).
     """
 
     temperature: float = 0.0
@@ -106,6 +109,8 @@ class SamplingParams:
     draft_temperature: float | None = None
     prompt_logprobs: int | None = None
     structured: StructuredOutput | Mapping[str, Any] | None = None
+    draft: bool = True
+    token_sources: bool = False
 
     def __post_init__(self) -> None:
         for name, bounds in _NUMBERS.items():
@@ -113,9 +118,10 @@ class SamplingParams:
         for name, bounds in _INTEGERS.items():
             self._normalise(name, as_integer, bounds)
         self._require("min_tokens", self.min_tokens <= self.max_tokens, "between 0 and max_tokens")
-        ignore_eos = as_flag(self.ignore_eos)
-        self._require("ignore_eos", ignore_eos is not None, "True or False")
-        self._set("ignore_eos", ignore_eos)
+        for name in _FLAGS:
+            flag = as_flag(getattr(self, name))
+            self._require(name, flag is not None, "True or False")
+            self._set(name, flag)
         self._set("stop", self._checked_stop())
         self._set("stop_token_ids", self._checked_stop_token_ids())
         self._set("logit_bias", self._checked_logit_bias())

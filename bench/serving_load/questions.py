@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from bench.serving_load.server import Server
 from pearl.errors import RoundError
 
 PATH = "/v1/completions"
+_PATIENCE = 120.0  # seconds for an answer of a server that has nothing else to do
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ async def answers(server: Server, questions: Sequence[Question]) -> dict[int, li
     connection = Connection(server.host, server.port)
     found = {}
     for question in questions:
-        reply = await connection.ask(PATH, question.body)
+        try:
+            reply = await asyncio.wait_for(connection.ask(PATH, question.body), _PATIENCE)
+        except asyncio.TimeoutError as error:
+            raise RoundError(f"a server without load does not answer within {_PATIENCE:g} s") from error
         if reply.error is not None:
             raise RoundError(f"a server without load does not answer: {reply.error}")
         found[question.number] = tokens_of(reply)

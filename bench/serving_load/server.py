@@ -41,7 +41,9 @@ def server(arguments: Sequence[str], module: str = PEARL) -> Iterator[Server]:
     """
     line = [sys.executable, "-m", module, "serve", "--port", "0", "--host", "127.0.0.1", *arguments]
     names = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    process = subprocess.Popen(line, env=names, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, env=names, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     patience = threading.Timer(_LOADING, process.kill)
     patience.daemon = True
     patience.start()

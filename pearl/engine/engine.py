@@ -260,9 +260,9 @@ class Engine:
 
     def _learn(self, record: RoundRecord) -> None:
         """From a round like those to come: without prompts, preemptions, and what is prepared only once."""
-        if not self._pace.listens:
-            return
         plan = record.plan
+        if not self._pace.listens or plan.load is None:
+            return
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
         if not decoding or plan.target.prompts or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
             return

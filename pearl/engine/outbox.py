@@ -77,11 +77,11 @@ class Outbox:
         prompt = None if request.prompt_logprobs is None else request.prompt_logprobs.take()
         drafted = ((True,) * decision.accepted + (False,))[:kept]  # one at most, the last, is the target's own
         logprobs = None if decision.logprobs is None else decision.logprobs()[:kept]
+        sources = request.sources(decision, kept) if request.params.token_sources else ()
         if finish_reason is not None:
             self._end(request)
-        return OutputDelta(
-            request.id, tokens[:kept], drafted, text, logprobs, finish_reason, metrics, prompt_logprobs=prompt
-        )
+        told = (text, logprobs, finish_reason, metrics)
+        return OutputDelta(request.id, tokens[:kept], drafted, *told, prompt_logprobs=prompt, sources=sources)
 
     def _end(self, request: Request) -> None:
         if request.status is not Status.FINISHED:

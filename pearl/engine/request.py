@@ -12,7 +12,7 @@ from pearl.engine.output_processor import OutputProcessor
 from pearl.engine.prompt_logprobs import PromptProgress
 from pearl.grammars import Grammar
 from pearl.messages import Branch, Decision, Drafted, DraftWork, ForwardWork, SequenceState
-from pearl.outputs import RequestMetrics
+from pearl.outputs import RequestMetrics, TokenSource
 from pearl.sampling_params import SamplingParams
 
 
@@ -55,7 +55,8 @@ class Request:
     slot: int | None = None  # of a branch whose window is pending
     confidence: Confidence | None = None  # since branches were first thought of
     pending_ahead: bool = False  # whether pending tokens are such a window
-    judged_ahead: int = field(default=0, repr=False)  # tokens of the latest verdict that a branch had drafted
+    judged_ahead: int = field(default=0, repr=False)  # tokens of the latest verdict that a branch had drafted,
+    judged_pending: int = field(default=0, repr=False)  # and that were pending
     _noise_seed: int | None = field(default=None, repr=False)  # of draws now; None: ``seed``
     _state: SequenceState | None = field(default=None, repr=False)  # without a history, of the lane that it has
 
@@ -149,6 +150,7 @@ class Request:
             self.draft_computed = min(self.draft_computed, length + decision.accepted)
         # Where the first drafted token was tested and held, the rest of its window is pending now.
         continues = not rejected and decision.next_token is None
+        self.judged_pending = len(pending)
         self.judged_ahead = len(pending) if self.pending_ahead else 0
         self.pending, self.pending_ahead = (window[1:] if continues else ()), False
         self.tokens.extend(committed)
@@ -177,6 +179,14 @@ class Request:
         if kept > accepted and tested:  # a correction or a bonus token
             metrics.runs += 1
             self.run_length = 0
+
+    def sources(self, decision: Decision, kept: int) -> tuple[TokenSource, ...]:
+        """How the first ``kept`` committed tokens of the latest verdict came."""
+        ahead = min(self.judged_ahead, decision.accepted)
+        tested: TokenSource = "post-verify" if self.judged_pending else "pre-verify"
+        own: TokenSource = "corrected" if decision.rejected else "plain"
+        prepared: TokenSource = "prepared"
+        return ((prepared,) * ahead + (tested,) * (decision.accepted - ahead) + (own,))[:kept]
 
     def end_run(self) -> None:
         """The run in progress ends with a preemption, or with the output: when all before it is counted."""

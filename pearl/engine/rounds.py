@@ -59,11 +59,12 @@ class EngineStats:
 
 
 def measured(record: RoundRecord) -> MeasuredRound:
-    """What a pace learns from a round that only decoded."""
+    """What a pace learns from a round that only decoded. Of requests that are not drafted for it is told the rows."""
     plan, proposal = record.plan, record.proposal
     assert plan.pace is not None
     assert plan.load is not None
-    prepared, rejections, hits = _prepared(record) if plan.pace.branches else (0, 0, 0)
+    plain = {work.state.request_id for work in plan.target.work if not work.state.params.draft}
+    prepared, rejections, hit = _prepared(record) if plan.pace.branches else (0, 0, 0)
     return MeasuredRound(
         mode=plan.pace.mode,
         load=plan.load,
@@ -77,22 +78,37 @@ def measured(record: RoundRecord) -> MeasuredRound:
             [
                 Progressed(request_id, len(d.tested), d.accepted, len(d.committed))
                 for request_id, d in record.result.decisions.items()
+                if request_id not in plain
             ]
         ),
         prepared=prepared,
         rejections=rejections,
-        hits=hits,
+        hits=hit,
     )
+
+
+def hits(record: RoundRecord) -> dict[int, int]:
+    """By request id: tokens of the prepared window that it goes on with."""
+    found = {}
+    for item in record.plan.draft.work:
+        request_id = item.forward.state.request_id
+        decision = record.result.decisions.get(request_id)
+        if decision is None:
+            continue
+        for branch in item.branches:
+            window = record.result.prepared.get(branch.id, ())
+            if is_hit(branch, window, decision):  # the first one is taken
+                found[request_id] = len(window) - 1
+                break
+    return found
 
 
 def _prepared(record: RoundRecord) -> tuple[int, int, int]:
     """Windows that were prepared; verdicts that rejected where one might have been; and those that found theirs."""
-    prepared = rejections = hits = 0
+    prepared = rejections = 0
     for item in record.plan.draft.work:
         decision = record.result.decisions.get(item.forward.state.request_id)
         prepared += len(item.branches)
         if decision is not None and item.num_draft and decision.rejected:
             rejections += 1
-            windows = record.result.prepared
-            hits += any(is_hit(branch, windows.get(branch.id, ()), decision) for branch in item.branches)
-    return prepared, rejections, hits
+    return prepared, rejections, len(hits(record))

@@ -23,14 +23,14 @@ from pearl.messages import (
     VerifyResult,
     VerifyWork,
 )
-from pearl.methods import METHODS, Intent, Progress
+from pearl.methods import METHODS, Intent, Progress, plain_intent
 from pearl.pace import Load, Pace, PacePolicy
 
 
 class _Round:
     """The plan being built; becomes an immutable SchedulerOutput."""
 
-    def __init__(self, pace: Pace, load: Load) -> None:
+    def __init__(self, pace: Pace, load: Load | None) -> None:
         self.pace, self.load = pace, load
         # Tokens that a model may compute of what it lacks, by request id; without an entry, none.
         self.target_shares: dict[int, int] = {}
@@ -103,7 +103,7 @@ class Scheduler:
     def require_fits(self, request: Request) -> None:
         """InvalidRequestError if it could never fit in the KV cache. May be called by any thread at any time."""
         needed = request.prompt_length + request.max_tokens
-        for kv in filter(None, (self.target_kv, self.draft_kv)):
+        for kv in filter(None, (self.target_kv, self.draft_kv if request.params.draft else None)):
             if needed > kv.num_pages * kv.page_size:
                 raise InvalidRequestError(
                     f"the request needs KV for {needed} tokens, the cache holds {kv.num_pages * kv.page_size}; "
@@ -124,23 +124,33 @@ class Scheduler:
 
     def _plan_batch(self) -> _Round:
         batch = list(self.running)
-        load = Load(len(batch), sum(r.length for r in batch))
-        pinned = self._pace.changes and any(r.pinned for r in batch)
-        pace = self._pace.decide([r.id for r in batch], load, pinned)
-        plan = _Round(pace, load)
-        progress = [Progress(len(r.pending), r.draft_is_dry) for r in batch]
-        intents = METHODS[pace.mode].intents(progress)
-        if pinned:
-            intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(batch, intents, progress, strict=True)]
+        drafted = [r for r in batch if r.params.draft]
+        pace, load, intents = self._decide(drafted)
+        plan, windows = _Round(pace, load), list(pace.windows)
+        if len(drafted) < len(batch):
+            intents, windows = _beside_plain(batch, pace, intents)
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch, intents)
-        for request, intent, window, lags in zip(batch, intents, pace.windows, lag, strict=True):
+        for request, intent, window, lags in zip(batch, intents, windows, lag, strict=True):
             if request.lane >= 0:  # it may have been preempted for an earlier one
                 self._plan_request(plan, request, intent, window, lags)
         if self.branches is not None and pace.branches:
             self.branches.plan(plan.drafting, plan.draft, pace, self._pace.changes)
         return plan
+
+    def _decide(self, drafted: Sequence[Request]) -> tuple[Pace, Load | None, Sequence[Intent]]:
+        """For the requests that are drafted for. Where all others are plain, there is nothing to choose."""
+        if self.running and not drafted:
+            return Pace("autoregressive", ()), None, ()
+        load = Load(len(drafted), sum(r.length for r in drafted))
+        pinned = self._pace.changes and any(r.pinned for r in drafted)
+        pace = self._pace.decide([r.id for r in drafted], load, pinned)
+        progress = [Progress(len(r.pending), r.draft_is_dry) for r in drafted]
+        intents = METHODS[pace.mode].intents(progress)
+        if pinned:
+            intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(drafted, intents, progress, strict=True)]
+        return pace, load, intents
 
     def _share_budget(self, plan: _Round, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
         """Decoding rows are never held back by prompts; prompts share what is left of the budget, beside requests that
@@ -257,13 +267,15 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:
             request = self.waiting[0]
-            pools = [kv for kv in (self.target_kv, self.draft_kv) if kv]
+            # Nothing of a request that is not drafted for ever lies in the draft's KV.
+            pools = [kv for kv in (self.target_kv, self.draft_kv if request.params.draft else None) if kv]
             # Room for all it has now: a request admitted into less would be preempted before its first token.
             needed = -(-(request.length + 1) // self.target_kv.page_size)
             if self.running and any(kv.num_free_pages < needed for kv in pools):
                 return
             target_cached = self.target_kv.begin(request.id, request.reusable)
-            draft_cached = self.draft_kv.begin(request.id, request.tokens) if self.draft_kv else 0
+            drafted = request.tokens if request.params.draft else ()
+            draft_cached = self.draft_kv.begin(request.id, drafted) if self.draft_kv else 0
             self.waiting.popleft()
             request.start_running(self._free_lanes.pop(), target_cached, draft_cached)
             self.running.append(request)
@@ -305,6 +317,13 @@ class Scheduler:
             self.waiting.remove(request)
         request.finish()
         return request
+
+
+def _beside_plain(batch: Sequence[Request], pace: Pace, intents: Sequence[Intent]) -> tuple[list[Intent], list[int]]:
+    """Intents and windows of the whole batch; ``intents``: of those that are drafted for, as are the pace's windows."""
+    own, plain = zip(intents, pace.windows, strict=True), (plain_intent(pace.mode, intents), 1)
+    every = [next(own) if request.params.draft else plain for request in batch]
+    return [intent for intent, _ in every], [window for _, window in every]
 
 
 def require_room(count: int, free_lanes: int, waiting: int, max_waiting: int) -> None:

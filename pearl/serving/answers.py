@@ -114,7 +114,9 @@ class Answer:
         """In JSON, which is written choice by choice: while one is, no other thread runs Python."""
         choices = ",".join([self._choice(output) for output in outputs])
         head = as_json({**self._base, "object": self._shape.kind})[:-1]
-        of_all = {"usage": self._usage(sum(len(output.token_ids) for output in outputs))}
+        of_all: dict[str, Any] = {"usage": self._usage(sum(len(output.token_ids) for output in outputs))}
+        if (rounds := self._generation.rounds) is not None:
+            of_all["rounds"] = rounds.take()
         if self._wishes.metrics:
             of_all["metrics"] = self._statistics()
         of_prompt = self._of_prompt(0) if self._shape.of_one_prompt else ""
@@ -168,7 +170,8 @@ class Answer:
                     tail = f',"usage":{as_json(self._usage(generated))}}}\n\n'
                 for members in piece.earlier:
                     event += f'{head}{index},{members},"finish_reason":null}}]{tail}'
-                event += f'{head}{index},{piece.members},"finish_reason":{reason}{self._of_tokens(chunk)}}}]{tail}'
+                tokens, rounds = self._of_tokens(chunk), self._rounds()
+                event += f'{head}{index},{piece.members},"finish_reason":{reason}{tokens}}}]{rounds}{tail}'
                 yield event.encode()
         if wishes.usage or wishes.metrics:
             yield self._closing(base, generated)
@@ -179,6 +182,11 @@ class Answer:
         if self._wishes.token_sources:
             members += f",{as_json(self._sources.of(chunk))[1:-1]}"
         return members
+
+    def _rounds(self) -> str:
+        """A member beside the choices."""
+        rounds = self._generation.rounds
+        return "" if rounds is None else f',"rounds":{as_json(rounds.take())}'
 
     def _closing(self, base: str, generated: int) -> bytes:
         """The event behind all choices."""

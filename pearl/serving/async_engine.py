@@ -36,10 +36,10 @@ _CLOSED = "the engine is closed; build a new one"
 class AsyncEngine:
     """Owns an LLM: nobody else may drive it, and ``close`` closes it.
 
-    All methods belong to one event loop, that of the first ``submit``; ``health``, ``load`` and ``observe`` may be
-    used by any thread. Another loop may follow when the first is closed or has no stream left. Requests cross to the
-    engine's thread in a queue that is emptied between rounds; what a round commits comes back in one call of the loop.
-    So nothing here waits for a round, but ``drain`` and ``close``.
+    All methods belong to one event loop, that of the first ``submit``; ``health``, ``load``, ``observe`` and
+    ``forget`` may be used by any thread. Another loop may follow when the first is closed or has no stream left.
+    Requests cross to the engine's thread in a queue that is emptied between rounds; what a round commits comes back in
+    one call of the loop. So nothing here waits for a round, but ``drain`` and ``close``.
 
     An engine that nobody closed ends with the object, or the interpreter.
     """
@@ -151,6 +151,10 @@ class AsyncEngine:
     def observe(self, observer: Observer) -> None:
         """Call it with a RoundRecord after every round, on the engine's thread. What it raises is logged, once."""
         self._observers.add(observer)
+
+    def forget(self, observer: Observer) -> None:
+        """Call it no more. It may be called once again meanwhile."""
+        self._observers.remove(observer)
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests, and wait until those that there are have ended, at most ``timeout`` seconds."""

@@ -13,18 +13,20 @@ from pearl.outputs import OutputDelta, StreamChunk
 class _Unread:
     """Deltas of one output that nobody has read yet, as one: a reader that is slow costs no more than its output."""
 
-    __slots__ = ("drafted", "last", "logprobs", "prompt_logprobs", "texts", "token_ids")
+    __slots__ = ("drafted", "last", "logprobs", "prompt_logprobs", "sources", "texts", "token_ids")
 
     def __init__(self, first: OutputDelta) -> None:
         self.last = first
         self.texts, self.token_ids, self.drafted = [first.text], [*first.token_ids], [*first.drafted]
         self.logprobs = None if first.logprobs is None else [*first.logprobs]
         self.prompt_logprobs = first.prompt_logprobs  # which the first delta of an output has
+        self.sources = first.sources
 
     def add(self, delta: OutputDelta) -> None:
         self.last = delta
         self.token_ids += delta.token_ids
         self.drafted += delta.drafted
+        self.sources += delta.sources
         if delta.text:
             self.texts.append(delta.text)
         if delta.logprobs is not None:
@@ -38,6 +40,7 @@ class _Unread:
             text="".join(self.texts),
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
             prompt_logprobs=self.prompt_logprobs,
+            sources=self.sources,
         )
 
 

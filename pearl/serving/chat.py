@@ -40,7 +40,8 @@ async def create_chat_completion(service: Service, body: ChatCompletionRequest, 
     params, grammar = await _form(service, body, params, tools)
     markup = _markup(service, body, tools, prompt_end, is_free=params.structured is None)
     generation = Generation(
-        service, f"chatcmpl-{uuid4().hex}", [(ids, params)], grammar=grammar, shown=markup.shown
+        service, f"chatcmpl-{uuid4().hex}", [(ids, params)], grammar=grammar, shown=markup.shown,
+        with_rounds=bool(body.return_rounds),
     )  # fmt: skip
     shape = ChatShape(service.engine.llm.tokenizer, logprobs is not None, markup, generation)
     answer = Answer(service, generation, shape, Wishes.of(body, logprobs is not None))

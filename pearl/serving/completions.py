@@ -34,7 +34,10 @@ async def create_completion(service: Service, body: CompletionRequest, request: 
         jobs.append((ids, _params(service, body, service.engine.llm.max_model_len - len(ids))))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else await service.texts.decode(ids))
     grammar = await compiled(service.texts, body, jobs[0][1])
-    generation = Generation(service, f"cmpl-{uuid4().hex}", jobs, prompts_alone=prompt_alone, grammar=grammar)
+    generation = Generation(
+        service, f"cmpl-{uuid4().hex}", jobs, prompts_alone=prompt_alone, grammar=grammar,
+        with_rounds=bool(body.return_rounds),
+    )  # fmt: skip
     shape = TextShape(service, generation, texts if body.echo else None, body.logprobs)
     return await Answer(service, generation, shape, wishes).respond(request, bool(body.stream))
 

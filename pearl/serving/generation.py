@@ -15,6 +15,7 @@ from pearl.prompts import ReadPrompt
 from pearl.sampling_params import SamplingParams
 from pearl.serving.async_stream import AsyncStream
 from pearl.serving.errors import api_error
+from pearl.serving.round_log import RoundLog
 from pearl.serving.service import Service
 
 _WAITING = 64  # chunks; beyond that each stream joins its own
@@ -33,11 +34,12 @@ class Generation:
         prompts_alone: bool = False,
         grammar: Grammar | None = None,
         shown: Collection[int] = (),
+        with_rounds: bool = False,
     ) -> None:
         """Queues all prompts or none. Raises what ``AsyncEngine.submit`` does.
 
         ``prompts_alone``: what is generated is left out; outputs are empty, and as long as was wanted. ``grammar``: of
-        all outputs. ``shown``: special tokens whose names are part of the text.
+        all outputs. ``shown``: special tokens whose names are part of the text. ``with_rounds``: keeps a log of them.
         """
         self.id, self.shown = request_id, shown
         self.prompts = [ids for ids, _ in jobs]
@@ -47,6 +49,11 @@ class Generation:
         self._prompts_alone = prompts_alone
         self.outputs = [CompletionOutput(index) for index in range(len(jobs) * self.per_prompt)]
         self._streams: list[AsyncStream] = []
+        self._engine = service.engine
+        self.rounds: RoundLog | None = None
+        if with_rounds:
+            self.rounds = RoundLog([params for _, params in jobs])
+            self._engine.observe(self.rounds)
         try:
             for ids, params in jobs:
                 prompt = ReadPrompt(token_ids=list(ids))
@@ -145,6 +152,8 @@ class Generation:
     def _cancel(self) -> None:
         for stream in self._streams:
             stream.cancel()
+        if self.rounds is not None:
+            self._engine.forget(self.rounds)
 
 
 async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[StreamChunk | BaseException | None]) -> None:
@@ -161,4 +170,4 @@ async def _forward(stream: AsyncStream, first: int, arrived: asyncio.Queue[Strea
 def _without_tokens(chunk: StreamChunk) -> StreamChunk:
     reason: FinishReason | None = None if chunk.finish_reason is None else "length"
     logprobs = None if chunk.logprobs is None else ()
-    return replace(chunk, text="", token_ids=(), drafted=(), finish_reason=reason, logprobs=logprobs)
+    return replace(chunk, text="", token_ids=(), drafted=(), sources=(), finish_reason=reason, logprobs=logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 from pearl.engine.rounds import RoundRecord
@@ -17,10 +18,18 @@ class Observers:
     def __init__(self, *observers: Observer) -> None:
         self._observers: tuple[Observer, ...] = observers
         self._failed: set[int] = set()  # by id
+        self._changing = threading.Lock()
 
     def add(self, observer: Observer) -> None:
         """May be called by any thread."""
-        self._observers = (*self._observers, observer)
+        with self._changing:
+            self._observers = (*self._observers, observer)
+
+    def remove(self, observer: Observer) -> None:
+        """If it is there. May be called by any thread; a call under way may still end."""
+        with self._changing:
+            self._observers = tuple(each for each in self._observers if each != observer)
+            self._failed.discard(id(observer))
 
     def __call__(self, record: RoundRecord) -> None:
         for observer in self._observers:

@@ -13,6 +13,8 @@ _FILES = {
     "/page/style.css": ("style.css", "text/css; charset=utf-8"),
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page/answer.js": ("answer.js", "text/javascript; charset=utf-8"),
+    "/page/race.js": ("race.js", "text/javascript; charset=utf-8"),
+    "/page/timeline.js": ("timeline.js", "text/javascript; charset=utf-8"),
     "/page/events.js": ("events.js", "text/javascript; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }

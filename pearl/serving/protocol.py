@@ -117,12 +117,16 @@ class SamplingFields(Body):
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    draft: Annotated[bool | None, Field(description="False: this request is decoded without drafting.")] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metrics: Annotated[bool | None, Field(description="Report how speculative decoding went.")] = None
     return_token_ids: Annotated[bool | None, Field(description="Token ids beside the text.")] = None
     return_token_sources: Annotated[
-        bool | None, Field(description="Whose each token is: the draft's, accepted, or the target's.")
+        bool | None, Field(description="Whose each token is, the draft's, accepted, or the target's; and how it came.")
+    ] = None
+    return_rounds: Annotated[
+        bool | None, Field(description="In a stream: the rounds of both models that each chunk comes from.")
     ] = None
 
 

@@ -83,6 +83,8 @@ def sampling_params(
             logit_bias=_biases(fields.logit_bias),
             logprobs=logprobs,
             structured=structured_output(fields),
+            draft=fields.draft is not False,
+            token_sources=bool(fields.return_token_sources),
         )
     except InvalidRequestError as error:
         own = error.param or ""

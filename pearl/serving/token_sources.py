@@ -1,10 +1,10 @@
-"""How tokens came, in answers: proposed by the drafter and accepted, or the target's own."""
+"""How tokens came, in answers: proposed by the drafter and accepted, or the target's own; and by what verdict."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pearl.attribution import Attribution
+from pearl.attribution import Attribution, Origin
 from pearl.models import Tokenizer
 from pearl.outputs import CompletionOutput, StreamChunk
 from pearl.serving.generation import Generation
@@ -26,8 +26,13 @@ class TokenSources:
             self._attributions[part.index] = attribution
         return {
             "token_sources": [_source(drafted) for drafted in part.drafted],
-            "text_sources": [{"text": text, "source": _source(drafted)} for text, drafted in attribution.pieces(part)],
+            "text_sources": [_piece(text, origin) for text, origin in attribution.pieces(part)],
+            "token_verdicts": list(part.sources),
         }
+
+
+def _piece(text: str, origin: Origin) -> dict[str, Any]:
+    return {"text": text, "source": _source(origin.drafted), "verdict": origin.source}
 
 
 def _source(drafted: bool) -> str:

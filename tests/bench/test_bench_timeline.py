@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bench_support import Finished, hand_made_round
 
-from bench.timeline import RUNS, draw_timeline
+from bench.timeline import PREPARED_COLOUR, RUNS, draw_timeline
 from pearl.config import EngineConfig
 from pearl.engine.rounds import RoundRecord
-from pearl.messages import Busy
+from pearl.messages import Branch, Busy, Drafted, DraftPlan
 
 pytest.importorskip("matplotlib")
 
@@ -88,12 +89,37 @@ def test_a_dot_tells_a_drafted_token_from_the_target_s_own(tmp_path: Path) -> No
     assert (dots.count("#4d9a6a"), dots.count("#b0413e")) == (4 + 1, 2 + 1)
 
 
-def test_the_pair_is_run_by_every_method_and_pace() -> None:
+@pytest.mark.parametrize(("token", "violet"), [(7, 2), (6, 0)], ids=("came true", "in vain"))
+def test_tokens_of_a_prepared_window_have_their_own_colour(tmp_path: Path, token: int, violet: int) -> None:
+    """A window of 2 tokens behind the first round's correction, 7; in the second one 3 tokens hold."""
+    first, second = (
+        hand_made_round(
+            n, whole=Busy(n, 1), target=Busy(n, 0.8), draft=Busy(n, 0.9), drafted=3, accepted=3 * n, own=True
+        )
+        for n in range(2)
+    )
+    branch = Branch(0, 0, 0, token, 1, 2, ())
+    (item,) = first.plan.draft.work
+    plan = replace(first.plan, draft=DraftPlan((item._replace(branches=(branch,)),)))
+    window = tuple(Drafted(t, 0.0, -1) for t in (token, 8, 9))
+    first = replace(first, plan=plan, result=replace(first.result, prepared={branch.id: window}))
+    path = tmp_path / "timeline.svg"
+    draw_timeline({"pearl": [first, second]}, path, 4000)
+    text = path.read_text("utf-8")
+    dots = re.findall(r"<use [^>]*style=\"fill: (#[0-9a-f]{6})", text)
+    assert (dots.count(PREPARED_COLOUR), dots.count("#4d9a6a"), dots.count("#b0413e")) == (
+        violet + 1,
+        4 - violet,
+        2 + 1,
+    )
+    assert len(re.findall(rf"<path [^>]*style=\"fill: {PREPARED_COLOUR}", text)) == 1 + 1  # a bar, and the legend's
+
+
+def test_the_pair_is_run_by_every_method() -> None:
     """Options of a variant are checked when it is made, after others ran for a while."""
-    configs = {name: EngineConfig(**options) for name, options in RUNS.items()}
-    assert list(configs) == ["autoregressive", "speculative", "pearl", "pearl, balanced"]
-    assert [config.method for config in configs.values()] == ["autoregressive", "speculative", "pearl", "pearl"]
-    assert [config.pace for config in configs.values()] == ["auto", "auto", "auto", "balanced"]
+    configs = [EngineConfig(**options) for options in RUNS.values()]
+    assert [config.method for config in configs] == ["autoregressive", "speculative", "pearl", "pearl"]
+    assert [config.prepared_windows for config in configs[2:]] == ["auto", 3]
 
 
 @pytest.mark.parametrize(

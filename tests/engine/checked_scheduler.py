@@ -52,6 +52,7 @@ class CheckedScheduler(Scheduler):
             request = self.requests[request_id]
             assert item.forward.start == request.draft_computed
             assert request.status is Status.RUNNING
+            assert request.params.draft
             assert item.num_draft <= request.remaining - len(request.pending)
             if item.num_draft and self.draft_kv:
                 assert item.forward.end == request.length + len(request.pending)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pearl.methods import METHODS, WAIT, Intent, Mode, Progress
+from pearl.methods import METHODS, PLAIN, WAIT, Intent, Mode, Progress, plain_intent
 
 DRAFT, VERIFY, BOTH = Intent(True, False), Intent(False, True), Intent(True, True)
 
@@ -57,6 +57,12 @@ def test_two_halves_come_out_of_step_and_stay_so(size: int) -> None:
             assert max(drafted, verified) <= -(-size // 2)
             assert number < 2 or min(drafted, verified) >= size // 2
             pending = [4 if i.draft else 0 if i.verify else k for i, k in zip(intents, pending, strict=True)]
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_a_plain_request_decodes_in_every_round_but_where_models_take_turns(mode: Mode) -> None:
+    assert plain_intent(mode, []) == plain_intent(mode, [VERIFY, WAIT]) == PLAIN
+    assert plain_intent(mode, [DRAFT, WAIT]) == (WAIT if mode == "speculative" else PLAIN)
 
 
 @pytest.mark.parametrize("mode", METHODS)

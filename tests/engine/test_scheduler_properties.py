@@ -31,10 +31,11 @@ class Arrival:
     max_tokens: int
     abort_round: int | None
     stop: str | None
+    draft: bool = True
 
     @property
     def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.max_tokens, stop=self.stop)
+        return SamplingParams(max_tokens=self.max_tokens, stop=self.stop, draft=self.draft, token_sources=True)
 
     @property
     def positions(self) -> int:
@@ -48,7 +49,7 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     at = draw(st.integers(0, 12))
     abort = draw(st.one_of(st.none(), st.none(), st.integers(at, at + 15)))
     stop = draw(st.sampled_from([None, None, "<3>", "4><1", "2>", "><1"]))
-    return Arrival(at, prompt, draw(st.integers(1, 14)), abort, stop)
+    return Arrival(at, prompt, draw(st.integers(1, 14)), abort, stop, draw(st.sampled_from([True, True, False])))
 
 
 @st.composite
@@ -112,6 +113,7 @@ def test_every_request_ends_with_exactly_the_targets_sequence(
             assert last.finish_reason == reason
             assert last.metrics.output_tokens == len(wanted)
             assert last.metrics.accepted <= last.metrics.tested <= last.metrics.drafted
+            assert arrival.draft or last.metrics.drafted == last.metrics.draft_forwards == 0
             assert last.metrics.accepted == 0 or last.metrics.runs > 0
             event(f"preempted: {last.metrics.preemptions > 0}, cached: {last.metrics.cached_tokens > 0}")
     simulation.check_empty()

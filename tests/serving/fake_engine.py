@@ -24,7 +24,7 @@ def chunk(
     text: str, finish_reason: FinishReason | None = None, error: str | None = None, index: int = 0
 ) -> StreamChunk:
     """One token of that text."""
-    return StreamChunk(index, text, (1,), (True,), finish_reason, RequestMetrics(), error)
+    return StreamChunk(index, text, (1,), (True,), finish_reason, RequestMetrics(), error, sources=("pre-verify",))
 
 
 class FakeStream:
@@ -62,10 +62,14 @@ class FakeEngine:
         self.shown: Collection[int] = ()
         self.health, self.load, self.draining = Health(True), EngineLoad(0, 0, 0.0), False
         self.streams: list[FakeStream] = []
+        self.observers: list[Any] = []
         self.asked: list[tuple[Sequence[int], SamplingParams]] = []
 
     def observe(self, observer: Any) -> None:
-        """It has no rounds."""
+        self.observers.append(observer)
+
+    def forget(self, observer: Any) -> None:
+        self.observers = [each for each in self.observers if each is not observer]
 
     def submit(
         self,

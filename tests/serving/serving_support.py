@@ -71,7 +71,10 @@ def live_server(defaults: SamplingDefaults | None = None, **changes: Any) -> Ite
                 wait_until(lambda: at_rest(engine))
                 engine.llm.engine.scheduler.target_kv.check_integrity()
     finally:
-        asyncio.run(engine.close())
+        # In a thread without an event loop: the tests' own may have one (Playwright's).
+        closing = threading.Thread(target=lambda: asyncio.run(engine.close()))
+        closing.start()
+        closing.join()
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

@@ -73,7 +73,7 @@ def test_every_file_of_the_page_is_served_and_every_reference_leads_to_one(idle_
 
 def test_the_page_needs_nothing_from_elsewhere_and_runs_no_text() -> None:
     for item in FOLDER.iterdir():
-        text = item.read_text("utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
+        text = item.read_text("utf-8").replace('"http://www.w3.org/2000/svg"', "")  # a name, no address
         assert not re.search(r"(https?:)?//[\w-]+\.\w|@import|url\(|data:\w+/", text), item.name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(", text)
         assert not re.search(r"localStorage|document\.cookie", text), "the key stays in the tab"
@@ -153,17 +153,19 @@ def test_half_a_character_of_one_output_is_no_others(idle_llm: LLM) -> None:
     *begin, end = idle_llm.encode("\N{SNOWMAN}")
     letter = tuple(idle_llm.encode("a"))
     script = [
-        StreamChunk(0, "", tuple(begin), (True,) * len(begin), None, RequestMetrics()),
-        StreamChunk(1, "a", letter, (False,), "length", RequestMetrics()),
-        StreamChunk(0, "\N{SNOWMAN}", (end,), (True,), "length", RequestMetrics()),
+        StreamChunk(
+            0, "", tuple(begin), (True,) * len(begin), None, RequestMetrics(), sources=("prepared",) * len(begin)
+        ),
+        StreamChunk(1, "a", letter, (False,), "length", RequestMetrics(), sources=("corrected",)),
+        StreamChunk(0, "\N{SNOWMAN}", (end,), (True,), "length", RequestMetrics(), sources=("post-verify",)),
     ]
     body = BODY | {"n": 2, "return_token_sources": True}
     told = ask(FakeEngine(idle_llm, *script), "POST", "/v1/completions", json=body | {"stream": True}).text
-    assert '"text_sources":[{"text":"\N{SNOWMAN}","source":"draft"}]' in told
+    assert '"text_sources":[{"text":"\N{SNOWMAN}","source":"draft","verdict":"post-verify"}]' in told
     whole = ask(FakeEngine(idle_llm, *script), "POST", "/v1/completions", json=body).json()["choices"]
     assert [choice["text_sources"] for choice in whole] == [
-        [{"text": "\N{SNOWMAN}", "source": "draft"}],
-        [{"text": "a", "source": "target"}],
+        [{"text": "\N{SNOWMAN}", "source": "draft", "verdict": "post-verify"}],
+        [{"text": "a", "source": "target", "verdict": "corrected"}],
     ]
 
 
@@ -176,7 +178,9 @@ def test_sources_are_told_on_request_alone(idle_llm: LLM, stream: bool, wish: di
     assert "sources" not in response.text
     asking = body | {"return_token_sources": True}
     told = ask(FakeEngine(idle_llm, chunk("a", "length")), "POST", "/v1/completions", json=asking).text
-    assert '"token_sources":["draft"],"text_sources":[{"text":"a","source":"draft"}]' in told
+    piece = '{"text":"a","source":"draft","verdict":"pre-verify"}'
+    assert f'"token_sources":["draft"],"text_sources":[{piece}],"token_verdicts":["pre-verify"]' in told
+    assert "verdict" not in response.text
 
 
 def test_tokens_without_text_are_told_of_too(idle_llm: LLM) -> None:

@@ -1,9 +1,16 @@
-// One answer while it grows: its tokens, a strip of its rounds, and its figures. Text of a model is only ever textContent.
+// One answer while it grows: its tokens, its figures and its rounds. Text of a model is only ever textContent.
 
-const TITLES = {
-  draft: "proposed by the draft model, accepted by the target",
-  target: "the target's own token",
+import { draw, settle, summary } from "./timeline.js";
+
+const VERDICTS = {
+  "pre-verify": "drafted, and accepted while the rest of its window was being drafted (pre-verify)",
+  "post-verify": "drafted, and accepted as part of a window that was waiting (post-verify)",
+  prepared: "drafted ahead, in a window that was prepared for this verdict, and accepted",
+  corrected: "the target's own, in place of a drafted token that it rejected",
+  plain: "the target's own: nothing was drafted here",
 };
+const FIGURES = ["tokens", "speed", "first", "acceptance", "rounds", "per-round"];
+const REDRAWN = { figures: 100, rounds: 1000 }; // milliseconds, while an answer grows: the server may be on this machine
 
 export function element(id) {
   return document.getElementById(id);
@@ -26,12 +33,17 @@ export class Answer {
     this.node = node;
     this.text = "";
     this.counts = { draft: 0, target: 0 };
+    this.verdicts = Object.fromEntries(Object.keys(VERDICTS).map((name) => [name, 0]));
+    this.ids = [];
+    this.rounds = [];
+    this.arrivals = []; // of pieces of the stream: milliseconds since the request was sent; tokens and spans by then
+    this.metrics = null;
     this.reason = null;
+    this.onTokens = () => {};
     this.begun = performance.now();
-    this.first = this.last = null;
-    element("strip").replaceChildren();
-    for (const id of ["tokens", "speed", "first", "acceptance", "rounds", "per-round"]) show(id, "–");
-    this.showCounts();
+    this.spans = 0;
+    this.shown = { figures: 0, rounds: 0 }; // when
+    this.present();
     node.classList.add("running");
   }
 
@@ -42,51 +54,74 @@ export class Answer {
   add(event) {
     const box = this.node.parentElement;
     const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 40; // else somebody reads further up
+    this.rounds.push(...(event.rounds ?? []));
     for (const choice of event.choices) {
-      this.addTokens(choice.token_sources ?? []);
-      for (const { text, source } of choice.text_sources ?? []) this.addText(text, source);
+      for (const piece of choice.text_sources ?? []) this.addText(piece);
+      this.addTokens(choice);
       this.reason = choice.finish_reason ?? this.reason;
     }
-    if (event.metrics) this.showMetrics(event.metrics);
+    if (event.metrics) this.metrics = event.metrics.pearl;
+    if (this.isDue("figures")) this.showFigures();
+    if (this.isDue("rounds")) this.showRounds();
     if (follows) box.scrollTop = box.scrollHeight;
   }
 
-  addText(text, source) {
+  isDue(what) {
+    return performance.now() - this.shown[what] > REDRAWN[what];
+  }
+
+  addText({ text, source, verdict }) {
     this.text += text;
-    const token = made("span", `token ${source}`, text);
-    token.title = TITLES[source];
+    const token = made("span", `token ${source} ${verdict}`, text);
+    token.title = VERDICTS[verdict];
     this.node.append(token);
+    this.spans += 1;
   }
 
-  addTokens(sources) {
+  addTokens({ token_sources: sources = [], token_verdicts: verdicts = [], token_ids: ids = [] }) {
     if (!sources.length) return;
-    this.last = performance.now();
-    this.first ??= this.last;
-    const round = made("div", "round");
-    for (const source of sources) {
-      this.counts[source] += 1;
-      round.append(made("span", `cell ${source}`));
-    }
-    element("strip").append(round);
-    this.showCounts();
-    show("tokens", this.tokens);
-    show("first", `${Math.round(this.first - this.begun)} ms`);
-    show("speed", ((1000 * this.tokens) / (this.last - this.begun)).toFixed(0));
+    for (const source of sources) this.counts[source] += 1;
+    for (const verdict of verdicts) this.verdicts[verdict] += 1;
+    this.ids.push(...ids);
+    this.arrivals.push({ at: performance.now() - this.begun, tokens: this.tokens, spans: this.spans });
+    this.onTokens();
   }
 
-  showCounts() {
+  /** Shows everything but the text: this answer's, whichever was shown before. */
+  present() {
+    this.showFigures();
+    this.showRounds();
+  }
+
+  showFigures() {
+    this.shown.figures = performance.now();
     show("drafted", this.counts.draft);
     show("own", this.counts.target);
+    for (const [name, count] of Object.entries(this.verdicts)) show(`count-${name}`, count);
+    for (const id of FIGURES) show(id, "–");
+    if (this.arrivals.length) {
+      show("tokens", this.tokens);
+      show("first", `${Math.round(this.arrivals[0].at)} ms`);
+      show("speed", ((1000 * this.tokens) / this.arrivals.at(-1).at).toFixed(0));
+    }
+    if (this.metrics) {
+      const { acceptance_rate: rate, target_forwards: forwards, tokens_per_target_forward: each } = this.metrics;
+      show("acceptance", rate === null ? "–" : `${(100 * rate).toFixed(0)} %`);
+      show("rounds", forwards);
+      show("per-round", each?.toFixed(2) ?? "–");
+    }
   }
 
-  showMetrics({ pearl }) {
-    const rate = pearl.acceptance_rate;
-    show("acceptance", rate === null ? "–" : `${(100 * rate).toFixed(0)} %`);
-    show("rounds", pearl.target_forwards);
-    show("per-round", pearl.tokens_per_target_forward?.toFixed(2) ?? "–");
+  showRounds() {
+    this.shown.rounds = performance.now();
+    const rounds = settle(this.rounds.map((round) => ({ ...round })), this.reason !== null);
+    draw(element("timeline"), rounds);
+    show("timeline-summary", rounds.length ? summary(rounds) : "");
+    element("timeline-figure").hidden = !rounds.length;
   }
 
   finish() {
     this.node.classList.remove("running");
+    this.present();
   }
 }

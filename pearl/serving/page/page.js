@@ -2,6 +2,7 @@
 
 import { Answer, element, made } from "./answer.js";
 import { Refused, events, read } from "./events.js";
+import { Race } from "./race.js";
 
 const form = element("form");
 const prompt = element("prompt");
@@ -12,6 +13,8 @@ const REASONS = { length: "the limit of tokens is reached", stop: "the text ende
 
 let conversation = []; // messages, both sides'
 let running = null; // AbortController of the request
+let race = null; // the latest
+let verification = null; // the server's rule
 
 function mode() {
   return form.elements.mode.value;
@@ -46,6 +49,8 @@ async function describe() {
   try {
     const [model] = (await read("v1/models", keyGiven())).data;
     const { method, draft } = model.pearl;
+    verification = model.pearl.verification;
+    element("start-race").hidden = !draft;
     element("served").textContent = `${model.id} · ${method}${draft ? ` · draft: ${draft}` : ""}`;
     for (const id of ["temperature", "top_p"]) {
       element(id).placeholder = model.default_sampling_params[id] ?? "1";
@@ -68,10 +73,14 @@ function turn(classes, text = "") {
   return node;
 }
 
+function wishes() {
+  return { stream: true, metrics: true, return_token_sources: true, return_rounds: true, ...sampling() };
+}
+
 /** Puts the question on the page; returns where, and how, it is asked. */
 function ask() {
   const text = prompt.value;
-  const options = { stream: true, metrics: true, return_token_sources: true, ...sampling() };
+  const options = wishes();
   if (mode() === "completion") {
     element("transcript").replaceChildren();
     return { url: "v1/completions", body: { prompt: text, ...options }, answer: new Answer(turn("completion", text)) };
@@ -86,27 +95,34 @@ function ask() {
 function busy(now) {
   const focused = document.activeElement;
   element("generate").disabled = now;
+  element("start-race").disabled = now;
   element("stop").disabled = !now;
   for (const radio of form.elements.mode) radio.disabled = now;
   element("renew").disabled = now;
   element("transcript").setAttribute("aria-busy", now);
   // A button that is disabled loses the focus, and with it the keyboard's place.
-  if (now && focused === element("generate")) element("stop").focus();
+  if (now && [element("generate"), element("start-race")].includes(focused)) element("stop").focus();
   if (!now && focused === element("stop")) element("generate").focus();
 }
 
-async function generate() {
-  if (running || !form.reportValidity()) return;
+/** Whether a question may be asked now; then the page is ready for its answer. */
+function begin(racing) {
+  if (running || !form.reportValidity()) return false;
+  race?.stop();
   running = new AbortController();
   busy(true);
   element("problem").hidden = true;
-  tell("Generating…");
-  const { url, body, answer } = ask();
-  element("transcript").scrollTop = element("transcript").scrollHeight;
-  element("output").scrollIntoView({ block: "nearest" });
+  element("race").hidden = !racing;
+  element("transcript").hidden = racing;
+  return true;
+}
+
+/** Until the answer has ended; false: before its end. */
+async function receive(url, body, answer) {
+  let complete = false;
   try {
     for await (const event of events(url, body, keyGiven(), running.signal)) answer.add(event);
-    tell(`Finished: ${REASONS[answer.reason] ?? answer.reason}.`);
+    complete = true;
   } catch (error) {
     if (running.signal.aborted) {
       tell("Stopped. What the server counts is not known of an answer that was stopped.");
@@ -116,9 +132,52 @@ async function generate() {
     }
   }
   answer.finish();
-  if (mode() === "chat") remember(answer);
+  return complete;
+}
+
+function end() {
   running = null;
   busy(false);
+}
+
+async function generate() {
+  if (!begin(false)) return;
+  tell("Generating…");
+  const { url, body, answer } = ask();
+  element("transcript").scrollTop = element("transcript").scrollHeight;
+  element("output").scrollIntoView({ block: "nearest" });
+  if (await receive(url, body, answer)) tell(`Finished: ${REASONS[answer.reason] ?? answer.reason}.`);
+  if (mode() === "chat") remember(answer);
+  end();
+}
+
+/** What both sides of a race are asked: a conversation goes on as if it had not been. */
+function raced() {
+  const options = { ...wishes(), return_token_ids: true };
+  options.seed ??= Math.floor(Math.random() * 2 ** 31);
+  if (mode() === "completion") return { url: "v1/completions", body: { prompt: prompt.value, ...options } };
+  const messages = [...conversation, { role: "user", content: prompt.value }];
+  return { url: "v1/chat/completions", body: { messages, ...options } };
+}
+
+async function compete() {
+  if (!begin(true)) return;
+  race = new Race();
+  const { url, body } = raced();
+  element("output").scrollIntoView({ block: "nearest" });
+  tell("First with drafting…");
+  let complete = await receive(url, { ...body, draft: true }, race.enter("drafting"));
+  if (complete) {
+    tell("Now without…");
+    complete = await receive(url, { ...body, draft: false }, race.enter("plain"));
+  }
+  if (complete) {
+    const temperature = Number(element("temperature").value || element("temperature").placeholder);
+    race.finish(temperature === 0 || verification === "coupled");
+    tell("Finished. Figures and rounds are those with drafting.");
+  }
+  race.answers.drafting.present();
+  end();
 }
 
 /** What was said is the next question's past; a question without an answer goes back to where it was written. */
@@ -134,6 +193,9 @@ function remember(answer) {
 }
 
 function renew() {
+  race?.stop();
+  element("race").hidden = true;
+  element("transcript").hidden = false;
   conversation = [];
   element("transcript").replaceChildren();
   const chat = mode() === "chat";
@@ -145,6 +207,8 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
 });
+element("start-race").addEventListener("click", compete);
+element("replay").addEventListener("click", () => race.replay());
 element("stop").addEventListener("click", () => running?.abort());
 element("renew").addEventListener("click", () => {
   renew();
