@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 from e2e_support import Pair, assert_at_rest, prompts, token_ids
@@ -23,8 +23,8 @@ def text_fails_for(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: list[int],
     """Outputs of the prompt ``tokens`` cannot be made after that many verdicts."""
     right = type(llm.tokenizer).detokenizer
 
-    def detokenizer(tokenizer: object, prompt: list[int]) -> object:
-        made = right(tokenizer, prompt)  # type: ignore[arg-type]
+    def detokenizer(tokenizer: object, prompt: list[int], shown: Collection[int] = ()) -> object:
+        made = right(tokenizer, prompt, shown)  # type: ignore[arg-type]
         feed, calls = made.feed, []
 
         def failing(token: int) -> str:
