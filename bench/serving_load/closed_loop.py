@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.serving_load.client import Connection, Reply
 from bench.serving_load.questions import PATH, Answers, Question, is_right
-from bench.serving_load.server import Server
+from bench.shared.server import Server
 
 _LOOK = 0.1  # seconds between two looks at whether the user wants no more
 PERCENTILES = (50, 95, 99)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.serving_load.closed_loop import Seen, closed_loop, until_idle
 from bench.serving_load.questions import Answers, Question, answers
 from bench.serving_load.report import Cell, draw, table
-from bench.serving_load.server import Server, server
+from bench.shared.server import Server, server
 from pearl.bench.command import run_command
 from pearl.bench.contenders import Contender, parse_contenders
 from pearl.bench.options import check_output, check_picture, positive_numbers

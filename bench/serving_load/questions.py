@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.serving_load.client import Connection, Reply
-from bench.serving_load.server import Server
+from bench.shared.server import Server
 from pearl.errors import RoundError
 
 PATH = "/v1/completions"

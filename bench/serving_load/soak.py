@@ -23,7 +23,7 @@ from bench.serving_load.checked_server import INTACT, PAGES
 from bench.serving_load.client import Connection
 from bench.serving_load.closed_loop import Percentiles, percentiles, until_idle
 from bench.serving_load.questions import PATH, Answers, Question, answers, is_right, tokens_of
-from bench.serving_load.server import Server, server
+from bench.shared.server import Server, server
 from pearl.bench.command import run_command
 from pearl.bench.options import check_output
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts

@@ -20,7 +20,7 @@ from bench.serving_load import checked_server, program, soak
 from bench.serving_load.client import Connection, Reply
 from bench.serving_load.closed_loop import Seen, closed_loop
 from bench.serving_load.questions import Question, is_right
-from bench.serving_load.server import Server
+from bench.shared.server import Server
 from pearl import LLM
 
 SCRIPT = "serve_load.py"

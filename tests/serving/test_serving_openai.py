@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_support import NAME, OPTIONS, PROMPT, LiveServer, live_server
+from serving_support import NAME, OPTIONS, PROMPT, LiveServer
 
 from pearl import LLM, SamplingParams
 from pearl.outputs import RequestOutput
@@ -16,24 +15,6 @@ from pearl.outputs import RequestOutput
 ROUND_PARTS = ("rounds", "round_seconds", "round_tokens")
 MESSAGES: Any = [{"role": "user", "content": "def add(a, b):"}]
 SEEDED = {"temperature": 0.9, "seed": 7, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with live_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(**OPTIONS) as loaded:
-        yield loaded
 
 
 def generated(llm: LLM, prompt: Any, **params: Any) -> RequestOutput:

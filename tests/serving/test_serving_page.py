@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 import pytest
 from fake_engine import BODY, FakeEngine, ask, chunk
-from serving_support import PROMPT, LiveServer, live_server
+from serving_support import PROMPT, LiveServer
 
 from pearl import LLM
 from pearl.outputs import RequestMetrics, StreamChunk
@@ -20,12 +19,6 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": 40}
 MESSAGES: Any = [{"role": "user", "content": "def add(a, b):"}]
 ROUTES = [("/v1/completions", {"prompt": PROMPT}), ("/v1/chat/completions", {"messages": MESSAGES})]
 FOLDER = files("pearl.serving") / "page"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with live_server() as running:
-        yield running
 
 
 def streamed(server: LiveServer, path: str, **body: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import openai
 import pytest
 from async_support import greedy, read, run, serving
 from fake_engine import BODY, FakeEngine, ask, chunk
-from serving_support import NAME, OPTIONS, PROMPT, LiveServer, live_server
+from serving_support import NAME, PROMPT, LiveServer
 
 from pearl import LLM, SamplingParams
 from pearl.messages import TokenLogprobs
@@ -23,18 +22,6 @@ from pearl.serving.logprobs import ranked_logprobs
 
 TEXTS = (PROMPT, "import os\nimport sys\n\n\ndef main(argv=None):\n    # " + "läuft → " * 20)
 ASKED: dict[str, Any] = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with live_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(**OPTIONS) as loaded:
-        yield loaded
 
 
 def generated(llm: LLM, prompt: Any, most: int, **params: Any) -> RequestOutput:

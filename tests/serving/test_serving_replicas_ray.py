@@ -15,7 +15,7 @@ import pytest
 
 from bench.serving_load.client import Connection, Reply
 from bench.serving_load.questions import PATH, Question, answers, is_right
-from bench.serving_load.server import Server, server
+from bench.shared.server import Server, server
 
 pytest.importorskip("ray")
 PROMPTS = ("import os\n", "def add(a, b):\n", "class Node:\n    ", "for i in range(", "try:\n    x =", "# a test\n")

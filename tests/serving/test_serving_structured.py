@@ -6,13 +6,12 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
-from serving_support import NAME, OPTIONS, PROMPT, LiveServer, live_server
+from serving_support import NAME, PROMPT, LiveServer
 
 from pearl import LLM, SamplingParams
 
@@ -24,24 +23,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 CALL: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "item", "strict": True, "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with live_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(**OPTIONS) as loaded:
-        yield loaded
 
 
 def test_a_schema_in_chat(client: openai.OpenAI, llm: LLM) -> None:

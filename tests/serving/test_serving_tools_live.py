@@ -30,12 +30,6 @@ def server(pair: Folders) -> Iterator[LiveServer]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def answer_to(client: openai.OpenAI, messages: list[Any], stream: bool) -> Any:
     asked: dict[str, Any] = {"model": NAME, "messages": messages, "temperature": 0, "tools": [ADD]}
     if not stream:

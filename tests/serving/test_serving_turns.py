@@ -7,19 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving_support import OPTIONS, PROMPT, LiveServer, live_server
+from serving_support import OPTIONS, PROMPT, LiveServer
 
 from pearl import LLM, SamplingParams
 
 QUESTION = {"role": "user", "content": PROMPT + "    with open(path) as file:"}
 NEXT = {"role": "user", "content": "def write_lines(path, lines):"}
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with live_server() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

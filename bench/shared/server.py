@@ -1,4 +1,4 @@
-"""A server as a process of its own, on a free port of loopback."""
+"""``pearl serve`` as a process of its own, on a free port of loopback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pearl.errors import RoundError
 _ROOT = Path(__file__).resolve().parents[2]
 _LOADING = 300.0  # seconds until a server must listen
 _ENDING = 60.0  # seconds that it has to finish what runs
-_LINES = 200  # of its log that are kept
+_LINES = 20_000  # of its log that are kept
 PEARL = "pearl.cli"
 _MEBIBYTE = 1 << 20
 
@@ -27,6 +27,10 @@ class Server:
 
     def __init__(self, process: subprocess.Popen[str], host: str, port: int, log: deque[str]) -> None:
         self.process, self.host, self.port, self.log = process, host, port, log
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
 
     def resident(self) -> float:
         """MiB of its memory, those of processes that it started included; 0 where there is no /proc."""
