@@ -123,15 +123,18 @@ def compare(
         contender.llm.engine.observer = contender.rounds.append
         # Warm up: the first-use costs of such a batch, and what the pace measures.
         contender.llm.generate(prompts[:batch], every[:batch])
-    for repeat in range(repeats):
-        for contender in field_ if repeat % 2 == 0 else field_[::-1]:
-            contender.run(prompts, every, partial(advance, contender.name))
-            ended(_results(field_, batch))
+    try:
+        for repeat in range(repeats):
+            for contender in field_ if repeat % 2 == 0 else field_[::-1]:
+                contender.run(prompts, every, partial(advance, contender.name))
+                ended(_results(field_, batch))
+    finally:
+        gc.unfreeze()
     return _results(field_, batch)
 
 
 def _collect() -> None:
-    """Python's garbage now: a collection of all that was ever imported takes a tenth of a second, of anyone's run."""
+    """Python's garbage now, so that no run looks through all that was imported, which takes a tenth of a second."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()

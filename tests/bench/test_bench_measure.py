@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -203,6 +204,18 @@ def test_contenders_are_warmed_up_and_then_take_turns(monkeypatch: pytest.Monkey
     assert (a.batch, a.prompts) == (1, 2)
     assert (a.tokens, a.seconds, a.tok_s, a.speedup) == (10, 5, 2, 1)
     assert (b.tokens, b.seconds, b.tok_s, b.speedup) == (10, 2, 5, 2.5)
+
+
+def test_no_run_collects_what_there_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection of all that was imported would be a tenth of a second of whichever run it fell in."""
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    metrics, frozen = [RequestMetrics(output_tokens=5)], []
+    llm = fake_llm(clock=clock, scripts=[(1.0, ROUNDS, metrics)] * 3)
+    compare({"a": llm}, ["x"], PARAMS, 2, lambda name: frozen.append(gc.get_freeze_count()))  # type: ignore[dict-item]
+    assert frozen
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_rates_weigh_requests_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,20 @@ def test_a_stall_of_the_machine_says_nothing_of_the_mode_in_which_it_fell() -> N
     assert policy._running.rate > 0.9 * rate  # type: ignore[union-attr]
 
 
+def test_a_prediction_is_judged_by_batches_of_about_that_size() -> None:
+    """Twenty requests get as much done as thirty only if the prediction for thirty was wrong."""
+    machine, policy = Machine(1.0, 5.0, 0.1, 0.3, noise=0.03), AutoPace(["pearl"], LARGEST, SIZES)
+    for _ in Batch(machine, 30, lambda *_: Odds(0.75, 0.75)).serve(policy, 200):
+        pass
+    before = policy._calibration.factor("pearl", 30)
+    for _ in range(40):
+        policy.observe(measured_round(20, rows=60, target_seconds=11.0, steps=4))
+    assert policy._calibration.factor("pearl", 30) == before
+    for _ in range(40):
+        policy.observe(measured_round(29, rows=60, target_seconds=11.0, steps=4))
+    assert policy._calibration.factor("pearl", 30) != before
+
+
 def test_what_rows_cost_that_nobody_has_seen_is_a_guess_that_is_soon_looked_at() -> None:
     """Rows were dear while memory was cold, which is forgotten: then longer windows look free, for a few rounds."""
     policy = AutoPace(("pearl",), LARGEST, SIZES)

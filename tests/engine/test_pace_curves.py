@@ -105,6 +105,18 @@ def test_similar_loads_share_what_was_measured_others_do_not() -> None:
     assert target(curves, 32, Load(8, 3000 * 8)) == 20.0
 
 
+def test_rows_that_a_batch_never_had_are_known_from_other_batches() -> None:
+    curves, sixteen = Curves(SIZES), Load(16, 800)
+    for _ in range(3):
+        curves.observe(measured_round(1, rows=4, target_seconds=3.0))
+        curves.observe(measured_round(16, rows=32, target_seconds=9.0))
+    assert target(curves, 4, sixteen) == 3.0
+    for _ in range(3):
+        curves.observe(measured_round(16, rows=4, target_seconds=5.0))
+    assert target(curves, 4, sixteen) == 5.0  # but its own count more
+    assert target(curves, 4) == 3.0
+
+
 def test_old_times_are_forgotten() -> None:
     curves = Curves(SIZES)
     for seconds in [3.0] * 200 + [9.0] * 64:
@@ -187,6 +199,16 @@ def test_of_what_one_mode_was_off_others_are_suspected_a_little() -> None:
     calibration = calibrated(1.1, 3000)
     assert calibration.factor("pearl", 1) < calibration.factor("speculative", 1) < 0.98
     assert calibrated(8.0, 3000).factor("speculative", 1) > 0.9  # but so much is a fault of the mode's own
+
+
+def test_corrections_are_those_of_batches_of_that_size_and_fade_while_others_run() -> None:
+    calibration = calibrated(2.0, 300)
+    before = calibration.factor("pearl", 1)
+    assert before < 0.8
+    assert calibration.factor("pearl", 16) == 1.0
+    for _ in range(5000):
+        calibration.observe("speculative", tokens=1, seconds=1.0, predicted_rate=1.0, batch=1)
+    assert calibration.factor("pearl", 1) > before + 0.15
 
 
 def test_how_often_windows_hit_is_learnt_whatever_number_there_was() -> None:
