@@ -4,6 +4,7 @@ from pearl_kernels.provider import Situation
 from pearl_kernels.reference import (
     Alternatives,
     LinearWeight,
+    QuantizedMatrix,
     Rule,
     Sampled,
     SamplingTensors,
@@ -17,6 +18,7 @@ __all__ = [
     "Alternatives",
     "KernelSet",
     "LinearWeight",
+    "QuantizedMatrix",
     "Rule",
     "Sampled",
     "SamplingTensors",

@@ -22,6 +22,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
         reference.add_rms_norm,
         reference.silu_and_mul,
         reference.pack_linear,
+        reference.pack_quantized,
         reference.weight_rows,
         reference.linear,
         reference.rope_and_cache,
@@ -34,7 +35,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 
 
 # They read what the first makes: a preference for one of them holds for all.
-_PARTNERS = ("pack_linear", "linear", "weight_rows")
+_PARTNERS = ("pack_linear", "pack_quantized", "linear", "weight_rows")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class KernelSet:
     add_rms_norm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
     pack_linear: Callable[..., Any]
+    pack_quantized: Callable[..., Any]
     weight_rows: Callable[..., Any]
     linear: Callable[..., Any]
     rope_and_cache: Callable[..., Any]

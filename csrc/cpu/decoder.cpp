@@ -27,6 +27,19 @@ void check_rows(const char* name, const int64_t* values, int64_t count, int64_t 
   }
 }
 
+int64_t weight_bits(WeightFormat format, DType dtype) {
+  switch (format) {
+    case WeightFormat::kFull:
+      return 8 * bytes_of(dtype);
+    case WeightFormat::kInt8:
+    case WeightFormat::kGroupInt8:
+      return 8;
+    case WeightFormat::kGroupInt4:
+      return 4;
+  }
+  return 0;
+}
+
 /// Row `row`, of `bytes`, of a matrix in WeightFormat::kFull: the inputs of a step are 4 bytes of each column.
 void read_packed_row(const void* packed, int64_t row, int64_t bytes, uint8_t* out) {
   constexpr int64_t kStep = 4, kStride = kStep * kPanelColumns;
@@ -56,13 +69,12 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, co
   }
   count_weights(head_);
   if (embedding_ == nullptr && head_.format != WeightFormat::kFull) {
-    throw std::invalid_argument("decoder: an int8 head cannot be read as the embedding");
+    throw std::invalid_argument("decoder: a head of integers cannot be read as the embedding");
   }
 }
 
 void Decoder::count_weights(const PackedMatrix& matrix) {
-  const int64_t bytes = matrix.format == WeightFormat::kInt8 ? 1 : bytes_of(shape_.dtype);
-  weight_bytes_ += matrix.in_features * matrix.out_features * bytes;
+  weight_bytes_ += matrix.in_features * matrix.out_features * weight_bits(matrix.format, shape_.dtype) / 8;
 }
 
 void Decoder::forward(const DecoderBatch& batch) {
@@ -135,7 +147,7 @@ void Decoder::norm(const void* weight, bool add, int64_t tokens) {
 void Decoder::project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens) {
   parallel::linear(*threads_,
                    {shape_.dtype, matrix.format, tokens, matrix.in_features, matrix.out_features, x, matrix.in_features,
-                    matrix.weight, matrix.scale, matrix.bias, out, nullptr},
+                    matrix.weight, matrix.scale, matrix.offset, matrix.group, matrix.bias, out, nullptr},
                    scratch_);
 }
 

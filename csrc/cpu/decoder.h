@@ -24,6 +24,8 @@ struct PackedMatrix {
   int64_t in_features, out_features;
   const void* weight;
   const float* scale;
+  const float* offset;
+  int64_t group;
   const void* bias;
 };
 
@@ -84,7 +86,7 @@ class Decoder {
 
   DecoderShape shape_;
   std::vector<DecoderLayer> layers_;
-  const void* embedding_;  // [vocab_size, hidden]; null: the rows of the head, which is not int8 then
+  const void* embedding_;  // [vocab_size, hidden]; null: the rows of the head, which is kFull then
   const void* norm_;       // [hidden]
   PackedMatrix head_;      // [vocab_size, hidden]
   const float* cos_sin_;   // [max_position, head_dim]

@@ -30,13 +30,18 @@ struct Stripes {
   }
 };
 
+/// How far ahead the weights of a group are asked for, which is less than a chunk of weights without groups.
+inline constexpr int64_t kGroupAheadBytes = kAheadBytes > 0 ? kAheadBytes : 8 << 10;
+
 /// For pass `pass` of `passes` over the chunk of `steps` steps at weight, each of kParts parts of its columns or of
 /// some rows: all of them together ask for as many bytes as the chunk has.
-template <class W, int kParts>
+template <class W, int kParts, bool kGroups>
 inline auto weights_ahead(const char* weight, int64_t steps, int64_t pass, int64_t passes) {
   const int64_t share = W::kStepBytes / passes, begin = pass * steps * share;
   constexpr int kLines = (W::kStepBytes * kParts / kPanelParts + kLineBytes - 1) / kLineBytes;
-  if constexpr (kAheadBytes > 0) {
+  if constexpr (kGroups) {
+    return Stream<kLines>{weight + kGroupAheadBytes + begin, share};
+  } else if constexpr (kAheadBytes > 0) {
     return Stream<kLines>{weight + kAheadBytes + begin, share};
   } else {
     const int64_t line_share = share / kLines;

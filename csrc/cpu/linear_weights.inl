@@ -27,6 +27,23 @@ struct Int8Weight : TimesNumber {
   }
 };
 
+/// Where input `input` of a word of eight lies.
+constexpr int nibble_shift(int input) { return input / 2 * 4 + input % 2 * 16; }
+
+struct Int4Words {
+  static constexpr int kInputs = 8, kStepBytes = 4 * kPanelColumns;
+  static PartBits words(const char* step, int part) {
+    return load_part(reinterpret_cast<const uint32_t*>(step + part * 4 * kPartLanes));
+  }
+};
+
+struct Int4Weight : Int4Words, TimesNumber {
+  static constexpr int kWords = 8;
+  static Part operand(const char* step, int part, int input) {
+    return nibble_part(words(step, part), nibble_shift(input));
+  }
+};
+
 struct BFloat16Pairs {
   static constexpr int kInputs = 2, kStepBytes = 4 * kPanelColumns;
   static const char* place(const char* step, int part) { return step + part * 4 * kPartLanes; }
@@ -40,21 +57,28 @@ struct BFloat16Pairs {
 struct TimesPair {
   using Number = BFloat16;
   using Operand = PartBits;
-  static constexpr int kWords = 1;
   static Part multiply(PartBits w, PartBits x, Part sum) { return dot_pairs(w, x, sum); }
 };
 
 struct BFloat16Weight : BFloat16Pairs, TimesPair {
+  static constexpr int kWords = 1;
   static PartBits operand(const char* step, int part, int) { return pairs(step, part); }
 };
 
-/// An integer up to 127 is a bf16 number: the lower half of its fp32 is zero.
+/// An integer from -128 to 127 is a bf16 number: the lower half of its fp32 is zero.
 struct Int8BFloat16Weight : TimesPair {
-  static constexpr int kInputs = 2, kStepBytes = Int8Weight::kStepBytes;
+  static constexpr int kInputs = 2, kWords = 1, kStepBytes = Int8Weight::kStepBytes;
   static const char* place(const char* step, int part) { return Int8Weight::place(step, part); }
   static PartBits operand(const char* step, int part, int) {
     const PartBits first = bits_of(Int8Weight::operand(step, part, 0));
     return shift_right(first, 16) | bits_of(Int8Weight::operand(step, part, 1));
+  }
+};
+
+struct Int4BFloat16Weight : Int4Words, TimesPair {
+  static constexpr int kWords = 4;
+  static PartBits operand(const char* step, int part, int pair) {
+    return nibble_pairs(words(step, part), nibble_shift(2 * pair));
   }
 };
 #else
@@ -67,6 +91,7 @@ struct BFloat16Weight : BFloat16Pairs, TimesNumber {
 };
 
 using Int8BFloat16Weight = Int8Weight;
+using Int4BFloat16Weight = Int4Weight;
 #endif
 
 }  // namespace pearl::PEARL_ISA

@@ -77,7 +77,7 @@ void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch) {
   pool.run(linear_panels(p.out_features), pieces(pool), [&](Range panels, int64_t thread) {
     LinearScratch::Copy& copy = scratch.copies_[static_cast<size_t>(thread)];
     LinearParams own = p;
-    const auto needed = static_cast<size_t>(p.rows * linear_scratch_width(p.in_features));
+    const auto needed = static_cast<size_t>(linear_scratch_size(p));
     if (copy.rows.size() < needed) copy.rows.resize(needed);
     own.scratch = copy.rows.data();
     if (copy.product != product) kernels().linear_rows(own);

@@ -154,6 +154,9 @@ inline Part load_part(const BFloat16* p) { return {widen(_mm_loadu_si128(reinter
 inline Part load_part(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
+inline Part nibble_part(PartBits x, int shift) {
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x.v, 28 - shift), 28))};
+}
 inline void store(float* p, Part x) { _mm256_storeu_ps(p, x.v); }
 inline Part operator+(Part x, Part y) { return {_mm256_add_ps(x.v, y.v)}; }
 inline Part mul_add(Part x, Part y, Part z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }

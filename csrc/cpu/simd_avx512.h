@@ -105,6 +105,11 @@ inline Part load_part(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 inline PartBits load_part(const uint32_t* p) { return load_bits(p); }
+/// A permutation looks at the lowest four bits of its indices alone.
+inline Part nibble_part(PartBits x, int shift) {
+  const __m512 integers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(x.v, shift), integers)};
+}
 inline Part broadcast_number(float x) { return broadcast(x); }
 inline PartBits broadcast_part(uint32_t x) { return broadcast_bits(x); }
 
@@ -113,6 +118,16 @@ inline PartBits broadcast_part(uint32_t x) { return broadcast_bits(x); }
 /// Adds the products of two pairs of bf16 in each lane. Subnormal numbers count as zero.
 inline Part dot_pairs(PartBits a, PartBits b, Part sum) {
   return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+/// Of both halves of each lane the four bits from bit `shift` on, as nibble_part's integers in bf16. The table's halves
+/// are the same, because a permutation looks at five bits.
+inline PartBits nibble_pairs(PartBits x, int shift) {
+  const __m256i integers =
+      _mm256_setr_epi16(0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,  // 0 to 7
+                        static_cast<int16_t>(0xC100), static_cast<int16_t>(0xC0E0), static_cast<int16_t>(0xC0C0),
+                        static_cast<int16_t>(0xC0A0), static_cast<int16_t>(0xC080), static_cast<int16_t>(0xC040),
+                        static_cast<int16_t>(0xC000), static_cast<int16_t>(0xBF80));
+  return {_mm512_permutexvar_epi16(_mm512_srli_epi32(x.v, shift), _mm512_broadcast_i64x4(integers))};
 }
 #endif
 

@@ -192,7 +192,7 @@ inline void multiply_wide(Bits a, uint32_t factor, Bits& high, Bits& low) {
 
 // A Part is one register, kPartLanes floats, for a matrix product's tile, where registers are counted. Part has + and
 // mul_add, PartBits has shifts. An instruction set that multiplies pairs of bf16 defines PEARL_PAIR_DOTS and has
-// dot_pairs (simd_avx512.h).
+// dot_pairs and nibble_pairs (simd_avx512.h).
 
 using Part = Vec;
 using PartBits = Bits;
@@ -204,6 +204,11 @@ inline Part load_part(const int8_t* p) {
   return generate<Vec>([=](int i) { return static_cast<float>(p[i]); });
 }
 inline PartBits load_part(const uint32_t* p) { return load_bits(p); }
+/// The four bits of each lane from bit `shift` on, as a two's complement integer.
+inline Part nibble_part(PartBits x, int shift) {
+  return generate<Vec>(
+      [&](int i) { return static_cast<float>(static_cast<int32_t>(x.lane[i] << (28 - shift)) >> 28); });
+}
 inline Part broadcast_number(float x) { return broadcast(x); }
 inline PartBits broadcast_part(uint32_t x) { return broadcast_bits(x); }
 

@@ -3,10 +3,23 @@
 #include <algorithm>
 
 namespace pearl {
+namespace {
+
+constexpr int64_t kMostStepInputs = 8;  // of WeightFormat
+
+}  // namespace
 
 int64_t linear_panels(int64_t out_features) { return (out_features + kPanelColumns - 1) / kPanelColumns; }
 
-int64_t linear_scratch_width(int64_t in_features) { return (in_features + 1) / 2 * 2; }
+int64_t linear_groups(const LinearParams& p) { return p.group == 0 ? 0 : (p.in_features + p.group - 1) / p.group; }
+
+int64_t linear_scratch_width(int64_t in_features) {
+  return (in_features + kMostStepInputs - 1) / kMostStepInputs * kMostStepInputs;
+}
+
+int64_t linear_scratch_size(const LinearParams& p) {
+  return p.rows * (linear_scratch_width(p.in_features) + (p.offset == nullptr ? 0 : linear_groups(p)));
+}
 
 int64_t attention_blocks(const AttentionParams& p) {
   int64_t rows = 0;

@@ -5,9 +5,14 @@
 
 namespace pearl {
 
-/// Panels of a packed weight, and floats of a row of scratch memory.
+/// Panels of a packed weight, and groups of its inputs that have a scale of their own.
 int64_t linear_panels(int64_t out_features);
+int64_t linear_groups(const LinearParams& p);
+
+/// Floats of scratch memory: rows of x as words, `linear_scratch_width` each, then [rows, groups] sums of x where there
+/// are offsets.
 int64_t linear_scratch_width(int64_t in_features);
+int64_t linear_scratch_size(const LinearParams& p);
 
 /// Rows of queries, heads of a GQA group counted, that verify_attention keeps beside each other: one block.
 inline constexpr int64_t kAttentionRows = 64;

@@ -18,15 +18,17 @@ namespace py = pybind11;
 
 namespace {
 
-/// As Python hands it over: (in_features, out_features, address of the packed weight, of the scales of an int8 weight
-/// or 0, of the bias or 0).
+/// As Python hands it over: addresses are 0 for what the format, or the layer, does not have.
 struct MatrixArgument : pearl::PackedMatrix {
-  MatrixArgument(int64_t in_features, int64_t out_features, Address weight, Address scale, Address bias)
-      : PackedMatrix{scale == 0 ? pearl::WeightFormat::kFull : pearl::WeightFormat::kInt8,
+  MatrixArgument(int format, int64_t in_features, int64_t out_features, Address weight, Address scale, Address offset,
+                 int64_t group, Address bias)
+      : PackedMatrix{static_cast<pearl::WeightFormat>(format),
                      in_features,
                      out_features,
                      pointer<const void>(weight),
                      pointer<const float>(scale),
+                     pointer<const float>(offset),
+                     group,
                      pointer<const void>(bias)} {}
 };
 
@@ -180,7 +182,8 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<MatrixArgument>(m, "Matrix").def(py::init<int64_t, int64_t, Address, Address, Address>());
+  py::class_<MatrixArgument>(m, "Matrix")
+      .def(py::init<int, int64_t, int64_t, Address, Address, Address, int64_t, Address>());
   py::class_<LayerArgument>(m, "Layer")
       .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address,
                     const MatrixArgument&, const MatrixArgument&, Address, Address, int64_t>());

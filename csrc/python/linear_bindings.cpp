@@ -17,15 +17,16 @@ struct LinearThreads {
   pearl::parallel::LinearScratch scratch;
 };
 
-/// scale: 0 where the weight has x's dtype, else of an int8 weight.
-void linear(LinearThreads& threads, int dtype, int64_t rows, int64_t in_features, int64_t out_features, Address x,
-            int64_t x_stride, Address weight, Address scale, Address bias, Address out) {
-  const pearl::WeightFormat format = scale == 0 ? pearl::WeightFormat::kFull : pearl::WeightFormat::kInt8;
-  pearl::parallel::linear(threads.pool,
-                          {static_cast<pearl::DType>(dtype), format, rows, in_features, out_features,
-                           pointer<const void>(x), x_stride, pointer<const void>(weight), pointer<const float>(scale),
-                           pointer<const void>(bias), pointer<void>(out), nullptr},
-                          threads.scratch);
+/// scale, offset: 0 where the format has none.
+void linear(LinearThreads& threads, int dtype, int format, int64_t rows, int64_t in_features, int64_t out_features,
+            Address x, int64_t x_stride, Address weight, Address scale, Address offset, int64_t group, Address bias,
+            Address out) {
+  pearl::parallel::linear(
+      threads.pool,
+      {static_cast<pearl::DType>(dtype), static_cast<pearl::WeightFormat>(format), rows, in_features, out_features,
+       pointer<const void>(x), x_stride, pointer<const void>(weight), pointer<const float>(scale),
+       pointer<const float>(offset), group, pointer<const void>(bias), pointer<void>(out), nullptr},
+      threads.scratch);
 }
 
 }  // namespace

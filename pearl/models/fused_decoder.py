@@ -120,10 +120,12 @@ def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int)
 
 def _matrix(weight: LinearWeight, bias: Tensor | None) -> _core.Matrix:
     from pearl_kernels.cpu import _core
+    from pearl_kernels.cpu.linear import weight_format
 
     return _core.Matrix(
-        weight.in_features, weight.out_features, _address(weight.data), _address(weight.scale), _address(bias)
-    )
+        weight_format(weight), weight.in_features, weight.out_features, _address(weight.data), _address(weight.scale),
+        _address(weight.offset), weight.group, _address(bias),
+    )  # fmt: skip
 
 
 def _address(tensor: Tensor | None) -> int:

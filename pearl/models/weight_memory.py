@@ -43,7 +43,8 @@ class WeightMemory:
     def keep_matrix(self, weight: LinearWeight) -> LinearWeight:
         """The same with what a provider packed."""
         scale = None if weight.scale is None else self.keep(weight.scale)
-        return replace(weight, data=self.keep(weight.data), scale=scale)
+        offset = None if weight.offset is None else self.keep(weight.offset)
+        return replace(weight, data=self.keep(weight.data), scale=scale, offset=offset)
 
 
 def _map(size: int) -> Tensor:

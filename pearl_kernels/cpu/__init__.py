@@ -18,6 +18,7 @@ _NAMES = (
     "add_rms_norm",
     "silu_and_mul",
     "pack_linear",
+    "pack_quantized",
     "weight_rows",
     "linear",
     "rope_and_cache",

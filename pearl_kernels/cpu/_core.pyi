@@ -9,6 +9,7 @@ class LinearThreads:
     def linear(
         self,
         dtype: int,
+        format: int,
         rows: int,
         in_features: int,
         out_features: int,
@@ -16,6 +17,8 @@ class LinearThreads:
         x_stride: int,
         weight: int,
         scale: int,
+        offset: int,
+        group: int,
         bias: int,
         out: int,
         /,
@@ -133,7 +136,18 @@ def multiply_registers(dtype: int, steps: int, /) -> int: ...
 def stream_read(address: int, bytes: int, streams: int, /) -> int: ...
 
 class Matrix:
-    def __init__(self, in_features: int, out_features: int, weight: int, scale: int, bias: int, /) -> None: ...
+    def __init__(
+        self,
+        format: int,
+        in_features: int,
+        out_features: int,
+        weight: int,
+        scale: int,
+        offset: int,
+        group: int,
+        bias: int,
+        /,
+    ) -> None: ...
 
 class Layer:
     def __init__(

@@ -7,6 +7,7 @@ from pearl_kernels.reference.layers import (
     copy_blocks,
     linear,
     pack_linear,
+    pack_quantized,
     rms_norm,
     rope_and_cache,
     silu_and_mul,
@@ -14,6 +15,7 @@ from pearl_kernels.reference.layers import (
     weight_rows,
 )
 from pearl_kernels.reference.philox import Stream
+from pearl_kernels.reference.quantized import QuantizedMatrix, dequantize
 from pearl_kernels.reference.sampling import MOST_ALTERNATIVES, Alternatives, Sampled, SamplingTensors, sample
 from pearl_kernels.reference.verification import Rule, Verdict, verify
 
@@ -21,6 +23,7 @@ __all__ = [
     "MOST_ALTERNATIVES",
     "Alternatives",
     "LinearWeight",
+    "QuantizedMatrix",
     "Rule",
     "Sampled",
     "SamplingTensors",
@@ -29,8 +32,10 @@ __all__ = [
     "WeightFormat",
     "add_rms_norm",
     "copy_blocks",
+    "dequantize",
     "linear",
     "pack_linear",
+    "pack_quantized",
     "rms_norm",
     "rope_and_cache",
     "sample",

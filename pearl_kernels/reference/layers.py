@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pearl_kernels.reference.quantized import QuantizedMatrix, dequantize
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
@@ -45,7 +47,10 @@ class LinearWeight:
     data: Tensor
     out_features: int  # M
     in_features: int  # K
-    scale: Tensor | None = None  # fp32 [M]: data are int8 and mean data * scale; None: data are x's dtype
+    scale: Tensor | None = None  # fp32: data are integers or fp8 and mean data * scale; None: data are x's dtype
+    offset: Tensor | None = None  # as scale, to be added to each weight
+    group: int = 0  # inputs that share a scale, of a QuantizedMatrix; 0: one scale for each output, [M]
+    bits: int = 8  # of data, where there is a scale
 
 
 WeightFormat = Literal["full", "int8"]
@@ -71,29 +76,50 @@ def pack_linear(weight: Tensor, weights: WeightFormat = "full") -> LinearWeight:
     return LinearWeight(integers, out_features, in_features, scale)
 
 
+def pack_quantized(matrix: QuantizedMatrix, dtype: torch.dtype) -> LinearWeight:
+    """Prepare a quantised matrix for ``linear`` with x of ``dtype``, once, at load.
+
+    The reference keeps it as it is. A provider that has no kernel for its numbers or its groups decodes it (in fp32,
+    rounded to ``dtype``) and packs it as ``pack_linear`` does.
+    """
+    out_features, in_features = matrix.values.shape
+    return LinearWeight(
+        matrix.values, out_features, in_features, matrix.scale, matrix.offset, matrix.group, matrix.bits
+    )
+
+
 def weight_rows(weight: LinearWeight, rows: Tensor) -> Tensor:
     """Rows of the matrix that was packed: of a head that is its model's embedding too, the embeddings of tokens.
 
-    Args: weight ``[M, K]`` from the same provider's ``pack_linear``, not int8; rows int64 ``[N]``, each in [0, M).
-    Returns ``[N, K]`` of its dtype, the very numbers that were packed. Raises ValueError if they were rounded to int8.
+    Args: weight ``[M, K]`` from the same provider's ``pack_linear``, in full; rows int64 ``[N]``, each in [0, M).
+    Returns ``[N, K]`` of its dtype, the very numbers that were packed. Raises ValueError if they were rounded.
     """
     if weight.scale is not None:
-        raise ValueError("weight_rows: an int8 weight no longer has the numbers that were packed")
+        raise ValueError("weight_rows: a quantised weight no longer has the numbers that were packed")
     return weight.data[rows]
 
 
 def linear(x: Tensor, weight: LinearWeight | Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, all of one dtype; of int8 weights ``(x @ q.T) * scale + bias``.
 
-    Products of int8 weights are summed up, scaled and added to the bias in fp32 and rounded once.
+    Products of quantised weights are summed up, scaled and added to the bias in fp32 and rounded once.
 
-    Args: x ``[N, K]``, weight ``[M, K]`` from the same provider's ``pack_linear`` (the reference also takes the plain
-        matrix), bias ``[M]`` or None. Returns ``[N, M]``.
+    Args: x ``[N, K]``, weight ``[M, K]`` from the same provider's ``pack_linear`` or ``pack_quantized`` (the reference
+        also takes the plain matrix), bias ``[M]`` or None. Returns ``[N, M]``.
     """
     if isinstance(weight, Tensor) or weight.scale is None:
         return F.linear(x, weight if isinstance(weight, Tensor) else weight.data, bias)
-    out = F.linear(x.float(), weight.data.float()) * weight.scale
+    if weight.group:
+        out = F.linear(x.float(), dequantize(unpack_quantized(weight)))
+    else:
+        out = F.linear(x.float(), weight.data.float()) * weight.scale
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def unpack_quantized(weight: LinearWeight) -> QuantizedMatrix:
+    """What the reference packed."""
+    assert weight.scale is not None
+    return QuantizedMatrix(weight.data, weight.scale, weight.offset, weight.group, 4 if weight.bits == 4 else 8)
 
 
 def rope_and_cache(

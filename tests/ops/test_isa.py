@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MODULES = (
-    *("test_layers", "test_linear", "test_linear_int8", "test_rope_and_cache", "test_attention"),
+    *("test_layers", "test_linear", "test_linear_int8", "test_linear_groups", "test_rope_and_cache", "test_attention"),
     *("test_sample", "test_sample_alternatives", "test_verify", "test_philox"),
 )
 # Parametrised with the cpu provider on CPU tensors, or of the core alone: no reference, no other provider, no GPU.

@@ -116,7 +116,7 @@ def test_the_core_writes_only_the_output(dtype: torch.dtype) -> None:
         guarded = torch.full((n + 2, m), 7.0, dtype=dtype)
         code = int(dtype == torch.bfloat16)
         threads = _core.LinearThreads(1)
-        threads.linear(code, n, k, m, x.data_ptr(), k, weight.data_ptr(), 0, 0, guarded[1].data_ptr())
+        threads.linear(code, 0, n, k, m, x.data_ptr(), k, weight.data_ptr(), 0, 0, 0, 0, guarded[1].data_ptr())
         assert (guarded[[0, -1]] == 7).all()
         assert_rounds_to(guarded[1:-1], (x.double() @ matrix.double().T).float())
 
@@ -176,5 +176,5 @@ def test_rows_of_a_packed_weight_are_those_of_the_matrix(op: Linear, dtype: torc
         assert torch.equal(read, matrix[rows])
         assert read.is_contiguous()
         assert weight_rows(pack(matrix), rows[:0]).shape == (0, k)
-    with pytest.raises(ValueError, match="int8"):
+    with pytest.raises(ValueError, match="quantised"):
         weight_rows(pack(matrix, weights="int8"), rows)

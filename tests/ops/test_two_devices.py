@@ -108,7 +108,7 @@ def cases() -> list[Any]:
     return params
 
 
-NOT_ASKED = ("pack_linear", "silu_and_mul", "weight_rows")  # of one tensor, beside a packed one
+NOT_ASKED = ("pack_linear", "pack_quantized", "silu_and_mul", "weight_rows")  # of one tensor, beside a packed one
 
 
 @pytest.mark.parametrize(("op", "function", "dtype"), cases())

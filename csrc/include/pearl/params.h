@@ -54,6 +54,10 @@ inline constexpr int64_t kPanelColumns = 48;
 enum class WeightFormat : int32_t {
   kFull = 0,  // [panels, steps, kPanelColumns, e] of dtype: e inputs (bf16: 2, fp32: 1) of a column are one step
   kInt8 = 1,  // [panels, steps, 2, kPanelColumns]: two inputs are one step, with `scale`
+  // With `scale` and `offset` for each group of inputs.
+  kGroupInt4 = 2,  // [panels, steps, kPanelColumns] words of eight inputs, four bits each, two's complement: from the
+                   // lowest bits on inputs 0, 2, 4, 6 in the lower half, 1, 3, 5, 7 in the upper
+  kGroupInt8 = 3,  // as kInt8
 };
 
 struct LinearParams {
@@ -63,10 +67,12 @@ struct LinearParams {
   const void* x;  // [rows, in_features]
   int64_t x_stride;
   const void* weight;
-  const float* scale;  // kInt8: [out_features], else null
-  const void* bias;    // [out_features] or null
-  void* out;           // [rows, out_features]
-  float* scratch;      // CPU: [rows, in_features rounded up to even]
+  const float* scale;   // kInt8: [out_features]; of groups: [panels, groups, kPanelColumns]; else null
+  const float* offset;  // of groups: as scale, to be added to a weight, or null
+  int64_t group;        // of groups: inputs in one, whole steps (the last may have fewer), else 0
+  const void* bias;     // [out_features] or null
+  void* out;            // [rows, out_features]
+  float* scratch;       // CPU: linear_scratch_size
 };
 
 struct RopeAndCacheParams {

@@ -1,0 +1,50 @@
+"""A matrix of few-bit numbers, however a checkpoint stored it: the one description that every method is read into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """``[M, K]``: in fp32 ``w[m, k] = values[m, k] * scale[m, k // group] + offset[m, k // group]``.
+
+    values: ``[M, K]``, int8 (in [-8, 7] where ``bits`` is 4) or float8_e4m3fn. scale, offset: fp32 ``[M, G]`` with
+    ``G = ceil(K / group)``; no offset is one of 0. A zero point z of unsigned integers u, ``(u - z) * s``, is an
+    offset: ``(u - 8) * s + (8 - z) * s`` with 4 bits. Raises ValueError if they do not fit together.
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    group: int
+    bits: Literal[4, 8]
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 2 or self.group < 1:
+            raise ValueError(f"a quantised matrix of shape {list(self.values.shape)} in groups of {self.group}")
+        allowed = (torch.int8,) if self.bits == 4 else (torch.int8, torch.float8_e4m3fn)
+        if self.values.dtype not in allowed:
+            raise ValueError(
+                f"values of {self.bits} bits must be {' or '.join(map(str, allowed))}, not {self.values.dtype}"
+            )
+        outputs, inputs = self.values.shape
+        shape = (outputs, -(-inputs // self.group))
+        for name, tensor in (("scale", self.scale), ("offset", self.offset)):
+            if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != shape):
+                raise ValueError(f"{name} must be torch.float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+
+
+def dequantize(matrix: QuantizedMatrix) -> Tensor:
+    """The numbers that are meant, fp32 ``[M, K]``."""
+    inputs = matrix.values.shape[1]
+
+    def of_inputs(groups: Tensor) -> Tensor:
+        return groups.repeat_interleave(matrix.group, 1)[:, :inputs] if groups.shape[1] > 1 else groups
+
+    numbers = matrix.values.float() * of_inputs(matrix.scale)
+    return numbers if matrix.offset is None else numbers + of_inputs(matrix.offset)
