@@ -86,6 +86,13 @@ class Request:
         if self.metrics.rounds == 0:
             self.metrics.cached_tokens = target_cached
 
+    def find(self, target_cached: int, draft_cached: int) -> None:
+        """So many more tokens are computed already: others with the same prompt have come there first."""
+        self.target_computed += target_cached
+        self.draft_computed += draft_cached
+        if not self.metrics.preemptions:
+            self.metrics.cached_tokens += target_cached
+
     def preempt(self) -> None:
         """Give up all KV; committed tokens are computed again later, pending ones are forgotten."""
         self.status, self.lane, self.pending, self.pending_ahead = Status.WAITING, -1, (), False

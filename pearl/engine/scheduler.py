@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pearl.engine.branches import Branches, Drafting, DraftParts
 from pearl.engine.prompt_budget import share
 from pearl.engine.request import Request, Status
+from pearl.engine.shared_prompts import Behind, find_waiting
 from pearl.errors import InvalidRequestError, QueueFullError
 from pearl.kv import KVCacheManager, OutOfPages, PageCopy
 from pearl.messages import (
@@ -156,18 +157,30 @@ class Scheduler:
         """Decoding rows are never held back by prompts; prompts share what is left of the budget, beside requests that
         decode a chunk at most, and at least a page.
         """
-        target = {r.id: r.length + len(r.pending) - r.target_computed for r in batch if _target_lags(r)}
-        draft = {
-            r.id: r.length + len(r.pending) - r.draft_computed
-            for r, intent in zip(batch, intents, strict=True)
-            if intent.draft and self.draft_kv is not None and _draft_lags(r)
-        }
-        decodes = len(target.keys() | draft.keys()) < len(batch)
-        target_rows = sum(len(r.pending) + 1 for r in batch if r.id not in target)
+        self._extend(batch, intents)
+        on_target = [r for r in batch if _target_lags(r)]
+        on_draft = [r for r, intent in zip(batch, intents, strict=True) if self._draft_is_behind(r, intent)]
+        decodes = len({r.id for r in (*on_target, *on_draft)}) < len(batch)
+        target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
         draft_rows = sum(not _draft_lags(r) for r in batch)
+        waiting = find_waiting(self.target_kv, [Behind(r.id, r.tokens, r.reusable) for r in on_target])
+        target = {r.id: r.length + len(r.pending) - r.target_computed for r in on_target if r.id not in waiting}
         self._cut_to_rows(target, batch)
         plan.target_shares = share(self._left_beside(target_rows, decodes), target)
-        plan.draft_shares = share(self._left_beside(draft_rows, decodes), draft)
+        if self.draft_kv is not None:
+            waiting = find_waiting(self.draft_kv, [Behind(r.id, r.tokens, r.tokens) for r in on_draft])
+            draft = {r.id: r.length + len(r.pending) - r.draft_computed for r in on_draft if r.id not in waiting}
+            plan.draft_shares = share(self._left_beside(draft_rows, decodes), draft)
+
+    def _extend(self, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
+        """What has been computed for others since a request began need not be computed again."""
+        for request, intent in zip(batch, intents, strict=True):
+            target = self.target_kv.extend(request.id, request.reusable) if _target_lags(request) else 0
+            draft = 0
+            if self.draft_kv is not None and self._draft_is_behind(request, intent):
+                draft = self.draft_kv.extend(request.id, request.tokens)
+            if target or draft:
+                request.find(target, draft)
 
     def _cut_to_rows(self, needs: dict[int, int], batch: Sequence[Request]) -> None:
         """Of prompts whose log-probabilities are wanted a forward computes no more than it may have rows of logits:
@@ -190,7 +203,10 @@ class Scheduler:
 
     def _lags(self, request: Request, intent: Intent) -> bool:
         """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
-        return _target_lags(request) or (intent.draft and self.draft_kv is not None and _draft_lags(request))
+        return _target_lags(request) or self._draft_is_behind(request, intent)
+
+    def _draft_is_behind(self, request: Request, intent: Intent) -> bool:
+        return intent.draft and self.draft_kv is not None and _draft_lags(request)
 
     def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int, lags: bool) -> None:
         length, k, remaining = len(request.tokens), len(request.pending), request.remaining

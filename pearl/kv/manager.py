@@ -17,8 +17,8 @@ from pearl.kv.page_pool import OutOfPages, PagePool, PrefixKey
 class KVCacheManager:
     """Pages of one model's KV cache. The engine's thread owns it: no locks.
 
-    Every method but ``begin``, ``fork``, ``free`` and ``check_integrity`` costs O(pages that change). An unknown
-    ``seq_id`` raises KeyError.
+    Every method but ``begin``, ``extend``, ``fork``, ``free`` and ``check_integrity`` costs O(pages that change). An
+    unknown ``seq_id`` raises KeyError.
     """
 
     def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True, lookahead: int = 64) -> None:
@@ -73,26 +73,42 @@ class KVCacheManager:
         Returns n, the number of tokens whose KV is valid already: a multiple of the page size, n < len(tokens), so
         that at least one token remains to be computed (0 if there are no tokens). Raises ValueError if the id exists.
         """
-        sequence = SequencePages()
-        self._register(seq_id, sequence)
-        if self._prefix_caching:
-            self._attach_cached(sequence, tokens)
-        sequence.own_from = len(sequence.pages)
-        num_cached = len(sequence.pages) * self._page_size
+        self._register(seq_id, SequencePages())
         self._queried_tokens += len(tokens)
-        self._hit_tokens += num_cached
-        return num_cached
+        return self.extend(seq_id, tokens)
 
-    def _attach_cached(self, sequence: SequencePages, tokens: Sequence[int]) -> None:
-        parent = None
-        for index in range((len(tokens) - 1) // self._page_size):
-            found = self._pool.lookup(self._key(parent, tokens, index))
+    def extend(self, seq_id: int, tokens: Sequence[int]) -> int:
+        """Go on as ``begin`` does, with pages that were cached since; only while the sequence holds cached ones alone.
+
+        Returns how many more tokens are valid already. Costs O(pages found).
+        """
+        sequence = self._sequences[seq_id]
+        held = len(sequence.pages)
+        if not self._prefix_caching or len(sequence.prefix) < held:
+            return 0
+        for index in range(held, (len(tokens) - 1) // self._page_size):
+            found = self._pool.lookup(self._next_key(sequence, tokens, index))
             if found is None:
-                return
+                break
             self._pool.retain(found.page)
             sequence.pages.append(found.page)
             sequence.prefix.append(found.key)
-            parent = found.key
+        num_found = (len(sequence.pages) - held) * self._page_size
+        if num_found:
+            sequence.own_from, sequence.block_table = len(sequence.pages), None
+        self._hit_tokens += num_found
+        return num_found
+
+    def next_page(self, seq_id: int, tokens: Sequence[int]) -> PrefixKey | None:
+        """The key of the first page that is not committed: equal for sequences that would compute the same page.
+
+        None if ``tokens`` do not fill that page and one more position, or nothing is cached.
+        """
+        sequence = self._sequences[seq_id]
+        index = len(sequence.prefix)
+        if not self._prefix_caching or index >= (len(tokens) - 1) // self._page_size:
+            return None
+        return self._next_key(sequence, tokens, index)
 
     def fork(self, parent_id: int, child_id: int) -> None:
         """Register ``child_id`` on all pages of ``parent_id``; who writes first copies.
@@ -241,12 +257,13 @@ class KVCacheManager:
             return
         prefix = sequence.prefix
         for index in range(len(prefix), min(len(tokens), num_computed) // self._page_size):
-            key = self._key(prefix[-1] if prefix else None, tokens, index)
-            prefix.append(self._pool.cache(sequence.pages[index], key))
+            prefix.append(self._pool.cache(sequence.pages[index], self._next_key(sequence, tokens, index)))
             sequence.own_from = max(sequence.own_from, index + 1)
 
-    def _key(self, parent: PrefixKey | None, tokens: Sequence[int], index: int) -> PrefixKey:
+    def _next_key(self, sequence: SequencePages, tokens: Sequence[int], index: int) -> PrefixKey:
+        """Of page ``index``, which follows the sequence's prefix."""
         start = index * self._page_size
+        parent = sequence.prefix[-1] if sequence.prefix else None
         return PrefixKey(parent, tuple(tokens[start : start + self._page_size]))
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:

@@ -131,7 +131,7 @@ def test_pending_tokens_are_never_computed_before_they_are_judged() -> None:
 
 @pytest.mark.parametrize("ahead", ["target", "draft"])
 def test_a_token_is_only_decided_when_both_models_are_ready(ahead: str) -> None:
-    simulation = simulate("pearl", budget=5, page_size=1)
+    simulation = simulate("pearl", budget=5, page_size=1, prefix_caching=False)
     request = long_running(1, length=12)
     simulation.add(request)
     simulation.step()
@@ -150,7 +150,7 @@ def test_a_token_is_only_decided_when_both_models_are_ready(ahead: str) -> None:
 
 def test_the_target_waits_for_a_draft_that_computes_the_prompt_again() -> None:
     """As after a preemption, where only the target's pages were still in a prefix cache."""
-    simulation = simulate("pearl", budget=5, page_size=1, window=1)  # which leaves nothing pending
+    simulation = simulate("pearl", budget=5, page_size=1, window=1, prefix_caching=False)  # nothing is pending
     request = long_running(1, length=11)
     simulation.add(request)
     while request.num_output == 0:

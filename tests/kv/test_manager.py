@@ -108,6 +108,16 @@ class TestPrefixCache:
         kv.commit(0, tokens, 9)
         assert tokens.read == []
 
+    def test_a_sequence_that_computes_for_itself_is_not_extended(self) -> None:
+        kv = KVCacheManager(8, 2)
+        for seq_id in (1, 2):
+            kv.begin(seq_id, [7] * 5)
+            kv.reserve(seq_id, 2, 0)
+        kv.commit(2, [7] * 5, 2)
+        assert kv.extend(1, [7] * 5) == 0
+        assert kv.begin(3, [7] * 5) == 2
+        kv.check_integrity()
+
     def test_the_end_of_a_sequence_is_evicted_before_its_beginning(self) -> None:
         kv = manager_with(PROMPT, num_pages=3)  # two cached pages, one that is not full
         kv.free(0)

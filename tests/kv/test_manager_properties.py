@@ -157,6 +157,22 @@ class Rounds(RuleBasedStateMachine):
         self.rounds(data)
 
     @rule(data=st.data())
+    def extend(self, data: st.DataObject) -> None:
+        """Somebody waits at its beginning, while others come further."""
+        waiting = self.new_id()
+        like = self.live[self.draw_id(data)].committed[: MAX_LENGTH // 2]
+        self.start(waiting, [*like, *data.draw(PROMPT)])
+        self.rounds(data, resting=waiting)
+        if waiting not in self.live:
+            return
+        state = self.live[waiting]
+        found = self.kv.extend(waiting, state.committed)
+        state.computed += found
+        assert self.kv.capacity_tokens(waiting) == state.computed < len(state.committed)
+        assert found == 0 or tuple(state.committed[: state.computed]) in self.verified
+        self.rounds(data)
+
+    @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
         seq_id = self.draw_id(data)
         self.start(seq_id, self.drop(seq_id).committed)
@@ -172,17 +188,17 @@ class Rounds(RuleBasedStateMachine):
         self.kv.truncate(seq_id, state.computed)
         self.rounds(data)
 
-    def rounds(self, data: st.DataObject) -> None:
+    def rounds(self, data: st.DataObject, resting: int | None = None) -> None:
         for _ in range(data.draw(st.integers(1, 3))):
-            self.one_round(data)
+            self.one_round(data, resting)
             self.bookkeeping_is_consistent()
             self.sequences_read_their_own_tokens()
             self.the_cache_holds_verified_content_only()
 
-    def one_round(self, data: st.DataObject) -> None:
+    def one_round(self, data: st.DataObject, resting: int | None) -> None:
         """Reserve for some sequences, as the scheduler does; then compute them all; then verify and roll back."""
         busy = self.draw_id(data)
-        idle = data.draw(st.sets(st.sampled_from(sorted(self.live)))) - {busy}
+        idle = data.draw(st.sets(st.sampled_from(sorted(self.live)))) - {busy} | {resting}
         planned: dict[int, int] = {}  # where the sequence's forward ends
         copies: list[PageCopy] = []
         victims: dict[int, Live] = {}
