@@ -75,11 +75,22 @@ class Branch(NamedTuple):
 
 
 class DraftWork(NamedTuple):
-    """Catch up on ``forward``, then draft ``num_draft`` tokens after it (0: only catch up), and what branches off."""
+    """Catch up on ``forward``, then draft ``num_draft`` tokens after it (0: only catch up), and what branches off.
+
+    A drafter that reads the target's hidden states lags one position behind the text: what it computes at position p
+    is of the state at p and the token at p + 1, which ``forward.tokens`` has for each p in [start, end). Its
+    ``forward`` ends where the target's states do, before ``pending``; the window comes after these.
+    """
 
     forward: ForwardWork
     num_draft: int
     branches: tuple[Branch, ...] = ()
+    pending: tuple[int, ...] | None = None  # None: of another drafter, whose ``forward`` has them
+
+    @property
+    def position(self) -> int:
+        """Of the first token of the window, in the text."""
+        return self.forward.end if self.pending is None else self.forward.end + 1 + len(self.pending)
 
 
 class PromptRows(NamedTuple):
@@ -100,6 +111,35 @@ class TargetPlan:
     prompts: tuple[PromptRows, ...] = ()  # in the order of ``work``
 
 
+class TargetStates(NamedTuple):
+    """The target's hidden states of the tokens that its latest forward computed, for a drafter that reads them.
+
+    rows: ``[N, layers, D]`` where the target is. spans: by request id, the row of its first token, and the positions
+    [start, end) that it and those after it have.
+    """
+
+    rows: Tensor
+    spans: dict[int, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, plan: TargetPlan, output: TargetOutput) -> TargetStates | None:
+        """None where there are none."""
+        if output.hidden is None:
+            return None
+        spans, begin = {}, 0
+        for work in plan.work:
+            spans[work.state.request_id] = begin, work.start, work.end
+            begin += len(work.tokens)
+        return cls(output.hidden, spans)
+
+    def at(self, request_id: int, begin: int, end: int) -> Tensor:
+        """``[end - begin, layers, D]``, of positions [begin, end). LookupError if one is not of that forward."""
+        row, first, last = self.spans.get(request_id, (0, 0, 0))
+        if not first <= begin <= end <= last:
+            raise LookupError(f"the target's hidden states at [{begin}, {end}) are not at hand, only [{first}, {last})")
+        return self.rows[row + begin - first : row + end - first]
+
+
 @dataclass(frozen=True)
 class DraftPlan:
     """``alternatives``: how many are to be ranked for each drafted token of the main windows."""
@@ -108,6 +148,7 @@ class DraftPlan:
     copies: tuple[PageCopy, ...] = ()
     late_copies: tuple[PageCopy, ...] = ()  # performed when every item has caught up, before late branches begin
     alternatives: int = 0
+    states: TargetStates | None = None  # of the round before, for a drafter that reads them
 
 
 class Mark(Protocol):
@@ -261,6 +302,7 @@ class DraftProposal:
 class TargetOutput:
     logits: Tensor | None  # [sum of num_logits, V], in the order of the plan's work
     busy: Interval = NOT_BUSY
+    hidden: Tensor | None = None  # [N, layers, D] of all tokens, in the same order; where a drafter reads them
 
 
 class TokenLogprobs(NamedTuple):

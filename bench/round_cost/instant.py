@@ -75,6 +75,8 @@ class InstantDrafter:
 
     reads_history = False
     prepares = False
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 2
 
     def __init__(self, text: Text, page_size: int, keeps_logits: bool) -> None:
         self._text, self._batch, self._keeps_logits = text, _core.WorkBatch(page_size), keeps_logits

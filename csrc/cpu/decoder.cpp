@@ -81,6 +81,7 @@ void Decoder::forward(const DecoderBatch& batch) {
   reserve(batch.tokens);
   check_rows("input_ids", batch.input_ids, batch.tokens, shape_.vocab_size);
   check_rows("logits_rows", batch.logits_rows, batch.num_logits, batch.tokens);
+  check_rows("hidden layers", batch.hidden.layers, batch.hidden.count, static_cast<int64_t>(layers_.size()) + 1);
   check(rope_params(layers_[0], batch));
   check(attention_params(layers_[0], batch));
   const bool long_enough = weight_bytes_ * std::max<int64_t>(1, batch.tokens / kFewRows) >= kWorthHelpers;
@@ -88,11 +89,12 @@ void Decoder::forward(const DecoderBatch& batch) {
   embed(batch);
   for (const DecoderLayer& layer : layers_) {
     norm(layer.input_norm, &layer != layers_.data(), batch.tokens);
+    keep(&layer - layers_.data(), residual_.data(), batch);
     attend(layer, batch);
     norm(layer.post_norm, true, batch.tokens);
     feed_forward(layer, batch.tokens);
   }
-  if (batch.num_logits > 0) write_logits(batch);
+  write_logits(batch);
 }
 
 void Decoder::reserve(int64_t tokens) {
@@ -165,17 +167,43 @@ void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens) {
   project(layer.down, activated_.data(), sublayer_.data(), tokens);
 }
 
-/// Rows without logits are dropped first: the wanted ones move to the front.
+/// Rows without logits are dropped first, unless their last hidden states are wanted: those with logits move to the
+/// front.
 void Decoder::write_logits(const DecoderBatch& batch) {
-  const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
+  const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype), last = static_cast<int64_t>(layers_.size());
+  const bool whole = keeps(last, batch);
+  if (whole) {
+    norm(norm_, true, batch.tokens);
+    keep(last, normed_.data(), batch);
+  }
   for (int64_t i = 0; i < batch.num_logits; ++i) {
     const int64_t row = batch.logits_rows[i];
     if (row < i) throw std::invalid_argument("decoder: logits_rows must rise");
-    std::memmove(residual_.data() + i * bytes, residual_.data() + row * bytes, bytes);
-    std::memmove(sublayer_.data() + i * bytes, sublayer_.data() + row * bytes, bytes);
+    for (std::vector<uint8_t>* rows : {&residual_, &sublayer_, &normed_}) {
+      if ((rows == &normed_) == whole) std::memmove(rows->data() + i * bytes, rows->data() + row * bytes, bytes);
+    }
   }
-  norm(norm_, true, batch.num_logits);
+  if (batch.num_logits == 0) return;
+  if (!whole) norm(norm_, true, batch.num_logits);
   project(head_, normed_.data(), batch.logits, batch.num_logits);
+}
+
+bool Decoder::keeps(int64_t layer, const DecoderBatch& batch) const {
+  const int64_t* end = batch.hidden.layers + batch.hidden.count;
+  return std::find(batch.hidden.layers, end, layer) != end;
+}
+
+/// Copies `states` [N, hidden] where the caller wants those of `layer`.
+void Decoder::keep(int64_t layer, const uint8_t* states, const DecoderBatch& batch) const {
+  const HiddenView& hidden = batch.hidden;
+  const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
+  for (int64_t place = 0; place < hidden.count; ++place) {
+    if (hidden.layers[place] != layer) continue;
+    for (int64_t i = 0; i < batch.tokens; ++i) {
+      uint8_t* out = static_cast<uint8_t*>(hidden.rows) + (i * hidden.count + place) * bytes;
+      std::memcpy(out, states + i * bytes, static_cast<size_t>(bytes));
+    }
+  }
 }
 
 RopeAndCacheParams Decoder::rope_params(const DecoderLayer& layer, const DecoderBatch& batch) {

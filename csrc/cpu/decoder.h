@@ -43,6 +43,13 @@ struct DecoderLayer {
   int64_t window;  // 0: all keys
 };
 
+/// What a forward leaves of itself beside its logits, as in pearl/models/hidden_states.py.
+struct HiddenView {
+  const int64_t* layers;  // [count], rising, from 0 to the number of layers: that is the final norm's output
+  int64_t count;
+  void* rows;  // [N, count, hidden]
+};
+
 /// One forward's input, as in pearl/models/forward_batch.py.
 struct DecoderBatch {
   int64_t tokens, sequences, table_width, num_logits;
@@ -54,6 +61,7 @@ struct DecoderBatch {
   const int32_t* context_lens;  // [R]
   const int64_t* logits_rows;   // [num_logits], below N
   void* logits;                 // [num_logits, vocab_size]
+  HiddenView hidden = {};
 };
 
 /// Belongs to one thread, which its pool's helpers help. The tensors behind the pointers must outlive it.
@@ -79,6 +87,8 @@ class Decoder {
   void norm(const void* weight, bool add, int64_t tokens);
   void project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens);
   void write_logits(const DecoderBatch& batch);
+  bool keeps(int64_t layer, const DecoderBatch& batch) const;
+  void keep(int64_t layer, const uint8_t* states, const DecoderBatch& batch) const;
 
   void* at(void* rows, int64_t row, int64_t width) const;
   RopeAndCacheParams rope_params(const DecoderLayer& layer, const DecoderBatch& batch);

@@ -91,9 +91,11 @@ struct BatchArgument : pearl::DecoderBatch {
                      nullptr} {}
 };
 
-void forward(pearl::Decoder& decoder, const pearl::DecoderBatch& batch, Address logits) {
+void forward(pearl::Decoder& decoder, const pearl::DecoderBatch& batch, Address logits,
+             const std::vector<int64_t>& hidden_layers, Address hidden) {
   pearl::DecoderBatch whole = batch;
   whole.logits = pointer<void>(logits);
+  whole.hidden = {hidden_layers.data(), static_cast<int64_t>(hidden_layers.size()), pointer<void>(hidden)};
   decoder.forward(whole);
 }
 

@@ -11,6 +11,10 @@ class Drafter(Protocol):
     """Runs on the draft worker's thread."""
 
     reads_history: bool  # wants SequenceState.history of every request
+    # Of the target, numbered as in ``pearl.models.hidden_states``. Where there are any, a plan has their states of the
+    # tokens that the target computed in the round before, and work for all of them.
+    hidden_layers: tuple[int, ...]
+    most_behind: int  # tokens of a request that it computes in a round that only decodes, at most
 
     @property
     def prepares(self) -> bool:

@@ -53,11 +53,11 @@ class LogitsRing:
         return tuple([base + (begin + step) % self.window for step in range(branch.num_draft)])
 
     def window_rows(self, item: DraftWork, rule: Rule) -> tuple[int, ...]:
-        """The row of each token of the window that follows ``item.forward``; -1 where its logits are not kept."""
+        """The row of each token of an item's window; -1 where its logits are not kept."""
         state = item.forward.state
         if not keeps_logits(state.params, rule):
             return (-1,) * item.num_draft
-        return tuple(self.row(state.lane, item.forward.end + step) for step in range(item.num_draft))
+        return tuple(self.row(state.lane, item.position + step) for step in range(item.num_draft))
 
     def allocate(self, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         """The buffer, ``[spare_row + 1, width]``."""

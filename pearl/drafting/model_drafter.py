@@ -16,6 +16,8 @@ from pearl_kernels import Rule, Stream
 
 class ModelDrafter:
     reads_history = False
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 2
 
     def __init__(
         self, runner: ModelRunner, rule: Rule, vocab_size: int, eos_ids: Collection[int], ring: LogitsRing

@@ -14,6 +14,8 @@ class NGramDrafter:
     """
 
     reads_history = True
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 0
     prepares = False
 
     def __init__(self, longest: int = 4, shortest: int = 1) -> None:

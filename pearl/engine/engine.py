@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from pearl.drafting import Drafter
 from pearl.engine.failures import ends_engine
@@ -22,6 +23,7 @@ from pearl.messages import (
     SchedulerOutput,
     TargetOutput,
     TargetPlan,
+    TargetStates,
     VerifyResult,
 )
 from pearl.outputs import OutputDelta
@@ -78,6 +80,7 @@ class Engine:
         self._may_overlap = not any(worker.blocks for worker in workers if worker is not None)
         # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
         self._latest = DraftProposal()
+        self._states: TargetStates | None = None  # of the round before, for a drafter that reads them
 
     def add(self, request: Request) -> None:
         if self._closed:
@@ -152,6 +155,7 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
             return None
+        self._states = TargetStates.of(plan.target, target)
         wanted = self._commit(plan, result)
         whole: Interval = Busy(flight.begin, time.perf_counter() - flight.begin)
         if self._left is not None:  # the step before this one began it
@@ -238,6 +242,8 @@ class Engine:
             return None
         assert self._drafter is not None
         assert worker is not None
+        if self._states is not None:
+            plan = replace(plan, states=self._states)
         return worker.submit(self._drafter.propose, plan)
 
     def run_target(self, plan: TargetPlan) -> TargetOutput:
@@ -264,7 +270,8 @@ class Engine:
         if not self._pace.listens or plan.load is None:
             return
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
-        if not decoding or plan.target.prompts or any(len(w.forward.tokens) > 2 for w in plan.draft.work):
+        most = self._drafter.most_behind if self._drafter is not None else 0
+        if not decoding or plan.target.prompts or any(len(w.forward.tokens) > most for w in plan.draft.work):
             return
         if record.preparations or plan.preempted:
             return
@@ -280,7 +287,7 @@ class Engine:
         are where no device can be trusted any more.
         """
         self._write()
-        self._broken, self._in_flight = _CUT_IN_TWO, None
+        self._broken, self._in_flight, self._states = _CUT_IN_TWO, None, None
         fatal = error if ends_engine(error) else None
         for worker in filter(None, (self._target_worker, self._draft_worker)):
             try:

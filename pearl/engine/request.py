@@ -29,7 +29,8 @@ class Request:
     Invariants between rounds, with L = len(tokens) and k = len(pending):
     * target KV is valid for positions [0, target_computed), target_computed < L: the target computes a drafted token
       only to judge it, so at least the last committed token is always still to be computed;
-    * draft KV is valid for positions [0, draft_computed), draft_computed < L + k.
+    * draft KV is valid for positions [0, draft_computed), draft_computed < L + k. Of a drafter that reads the target's
+      hidden states only what it computed of these counts, draft_computed <= target_computed: never a drafted token.
     """
 
     id: int
@@ -143,7 +144,8 @@ class Request:
             if draft.forward.tokens:  # a drafter without KV computes nothing
                 # The window's last token is not computed; after an empty window neither is the token before it, so
                 # that the next draft has something to start from.
-                self.draft_computed = draft.forward.end + (len(window) - 1 if draft.num_draft else 0)
+                drafts = draft.num_draft and draft.pending is None
+                self.draft_computed = draft.forward.end + (len(window) - 1 if drafts else 0)
                 metrics.draft_forwards += len(window) or 1
         self.judged_ahead = 0
         if decision is None:

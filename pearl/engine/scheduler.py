@@ -14,7 +14,7 @@ from pearl.engine.prompt_budget import share
 from pearl.engine.request import Request, Status
 from pearl.engine.shared_prompts import Behind, find_waiting
 from pearl.errors import InvalidRequestError, QueueFullError
-from pearl.kv import KVCacheManager, OutOfPages, PageCopy
+from pearl.kv import KVCacheManager, OutOfPages, PageCopy, Shifted
 from pearl.messages import (
     DraftWork,
     ForwardWork,
@@ -24,7 +24,7 @@ from pearl.messages import (
     VerifyResult,
     VerifyWork,
 )
-from pearl.methods import METHODS, Intent, Progress, plain_intent
+from pearl.methods import METHODS, PLAIN, Intent, Progress, plain_intent
 from pearl.pace import Load, Pace, PacePolicy
 
 
@@ -60,6 +60,9 @@ class Scheduler:
 
     draft_kv is None where the drafter keeps no KV. branches: None where it prepares no windows. max_logit_rows: of a
     forward of the target, verdicts' and prompts' together; but verdicts are never held back by it.
+
+    drafter_reads_states: it computes from the target's hidden states, those of each round in the next one that is
+    planned, whatever the pace says; so it never lags, and while the target computes a prompt there is no draft.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Scheduler:
         max_logit_rows: int = 64,
         prefill_chunk: int | None = None,
         drafter_reads_history: bool = False,
+        drafter_reads_states: bool = False,
         branches: Branches | None = None,
     ) -> None:
         self._pace = pace
@@ -81,6 +85,7 @@ class Scheduler:
         self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
         self._max_logit_rows, self._prefill_chunk = max_logit_rows, prefill_chunk or max_num_batched_tokens
         self._drafter_reads_history, self.branches = drafter_reads_history, branches
+        self._drafter_reads_states = drafter_reads_states
         self._free_lanes = list(range(max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -130,6 +135,8 @@ class Scheduler:
         plan, windows = _Round(pace, load), list(pace.windows)
         if len(drafted) < len(batch):
             intents, windows = _beside_plain(batch, pace, intents)
+        if self._drafter_reads_states:
+            intents = [PLAIN if _target_lags(r) else intent for r, intent in zip(batch, intents, strict=True)]
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch, intents)
@@ -163,7 +170,8 @@ class Scheduler:
         decodes = len({r.id for r in (*on_target, *on_draft)}) < len(batch)
         target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
         draft_rows = sum(not _draft_lags(r) for r in batch)
-        waiting = find_waiting(self.target_kv, [Behind(r.id, r.tokens, r.reusable) for r in on_target])
+        sharing = [Behind(r.id, r.tokens, r.reusable) for r in on_target if not self._reads_states(r)]
+        waiting = find_waiting(self.target_kv, sharing)
         target = {r.id: r.length + len(r.pending) - r.target_computed for r in on_target if r.id not in waiting}
         self._cut_to_rows(target, batch)
         plan.target_shares = share(self._left_beside(target_rows, decodes), target)
@@ -175,8 +183,9 @@ class Scheduler:
     def _extend(self, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
         """What has been computed for others since a request began need not be computed again."""
         for request, intent in zip(batch, intents, strict=True):
-            target = self.target_kv.extend(request.id, request.reusable) if _target_lags(request) else 0
-            draft = 0
+            target = draft = 0
+            if _target_lags(request) and not self._reads_states(request):
+                target = self.target_kv.extend(request.id, request.reusable)
             if self.draft_kv is not None and self._draft_is_behind(request, intent):
                 draft = self.draft_kv.extend(request.id, request.tokens)
             if target or draft:
@@ -206,7 +215,9 @@ class Scheduler:
         return _target_lags(request) or self._draft_is_behind(request, intent)
 
     def _draft_is_behind(self, request: Request, intent: Intent) -> bool:
-        return intent.draft and self.draft_kv is not None and _draft_lags(request)
+        if not intent.draft or self.draft_kv is None or self._drafter_reads_states:
+            return False
+        return _draft_lags(request)
 
     def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int, lags: bool) -> None:
         length, k, remaining = len(request.tokens), len(request.pending), request.remaining
@@ -214,17 +225,31 @@ class Scheduler:
         # Rows the target judges: the pending tokens and one more, never past max_tokens.
         rows = min(k + intent.bonus, remaining) if intent.verify or (intent.draft and not num_draft) else 0
         target_end = length + rows - 1 if rows else request.target_computed
-        draft_end = length + k if num_draft and self.draft_kv else request.draft_computed
+        draft_end = self._draft_end(request, num_draft)
         if lags and (chunks := self._chunks(plan, request, target_end, draft_end)):
             rows = num_draft = 0
             target_end, draft_end = chunks
-        if self._reserve(plan, request, target_end, draft_end + num_draft - 1 if num_draft else draft_end):
+        written = draft_end
+        if num_draft:  # the last drafted token is not computed
+            written = length + k + num_draft - 1 - self._drafter_reads_states
+        if self._reserve(plan, request, target_end, written):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
             if rows and num_draft and not request.rekeys:
                 plan.drafting.append(Drafting(request, len(plan.draft.work) - 1, window, late=rows > k))
 
-    @staticmethod
-    def _chunks(plan: _Round, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
+    def _reads_states(self, request: Request) -> bool:
+        """Whether the target's hidden states of all its tokens are read: then the target computes them for it alone,
+        but for what ``_reuse`` found.
+        """
+        return self._drafter_reads_states and request.params.draft
+
+    def _draft_end(self, request: Request, num_draft: int) -> int:
+        """Where the draft's forward ends: of one that reads the target's states, where these do."""
+        if self._drafter_reads_states:
+            return max(request.draft_computed, request.target_computed if request.params.draft else 0)
+        return request.length + len(request.pending) if num_draft and self.draft_kv else request.draft_computed
+
+    def _chunks(self, plan: _Round, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
         """Where both forwards end instead, if a model cannot come as far as the method wants; None if both can.
 
         One model still computes the prompt. The other waits when it is done: then every token is decided in the same
@@ -233,11 +258,12 @@ class Scheduler:
         target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed
         target_share, draft_share = plan.target_shares.get(request.id, 0), plan.draft_shares.get(request.id, 0)
         target_ready = target_lag <= max(target_share, len(request.pending) + 1)
-        draft_ready = draft_lag <= max(draft_share, 2)
+        reads_states = self._drafter_reads_states
+        draft_ready = reads_states or draft_lag <= max(draft_share, 2)
         if target_ready and draft_ready:
             return None
         target_chunk = 0 if target_ready else target_share
-        draft_chunk = 0 if draft_ready else draft_share
+        draft_chunk = draft_lag if reads_states else 0 if draft_ready else draft_share
         # Never into the last committed token or the pending ones: the target computes those only to judge them.
         return min(request.target_computed + target_chunk, request.length - 1), request.draft_computed + draft_chunk
 
@@ -275,10 +301,12 @@ class Scheduler:
         start = request.draft_computed
         if num_draft or draft_end > start:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
-            tokens = request.token_range(start, draft_end)
-            plan.draft.work.append(
-                DraftWork(ForwardWork(state, tokens, start, 1 if num_draft else 0, table), num_draft)
-            )
+            shift, pending = 0, None
+            if self._drafter_reads_states:
+                shift, pending = 1, tuple([drafted.token for drafted in request.pending])
+            tokens = request.token_range(start + shift, draft_end + shift)
+            forward = ForwardWork(state, tokens, start, 1 if num_draft else 0, table)
+            plan.draft.work.append(DraftWork(forward, num_draft, pending=pending))
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:
@@ -289,12 +317,24 @@ class Scheduler:
             needed = -(-(request.length + 1) // self.target_kv.page_size)
             if self.running and any(kv.num_free_pages < needed for kv in pools):
                 return
-            target_cached = self.target_kv.begin(request.id, request.reusable)
-            drafted = request.tokens if request.params.draft else ()
-            draft_cached = self.draft_kv.begin(request.id, drafted) if self.draft_kv else 0
+            target_cached, draft_cached = self._reuse(request)
             self.waiting.popleft()
             request.start_running(self._free_lanes.pop(), target_cached, draft_cached)
             self.running.append(request)
+
+    def _reuse(self, request: Request) -> tuple[int, int]:
+        """Tokens of both models that are found in their prefix caches. A drafter that reads the target's states finds
+        none of what the target does not compute: so this one takes over no more than that one.
+        """
+        drafted: Sequence[int] = request.tokens if request.params.draft else ()
+        if not self._reads_states(request):
+            target_cached = self.target_kv.begin(request.id, request.reusable)
+            return target_cached, self.draft_kv.begin(request.id, drafted) if self.draft_kv else 0
+        # The state before the last token is always wanted: a window begins with it.
+        draft_cached, most = 0, request.length - 2
+        if self.draft_kv is not None:
+            most = draft_cached = self.draft_kv.begin(request.id, Shifted(drafted))
+        return self.target_kv.begin(request.id, request.reusable[: most + 1]), draft_cached
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
@@ -321,8 +361,15 @@ class Scheduler:
         committed = request.apply(target, draft, window, decision, ahead)
         self.target_kv.settle(request_id, request.tokens, request.target_computed)
         if self.draft_kv is not None:
-            self.draft_kv.settle(request_id, request.tokens, request.draft_computed)
+            self._settle_draft(self.draft_kv, request)
         return committed
+
+    def _settle_draft(self, kv: KVCacheManager, request: Request) -> None:
+        if not self._drafter_reads_states:
+            kv.settle(request.id, request.tokens, request.draft_computed)
+            return
+        drafted = request.length + len(request.pending) - 1 if request.pending else 0
+        kv.settle(request.id, Shifted(request.tokens), request.draft_computed, drafted)
 
     def finish(self, request_id: int) -> Request:
         """Remove a request in any state (finished, aborted, failed) and free what it holds."""

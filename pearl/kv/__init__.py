@@ -3,5 +3,6 @@
 from pearl.kv.held import CacheStats, PageCopy
 from pearl.kv.manager import KVCacheManager
 from pearl.kv.page_pool import OutOfPages, PagePool, PrefixKey
+from pearl.kv.shifted import Shifted
 
-__all__ = ["CacheStats", "KVCacheManager", "OutOfPages", "PageCopy", "PagePool", "PrefixKey"]
+__all__ = ["CacheStats", "KVCacheManager", "OutOfPages", "PageCopy", "PagePool", "PrefixKey", "Shifted"]

@@ -282,17 +282,19 @@ class KVCacheManager:
             sequence.block_table = None
         del sequence.prefix[num_tokens // self._page_size :]
 
-    def settle(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
+    def settle(self, seq_id: int, tokens: Sequence[int], num_computed: int, num_kept: int = 0) -> None:
         """After a round: ``truncate`` to ``num_computed`` tokens and ``commit``; most often there is nothing to do.
 
         Unless pages are scarce, a page that was rolled back stays, and those that were reserved ahead: the next round
-        needs them.
+        needs them. Those for [0, num_kept) stay in any case: what is written in them is no text yet, but is read.
         """
         sequence, page_size = self._sequences[seq_id], self._page_size
-        beyond = len(sequence.pages) * page_size - num_computed  # tokens that the pages could still hold
+        num_kept = max(num_kept, num_computed)
+        beyond = len(sequence.pages) * page_size - num_kept  # tokens that the pages could still hold
         most = (2 + len(sequence.pages) // self._lookahead) * page_size
         if beyond >= page_size and (beyond >= most or self._is_scarce()):
-            self.truncate(seq_id, num_computed)
+            self.truncate(seq_id, num_kept)
+            del sequence.prefix[num_computed // page_size :]
         else:
             del sequence.prefix[num_computed // page_size :]
         verified = min(len(tokens), num_computed) // page_size if self._prefix_caching else 0

@@ -5,6 +5,7 @@ from pearl.models.decoder import Decoder
 from pearl.models.detokenizer import IncrementalDetokenizer
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.fused_decoder import FusedDecoder, can_fuse
+from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl.models.loader import load_model
 from pearl.models.model_config import ModelConfig
@@ -14,6 +15,7 @@ __all__ = [
     "Decoder",
     "ForwardBatch",
     "FusedDecoder",
+    "HiddenStates",
     "IncrementalDetokenizer",
     "KVCache",
     "ModelConfig",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pearl.models.collective import Collective
 from pearl.models.forward_batch import ForwardBatch
+from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl.models.model_config import ModelConfig
 from pearl_kernels import KernelSet, LinearWeight
@@ -60,8 +61,10 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.weights.norm.dtype
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Compute all N tokens, write their keys and values, and return logits ``[M, V]`` of batch.logits_rows."""
+    def forward(self, batch: ForwardBatch, cache: KVCache, hidden: HiddenStates | None = None) -> Tensor:
+        """Compute all N tokens, write their keys and values, fill ``hidden``, and return logits ``[M, V]`` of
+        batch.logits_rows.
+        """
         kernels, eps = self.kernels, self.config.eps
         x = self.embed(batch.input_ids)
         residual: Tensor | None = None
@@ -70,20 +73,31 @@ class Decoder:
                 residual, x = x, kernels.rms_norm(x, layer.input_norm, eps)
             else:
                 x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
+            if hidden is not None:
+                hidden.keep(index, residual)
             x = self._attention(layer, x, batch, cache.layers[index], self.config.windows[index])
             x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
             x = kernels.silu_and_mul(kernels.linear(x, layer.gate_up, layer.gate_up_bias))
             x = self._add_up(kernels.linear(x, layer.down, layer.down_bias))
         assert residual is not None  # ModelConfig has at least one layer
-        rows = batch.logits_rows
+        rows, last = batch.logits_rows, len(self.weights.layers)
+        whole = False
+        if hidden is not None and last in hidden.layers:
+            whole = True
+            x = kernels.add_rms_norm(x, residual, self.weights.norm, eps)
+            hidden.keep(last, x)
         if rows.shape[0] == 0:
             embedding = self.weights.embedding  # of a rank whole, while its head is a part
             return x.new_empty(0, self.config.vocab_size if embedding is None else embedding.shape[0])
         if rows.shape[0] < x.shape[0]:
             x, residual = x[rows], residual[rows]
-        normed = kernels.add_rms_norm(x, residual, self.weights.norm, eps)
+        normed = x if whole else kernels.add_rms_norm(x, residual, self.weights.norm, eps)
         logits: Tensor = kernels.linear(normed, self.weights.head, self.weights.head_bias)
         return logits if self.collective is None else self.collective.gather_logits(logits)
+
+    def new_hidden(self, rows: int, layers: tuple[int, ...]) -> HiddenStates:
+        """Uninitialised, for a forward of so many tokens."""
+        return HiddenStates(layers, self.weights.norm.new_empty(rows, len(layers), self.config.hidden))
 
     def embed(self, ids: Tensor) -> Tensor:
         """``[N, D]`` for int64 ids ``[N]``."""

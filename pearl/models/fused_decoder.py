@@ -14,6 +14,7 @@ from torch import Tensor
 from pearl.messages import ForwardWork
 from pearl.models.decoder import Decoder, LayerWeights
 from pearl.models.forward_batch import ForwardBatch
+from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl_kernels import LinearWeight
 
@@ -60,7 +61,7 @@ class FusedDecoder:
     def native(self) -> _core.Decoder:
         return self._decoder
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, batch: ForwardBatch, hidden: HiddenStates | None = None) -> Tensor:
         """As ``Decoder.forward``. Raises ValueError, with nothing written, if an index of the batch is out of range."""
         sequences, table_width = batch.block_tables.shape
         return self._forward(
@@ -78,11 +79,12 @@ class FusedDecoder:
                 _address(batch.logits_rows),
             ),
             batch.logits_rows.shape[0],
+            hidden,
         )
 
-    def forward_work(self, work: Sequence[ForwardWork]) -> Tensor:
+    def forward_work(self, work: Sequence[ForwardWork], hidden: HiddenStates | None = None) -> Tensor:
         """As ``forward``, of the batch that these items make, without a tensor for each of its arrays."""
-        return self._forward(self.work_batch(work), sum(item.num_logits for item in work))
+        return self._forward(self.work_batch(work), sum(item.num_logits for item in work), hidden)
 
     def work_batch(self, work: Sequence[ForwardWork]) -> _core.WorkBatch:
         """The batch of these items: always the same object, which holds it until the next call."""
@@ -93,9 +95,10 @@ class FusedDecoder:
         """Uninitialised, ``[rows, V]``."""
         return self._model.weights.norm.new_empty(rows, self._model.config.vocab_size)
 
-    def _forward(self, batch: _core.AnyBatch, rows: int) -> Tensor:
+    def _forward(self, batch: _core.AnyBatch, rows: int, hidden: HiddenStates | None) -> Tensor:
         logits = self.new_logits(rows)
-        self._decoder.forward(batch, logits.data_ptr())
+        layers, address = ((), 0) if hidden is None else (hidden.layers, _address(hidden.rows))
+        self._decoder.forward(batch, logits.data_ptr(), layers, address)
         return logits
 
 

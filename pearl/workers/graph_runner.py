@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -48,9 +49,10 @@ class GraphRunner(ModelRunner):
         most_rows: int,
         most_sequences: int = 0,
         rows_per_sequence: int = 0,
+        hidden_layers: tuple[int, ...] = (),
     ) -> None:
         """``most_sequences``, ``rows_per_sequence``: the most that a batch has; 0: as many as rows."""
-        super().__init__(model, cache, page_size, queue)
+        super().__init__(model, cache, page_size, queue, hidden_layers=hidden_layers)
         self._graphs: Graphs[None] = Graphs(queue, _MOST_GRAPHS)
         self._most_rows = row_bucket(most_rows) if most_rows else 0
         pages = -(-model.cos_sin.shape[0] // page_size)
@@ -58,6 +60,7 @@ class GraphRunner(ModelRunner):
             self._most_rows, rows_per_sequence or most_rows, most_sequences or most_rows, pages, page_size
         )
         self._logits: Tensor | None = None  # [most_rows, V], made by the first capture
+        self._hidden = model.new_hidden(self._most_rows, hidden_layers) if hidden_layers else None
 
     def captures(self) -> Sequence[Callable[[], object]]:
         """One for each shape that can come up and has not yet. They write nothing."""
@@ -78,7 +81,10 @@ class GraphRunner(ModelRunner):
         shape = self.limits.shape(rows, len(work), max(len(item.block_table) for item in work))
         lists.pad(shape)
         lists.logits_rows = list(range(shape.rows))
-        return self.replay(shape, lists.arrays())[:rows]
+        logits = self.replay(shape, lists.arrays())[:rows]
+        if self._hidden is not None:  # a copy: they are read while the next forward is replayed
+            self.hidden = replace(self._hidden, rows=self._hidden.rows[:rows].clone())
+        return logits
 
     def _is_of_prompt(self, item: ForwardWork) -> bool:
         return not len(item.tokens) <= min(item.num_logits, self.limits.rows_per_sequence)
@@ -93,9 +99,10 @@ class GraphRunner(ModelRunner):
         rows, sequences = inputs["input_ids"].shape[0], inputs["context_lens"].shape[0] - 1
         most = self.limits.rows_of_a_sequence(rows, sequences)
         batch = ForwardBatch(**{name: inputs[name] for name in DTYPES}, most_rows=most)
+        hidden = None if self._hidden is None else replace(self._hidden, rows=self._hidden.rows[:rows])
 
         def call() -> None:
-            logits = self.model.forward(batch, self.cache)
+            logits = self.model.forward(batch, self.cache, hidden)
             if self._logits is None:
                 self._logits = logits.new_empty(self._most_rows, logits.shape[-1])
             self._logits[: logits.shape[0]].copy_(logits)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pearl.host_tensors import Array, from_numbers, upload
 from pearl.kv import PageCopy
 from pearl.messages import ForwardWork, TargetOutput, TargetPlan
-from pearl.models import Decoder, ForwardBatch, FusedDecoder, KVCache, can_fuse
+from pearl.models import Decoder, ForwardBatch, FusedDecoder, HiddenStates, KVCache, can_fuse
 from pearl.workers.batch_arrays import BatchLists
 from pearl.workers.queue import DeviceQueue
 from pearl.workers.stopwatch import Stopwatch
@@ -19,13 +19,23 @@ from pearl.workers.stopwatch import Stopwatch
 class ModelRunner:
     """Belongs to one worker; nothing else touches the model's weights or KV tensors while it runs."""
 
-    def __init__(self, model: Decoder, cache: KVCache, page_size: int, queue: DeviceQueue, threads: int = 1) -> None:
-        """``threads``: of a fused forward, the calling one included."""
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        page_size: int,
+        queue: DeviceQueue,
+        threads: int = 1,
+        hidden_layers: tuple[int, ...] = (),
+    ) -> None:
+        """``threads``: of a fused forward, the calling one included. ``hidden_layers``: whose states ``hidden`` has."""
         self.model, self.cache, self.page_size, self.queue = model, cache, page_size, queue
         self.kernels = model.kernels
         self.stopwatch = Stopwatch(queue)
         # Where it is there, a forward is one call, with threads of its own.
         self.fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
+        self.hidden_layers = hidden_layers
+        self.hidden: HiddenStates | None = None  # of the latest forward; None where none are wanted
 
     def captures(self) -> Sequence[Callable[[], object]]:
         """Calls that prepare what rounds would else have to, each a part, the likeliest first. None computes anything.
@@ -50,7 +60,7 @@ class ModelRunner:
         """Compute every item's tokens; returns the wanted logits ``[sum of num_logits, V]`` in the items' order."""
         if self.fused is not None:
             self.stopwatch.start()
-            return self.fused.forward_work(work)
+            return self.fused.forward_work(work, self._new_hidden(sum(len(item.tokens) for item in work)))
         return self.launch(BatchLists.of(work, self.page_size).arrays())
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[tuple[int, ...]]) -> Tensor:
@@ -74,7 +84,15 @@ class ModelRunner:
     def compute(self, batch: ForwardBatch) -> Tensor:
         """Logits ``[M, V]`` of batch.logits_rows."""
         self.stopwatch.start()
-        return self.model.forward(batch, self.cache) if self.fused is None else self.fused.forward(batch)
+        hidden = self._new_hidden(batch.input_ids.shape[0])
+        if self.fused is not None:
+            return self.fused.forward(batch, hidden)
+        return self.model.forward(batch, self.cache, hidden)
+
+    def _new_hidden(self, rows: int) -> HiddenStates | None:
+        if self.hidden_layers:
+            self.hidden = self.model.new_hidden(rows, self.hidden_layers)
+        return self.hidden
 
 
 def build_batch(work: Sequence[ForwardWork], page_size: int, device: torch.device) -> ForwardBatch:
@@ -98,7 +116,8 @@ class TargetRunner:
         self._runner.stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         logits = self._runner.forward(plan.work)
-        return TargetOutput(logits, self._runner.stopwatch.stop())
+        hidden = None if self._runner.hidden is None else self._runner.hidden.rows
+        return TargetOutput(logits, self._runner.stopwatch.stop(), hidden)
 
     def check(self) -> None:
         self._runner.check()

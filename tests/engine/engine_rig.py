@@ -34,6 +34,8 @@ class FakeTarget:
 class FakeDrafter:
     reads_history = False
     prepares = False
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 2
 
     def __init__(self) -> None:
         self.before: Callable[[DraftPlan], Any] = lambda plan: None

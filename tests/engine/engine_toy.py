@@ -46,6 +46,7 @@ class ToyRunner:
     ) -> None:
         self.kernels, self.queue, self.fused, self._dtype = kernels, QUEUE, None, dtype
         self.stopwatch = Stopwatch(QUEUE)
+        self.hidden = None
         self._memory, self._blur = PagedMemory(page_size), blur
         self.batches: list[int] = []  # sequences in each forward
 

@@ -96,6 +96,8 @@ class SimulatedDrafter:
     """Right with probability ``accuracy``; ``moody`` also makes it propose fewer tokens than asked, or none."""
 
     prepares = True
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 2
 
     def __init__(self, memory: PagedMemory | None, truth: Truth, accuracy: float, moody: bool) -> None:
         self._memory, self._truth = memory, truth

@@ -1,0 +1,114 @@
+"""Windows while they grow: one token is drawn for each from a row of logits, and read by the host."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pearl.drafting.logits_ring import LogitsRing, keeps_logits
+from pearl.engine.grammar_masks import GrammarMasks, MaskedRow
+from pearl.engine.logits_processing import process_row
+from pearl.host_tensors import from_numbers, start_download
+from pearl.messages import Drafted, DraftWork, Ranked, SequenceState, Windows
+from pearl.sampling_batch import SamplingBatches
+from pearl.workers import DeviceQueue
+from pearl_kernels import KernelSet, Rule, Sampled, Stream
+
+
+@dataclass(slots=True)
+class Line:
+    """A window that grows: a request's, or a branch's, which begins with a token that is not drawn."""
+
+    state: SequenceState
+    block_table: tuple[int, ...]
+    window: list[Drafted]
+    position: int  # of the token that is drawn next
+    left: int  # tokens to draw
+    rows: Iterator[int]  # of the ring, for those tokens
+    history: tuple[int, ...] | None  # the text before the window
+
+    def masked(self, row: int) -> MaskedRow:
+        """Its row of logits."""
+        return MaskedRow(row, self.state, self.text[self.state.prompt_length :])
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        assert self.history is not None
+        return (*self.history, *(drafted.token for drafted in self.window))
+
+
+class Drawing:
+    """Of one drafter, whose model has these kernels, and whose queue its rows of logits are made in."""
+
+    def __init__(
+        self,
+        kernels: KernelSet,
+        queue: DeviceQueue,
+        rule: Rule,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        ring: LogitsRing,
+        stream: Stream,
+    ) -> None:
+        self._kernels, self._queue, self._rule = kernels, queue, rule
+        self._vocab_size, self._eos_ids, self._ring, self._stream = vocab_size, eos_ids, ring, stream
+        self._batches = SamplingBatches(queue.device, for_draft=True)
+        self._grammars = GrammarMasks(vocab_size, eos_ids)
+
+    def line(self, item: DraftWork) -> Line:
+        """The window that an item drafts, empty yet."""
+        forward, rows = item.forward, self._ring.window_rows(item, self._rule)
+        state = forward.state
+        return Line(state, forward.block_table, [], item.position, item.num_draft, iter(rows), state.history)
+
+    def draw(self, lines: Sequence[Line], logits: Tensor, alternatives: int) -> None:
+        """One token for each line, from its row."""
+        dtype = logits.dtype
+        logits = self._process(lines, logits)
+        params = self._batches.tensors([line.state for line in lines])
+        where = from_numbers([line.position for line in lines], torch.int64, self._queue.device)
+        drawn = self._kernels.sample(logits, params, where, self._vocab_size, self._stream, alternatives)
+        for row, (line, drafted) in enumerate(zip(lines, self._read(drawn), strict=True)):
+            index = next(line.rows)
+            if index >= 0:
+                self._ring.store(index, logits[row].to(dtype))
+            line.window.append(drafted._replace(row=index))
+            line.position, line.left = line.position + 1, line.left - 1
+
+    def _read(self, drawn: Sampled) -> list[Drafted]:
+        ranked = drawn.alternatives
+        on_host = start_download([drawn.tokens, drawn.logprobs, *(ranked or ())])
+        self._queue.mark().wait()  # once, for all
+        columns = [tensor.tolist() for tensor in on_host]
+        if ranked is None:
+            return [Drafted(token, logprob, -1) for token, logprob in zip(*columns, strict=True)]
+        return [
+            Drafted(token, logprob, -1, _ranked(score, tokens, scores))
+            for token, logprob, tokens, scores, score in zip(*columns, strict=True)
+        ]
+
+    def _process(self, lines: Sequence[Line], logits: Tensor) -> Tensor:
+        """The rows to draw from: in fp32 where any are changed, but as the ring can keep q, which was drawn from."""
+        dtype = logits.dtype
+        changed = [row for row, line in enumerate(lines) if line.state.params.changes_logits]
+        if changed:
+            logits = logits.float()
+        for row in changed:
+            state = lines[row].state
+            process_row(logits[row], state, lines[row].text, self._eos_ids)
+            if keeps_logits(state.params, self._rule):
+                logits[row] = logits[row].to(dtype)
+        self._grammars.apply(logits, [line.masked(row) for row, line in enumerate(lines) if line.state.grammar])
+        return logits
+
+
+def windows_of(lines: Mapping[int, Line]) -> Windows:
+    return {key: tuple(line.window) for key, line in lines.items()}
+
+
+def _ranked(drawn: float, tokens: list[int], scores: list[float]) -> Ranked:
+    there = tokens.index(-1) if tokens[-1] < 0 else len(tokens)
+    return Ranked(drawn, tuple(tokens[:there]), tuple(scores[:there]))
