@@ -72,7 +72,7 @@ class EngineConfig:
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16", or torch's.
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
-        int8 draft leaves the target's output as it is.
+        int8 draft leaves the target's output as it is. A checkpoint that is quantised already is refused.
     max_num_seqs: requests that run at once. max_model_len: positions a sequence may use, at most (and if None) as many
         as both models were made for.
     max_num_batched_tokens: most tokens of one target forward; longer prompts are computed in chunks.

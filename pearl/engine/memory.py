@@ -116,7 +116,9 @@ def _share(
     dtype = config.torch_dtype or model.dtype
     local = shard(model, rank, ranks).config
     page_bytes = KVCache.bytes_per_token(local, dtype) * config.page_size
-    return Share(name, device, local, model.vocab_size, dtype, weight_bytes(model, dtype, rank, ranks), page_bytes)
+    return Share(
+        name, device, local, model.vocab_size, dtype, weight_bytes(model, dtype, rank, ranks, device.type), page_bytes
+    )
 
 
 def by_gpu(shares: Sequence[Share]) -> dict[torch.device, list[Share]]:

@@ -23,8 +23,7 @@ from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
 from pearl.models.checkpoint import stored_config
-from pearl.models.hub import fetch_description, fetch_weights
-from pearl.models.quantization import refuse_quantized
+from pearl.models.hub import fetch_weights
 from pearl.models.vocabulary import require_common_core, usable_ids
 from pearl.models.weight_size import weight_bytes
 from pearl.parallel import ParallelRunner
@@ -61,7 +60,11 @@ class Pair:
     max_model_len: int
 
     def loaded(self, target: ModelRunner, draft: ModelRunner | None, num_pages: int) -> LoadedModels:
-        sizes = [0 if model is None else weight_bytes(model, model.dtype) for model in (self.target, self.draft)]
+        both = (self.target, target), (self.draft, draft)
+        sizes = [
+            0 if model is None or runner is None else weight_bytes(model, model.dtype, device=runner.queue.device.type)
+            for model, runner in both
+        ]
         return LoadedModels(target, draft, self.tokenizer, self.vocab_size, self.max_model_len, num_pages, *sizes)
 
 
@@ -75,10 +78,9 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
     require_supported_gpus(config.resolve_target_devices())
     if config.uses_draft_model:
         require_supported_gpus([config.resolve_device("draft")])
-    for path in (target_path, draft_path):
-        if path is not None:
-            refuse_quantized(fetch_description(path))
     pair = _check_pair(config, target_path, draft_path)
+    _require_plain_weights(config, "target", pair.target)
+    _require_plain_weights(config, "draft", pair.draft)
     meter = meter or CudaMeter()
     _require_room(config, pair, meter)  # before weights are fetched
     target_path, draft_path, pair = _check_weights(target_path, draft_path, pair)
@@ -130,6 +132,16 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
             "smaller max_position_embeddings of the two, or leave it out"
         )
     return Pair(target, draft, tokenizer, vocab_size, max_model_len)
+
+
+def _require_plain_weights(config: EngineConfig, role: Role, model: ModelConfig | None) -> None:
+    """Of a model whose matrices are to be rounded: what is quantised already is run as it is."""
+    chosen = config.target_weights if role == "target" else config.draft_weights
+    if model is not None and model.quantization is not None and chosen != "full":
+        raise ConfigurationError(
+            f"{role}_weights={chosen!r} rounds plain weights, but the {role} is quantised already, with "
+            f"{model.quantization.method.name}; leave {role}_weights out"
+        )
 
 
 def _require_room(config: EngineConfig, pair: Pair, meter: MemoryMeter) -> Shares:

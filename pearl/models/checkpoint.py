@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pearl.errors import ModelLoadError
-from pearl.models.decoder_tensors import EMBEDDING, HEAD, StoredTensor, canonical_name, decoder_tensors, is_decoders
+from pearl.models.decoder_tensors import EMBEDDING, HEAD, canonical_name, decoder_tensors, is_decoders
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_files import LFS_ADVICE, is_lfs_pointer
 from pearl.models.quantization import refuse_quantized_tensors
+from pearl.models.quantized_tensors import QuantizedTensors, quantized_names
 from pearl.models.sharding import Span
 from pearl.models.weight_files import weight_files
+from pearl_kernels import QuantizedMatrix
 
+_WEIGHT = ".weight"
 _COMPARED = 1 << 22  # numbers of two matrices that are compared at a time
 
 
@@ -36,19 +39,27 @@ class Checkpoint:
     ``config`` is the model's configuration as its files fulfil it: a head that is to be tied but is stored with other
     numbers than the embedding is a head of its own, as in transformers. These two are compared; nothing else is read.
     What transformers fills in the same way every time (biases with 0, norms with 1) may be missing, with a warning.
+    Which matrices are quantised is what the files say, within what ``config.quantization`` says.
 
     Raises ModelLoadError: files or tensors are missing, shapes contradict the configuration, or there are tensors under
-    the decoder's layers or head that it does not read. UnsupportedModelError: what is stored is quantised.
+    the decoder's layers or head that it does not read. UnsupportedModelError: what is stored is quantised, and the
+    configuration does not say how.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, stack: ExitStack) -> None:
         self._folder = folder
         self._table = decoder_tensors(config)
-        self._stored, others = _open(folder, self._table, stack)
+        quantization = config.quantization
+        self._stored, others = _open(folder, self._table.keys() | quantized_names(quantization, self._table), stack)
         own = sorted(name for name in others if is_decoders(name))
-        refuse_quantized_tensors(folder, {name: slice_.get_dtype() for name, slice_ in self._stored.items()}, own)
+        self._quantized: QuantizedTensors | None = None
+        if quantization is not None:
+            self._quantized = QuantizedTensors(folder, quantization, self._stored, self._table)
+            quantization = replace(quantization, matrices=self._quantized.matrices)
+        dtypes = {name: slice_.get_dtype() for name, slice_ in self._stored.items()}
+        refuse_quantized_tensors(folder, dtypes, own, quantization)
         self._require_shapes()
-        self.config = self._tie(config)
+        self.config = self._tie(replace(config, quantization=quantization))
         self._require_all()
         if own:
             raise ModelLoadError(
@@ -59,12 +70,24 @@ class Checkpoint:
     def read(self, name: str, *spans: Span) -> Tensor:
         """The tensor ``name``; of its leading dimensions only the spans, unpadded."""
         part = tuple(slice(span.begin, span.end) for span in spans)
+        if self._quantized is not None and self._is_quantized(name):
+            return self._quantized.decoded(name.removesuffix(_WEIGHT))[part or ...]
         if name not in self._stored:
             wanted = self._table[name]
             assert wanted.default is not None  # or the checkpoint would have been refused
             return torch.full(wanted.shape, wanted.default)[part or ...]
         tensor: Tensor = self._stored[name][part or ...]
         return tensor
+
+    def read_quantized(self, name: str) -> QuantizedMatrix | None:
+        """The whole matrix ``name`` as it is stored; None if it is plain, or can only be read decoded."""
+        if self._quantized is None or not self._is_quantized(name):
+            return None
+        matrix = self._quantized.read(name.removesuffix(_WEIGHT))
+        return None if isinstance(matrix, Tensor) else matrix
+
+    def _is_quantized(self, name: str) -> bool:
+        return self._quantized is not None and name.removesuffix(_WEIGHT) in self._quantized.matrices
 
     def _require_shapes(self) -> None:
         for name, stored in self._stored.items():
@@ -75,6 +98,8 @@ class Checkpoint:
     def _tie(self, config: ModelConfig) -> ModelConfig:
         if not config.tied:
             return config
+        if self._is_quantized(HEAD):
+            return replace(config, tied=False)
         embedding, head = self._stored.get(EMBEDDING), self._stored.get(HEAD)
         if embedding is not None and head is not None:
             return config if _equal(embedding, head, self._table[HEAD].shape) else replace(config, tied=False)
@@ -84,7 +109,7 @@ class Checkpoint:
         return config
 
     def _require_all(self) -> None:
-        missing = [name for name in self._table if name not in self._stored]
+        missing = [name for name in self._table if name not in self._stored and not self._is_quantized(name)]
         if needed := [name for name in missing if self._table[name].default is None]:
             hint = "; its tie_word_embeddings is false" if needed == [HEAD] else ""
             raise ModelLoadError(
@@ -97,7 +122,7 @@ class Checkpoint:
             )
 
 
-def _open(folder: Path, table: Mapping[str, StoredTensor], stack: ExitStack) -> tuple[dict[str, Any], list[str]]:
+def _open(folder: Path, table: Container[str], stack: ExitStack) -> tuple[dict[str, Any], list[str]]:
     """Slices of the decoder's tensors by its names, and the names of all other tensors. Reads the files' headers."""
     stored: dict[str, Any] = {}
     names_of: dict[str, str] = {}

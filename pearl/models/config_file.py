@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.families import family_of
-from pearl.models.hub import fetch_description
 from pearl.models.model_files import read_json
 from pearl.models.plain_files import PlainConfig, plain_config
 from pearl.models.rope import check_parameters
@@ -28,12 +28,11 @@ _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000  # transformers and the decoder keep a list of them
 
 
-def read_config(path: str) -> tuple[Mapping[str, Any], PretrainedConfig | PlainConfig]:
-    """What config.json of a local folder or a hub id says, and transformers' configuration made of it.
+def read_config(path: str, folder: Path) -> tuple[Mapping[str, Any], PretrainedConfig | PlainConfig]:
+    """What a folder's config.json says, and transformers' configuration made of it. ``path``: what errors call it.
 
     Its dtype is left to ``model_dtype``. No code of the folder is run. Raises ModelLoadError or UnsupportedModelError.
     """
-    folder = fetch_description(path)  # of a hub id its place in the cache
     if not (folder / CONFIG).exists():
         raise ModelLoadError(f"{path!r} has no {CONFIG}: give a folder with a model's configuration and weights")
     values = read_json(folder / CONFIG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from pearl.models.model_config import ModelConfig
@@ -40,7 +40,16 @@ def decoder_tensors(config: ModelConfig) -> Mapping[str, StoredTensor]:
     return {**table, HEAD: table[EMBEDDING]}
 
 
-def canonical_name(stored: str, table: Mapping[str, StoredTensor]) -> str:
+def matrix_shapes(table: Mapping[str, StoredTensor]) -> Mapping[str, tuple[int, int]]:
+    """``[outputs, inputs]`` of the linear layers' matrices, by the names of their modules."""
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in table.items()
+        if name != EMBEDDING and name.endswith(".weight") and len(tensor.shape) == 2
+    }
+
+
+def canonical_name(stored: str, table: Container[str]) -> str:
     """The decoder's name of a tensor: base models are saved without ``model.``, wrapped ones with one too many."""
     if stored.startswith(_BASE) and stored.removeprefix(_BASE) in table:
         return stored.removeprefix(_BASE)

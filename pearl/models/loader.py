@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, NORM, layer_prefix
 from pearl.models.hub import fetch_description, fetch_weights
 from pearl.models.model_config import ModelConfig
-from pearl.models.quantization import refuse_quantized
+from pearl.models.quantization import Quantization
 from pearl.models.rope import cos_sin_table
 from pearl.models.sharding import Sharding, Span, shard
 from pearl.models.weight_memory import WeightMemory
 from pearl.models.widening import bias_of_missing, widen, widen_embedding
-from pearl_kernels import KernelSet, LinearWeight
+from pearl_kernels import KernelSet, LinearWeight, QuantizedMatrix
+from pearl_kernels.reference import alike, stack_outputs
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_model(
@@ -40,14 +44,21 @@ def load_model(
     UnsupportedModelError, as ``Checkpoint`` does, before any weight is read.
     """
     folder = fetch_description(str(path))
-    refuse_quantized(folder)
     config = ModelConfig.from_pretrained(str(folder), dtype)
     with ExitStack() as stack:
         checkpoint = Checkpoint(fetch_weights(str(path)), config, stack)
+        if config.quantization is not None and (sharding is None or sharding.is_first):
+            _tell(str(path), config.quantization)
         sharding = sharding or widen(shard(config, 0, 1), vocab_size)
         weights = _Assembler(checkpoint, sharding, dtype, device, kernels).decoder()
     cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
     return Decoder(sharding.config, weights, cos_sin.to(device), kernels, collective)
+
+
+def _tell(path: str, quantization: Quantization) -> None:
+    """What is computed otherwise than the quantiser meant."""
+    for note in quantization.method.notes:
+        _LOG.warning("%s is quantised with %s: %s", path, quantization.method.name, note)
 
 
 _Part = tuple[str, Span]
@@ -116,14 +127,33 @@ class _Assembler:
 
     def _columns(self, parts: list[_Part], inputs: int) -> LinearWeight:
         """Column-parallel: the rank's outputs of several projections of one input, as one matrix."""
+        if (quantized := self._quantized(parts)) is not None:
+            return quantized
         return self._pack(self._stack(parts, ".weight", inputs))
 
     def _rows(self, name: str, outputs: int, span: Span) -> LinearWeight:
         """Row-parallel: all outputs, the rank's inputs."""
+        if (quantized := self._quantized([(name, Span(0, outputs, outputs))])) is not None:
+            return quantized
         matrix = torch.zeros((outputs, span.size), dtype=self._dtype, device=self._device)
         whole = Span(0, outputs, outputs)
         matrix[:, : span.end - span.begin].copy_(self._checkpoint.read(name + ".weight", whole, span))
         return self._pack(matrix)
+
+    def _quantized(self, parts: list[_Part]) -> LinearWeight | None:
+        """Projections of one input that are stored quantised in one way, as one matrix; None: they are to be decoded,
+        as all are of which a rank has a part.
+        """
+        if self._sharding.ranks > 1:
+            return None
+        matrices: list[QuantizedMatrix] = []
+        for name, span in parts:
+            matrix = self._checkpoint.read_quantized(name + ".weight")
+            if matrix is None or matrix.values.shape[0] != span.size or (matrices and not alike(matrix, matrices[0])):
+                return None
+            matrices.append(matrix)
+        merged = stack_outputs(matrices).to(self._device)
+        return self._memory.keep_matrix(self._kernels.pack_quantized(merged, self._dtype))
 
     def _pack(self, matrix: Tensor) -> LinearWeight:
         return self._memory.keep_matrix(self._kernels.pack_linear(matrix))

@@ -13,7 +13,9 @@ import torch
 from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models.config_file import check_sizes, naming_config, read_config
 from pearl.models.families import Family, family_of
+from pearl.models.hub import fetch_description
 from pearl.models.model_dtype import checkpoint_dtype
+from pearl.models.quantization import Quantization, read_quantization
 from pearl.models.rope import frequencies, require_fixed_frequencies
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: Mapping[str, Any] = field(hash=False)  # rope_type, rope_theta and the type's own parameters
     dtype: torch.dtype = torch.float32
+    quantization: Quantization | None = None  # of its checkpoint
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype | None = None) -> ModelConfig:
@@ -55,10 +58,12 @@ class ModelConfig:
 
         Raises ModelLoadError or UnsupportedModelError; each names the field and its value.
         """
-        fields, config = read_config(path)
+        folder = fetch_description(path)  # of a hub id its place in the cache
+        quantization = read_quantization(folder)
+        fields, config = read_config(path, folder)
         with naming_config(path):
             shape = cls.from_transformers(config)
-            return replace(shape, dtype=dtype or checkpoint_dtype(path, fields))
+            return replace(shape, dtype=dtype or checkpoint_dtype(path, fields), quantization=quantization)
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig | PlainConfig) -> ModelConfig:

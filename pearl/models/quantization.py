@@ -1,72 +1,108 @@
-"""Refuses checkpoints whose matrices are not stored as plain numbers: cast as they are they would be garbage."""
+"""Whether a checkpoint's matrices are stored as plain numbers, and if not, how: by its description and its tensors.
+
+Cast as they are, quantised matrices would be garbage: what is not understood is refused by its method's or its
+tensor's name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pearl.errors import UnsupportedModelError
+from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models.model_files import read_json_if_there
+from pearl.models.quantization_methods import Method, method_of
+from pearl.models.quantized_storage import FLOATS
 from pearl.models.weight_files import CONFIG
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's
-_PLAIN = {"F64", "F32", "F16", "BF16"}  # safetensors' names
+_PLAIN = FLOATS | {"F64"}
 # What quantisers store beside a matrix, or in its place: last parts of tensors' names.
 _COMPANIONS = {
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_packed", "weight_shape",
-    "input_scale", "activation_scale", "qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format", "absmax",
-    "quant_map", "nested_absmax", "nested_quant_map", "codebooks", "codes",
+    "weight_g_idx", "input_scale", "activation_scale", "qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format",
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map", "codebooks", "codes",
 }  # fmt: skip
-_ADVICE = (
-    "quantised checkpoints are not supported yet; use the unquantised one that it was made from (and "
-    'target_weights="int8" or draft_weights="int8" on CPU)'
-)
+_HEAD = "lm_head"
 
 
-def refuse_quantized(folder: Path) -> None:
-    """Raises UnsupportedModelError with the method's name if a model's description says that it is quantised."""
+@dataclass(frozen=True)
+class Quantization:
+    """How a model's matrices are quantised. ``matrices``: which ones, by the names of their modules; None: not known
+    before its files are: all in its layers but those that the settings leave out.
+    """
+
+    method: Method
+    matrices: frozenset[str] | None = None
+
+    def holds(self, module: str) -> bool:
+        """Whether a layer's or the head's matrix is one of them, as far as it is known."""
+        if self.matrices is not None:
+            return module in self.matrices
+        return not self.ignores(module) and module != _HEAD
+
+    def ignores(self, module: str) -> bool:
+        """Whether the settings leave it plain: by its name, a part of that, or a pattern ("re:..." or with "*")."""
+        return any(_matches(pattern, module) for pattern in self.method.ignored)
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """What a model's description says; None: its matrices are plain.
+
+    Raises UnsupportedModelError with the method's name, or ModelLoadError.
+    """
     settings = read_json_if_there(folder / CONFIG)
     for key in ("quantization_config", "compression_config"):  # the second: compressed-tensors, at first
         if settings.get(key):
-            raise _refusal(f"{folder} is quantised with {_method(settings[key])} ({key} of its {CONFIG})")
-    quantization = read_json_if_there(folder / HF_QUANT_CONFIG).get("quantization")
-    algorithm = quantization.get("quant_algo") if isinstance(quantization, dict) else quantization
-    if algorithm:  # without one only the KV cache is meant
-        raise _refusal(f"{folder} is quantised with ModelOpt's {algorithm} ({HF_QUANT_CONFIG})")
+            return Quantization(method_of(settings[key], f"{key} of {folder / CONFIG}"))
+    found = read_json_if_there(folder / HF_QUANT_CONFIG).get("quantization")
+    if not isinstance(found, dict):
+        found = {"quant_algo": found}
+    if not found.get("quant_algo"):  # without one only the KV cache is meant
+        return None
+    return Quantization(method_of({**found, "quant_method": "modelopt"}, str(folder / HF_QUANT_CONFIG)))
 
 
-def refuse_quantized_tensors(folder: Path, needed: Mapping[str, str], others: Iterable[str]) -> None:
-    """As above, by what the files hold. ``needed``: safetensors' name of the dtype of each tensor that the decoder
-    reads; ``others``: names of what else lies under its layers and head.
+def refuse_quantized_tensors(
+    folder: Path, needed: Mapping[str, str], others: Iterable[str], quantization: Quantization | None = None
+) -> None:
+    """By what the files hold. ``needed``: safetensors' name of the dtype of each tensor that the decoder reads as plain
+    numbers; ``others``: names of what else lies under its layers and head.
     """
+    means = "" if quantization is None else f", which is not how {quantization.method.name} stores it"
+    advice = "take an unquantised checkpoint, or one whose config.json says how it was quantised (quantization_config)"
     for name, dtype in needed.items():
         if dtype not in _PLAIN:
-            raise _refusal(f"{folder} is quantised: {name!r} is stored as {dtype}, not in F32, F16 or BF16")
+            raise UnsupportedModelError(
+                f"{folder} is quantised: {name!r} is stored as {dtype}, not in F32, F16 or BF16{means}; {advice}"
+            )
     for name in others:
         if name.rsplit(".", 1)[-1] in _COMPANIONS:
-            raise _refusal(f"{folder} is quantised: {name!r} belongs to a quantised matrix")
+            raise UnsupportedModelError(
+                f"{folder} is quantised: {name!r} belongs to a quantised matrix{means}; {advice}"
+            )
 
 
-def _method(settings: Any) -> str:
-    """What the quantiser calls itself, with the format where it has several."""
-    if not isinstance(settings, dict):
-        return repr(settings)
-    method = settings.get("quant_method")
-    if method is None and (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
-        method = "bitsandbytes"
-    if method is None:
-        return "a method that has no name"
-    kind = settings.get("format") or settings.get("fmt") or settings.get("quant_algo") or _bits(settings)
-    return f"{method} ({kind})" if kind else str(method)
+def require_quantized(folder: Path, quantization: Quantization, matrices: Collection[str]) -> None:
+    """ModelLoadError unless what its files hold is what its description says: some matrices, and none it leaves out."""
+    name = quantization.method.name
+    if not matrices:
+        raise ModelLoadError(
+            f"{folder} is quantised with {name} by its description, but no tensor of it is; remove quantization_config "
+            f"from its {CONFIG} if its weights are plain"
+        )
+    for module in sorted(matrices):
+        if quantization.ignores(module):
+            raise ModelLoadError(
+                f"{folder}: {name} leaves {module!r} unquantised by its description, but it is stored quantised"
+            )
 
 
-def _bits(settings: Mapping[str, Any]) -> str:
-    for key, bits in (("load_in_8bit", 8), ("load_in_4bit", 4), ("bits", settings.get("bits"))):
-        if settings.get(key):
-            return f"{bits} bits"
-    return ""
-
-
-def _refusal(what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{what}; {_ADVICE}")
+def _matches(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    if "*" in pattern:
+        return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), module) is not None
+    return f".{pattern}." in f".{module}."

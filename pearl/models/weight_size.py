@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import torch
 
+from pearl.models.decoder_tensors import decoder_tensors, matrix_shapes
 from pearl.models.model_config import ModelConfig
+from pearl.models.quantized_storage import Storage
 from pearl.models.sharding import shard
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, rank: int = 0, ranks: int = 1) -> int:
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, rank: int = 0, ranks: int = 1, device: str = "cuda"
+) -> int:  # fmt: skip
     """Bytes of what ``load_model`` holds of a model, or of one tensor-parallel rank's part, as the provider for GPUs
     keeps it: matrices unpacked, a tied head that is the embedding itself. Raises ConfigurationError as ``shard``.
+
+    ``device``: torch's type of it; quantised matrices are kept as its providers can (padding aside). A rank decodes
+    them.
     """
     sharding = shard(config, rank, ranks)
     embedding = config.vocab_size * config.hidden  # whole on every rank
     shares_embedding = config.tied and ranks == 1
     head = 0 if shares_embedding else sharding.vocab.size * config.hidden
     layer = _layer_elements(sharding.config, sharding.is_first)
-    return (embedding + config.layers * layer + config.hidden + head) * dtype.itemsize
+    plain = (embedding + config.layers * layer + config.hidden + head) * dtype.itemsize
+    return plain - (_saved_bytes(config, dtype, device) if ranks == 1 else 0)
+
+
+def _saved_bytes(config: ModelConfig, dtype: torch.dtype, device: str) -> int:
+    """What quantised matrices take less than plain ones."""
+    if config.quantization is None:
+        return 0
+    storage = config.quantization.method.storage
+    if storage.keeps_bits == 0 or (storage.is_fp8 and device == "cpu"):
+        return 0
+    matrices = [
+        shape for name, shape in matrix_shapes(decoder_tensors(config)).items() if config.quantization.holds(name)
+    ]
+    return sum(m * k * dtype.itemsize - _quantized_bytes(storage, m, k) for m, k in matrices)
+
+
+def _quantized_bytes(storage: Storage, outputs: int, inputs: int) -> int:
+    """Numbers, and an fp32 scale and maybe an offset for each group."""
+    groups = -(-inputs // storage.group_of(inputs))
+    return outputs * inputs * storage.keeps_bits // 8 + 4 * outputs * groups * (2 if storage.offsets else 1)
 
 
 def _layer_elements(config: ModelConfig, is_first: bool) -> int:

@@ -15,7 +15,7 @@ from pearl_kernels.reference.layers import (
     weight_rows,
 )
 from pearl_kernels.reference.philox import Stream
-from pearl_kernels.reference.quantized import QuantizedMatrix, dequantize
+from pearl_kernels.reference.quantized import QuantizedMatrix, alike, dequantize, stack_outputs
 from pearl_kernels.reference.sampling import MOST_ALTERNATIVES, Alternatives, Sampled, SamplingTensors, sample
 from pearl_kernels.reference.verification import Rule, Verdict, verify
 
@@ -31,6 +31,7 @@ __all__ = [
     "Verdict",
     "WeightFormat",
     "add_rms_norm",
+    "alike",
     "copy_blocks",
     "dequantize",
     "linear",
@@ -40,6 +41,7 @@ __all__ = [
     "rope_and_cache",
     "sample",
     "silu_and_mul",
+    "stack_outputs",
     "verify",
     "verify_attention",
     "weight_rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,27 @@ class QuantizedMatrix:
         for name, tensor in (("scale", self.scale), ("offset", self.offset)):
             if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != shape):
                 raise ValueError(f"{name} must be torch.float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+
+    def to(self, device: torch.device) -> QuantizedMatrix:
+        offset = None if self.offset is None else self.offset.to(device)
+        return QuantizedMatrix(self.values.to(device), self.scale.to(device), offset, self.group, self.bits)
+
+
+def alike(one: QuantizedMatrix, other: QuantizedMatrix) -> bool:
+    """Whether they can be one matrix: inputs, groups and numbers of one kind."""
+    return (one.values.shape[1], one.group, one.bits, one.values.dtype) == (
+        other.values.shape[1], other.group, other.bits, other.values.dtype,
+    )  # fmt: skip
+
+
+def stack_outputs(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Matrices that are alike, one's outputs after the other's."""
+    first = matrices[0]
+    offset = None
+    if any(matrix.offset is not None for matrix in matrices):
+        offset = torch.cat([torch.zeros_like(m.scale) if m.offset is None else m.offset for m in matrices])
+    values, scale = (torch.cat([getattr(m, name) for m in matrices]) for name in ("values", "scale"))
+    return QuantizedMatrix(values, scale, offset, first.group, first.bits)
 
 
 def dequantize(matrix: QuantizedMatrix) -> Tensor:

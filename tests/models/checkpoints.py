@@ -44,10 +44,11 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def assert_as_transformers(folder: Path) -> None:
-    """The logits of a short text are those of transformers' class on the same folder."""
+def assert_as_transformers(folder: Path, plain: Path | None = None) -> None:
+    """The logits of a short text are those of transformers' class on the same folder, or on a plain one."""
     with torch.inference_mode():
-        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.tensor([_TEXT])).logits
+        judge = AutoModelForCausalLM.from_pretrained(plain or folder, dtype=torch.float32).eval()
+        wanted = judge(torch.tensor([_TEXT])).logits
         decoder = load(folder)
         cache = KVCache.allocate(decoder.config, 1, 16, torch.float32, torch.device("cpu"))
         state = SequenceState(0, 0, SamplingParams(), 0, 0, None)
