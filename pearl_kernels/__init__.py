@@ -3,22 +3,29 @@
 from pearl_kernels.provider import Situation
 from pearl_kernels.reference import (
     Alternatives,
+    ExpertWeights,
+    GatedUnit,
     LinearWeight,
     QuantizedMatrix,
+    Routing,
     Rule,
     Sampled,
     SamplingTensors,
     Stream,
     Verdict,
     WeightFormat,
+    stack_weights,
 )
 from pearl_kernels.registry import KernelSet, explain, select
 
 __all__ = [
     "Alternatives",
+    "ExpertWeights",
+    "GatedUnit",
     "KernelSet",
     "LinearWeight",
     "QuantizedMatrix",
+    "Routing",
     "Rule",
     "Sampled",
     "SamplingTensors",
@@ -28,4 +35,5 @@ __all__ = [
     "WeightFormat",
     "explain",
     "select",
+    "stack_weights",
 ]

@@ -11,8 +11,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pearl_kernels.checks import CallChecks, Checks, cache_shape, group_size
-from pearl_kernels.reference import MOST_ALTERNATIVES, Alternatives, Rule, SamplingTensors
+from pearl_kernels.checks import CallChecks, Checks, cache_shape, group_size, matrix
+from pearl_kernels.reference import MOST_ALTERNATIVES, Alternatives, ExpertWeights, Routing, Rule, SamplingTensors
 
 
 class RopeSizes(NamedTuple):
@@ -98,6 +98,58 @@ def check_attention(
     call.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
     call.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
     return AttentionSizes(n, query_heads, kv_heads, head_dim, pages, page_size, sequences, table_width)
+
+
+def check_route(checks: Checks, logits: Tensor, top_k: int) -> tuple[int, int, int, int]:
+    """Rows and experts of the logits, their address and row stride."""
+    call = checks.beside("route", "logits", logits)
+    call.floating("route", "logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"route: logits must be [rows, experts], not {list(logits.shape)}")
+    n, count = logits.shape
+    if not 1 <= top_k <= count:
+        raise ValueError(f"route: top_k must be from 1 to {count}, not {top_k}")
+    return n, count, *call.rows("route", "logits", logits, logits.dtype, (n, count))
+
+
+def check_experts(
+    checks: Checks,
+    x: Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    shared: Tensor | None,
+    shared_gate: Tensor | None,
+) -> int:
+    """The number of experts of a row. What is packed is of its provider: its layout is not looked at."""
+    op, dtype = "experts", x.dtype
+    call = checks.beside(op, "x", x)
+    call.floating(op, "x", x)
+    n, width = matrix(op, x)
+    up, down, count = weights.gate_up, weights.down, weights.count
+    if (up.in_features, down.out_features, 2 * down.in_features) != (width, width, up.out_features):
+        raise ValueError(
+            f"{op}: gate_up of {up.in_features} to {up.out_features} and down of {down.in_features} to "
+            f"{down.out_features} features do not fit x of {width}"
+        )
+    if down.data.shape[0] != count:
+        raise ValueError(f"{op}: gate_up has {count} experts, down {down.data.shape[0]}")
+    if routing.experts.dim() != 2:
+        raise ValueError(f"{op}: routing must be [rows, experts of a row], not {list(routing.experts.shape)}")
+    top_k = routing.experts.shape[1]
+    call.contiguous(op, "x", x, dtype, (n, width))
+    call.contiguous(op, "routing.experts", routing.experts, torch.int32, (n, top_k))
+    call.contiguous(op, "routing.weights", routing.weights, torch.float32, (n, top_k))
+    for name, weight in (("gate_up", up), ("down", down)):
+        data = weight.data
+        if (weight.scale is None and data.dtype is not dtype) or data.device != call.device:
+            raise ValueError(f"{op}: {name} must be {dtype} on {call.device}, not {data.dtype} on {data.device}")
+    call.optional(op, "gate_up_bias", weights.gate_up_bias, dtype, (count, up.out_features))
+    call.optional(op, "down_bias", weights.down_bias, dtype, (count, width))
+    if (shared is None) != (shared_gate is None):
+        raise ValueError(f"{op}: shared and shared_gate come together")
+    call.optional(op, "shared", shared, dtype, (n, width))
+    call.optional(op, "shared_gate", shared_gate, dtype, (n, 1))
+    return top_k
 
 
 def check_logits(call: CallChecks, op: str, name: str, logits: Tensor, vocab_size: int) -> None:

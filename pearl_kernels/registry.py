@@ -25,6 +25,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
         reference.pack_quantized,
         reference.weight_rows,
         reference.linear,
+        reference.route,
+        reference.experts,
         reference.rope_and_cache,
         reference.verify_attention,
         reference.sample,
@@ -35,7 +37,9 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 
 
 # They read what the first makes: a preference for one of them holds for all.
-_PARTNERS = ("pack_linear", "pack_quantized", "linear", "weight_rows")
+_PARTNERS = ("pack_linear", "pack_quantized", "linear", "weight_rows", "experts")
+# A provider that does not pack matrices itself reads another one's.
+_READS: Mapping[str, str] = {"triton": "reference"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class KernelSet:
     pack_quantized: Callable[..., Any]
     weight_rows: Callable[..., Any]
     linear: Callable[..., Any]
+    route: Callable[..., Any]
+    experts: Callable[..., Any]
     rope_and_cache: Callable[..., Any]
     verify_attention: Callable[..., Any]
     sample: Callable[..., Any]
@@ -115,6 +121,8 @@ def explain(op: str, situation: Situation | None = None, prefer: Mapping[str, st
     prefer = prefer or {}
     partners = (op, *_PARTNERS) if op in _PARTNERS else (op,)
     wanted = next((prefer[name] for name in partners if name in prefer), None)
+    if len(partners) > 1 and wanted is not None and not any(p.name == wanted and op in p.operators for p in PROVIDERS):
+        wanted = _READS.get(wanted, wanted)
     lines: list[Status] = []
     chosen: str | None = None
     for provider in preferred(op):

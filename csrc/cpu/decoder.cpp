@@ -147,10 +147,7 @@ void Decoder::norm(const void* weight, bool add, int64_t tokens) {
 }
 
 void Decoder::project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens) {
-  parallel::linear(*threads_,
-                   {shape_.dtype, matrix.format, tokens, matrix.in_features, matrix.out_features, x, matrix.in_features,
-                    matrix.weight, matrix.scale, matrix.offset, matrix.group, matrix.bias, out, nullptr},
-                   scratch_);
+  parallel::linear(*threads_, product(matrix, shape_.dtype, tokens, x, out), scratch_);
 }
 
 void Decoder::attend(const DecoderLayer& layer, const DecoderBatch& batch) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/packed_matrix.h"
 #include "cpu/parallel.h"
 #include "cpu/thread_pool.h"
 #include "pearl/params.h"
@@ -16,17 +17,6 @@ struct DecoderShape {
   DType dtype;
   int64_t hidden, query_heads, kv_heads, head_dim, ffn, vocab_size, max_position, pages, page_size;
   float eps, scale;
-};
-
-/// A linear layer: see LinearParams.
-struct PackedMatrix {
-  WeightFormat format;
-  int64_t in_features, out_features;
-  const void* weight;
-  const float* scale;
-  const float* offset;
-  int64_t group;
-  const void* bias;
 };
 
 struct DecoderLayer {

@@ -10,6 +10,8 @@ struct KernelTable {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
   void (*silu_and_mul)(const SiluAndMulParams&);
+  void (*gated_unit)(const GatedUnitParams&);
+  void (*combine)(const CombineParams&);
   void (*linear_rows)(const LinearParams&);  // before linear: fills the scratch memory
   void (*linear)(const LinearParams&, Range panels);
   int64_t (*multiply_registers)(DType dtype, int64_t steps);  // returns how many operations that were

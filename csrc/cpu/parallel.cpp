@@ -72,17 +72,49 @@ void verify_attention(ThreadPool& pool, const AttentionParams& p) {
   pool.run(attention_tasks(p), pieces(pool), [&](Range tasks, int64_t) { kernels().verify_attention(p, tasks); });
 }
 
-void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch) {
-  const int64_t product = ++scratch.products_;
-  pool.run(linear_panels(p.out_features), pieces(pool), [&](Range panels, int64_t thread) {
+void gated_unit(ThreadPool& pool, const GatedUnitParams& p) {
+  pool.run(p.rows, cheap_pieces(pool, p.rows * p.width * kExpCost), [&](Range rows, int64_t) {
+    const int64_t bytes = bytes_of(p.dtype);
+    GatedUnitParams part = p;
+    part.rows = rows.end - rows.begin;
+    part.x = offset(p.x, rows.begin * 2 * p.width * bytes);
+    part.out = offset(p.out, rows.begin * p.width * bytes);
+    kernels().gated_unit(part);
+  });
+}
+
+void combine(ThreadPool& pool, const CombineParams& p) {
+  pool.run(p.rows, cheap_pieces(pool, p.rows * p.width * p.top_k), [&](Range rows, int64_t) {
+    const int64_t bytes = bytes_of(p.dtype);
+    CombineParams part = p;
+    part.rows = rows.end - rows.begin;
+    part.places = p.places + rows.begin * p.top_k;
+    part.weights = p.weights + rows.begin * p.top_k;
+    part.shared = offset(p.shared, rows.begin * p.width * bytes);
+    part.shared_gate = offset(p.shared_gate, rows.begin * bytes);
+    part.out = offset(p.out, rows.begin * p.width * bytes);
+    kernels().combine(part);
+  });
+}
+
+void linear(ThreadPool& pool, const LinearParams* products, int64_t count, LinearScratch& scratch) {
+  if (count == 0) return;
+  const int64_t panels = linear_panels(products->out_features), first = scratch.products_ + 1;
+  scratch.products_ += count;
+  pool.run(count * panels, pieces(pool), [&](Range items, int64_t thread) {
     LinearScratch::Copy& copy = scratch.copies_[static_cast<size_t>(thread)];
-    LinearParams own = p;
-    const auto needed = static_cast<size_t>(linear_scratch_size(p));
-    if (copy.rows.size() < needed) copy.rows.resize(needed);
-    own.scratch = copy.rows.data();
-    if (copy.product != product) kernels().linear_rows(own);
-    copy.product = product;
-    kernels().linear(own, panels);
+    for (int64_t item = items.begin; item < items.end;) {
+      const int64_t index = item / panels, begin = item % panels;
+      const int64_t end = std::min(panels, begin + items.end - item);
+      LinearParams own = products[index];
+      const auto needed = static_cast<size_t>(linear_scratch_size(own));
+      if (copy.rows.size() < needed) copy.rows.resize(needed);
+      own.scratch = copy.rows.data();
+      if (copy.product != first + index) kernels().linear_rows(own);
+      copy.product = first + index;
+      kernels().linear(own, {begin, end});
+      item += end - begin;
+    }
   });
 }
 

@@ -14,6 +14,8 @@ void rms_norm(ThreadPool& pool, const RmsNormParams& p);
 void silu_and_mul(ThreadPool& pool, const SiluAndMulParams& p);
 void rope_and_cache(ThreadPool& pool, const RopeAndCacheParams& p);
 void verify_attention(ThreadPool& pool, const AttentionParams& p);
+void gated_unit(ThreadPool& pool, const GatedUnitParams& p);
+void combine(ThreadPool& pool, const CombineParams& p);
 
 /// Memory in which each thread keeps its own copy of linear's x, because lines that two cores write and read travel
 /// between them. Grows to the largest product.
@@ -22,7 +24,7 @@ class LinearScratch {
   explicit LinearScratch(const ThreadPool& pool) : copies_(static_cast<size_t>(pool.threads())) {}
 
  private:
-  friend void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch);
+  friend void linear(ThreadPool& pool, const LinearParams* products, int64_t count, LinearScratch& scratch);
 
   struct alignas(64) Copy {
     std::vector<float> rows;
@@ -32,7 +34,10 @@ class LinearScratch {
   int64_t products_ = 0;
 };
 
-/// p.scratch is set here.
-void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch);
+/// `count` products with equally many outputs, of rows that need not be equally many, as one stage: their panels lie in
+/// a row. Scratch memory is set here.
+void linear(ThreadPool& pool, const LinearParams* products, int64_t count, LinearScratch& scratch);
+
+inline void linear(ThreadPool& pool, const LinearParams& p, LinearScratch& scratch) { linear(pool, &p, 1, scratch); }
 
 }  // namespace pearl::parallel

@@ -15,6 +15,7 @@
 #include "python/arguments.h"
 #include "python/bind_views.h"
 #include "python/decoder_bindings.h"
+#include "python/experts_bindings.h"
 #include "python/linear_bindings.h"
 #include "python/make_params.h"
 
@@ -143,5 +144,6 @@ PYBIND11_MODULE(_core, m) {
       },
       NoGil());
   bind_linear(m);
+  bind_experts(m);
   bind_decoder(m);
 }

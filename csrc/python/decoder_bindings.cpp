@@ -12,25 +12,12 @@
 #include "cpu/draft_window.h"
 #include "python/arguments.h"
 #include "python/make_params.h"
+#include "python/matrix_arguments.h"
 #include "python/work_batch.h"
 
 namespace py = pybind11;
 
 namespace {
-
-/// As Python hands it over: addresses are 0 for what the format, or the layer, does not have.
-struct MatrixArgument : pearl::PackedMatrix {
-  MatrixArgument(int format, int64_t in_features, int64_t out_features, Address weight, Address scale, Address offset,
-                 int64_t group, Address bias)
-      : PackedMatrix{static_cast<pearl::WeightFormat>(format),
-                     in_features,
-                     out_features,
-                     pointer<const void>(weight),
-                     pointer<const float>(scale),
-                     pointer<const float>(offset),
-                     group,
-                     pointer<const void>(bias)} {}
-};
 
 struct LayerArgument : pearl::DecoderLayer {
   LayerArgument(Address input_norm, const MatrixArgument& qkv, Address q_norm, Address k_norm,
@@ -184,8 +171,6 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<MatrixArgument>(m, "Matrix")
-      .def(py::init<int, int64_t, int64_t, Address, Address, Address, int64_t, Address>());
   py::class_<LayerArgument>(m, "Layer")
       .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address,
                     const MatrixArgument&, const MatrixArgument&, Address, Address, int64_t>());

@@ -21,6 +21,8 @@ _NAMES = (
     "pack_quantized",
     "weight_rows",
     "linear",
+    "route",
+    "experts",
     "rope_and_cache",
     "verify_attention",
     "sample",
@@ -33,7 +35,7 @@ _HEAD_DIM_MATTERS = ("rope_and_cache", "verify_attention")
 def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
     """Functions by name, and why they cannot run: without the compiled core they exist, so that the reason is told."""
     try:
-        from pearl_kernels.cpu import layers, linear, sampling
+        from pearl_kernels.cpu import experts, layers, linear, sampling
     except ImportError as error:
         reason = f"the C++ core is not built ({error}); pip install -e . builds it"
 
@@ -41,7 +43,7 @@ def _load() -> tuple[Mapping[str, Callable[..., Any]], str | None]:
             raise RuntimeError(reason)
 
         return dict.fromkeys((*_NAMES, "verify_numbers"), unavailable), reason
-    return vars(layers) | vars(linear) | vars(sampling), None
+    return vars(layers) | vars(linear) | vars(experts) | vars(sampling), None
 
 
 _FUNCTIONS, _LOAD_ERROR = _load()
@@ -67,10 +69,11 @@ def refuses(op: str, situation: Situation) -> str | None:
 
 def bind(op: str, situation: Situation) -> Callable[..., Any]:
     """The operator for one worker: a product on its own threads, weights in its format."""
-    if _LOAD_ERROR is None and op == "linear" and situation.threads > 1:
+    if _LOAD_ERROR is None and situation.threads > 1 and op in ("linear", "experts"):
+        from pearl_kernels.cpu.experts import ThreadedExperts
         from pearl_kernels.cpu.linear import ThreadedLinear
 
-        return ThreadedLinear(situation.threads)
+        return ThreadedLinear(situation.threads) if op == "linear" else ThreadedExperts(situation.threads)
     if op == "pack_linear" and situation.weights != "full":
         return functools.partial(OPERATORS[op], weights=situation.weights)
     return OPERATORS[op]

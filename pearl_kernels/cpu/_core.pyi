@@ -149,6 +149,53 @@ class Matrix:
         /,
     ) -> None: ...
 
+class MatrixStack:
+    def __init__(
+        self,
+        count: int,
+        first: Matrix,
+        weight_stride: int,
+        scale_stride: int,
+        offset_stride: int,
+        bias_stride: int,
+        /,
+    ) -> None: ...
+
+class ExpertLayer:
+    def __init__(
+        self, gate_up: MatrixStack, down: MatrixStack, gain: float, limit: float, offset: float, /
+    ) -> None: ...
+
+class ExpertThreads:
+    def __init__(self, threads: int, /) -> None: ...
+    def run(
+        self,
+        layer: ExpertLayer,
+        dtype: int,
+        rows: int,
+        top_k: int,
+        x: int,
+        chosen: int,
+        weights: int,
+        shared: int,
+        shared_gate: int,
+        out: int,
+        /,
+    ) -> None: ...
+
+def route(
+    dtype: int,
+    rows: int,
+    experts: int,
+    top_k: int,
+    logits: int,
+    logits_stride: int,
+    renormalise: bool,
+    chosen: int,
+    weights: int,
+    /,
+) -> None: ...
+
 class Layer:
     def __init__(
         self,

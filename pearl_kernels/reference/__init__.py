@@ -1,5 +1,14 @@
 """The operators' specification in plain torch. Providers are tested against these functions, and only these."""
 
+from pearl_kernels.reference.experts import (
+    ExpertWeights,
+    GatedUnit,
+    Routing,
+    expert_weight,
+    experts,
+    route,
+    stack_weights,
+)
 from pearl_kernels.reference.layers import (
     LinearWeight,
     WeightFormat,
@@ -22,8 +31,11 @@ from pearl_kernels.reference.verification import Rule, Verdict, verify
 __all__ = [
     "MOST_ALTERNATIVES",
     "Alternatives",
+    "ExpertWeights",
+    "GatedUnit",
     "LinearWeight",
     "QuantizedMatrix",
+    "Routing",
     "Rule",
     "Sampled",
     "SamplingTensors",
@@ -34,14 +46,18 @@ __all__ = [
     "alike",
     "copy_blocks",
     "dequantize",
+    "expert_weight",
+    "experts",
     "linear",
     "pack_linear",
     "pack_quantized",
     "rms_norm",
     "rope_and_cache",
+    "route",
     "sample",
     "silu_and_mul",
     "stack_outputs",
+    "stack_weights",
     "verify",
     "verify_attention",
     "weight_rows",

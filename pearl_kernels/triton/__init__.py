@@ -19,6 +19,8 @@ MODULES = {
     "rms_norm": "pearl_kernels.triton.norm",
     "add_rms_norm": "pearl_kernels.triton.norm",
     "silu_and_mul": "pearl_kernels.triton.activation",
+    "route": "pearl_kernels.triton.experts",
+    "experts": "pearl_kernels.triton.experts",
     "rope_and_cache": "pearl_kernels.triton.rope",
     "verify_attention": "pearl_kernels.triton.attention",
     "sample": "pearl_kernels.triton.sampling",
@@ -51,6 +53,8 @@ def refuses(op: str, situation: Situation) -> str | None:
         return f"runs on {'cpu, in the interpreter' if interpreting() else 'cuda'}, not on {situation.device}"
     if situation.dtype not in CHECKS.dtypes:
         return f"computes float32, bfloat16 and float16, not {situation.dtype}"
+    if op == "experts" and situation.weights != "full":
+        return f"multiplies weights as they are stored, not {situation.weights}"
     if op in _HEAD_DIM_MATTERS and (situation.head_dim % 8 or not 8 <= situation.head_dim <= 256):
         return f"needs a head_dim that is a multiple of 8 up to 256, not {situation.head_dim}"
     return None

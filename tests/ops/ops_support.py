@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,17 @@ import torch
 from cuda_emu import build  # tests/cuda_emu
 from torch import Tensor
 
-from pearl_kernels import SamplingTensors, Situation, Verdict, cpu, cuda, reference
+from pearl_kernels import (
+    ExpertWeights,
+    LinearWeight,
+    Routing,
+    SamplingTensors,
+    Situation,
+    Verdict,
+    cpu,
+    cuda,
+    reference,
+)
 from pearl_kernels.reference.philox import Stream, gumbel
 from pearl_kernels.reference.sampling import log_probabilities
 from pearl_kernels.registry import OPERATORS, PROVIDERS
@@ -59,6 +70,10 @@ class Implementation:
     def _move(self, value: Any) -> Any:
         if isinstance(value, SamplingTensors):
             return SamplingTensors(*(getattr(value, f).to(self.device) for f in value.__dataclass_fields__))
+        if isinstance(value, ExpertWeights | LinearWeight):
+            return dataclasses.replace(value, **{name: self._move(part) for name, part in vars(value).items()})
+        if isinstance(value, Routing):
+            return Routing(*map(self._move, value))
         return value.to(self.device) if isinstance(value, Tensor) else value
 
 

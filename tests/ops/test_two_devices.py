@@ -108,7 +108,8 @@ def cases() -> list[Any]:
     return params
 
 
-NOT_ASKED = ("pack_linear", "pack_quantized", "silu_and_mul", "weight_rows")  # of one tensor, beside a packed one
+# Of one tensor, beside packed ones.
+NOT_ASKED = ("pack_linear", "pack_quantized", "silu_and_mul", "weight_rows", "route", "experts")
 
 
 @pytest.mark.parametrize(("op", "function", "dtype"), cases())

@@ -75,6 +75,41 @@ struct LinearParams {
   float* scratch;       // CPU: linear_scratch_size
 };
 
+struct RouteParams {
+  DType dtype;  // of logits
+  int64_t rows, experts, top_k;
+  const void* logits;  // [rows, experts]
+  int64_t logits_stride;
+  bool renormalise;
+  int32_t* chosen;  // [rows, top_k]
+  float* weights;   // [rows, top_k]
+};
+
+/// g * sigmoid(gain * g) * (u + offset) with g up to limit and u from -limit to limit; gain > 0.
+struct GatedUnit {
+  float gain, limit, offset;
+};
+
+struct GatedUnitParams {
+  DType dtype;
+  int64_t rows, width;
+  const void* x;  // [rows, 2 * width]: gates, then ups
+  void* out;      // [rows, width]
+  GatedUnit unit;
+};
+
+/// The weighted sums of what experts have made, and of a part that all rows have.
+struct CombineParams {
+  DType dtype;  // of made, shared, shared_gate and out
+  int64_t rows, width, top_k;
+  const void* made;         // [rows * top_k, width]
+  const int32_t* places;    // [rows, top_k]: rows of made
+  const float* weights;     // [rows, top_k]
+  const void* shared;       // [rows, width] or null: begins the sum, times sigmoid(shared_gate)
+  const void* shared_gate;  // [rows]; null where shared is
+  void* out;                // [rows, width]
+};
+
 struct RopeAndCacheParams {
   DType dtype;  // of q, k, v, the caches and the norm weights
   int64_t tokens, query_heads, kv_heads, head_dim;
