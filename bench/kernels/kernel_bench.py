@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bench.shared.bandwidth import last_level_cache, read_bandwidth
 from pearl.bench.report import machine
-from pearl_kernels import Situation, reference
+from pearl_kernels import ExpertWeights, Routing, Situation, reference, stack_weights
+from pearl_kernels.provider import Provider
 from pearl_kernels.registry import PROVIDERS
 from pearl_kernels.triton import interpreting
 
@@ -78,18 +79,28 @@ def providers(op: str, device: str, dtype: torch.dtype, sizes: str) -> list[Cont
         emulated = provider.name == "triton" and interpreting()
         if op not in provider.operators or emulated or provider.refuses(op, situation) is not None:
             continue
-        prepare = _packed(provider.operators) if op == "linear" else plain(provider.operators[op])
+        prepare = _prepare(op, provider)
         capturable = provider.name not in ("reference", "flashinfer")
         found.append(Contender(provider.name, "provider", prepare, page_size, capturable))
     return found
 
 
-def _packed(operators: Mapping[str, Callable[..., Any]]) -> Prepare:
-    def prepare(x: Tensor, weight: Tensor) -> Call:
-        packed, linear = operators["pack_linear"](weight), operators["linear"]
-        return lambda: linear(x, packed)
+def _prepare(op: str, provider: Provider) -> Prepare:
+    """Plain matrices are packed for the operators that read packed ones."""
+    function = provider.operators[op]
+    pack = provider.operators.get("pack_linear", reference.pack_linear)  # who packs none reads the reference's
 
-    return prepare
+    def prepare_linear(x: Tensor, weight: Tensor) -> Call:
+        packed = pack(weight)
+        return lambda: function(x, packed)
+
+    def prepare_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Call:
+        gates, downs = (stack_weights([pack(matrix) for matrix in stack]) for stack in (gate_up, down))
+        packed = ExpertWeights(gates, downs)
+        return lambda: function(x, Routing(experts, weights), packed)
+
+    packing: dict[str, Prepare] = {"linear": prepare_linear, "experts": prepare_experts}
+    return packing.get(op) or plain(function)
 
 
 class Limits:
@@ -189,7 +200,8 @@ class Bench:
 def check(contender: Contender, op: str, args: tuple[Any, ...], agree: Callable[..., None]) -> None:
     """Run contender and reference on equal arguments; what they change in place is compared too."""
     mine, theirs = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args) for _ in range(2))
-    agree(contender.prepare(*mine)(), getattr(reference, op)(*theirs), mine, theirs)
+    expected = _prepare(op, PROVIDERS[-1])(*theirs)()
+    agree(contender.prepare(*mine)(), expected, mine, theirs)
 
 
 def time_on_cuda(work: Call, cache: int, seconds: float) -> float:
