@@ -49,7 +49,8 @@ class EngineConfig:
     Integers of numpy, whole floats, paths, ``torch.dtype`` and ``torch.device`` become what the fields hold; a number
     is no bool and a bool no number. ConfigurationError names what cannot be used.
 
-    target, draft: local path or hub id; None = the bundled pair. draft="ngram" drafts by prompt lookup.
+    target, draft: local folder, hub id or GGUF file (of the hub: "repository:file.gguf"); None = the bundled pair.
+        draft="ngram" drafts by prompt lookup.
     method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled" | "block",
         which is rejection for all tokens of a round together: more of them are accepted. Requests with a seed still
         have them tested one by one, so that a seed gives its output again.
@@ -299,10 +300,12 @@ class EngineConfig:
 
 
 def _model_name(role: str, given: object) -> str | None:
-    """A folder or a hub id as text."""
+    """A folder, a file or a hub id as text."""
     if given is None:
         return None
     name = os.fspath(given) if isinstance(given, os.PathLike) else given
     if not isinstance(name, str) or not name:
-        raise ConfigurationError(f"{role} must be a folder or a hub id, not {shown(given)}; None is the bundled model")
+        raise ConfigurationError(
+            f"{role} must be a folder, a hub id or a GGUF file, not {shown(given)}; None is the bundled model"
+        )
     return os.path.join(".", name) if name == NGRAM and name is not given else name

@@ -12,20 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pearl.errors import ConfigurationError
+from pearl.models.gguf.names import TensorNames
 from pearl.models.model_config import ModelConfig
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def write_gguf(folder: Path, path: Path, dtype: torch.dtype) -> None:
@@ -42,7 +32,8 @@ def write_gguf(folder: Path, path: Path, dtype: torch.dtype) -> None:
         raise ConfigurationError(f"{folder} has no single model.safetensors with a tokenizer.json to convert")
     writer = gguf.GGUFWriter(str(path), "llama")
     _describe(writer, config)
-    _vocabulary(writer, gguf, json.loads((folder / "tokenizer.json").read_text("utf-8")), config.vocab_size)
+    _vocabulary(writer, gguf, (folder / "tokenizer.json").read_text("utf-8"), config.vocab_size)
+    names = TensorNames()
     for name, tensor in load_file(folder / "model.safetensors").items():
         if config.tied and name == "lm_head.weight":
             continue
@@ -52,7 +43,7 @@ def write_gguf(folder: Path, path: Path, dtype: torch.dtype) -> None:
         data = (stored.view(torch.uint16) if kind == "BF16" else stored).numpy()
         if kind == "BF16":  # numpy has no such type: its bytes
             data = data.view("uint8")
-        writer.add_tensor(_name(name), data, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
+        writer.add_tensor(names.ours(name), data, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,8 +65,9 @@ def _describe(writer: Any, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _vocabulary(writer: Any, gguf: Any, tokenizer: dict[str, Any], size: int) -> None:
-    """Token ids are given and taken; the texts only let llama.cpp load."""
+def _vocabulary(writer: Any, gguf: Any, stored: str, size: int) -> None:
+    """llama.cpp is given token ids, and needs texts to load; how they are split is in the JSON alone."""
+    tokenizer = json.loads(stored)
     texts = {index: text for text, index in tokenizer["model"]["vocab"].items()}
     texts |= {token["id"]: token["content"] for token in tokenizer.get("added_tokens", ())}
     special = {token["id"] for token in tokenizer.get("added_tokens", ())}
@@ -86,6 +78,7 @@ def _vocabulary(writer: Any, gguf: Any, tokenizer: dict[str, Any], size: int) ->
     writer.add_token_types([kinds.CONTROL if index in special else kinds.NORMAL for index in range(size)])
     merges = tokenizer["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_string("tokenizer.huggingface.json", stored)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
@@ -97,13 +90,3 @@ def _rotated_pairs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
         return tensor
     halves = tensor.view(-1, 2, config.head_dim // 2, tensor.shape[1])
     return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def _name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
-    outside = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-               "lm_head.weight": "output.weight"}  # fmt: skip
-    if name in outside:
-        return outside[name]
-    index, _, part = name.removeprefix("model.layers.").partition(".")
-    return f"blk.{index}.{_LAYER_NAMES[part.removesuffix('.weight')]}.weight"

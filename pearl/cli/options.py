@@ -32,9 +32,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 class EngineOptions:
     """What becomes the ``pearl.LLM``."""
 
-    target: Annotated[str | None, _model(help="Target: local path or hub id. Default: the bundled one.")] = None
+    target: Annotated[
+        str | None, _model(help="Target: local folder, hub id or GGUF file. Default: the bundled one.")
+    ] = None
     draft: Annotated[
-        str | None, _model(help="Draft: local path, hub id, or 'ngram' (the text itself). Default: the bundled one.")
+        str | None, _model(help="Draft: the same, or 'ngram' (the text itself). Default: the bundled one.")
     ] = None
     method: Annotated[MethodName, _model(help="How to decode.")] = "pearl"
     verification: Annotated[

@@ -23,7 +23,7 @@ from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
 from pearl.models.checkpoint import stored_config
-from pearl.models.hub import fetch_weights
+from pearl.models.model_source import source_of
 from pearl.models.vocabulary import require_common_core, usable_ids
 from pearl.models.weight_size import weight_bytes
 from pearl.parallel import ParallelRunner
@@ -154,11 +154,11 @@ def _require_room(config: EngineConfig, pair: Pair, meter: MemoryMeter) -> Share
 
 def _check_weights(target_path: str, draft_path: str | None, pair: Pair) -> tuple[str, str | None, Pair]:
     """Both models' folders with their weights, and the pair as these are, checked without reading one."""
-    target_folder = fetch_weights(target_path)
+    target_folder = source_of(target_path).fetch_weights()
     pair = replace(pair, target=stored_config(target_folder, pair.target))
     if draft_path is None or pair.draft is None:
         return str(target_folder), None, pair
-    draft_folder = fetch_weights(draft_path)
+    draft_folder = source_of(draft_path).fetch_weights()
     draft = stored_config(draft_folder, pair.draft)
     draft = replace(draft, vocab_size=max(draft.vocab_size, pair.vocab_size))  # it is loaded so (models.widening)
     return str(target_folder), str(draft_folder), replace(pair, draft=draft)

@@ -7,20 +7,17 @@ from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pearl.errors import ModelLoadError
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, canonical_name, decoder_tensors, is_decoders
 from pearl.models.model_config import ModelConfig
-from pearl.models.model_files import LFS_ADVICE, is_lfs_pointer
+from pearl.models.model_source import ModelSource, StoredValues, source_of
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.quantized_tensors import QuantizedTensors, quantized_names
 from pearl.models.sharding import Span
-from pearl.models.weight_files import weight_files
 from pearl_kernels import QuantizedMatrix
 
 _WEIGHT = ".weight"
@@ -28,7 +25,10 @@ _COMPARED = 1 << 22  # numbers of two matrices that are compared at a time
 
 
 def stored_config(folder: Path, config: ModelConfig) -> ModelConfig:
-    """Check a checkpoint by its files' headers; returns ``Checkpoint.config``. Raises as ``Checkpoint`` does."""
+    """Check a checkpoint by its files' headers; returns ``Checkpoint.config``. Raises as ``Checkpoint`` does.
+
+    folder: or a file, as ``ModelSource.fetch_weights`` gave it.
+    """
     with ExitStack() as stack:
         return Checkpoint(folder, config, stack).config
 
@@ -48,9 +48,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: ModelConfig, stack: ExitStack) -> None:
         self._folder = folder
+        self._source = source_of(str(folder))
         self._table = decoder_tensors(config)
         quantization = config.quantization
-        self._stored, others = _open(folder, self._table.keys() | quantized_names(quantization, self._table), stack)
+        known = self._table.keys() | quantized_names(quantization, self._table)
+        self._stored, others = _open(folder, self._source, known, stack)
         own = sorted(name for name in others if is_decoders(name))
         self._quantized: QuantizedTensors | None = None
         if quantization is not None:
@@ -63,8 +65,9 @@ class Checkpoint:
         self._require_all()
         if own:
             raise ModelLoadError(
-                f"{folder} holds {_listed(own)}, of which a {config.architecture} with this config.json makes no use: "
-                "its output would be wrong; check model_type and the numbers of layers and biases there"
+                f"{folder} holds {self._listed(own)}, of which a {config.architecture} with this "
+                f"{self._source.description.removeprefix('its ')} makes no use: its output would be wrong; check the "
+                "model's type and the numbers of layers and biases there"
             )
 
     def read(self, name: str, *spans: Span) -> Tensor:
@@ -93,7 +96,10 @@ class Checkpoint:
         for name, stored in self._stored.items():
             shape, wanted = tuple(stored.get_shape()), self._table[name].shape
             if shape != wanted:
-                raise ModelLoadError(f"{self._folder}: {name!r} has shape {shape}, its config.json calls for {wanted}")
+                raise ModelLoadError(
+                    f"{self._folder}: {self._source.spell(name)!r} has shape {shape}, {self._source.description} calls "
+                    f"for {wanted}"
+                )
 
     def _tie(self, config: ModelConfig) -> ModelConfig:
         if not config.tied:
@@ -113,39 +119,38 @@ class Checkpoint:
         if needed := [name for name in missing if self._table[name].default is None]:
             hint = "; its tie_word_embeddings is false" if needed == [HEAD] else ""
             raise ModelLoadError(
-                f"{self._folder} has no tensor {_listed(needed)}, which its config.json calls for{hint}"
+                f"{self._folder} has no tensor {self._listed(needed)}, which {self._source.description} calls for{hint}"
             )
         if missing:
             warnings.warn(
-                f"{self._folder} has no tensor {_listed(missing)}; taken as transformers does: biases are 0, norms 1",
+                f"{self._folder} has no tensor {self._listed(missing)}; taken as transformers does: biases are 0, "
+                "norms 1",
                 stacklevel=2,
             )
 
+    def _listed(self, names: list[str]) -> str:
+        return repr(self._source.spell(names[0])) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
-def _open(folder: Path, table: Container[str], stack: ExitStack) -> tuple[dict[str, Any], list[str]]:
-    """Slices of the decoder's tensors by its names, and the names of all other tensors. Reads the files' headers."""
-    stored: dict[str, Any] = {}
+
+def _open(
+    folder: Path, source: ModelSource, table: Container[str], stack: ExitStack
+) -> tuple[dict[str, StoredValues], list[str]]:
+    """The decoder's tensors by its names, and the names of all other tensors. Reads the files' headers."""
+    stored: dict[str, StoredValues] = {}
     names_of: dict[str, str] = {}
     others: list[str] = []
-    for path in weight_files(folder):
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            names = list(file.keys())
-        except (OSError, SafetensorError) as error:
-            reason = LFS_ADVICE if is_lfs_pointer(path) else f"is missing or damaged ({error}); download it again"
-            raise ModelLoadError(f"{path} {reason}") from error
-        for name in names:
-            known = canonical_name(name, table)
-            if known not in table:
-                others.append(name)
-            elif names_of.setdefault(known, name) != name:
-                raise ModelLoadError(f"{folder} holds {names_of[known]!r} and {name!r}, which are the same tensor")
-            else:
-                stored[known] = file.get_slice(name)
+    for name, values in source.open(stack):
+        known = canonical_name(name, table)
+        if known not in table:
+            others.append(name)
+        elif names_of.setdefault(known, name) != name:
+            raise ModelLoadError(f"{folder} holds {names_of[known]!r} and {name!r}, which are the same tensor")
+        else:
+            stored[known] = values
     return stored, others
 
 
-def _equal(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
+def _equal(one: StoredValues, other: StoredValues, shape: tuple[int, ...]) -> bool:
     """Whether two stored matrices hold the same numbers; a part of each is in memory at a time."""
     rows = max(1, _COMPARED // shape[1])
     for begin in range(0, shape[0], rows):
@@ -154,7 +159,3 @@ def _equal(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
         if not same:
             return False
     return True
-
-
-def _listed(names: list[str]) -> str:
-    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

@@ -34,22 +34,31 @@ def read_config(path: str, folder: Path) -> tuple[Mapping[str, Any], PretrainedC
     Its dtype is left to ``model_dtype``. No code of the folder is run. Raises ModelLoadError or UnsupportedModelError.
     """
     if not (folder / CONFIG).exists():
-        raise ModelLoadError(f"{path!r} has no {CONFIG}: give a folder with a model's configuration and weights")
+        raise ModelLoadError(
+            f"{path!r} has no {CONFIG}: give a folder with a model's configuration and weights, or a GGUF file by its "
+            "own name (of the hub: repository:file.gguf)"
+        )
     values = read_json(folder / CONFIG)
     if (plain := plain_config(str(folder))) is not None:
         return values, plain
     from transformers import AutoConfig, PretrainedConfig
 
-    with naming_config(path):
-        try:
-            fields = PretrainedConfig.get_config_dict(folder)[0]
-            _check(fields)
-            # A dtype that is given is the only one that transformers does not refuse for its name.
-            return fields, AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
-        except PearlError:
-            raise
-        except Exception as error:  # transformers' validation raises whatever a wrong value runs into
-            raise ModelLoadError(f"transformers refuses it: {_reason(error)}") from error
+    with naming_config(path), made_by_transformers():
+        fields = PretrainedConfig.get_config_dict(folder)[0]
+        _check(fields)
+        # A dtype that is given is the only one that transformers does not refuse for its name.
+        return fields, AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+
+
+@contextmanager
+def made_by_transformers() -> Iterator[None]:
+    """What transformers raises over a configuration becomes a ModelLoadError in a sentence."""
+    try:
+        yield
+    except PearlError:
+        raise
+    except Exception as error:  # transformers' validation raises whatever a wrong value runs into
+        raise ModelLoadError(f"transformers refuses it: {_reason(error)}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from glob import escape
 from pathlib import Path
 
 from pearl.errors import ModelLoadError
+from pearl.models.gguf.parts import part_names
 from pearl.models.model_files import first_line
 from pearl.models.quantization import HF_QUANT_CONFIG
 from pearl.models.weight_files import CONFIG, entries, files_of, no_weights
@@ -31,6 +32,27 @@ def fetch_weights(path: str) -> Path:
     raise no_weights(repr(path), _names(path, revision), entries(folder))
 
 
+def fetch_gguf(path: str) -> Path:
+    """The GGUF file, local or ``repository:file.gguf``, or the first of its parts with the others beside it.
+
+    Raises ModelLoadError.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    repository, colon, name = path.rpartition(":")
+    if not colon:
+        raise ModelLoadError(f"there is no file {path!r}; of the hub give repository:file.gguf")
+    folder, _, last = name.rpartition("/")
+    wanted = [f"{folder}/{part}" if folder else part for part in part_names(last)]
+    place = _fetch(repository, wanted)
+    if missing := [each for each in wanted if not (place / each).is_file()]:
+        there = [each for each in _names(repository, place.name) if each.lower().endswith(".gguf")]
+        known = f"; its GGUF files are {', '.join(there)}" if there else ""
+        raise ModelLoadError(f"{repository!r} holds no {missing[0]}{known}")
+    return place / wanted[0]
+
+
 def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -39,8 +61,8 @@ def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path
         return Path(snapshot_download(path, revision=revision, allow_patterns=[escape(name) for name in names]))
     except Exception as error:  # the hub client raises many kinds, offline ones among them
         raise ModelLoadError(
-            f"{path!r} is no folder, and the hub could not provide it: give a folder with a config.json, or a hub id "
-            f"that is reachable or cached ({first_line(error)})"
+            f"{path!r} is no folder, and the hub could not provide it: give a folder with a config.json, a GGUF file, "
+            f"or a hub id that is reachable or cached ({first_line(error)})"
         ) from error
 
 

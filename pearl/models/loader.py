@@ -13,8 +13,8 @@ from pearl.models.checkpoint import Checkpoint
 from pearl.models.collective import Collective
 from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, NORM, layer_prefix
-from pearl.models.hub import fetch_description, fetch_weights
 from pearl.models.model_config import ModelConfig
+from pearl.models.model_source import source_of
 from pearl.models.quantization import Quantization
 from pearl.models.rope import cos_sin_table
 from pearl.models.sharding import Sharding, Span, shard
@@ -37,16 +37,16 @@ def load_model(
     sharding: Sharding | None = None,
     collective: Collective | None = None,
 ) -> Decoder:
-    """Load a model from a local folder or a hub id; with ``sharding`` the part of one tensor-parallel rank.
+    """Load a model as ``source_of`` takes it; with ``sharding`` the part of one tensor-parallel rank.
 
     ``vocab_size``: ids that a whole model must take; those that it lacks are never its own choice (``widening``).
     One matrix, as stored and as packed, is in memory beside the model at any time. Raises ModelLoadError or
     UnsupportedModelError, as ``Checkpoint`` does, before any weight is read.
     """
-    folder = fetch_description(str(path))
-    config = ModelConfig.from_pretrained(str(folder), dtype)
+    source = source_of(str(path))
+    config = ModelConfig.from_pretrained(str(source.place), dtype)
     with ExitStack() as stack:
-        checkpoint = Checkpoint(fetch_weights(str(path)), config, stack)
+        checkpoint = Checkpoint(source.fetch_weights(), config, stack)
         if config.quantization is not None and (sharding is None or sharding.is_first):
             _tell(str(path), config.quantization)
         sharding = sharding or widen(shard(config, 0, 1), vocab_size)

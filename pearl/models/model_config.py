@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
-from pearl.models.config_file import check_sizes, naming_config, read_config
+from pearl.models.config_file import check_sizes
 from pearl.models.families import Family, family_of
-from pearl.models.hub import fetch_description
-from pearl.models.model_dtype import checkpoint_dtype
-from pearl.models.quantization import Quantization, read_quantization
+from pearl.models.model_source import source_of
+from pearl.models.quantization import Quantization
 from pearl.models.rope import frequencies, require_fixed_frequencies
 
 if TYPE_CHECKING:
@@ -54,16 +53,16 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype | None = None) -> ModelConfig:
-        """Read ``config.json`` of a local folder or a hub id. dtype: to compute in; None: what the checkpoint says.
+        """Of a model as ``source_of`` takes it. dtype: to compute in; None: what the checkpoint says.
 
         Raises ModelLoadError or UnsupportedModelError; each names the field and its value.
         """
-        folder = fetch_description(path)  # of a hub id its place in the cache
-        quantization = read_quantization(folder)
-        fields, config = read_config(path, folder)
-        with naming_config(path):
+        source = source_of(path)
+        quantization = source.quantization()
+        config = source.config()
+        with source.naming():
             shape = cls.from_transformers(config)
-            return replace(shape, dtype=dtype or checkpoint_dtype(path, fields), quantization=quantization)
+            return replace(shape, dtype=dtype or source.dtype(), quantization=quantization)
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig | PlainConfig) -> ModelConfig:

@@ -13,7 +13,12 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def find_file(path: str, name: str, *, cached_only: bool = False) -> Path | None:
-    """The file ``name`` of a local folder or a hub id; None if it has none, or the hub cannot be asked."""
+    """The file ``name`` of a local folder or a hub id; None if it has none, or the hub cannot be asked.
+
+    A GGUF file is a whole model: nothing beside it is its.
+    """
+    if is_gguf(path):
+        return None
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.exists() else None
@@ -23,6 +28,11 @@ def find_file(path: str, name: str, *, cached_only: bool = False) -> Path | None
         return Path(hf_hub_download(path, name, local_files_only=cached_only))
     except Exception:  # no such file, no such model, no network
         return None
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a model's name is that of a GGUF file: here, or, as ``repository:file.gguf``, on the hub."""
+    return not Path(path).is_dir() and (path.lower().endswith(".gguf") or Path(path).is_file())
 
 
 def read_json(file: Path) -> dict[str, Any]:

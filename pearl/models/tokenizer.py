@@ -8,8 +8,8 @@ from typing import Any
 
 from pearl.errors import InvalidRequestError
 from pearl.models.detokenizer import ByteDetokenizer, IncrementalDetokenizer, ShowingDetokenizer, TextDetokenizer
+from pearl.models.model_source import source_of
 from pearl.models.token_bytes import TokenBytes
-from pearl.models.tokenizer_files import end_of_text_ids, load_tokenizer
 from pearl.models.vocabulary import Vocabulary
 from pearl.user_values import lone_surrogate
 
@@ -33,9 +33,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str) -> Tokenizer:
-        """Load from a local folder or a hub id. Raises ModelLoadError."""
-        tokenizer = load_tokenizer(path)
-        return cls(tokenizer, end_of_text_ids(path, tokenizer))
+        """Of a model as ``source_of`` takes it. Raises ModelLoadError."""
+        source = source_of(path)
+        tokenizer = source.load_tokenizer()
+        return cls(tokenizer, source.end_of_text_ids(tokenizer))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequestError: a tokenizer without an unknown token, and the like, cannot encode every text."""

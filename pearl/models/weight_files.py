@@ -34,7 +34,10 @@ _OTHERS = (
         "its weights are pickled ({}), which is not read because loading it may run code; convert them once: "
         "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), then copy the tokenizer's files",
     ),
-    (re.compile(r".*\.gguf"), "its weights are GGUF ({}), which is not read; take the model's safetensors"),
+    (
+        re.compile(r".*\.gguf"),
+        "its weights are GGUF ({}); give that file itself (of the hub: repository:file)",
+    ),
     (
         re.compile(r".*\.(h5|msgpack|onnx)"),
         "its weights ({}) belong to another framework; take the model's safetensors",

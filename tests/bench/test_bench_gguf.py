@@ -35,7 +35,7 @@ class Writer:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("add_"):
-            return lambda value: self.values.update({name.removeprefix("add_"): value})
+            return lambda *value: self.values.update({name.removeprefix("add_"): value[-1]})
         return lambda: self.written.append(name)
 
 
