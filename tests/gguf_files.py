@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ F32 = GGUFValueType.FLOAT32
 _BLOCK_SCALES = {"Q4_K": (0, (1.0, 7.5)), "Q5_K": (0, (1.0, 15.5)), "Q6_K": (208, (1.0,))}
 
 
-@dataclass
+Tensors = dict[str, tuple[np.ndarray[Any, Any], str]]
+
+
 class GgufFile:
     """``fields``: values, whose types are inferred. ``tensors``: what is written, and its type."""
 
-    architecture: str
-    fields: dict[str, Any]
-    tensors: dict[str, tuple[np.ndarray[Any, Any], str]] = field(default_factory=dict)
+    def __init__(self, architecture: str, fields: Mapping[str, Any], tensors: Tensors | None = None) -> None:
+        self.architecture, self.fields, self.tensors = architecture, dict(fields), tensors or {}
 
     def write(self, path: Path, endianess: GGUFEndian = GGUFEndian.LITTLE) -> str:
         writer = gguf.GGUFWriter(str(path), self.architecture, endianess=endianess)

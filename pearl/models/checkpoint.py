@@ -116,7 +116,7 @@ class Checkpoint:
 
     def _require_all(self) -> None:
         missing = [name for name in self._table if name not in self._stored and not self._is_quantized(name)]
-        if needed := [name for name in missing if self._table[name].default is None]:
+        if needed := [name for name in missing if self._is_needed(name)]:
             hint = "; its tie_word_embeddings is false" if needed == [HEAD] else ""
             raise ModelLoadError(
                 f"{self._folder} has no tensor {self._listed(needed)}, which {self._source.description} calls for{hint}"
@@ -127,6 +127,9 @@ class Checkpoint:
                 "norms 1",
                 stacklevel=2,
             )
+
+    def _is_needed(self, name: str) -> bool:
+        return self._table[name].default is None or not self._source.may_lack(name)
 
     def _listed(self, names: list[str]) -> str:
         return repr(self._source.spell(names[0])) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

@@ -67,6 +67,9 @@ class ModelFolder:
     def spell(self, name: str) -> str:
         return name
 
+    def may_lack(self, name: str) -> bool:
+        return True
+
     def load_tokenizer(self) -> Any:
         return load_tokenizer(self._path)
 

@@ -53,7 +53,7 @@ class ModelSource(Protocol):
         ...
 
     def quantization(self) -> Quantization | None:
-        """How matrices are quantised, by the description alone; None: they are plain, or are decoded as they are read."""
+        """How matrices are quantised, by the description alone; None: they are plain, or decoded as they are read."""
         ...
 
     def fetch_weights(self) -> Path:
@@ -70,6 +70,10 @@ class ModelSource(Protocol):
 
     def spell(self, name: str) -> str:
         """What the tensor is called where it is stored."""
+        ...
+
+    def may_lack(self, name: str) -> bool:
+        """Whether a tensor that transformers fills with constants may be missing."""
         ...
 
     def load_tokenizer(self) -> Any:

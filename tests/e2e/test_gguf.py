@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("gguf", reason="writes files with the package gguf")
+
 from e2e_support import EOS, VOCAB, Pair, acceptance, byte_tokenizer, perturbed, prompts, random_model, save, token_ids
 from gguf_files import byte_level_fields, gguf_of
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config

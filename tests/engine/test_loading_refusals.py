@@ -16,6 +16,7 @@ from pearl.engine import model_loading
 from pearl.engine.model_loading import _check_pair, load_models
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import Decoder, bundled_path
+from pearl.models.model_folder import ModelFolder
 
 UP = "model.layers.0.mlp.up_proj.weight"
 PLACES: list[dict[str, Any]] = [
@@ -82,7 +83,7 @@ def test_a_default_kv_cache_that_a_model_on_cpu_outgrows(
     options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before weights are even fetched. The sum that would do is named."""
-    monkeypatch.setattr(model_loading, "fetch_weights", unread)
+    monkeypatch.setattr(ModelFolder, "fetch_weights", unread)
     edit_config(folder, max_position_embeddings=1 << 22)
     with pytest.raises(
         ConfigurationError, match=r"one sequence of 4194304 .* the default on cpu is 1024\.0 MiB"

@@ -10,7 +10,7 @@ import torch
 from families import build, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pearl.messages import ForwardWork, SequenceState
 from pearl.models import KVCache
@@ -46,10 +46,14 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 def assert_as_transformers(folder: Path, plain: Path | None = None) -> None:
     """The logits of a short text are those of transformers' class on the same folder, or on a plain one."""
+    assert_logits(folder, AutoModelForCausalLM.from_pretrained(plain or folder, dtype=torch.float32).eval())
+
+
+def assert_logits(path: Path, judge: PreTrainedModel) -> None:
+    """Of what is loaded from there: those of a model of transformers."""
     with torch.inference_mode():
-        judge = AutoModelForCausalLM.from_pretrained(plain or folder, dtype=torch.float32).eval()
         wanted = judge(torch.tensor([_TEXT])).logits
-        decoder = load(folder)
+        decoder = load(path)
         cache = KVCache.allocate(decoder.config, 1, 16, torch.float32, torch.device("cpu"))
         state = SequenceState(0, 0, SamplingParams(), 0, 0, None)
         batch = build_batch([ForwardWork(state, _TEXT, 0, len(_TEXT), (0,))], 16, torch.device("cpu"))

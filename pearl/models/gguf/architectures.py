@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pearl.errors import UnsupportedModelError
+from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models.gguf.metadata import Metadata
 from pearl.models.gguf.names import TensorNames
 
@@ -41,11 +41,14 @@ _USUAL_SCALING = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor"
 
 @dataclass(frozen=True)
 class Architecture:
-    """``rotates_pairs``: rows of queries and keys are in the order of neighbouring rotary lanes. ``norm_shift``: what
-    transformers' norms are short of the stored ones. ``more``: fields that only this architecture has."""
+    """``rotates_pairs``: rows of queries and keys are in the order of neighbouring rotary lanes. ``optional_biases``: a
+    linear layer has one where it is stored. ``norm_shift``: what transformers' norms are short of the stored ones.
+    ``more``: fields that only this architecture has.
+    """
 
     model_type: str
     rotates_pairs: bool = False
+    optional_biases: bool = False
     norm_shift: float = 0.0
     names: TensorNames = field(default_factory=TensorNames)
     more: Callable[[Metadata, Collection[str]], Fields] = lambda metadata, tensors: {}
@@ -66,9 +69,9 @@ def _qwen3(metadata: Metadata, tensors: Collection[str]) -> Fields:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", rotates_pairs=True, more=_llama),
+    "llama": Architecture("llama", rotates_pairs=True, optional_biases=True, more=_llama),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", more=_qwen3),
+    "qwen3": Architecture("qwen3", optional_biases=True, more=_qwen3),
 }
 
 
@@ -91,6 +94,8 @@ def configuration_fields(name: str, metadata: Metadata, tensors: Collection[str]
     architecture, own = architecture_of(name), metadata.under(f"{name}.")
     fields: Fields = {theirs: own.integer(key) for theirs, key in _SIZES.items()}
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    if hidden % heads and (name == "llama" or own.value("attention.key_length") is None):
+        raise ModelLoadError(f"{name}.embedding_length={hidden} is no multiple of {name}.attention.head_count={heads}")
     fields |= {
         "model_type": architecture.model_type,
         "num_key_value_heads": own.integer("attention.head_count_kv", heads),

@@ -36,9 +36,9 @@ class Metadata:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._or(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._wrong(name, "a finite number", value)
-        return float(value)
+        if type(value) is not float or not math.isfinite(value):
+            raise self._wrong(name, "a finite floating-point number", value)
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._or(name, default)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING = "token_embd.weight"
-_FIELD = re.compile(rf"\b({'|'.join(KEYS)})\b")
+_FIELD = re.compile(rf"(?<![.\w])({'|'.join(KEYS)})\b")
 
 
 class GgufSource:
@@ -92,6 +92,13 @@ class GgufSource:
 
     def spell(self, name: str) -> str:
         return self._architecture.names.ours(name)
+
+    def may_lack(self, name: str) -> bool:
+        """A bias that no layer has, where the architecture does not call for it."""
+        if not self._architecture.optional_biases or not name.endswith(".bias"):
+            return False
+        end = self.spell(name).split(".", 2)[-1]
+        return not any(stored.endswith(f".{end}") for stored in self._tensors)
 
     def load_tokenizer(self) -> Any:
         with self.naming():

@@ -63,9 +63,10 @@ class TensorValues:
     def _decoded(self, rows: NDArray[np.uint8]) -> Tensor:
         """``[R, bytes]`` to ``[R, N]``, in memory of its own."""
         kind, width = self._stored.kind, self._stored.shape[-1]
+        values = torch.empty((rows.shape[0], width), dtype=_PLAIN.get(kind.name, torch.float32))
         if kind.name in _PLAIN:
-            return torch.from_numpy(np.array(rows, order="C")).view(_PLAIN[kind.name])
-        values = torch.empty(rows.shape[0], width)
+            values.view(torch.uint8).copy_(torch.from_numpy(np.array(rows, order="C")))
+            return values
         step = max(1, _DECODED // width)
         for begin in range(0, rows.shape[0], step):
             part = np.ascontiguousarray(rows[begin : begin + step])
