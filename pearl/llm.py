@@ -13,6 +13,7 @@ from typing import Any
 from pearl.admission import Admission, AnyParams, params_for
 from pearl.chat_messages import Message, read_conversation, read_conversations
 from pearl.config import EngineConfig
+from pearl.drafting import Drafter
 from pearl.driver import Driver, Reader
 from pearl.engine.builder import connect
 from pearl.engine.judge import Judge
@@ -32,6 +33,7 @@ from pearl.user_values import shown
 
 Prompt = str | Sequence[int]
 WrapVerifier = Callable[[Judge], Judge]
+WrapDrafter = Callable[[Drafter], Drafter]
 
 
 class LLM:
@@ -79,7 +81,7 @@ class LLM:
     ) -> None:
         self._owned: LoadedModels | None = models
         try:
-            self._connect(config, models, observer, wrap_verifier, Gate())
+            self._connect(config, models, observer, wrap_verifier, None, Gate())
         except BaseException:
             models.close()
             raise
@@ -90,18 +92,27 @@ class LLM:
         models: LoadedModels,
         observer: Callable[[RoundRecord], None] | None,
         wrap_verifier: WrapVerifier | None,
+        wrap_drafter: WrapDrafter | None,
         gate: Gate,
     ) -> None:
         self.config, self.models, self._wrap_verifier = config, models, wrap_verifier
-        self.engine = connect(config, models, observer, wrap_verifier)
+        self.engine = connect(config, models, observer, wrap_verifier, wrap_drafter)
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
         self._driver = Driver(self.engine, gate)
         self._admission = Admission(models.tokenizer, models.vocab_size, models.max_model_len)
         self._next_id = 0
 
-    def variant(self, observer: Callable[[RoundRecord], None] | None = None, **changes: Any) -> LLM:
+    def variant(
+        self,
+        observer: Callable[[RoundRecord], None] | None = None,
+        wrap_verifier: WrapVerifier | None = None,
+        wrap_drafter: WrapDrafter | None = None,
+        **changes: Any,
+    ) -> LLM:
         """Another LLM around the same weights and KV memory, with some options changed: to compare methods.
 
+        ``wrap_verifier``: as for ``from_models``, None: as this LLM's. ``wrap_drafter`` gets the drafter that the
+        options name and returns what proposes tokens in its place.
         Only one of the two may be generating at a time, and both must have been built with prefix_caching=False
         (ConfigurationError), because each would find the other's keys in pages that it believes to know.
         """
@@ -110,7 +121,8 @@ class LLM:
             raise ConfigurationError("variants share KV memory; build the first LLM with prefix_caching=False")
         other = LLM.__new__(LLM)
         other._owned = None
-        other._connect(config, self.models, observer, self._wrap_verifier, self._driver.gate)
+        wrap_verifier = wrap_verifier or self._wrap_verifier
+        other._connect(config, self.models, observer, wrap_verifier, wrap_drafter, self._driver.gate)
         return other
 
     def generate(

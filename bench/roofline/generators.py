@@ -19,6 +19,7 @@ from pearl.llm import LLM
 from pearl.sampling_params import SamplingParams
 
 Tokens = list[list[int]]  # of each prompt
+_LOOKED_UP = 10  # tokens, transformers' own advice
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,23 @@ def _pearl(llm: LLM) -> Generate:
     return generate
 
 
-def transformers_contenders(llm: LLM, target: str, draft: str, thread_counts: Sequence[int]) -> list[Contender]:
-    """``generate`` and assisted generation with the same pair, weights in the dtype of ``llm``'s."""
+def transformers_contenders(llm: LLM, target: str, draft: str | None, thread_counts: Sequence[int]) -> list[Contender]:
+    """``generate`` and assisted generation with the same pair, weights in the dtype of ``llm``'s, where its target is.
+    Without a draft prompt lookup assists.
+    """
     from transformers import AutoModelForCausalLM
 
-    dtype = llm.models.target.model.dtype
+    dtype, device = llm.models.target.model.dtype, llm.config.resolve_device("target")
     with _silent_transformers():
-        model, assistant = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False) for path in (target, draft)
-        )
+        models: list[Any] = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+            for path in (target, draft)
+            if path is not None
+        ]
+    model, *assistants = [one.to(device) for one in models]
+    assisted: dict[str, Any] = (
+        {"assistant_model": assistants[0]} if assistants else {"prompt_lookup_num_tokens": _LOOKED_UP}
+    )
     eos_ids = llm.tokenizer.eos_ids
 
     def generator(threads: int, **options: Any) -> Generate:
@@ -133,14 +142,14 @@ def transformers_contenders(llm: LLM, target: str, draft: str, thread_counts: Se
     return [
         Contender("transformers", method, threads, generator(threads, **options), name)
         for threads in thread_counts
-        for method, options in (("generate", {}), ("assisted", {"assistant_model": assistant}))
+        for method, options in (("generate", {}), ("assisted", assisted))
     ]
 
 
 def _transformers(
     model: Any, prompt: list[int], max_tokens: int, eos_ids: frozenset[int], options: dict[str, Any]
 ) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens,
         eos_token_id=sorted(eos_ids) or None, pad_token_id=min(eos_ids, default=0), **options,

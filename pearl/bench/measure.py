@@ -68,7 +68,7 @@ class _Contender:
 
     def run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], advance: Callable[[], None]) -> None:
         self.rounds.clear()
-        _collect()
+        collect_garbage()
         begin = time.perf_counter()
         outputs = self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
         seconds = time.perf_counter() - begin
@@ -133,7 +133,7 @@ def compare(
     return _results(field_, batch)
 
 
-def _collect() -> None:
+def collect_garbage() -> None:
     """Python's garbage now, so that no run looks through all that was imported, which takes a tenth of a second."""
     gc.unfreeze()
     gc.collect()

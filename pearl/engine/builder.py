@@ -30,10 +30,12 @@ def connect(
     models: LoadedModels,
     observer: Callable[[RoundRecord], None] | None = None,
     wrap_verifier: Callable[[Judge], Judge] | None = None,
+    wrap_drafter: Callable[[Drafter], Drafter] | None = None,
 ) -> Engine:
     """An engine of its own bookkeeping, workers, drafter and method, around models that others may share.
 
-    ``wrap_verifier`` puts something between the verifier and the engine: benchmarks script verdicts.
+    ``wrap_verifier`` puts something between the verifier and the engine: benchmarks script verdicts. ``wrap_drafter``
+    likewise: other ways to draft are compared by benchmarks.
     """
     # One that the model has no row for can never be drawn, nor its logit be changed.
     eos_ids = frozenset(token for token in models.tokenizer.eos_ids if 0 <= token < models.vocab_size)
@@ -47,6 +49,8 @@ def connect(
         draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
     elif config.uses_draft:
         drafter = NGramDrafter()
+    if drafter is not None and wrap_drafter is not None:
+        drafter = wrap_drafter(drafter)
     most_prepared = config.most_prepared if drafter is not None and drafter.prepares else 0
     pace = build_pace(config, Sizes(max(1, models.target_bytes), models.draft_bytes), most_prepared)
     branches: Branches | None = None

@@ -38,6 +38,10 @@ class Tokenizer:
         tokenizer = source.load_tokenizer()
         return cls(tokenizer, source.end_of_text_ids(tokenizer))
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequestError: a tokenizer without an unknown token, and the like, cannot encode every text."""
         try:
@@ -99,7 +103,7 @@ class Tokenizer:
         ``variables`` are the template's own, such as Qwen3's enable_thinking; ``tools`` is one of them.
         Raises InvalidRequestError if the tokenizer has no chat template, or the template refuses the messages.
         """
-        if not self._tokenizer.chat_template:
+        if not self.has_chat_template:
             raise InvalidRequestError(
                 "this model's tokenizer has no chat template; use a chat model, or plain text with `pearl generate`"
             )

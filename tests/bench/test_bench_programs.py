@@ -22,6 +22,7 @@ from bench_support import ROOT
         "serve_soak.py",
         "serving_clients.py",
         "train_pair.py",
+        "suite.py",
     ],
 )
 def test_a_program_finds_its_folder_from_anywhere(tmp_path: Path, name: str) -> None:
