@@ -19,6 +19,8 @@ class LookaheadDrafter:
     """
 
     reads_history = True
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 0
     prepares = False
 
     def __init__(self, pool: GuessPool) -> None:

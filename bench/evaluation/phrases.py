@@ -19,6 +19,8 @@ class PhraseDrafter:
     """Of each window the last ``most`` tokens, and all but one of a short one, are left to phrases."""
 
     reads_history = False
+    hidden_layers: tuple[int, ...] = ()
+    most_behind = 2  # as a draft model
     prepares = False
 
     def __init__(self, drafter: Drafter, pool: GuessPool, most: int) -> None:

@@ -196,8 +196,8 @@ def test_predictions_are_the_formulas() -> None:
 
 
 def record(setup: str, question: str, repeat: int, seconds: float, first: float | None = 1.0, turn: int = 0) -> Record:
-    return Record("gsm8k", [question], [None], turn, setup, "autoregressive", 1, 0.0, True, repeat, None, [[7] * 11], seconds,
-                  first, None)  # fmt: skip
+    about = ("gsm8k", [question], [None], turn, setup, "autoregressive", 1, 0.0, True, repeat, None)
+    return Record(*about, [[7] * 11], seconds, first, None)
 
 
 def test_speedups_are_of_neighbours() -> None:
