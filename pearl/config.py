@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pearl.choices import LONGEST_WINDOW, MethodName, PaceName, Verification
+from pearl.choices import LONGEST_WINDOW, BackendName, MethodName, PaceName, Verification
 from pearl.devices import check_device, cpu_cores
 from pearl.errors import ConfigurationError
 from pearl.user_values import as_flag, as_integer, shown, unknown_names
@@ -70,6 +70,9 @@ class EngineConfig:
         that are left, and with 0 all, are captured in the round that needs them. Logged by ``pearl.engine.warm_up``.
     draft_sms: where both models share one GPU, how many multiprocessors, at least, the target leaves to the draft (a
         green context). None: two streams share them all. Either way the draft's kernels go first.
+    backend: what computes a model: "native", our decoder; "transformers", transformers' own module with its attention
+        on our pages: many more families, slower; "auto", the native one where it implements the model, else
+        transformers (logged by ``pearl.models.backend``). draft_backend: the draft's, where it differs.
     dtype: "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16", or torch's.
     target_weights, draft_weights: "full" (in dtype) | "int8", on CPU: each output channel of a matrix becomes 8-bit
         integers with a scale, half the bytes of bf16. An int8 target is another model, whose own output is exact; an
@@ -104,6 +107,8 @@ class EngineConfig:
     enforce_eager: bool = False
     draft_sms: int | None = None
     capture_seconds: int = 10
+    backend: BackendName = "auto"
+    draft_backend: BackendName | None = None
     dtype: str = "auto"
     target_weights: WeightFormat = "full"
     draft_weights: WeightFormat = "full"
@@ -163,6 +168,9 @@ class EngineConfig:
         self._one_of("method", get_args(MethodName))
         self._one_of("verification", get_args(Verification))
         self._one_of("pace", get_args(PaceName))
+        self._one_of("backend", get_args(BackendName))
+        if self.draft_backend is not None:
+            self._one_of("draft_backend", get_args(BackendName))
         self._one_of("dtype", ("auto", *_DTYPES))
         for name in ("device", "draft_device", "target_device"):
             device = getattr(self, name)
@@ -263,6 +271,9 @@ class EngineConfig:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         # Not "cuda" alone: to torch that is whichever GPU the calling thread has chosen.
         return torch.device("cuda:0" if name == "cuda" else name)
+
+    def resolve_backend(self, role: Role) -> BackendName:
+        return (self.draft_backend if role == "draft" else None) or self.backend
 
     def resolve_target_devices(self) -> tuple[torch.device, ...]:
         """One for each rank of the target. ConfigurationError if there are fewer GPUs."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pearl.errors import ConfigurationError
 from pearl.messages import ForwardWork, SequenceState
 from pearl.models import Decoder, ForwardBatch
 from pearl.sampling_params import SamplingParams
@@ -59,28 +60,30 @@ class ForwardBench:
 
     def __init__(self, name: str, runner: ModelRunner, context: int) -> None:
         self.name, self.context = name, context
-        self._runner = runner
+        if not isinstance(runner.model, Decoder):
+            raise ConfigurationError(f"{name} runs in transformers; only a native decoder can be measured")
+        self._runner, self._model = runner, runner.model
         self._page_size = runner.cache.layers[0][0].shape[1]
         runner.compute(self.batch(context))  # keys and values of every position
 
     @property
     def weight_bytes(self) -> int:
         """Of every matrix and norm; of the embedding a forward reads single rows only."""
-        weights = self._runner.model.weights
+        weights = self._model.weights
         return sum(_bytes(t) for t in (weights.norm, weights.head)) + sum(
             _bytes(getattr(layer, field.name)) for layer in weights.layers for field in fields(layer)
         )
 
     def bytes(self, rows: int) -> int:
         """The least that a forward must move: weights, the context's keys and values, logits."""
-        weights, cache = self._runner.model.weights, self._runner.cache
+        weights, cache = self._model.weights, self._runner.cache
         key_bytes = sum(t[0, 0].nbytes for pair in cache.layers for t in pair)
-        ends = rows * (weights.head.in_features + weights.head.out_features) * self._runner.model.dtype.itemsize
+        ends = rows * (weights.head.in_features + weights.head.out_features) * self._model.dtype.itemsize
         return self.weight_bytes + (self.context + rows) * key_bytes + ends
 
     def flops(self, rows: int) -> int:
         """Of the matrix products and the attention."""
-        model = self._runner.model
+        model = self._model
         matrices = [model.weights.head]
         for layer in model.weights.layers:
             matrices += [m for f in fields(layer) if isinstance(m := getattr(layer, f.name), LinearWeight)]
@@ -108,7 +111,7 @@ class ForwardBench:
 
     def operators(self, rows: int, passes: int) -> list[OperatorTime]:
         """Of ``passes`` forwards made of single calls, in the order of the calls."""
-        model, batch = self._runner.model, self.batch(rows)
+        model, batch = self._model, self.batch(rows)
         clock = _Clock(model)
         timed = Decoder(model.config, model.weights, model.cos_sin, clock.kernels())
         for count in range(passes + 1):

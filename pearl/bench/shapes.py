@@ -87,7 +87,7 @@ def random_decoders(
     roles: dict[Role, Share | None] = {"target": shares.target[0], "draft": shares.draft}
     decoders: dict[Role, Decoder] = {}
     for role, share in roles.items():
-        if share is not None:
+        if share is not None and isinstance(share.config, ModelConfig):  # as all SHAPES are
             with explaining_out_of_memory(share, meter):
                 decoders[role] = _decoder(config, role, share.config, longest)
     return RandomDecoders(decoders["target"], decoders.get("draft"))

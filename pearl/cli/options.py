@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pearl.choices import MethodName, Verification
+from pearl.choices import BackendName, MethodName, Verification
 from pearl.cli.text_input import checked_text
 from pearl.errors import ConfigurationError
 from pearl.sampling_params import SamplingParams
@@ -64,6 +64,10 @@ class EngineOptions:
     draft_sms: Annotated[int | None, _hardware(help="Of a shared GPU: keep N multiprocessors free for the draft.")] = (
         None
     )
+    backend: Annotated[
+        BackendName, _model(help="native, or transformers: any other family, slower. auto: native where it can.")
+    ] = "auto"
+    draft_backend: Annotated[BackendName | None, _model(help="Backend of the draft, where it differs.")] = None
     dtype: Annotated[str, _hardware(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto"
     target_weights: Annotated[str, _hardware(help="full or int8 (CPU): another, smaller model.")] = "full"
     draft_weights: Annotated[str, _hardware(help="full or int8 (CPU); the output stays the target's.")] = "full"

@@ -19,7 +19,7 @@ from pearl.config import EngineConfig
 from pearl.engine.memory import MemoryMeter, Share, Shares, by_gpu
 from pearl.engine.profiling import Largest, estimated_bytes, measured_bytes, verdict_bytes
 from pearl.errors import ConfigurationError
-from pearl.models import Decoder
+from pearl.models import CausalModel
 
 DEFAULT_BYTES = 1 << 30
 # Kept free for each model: its graphs' nodes, cuBLAS's workspaces of its stream and of its graphs (32 MiB each on
@@ -60,8 +60,8 @@ def require_one_sequence(config: EngineConfig, shares: Shares, max_model_len: in
 def decide_pages(
     config: EngineConfig,
     shares: Shares,
-    target: Decoder | None,
-    draft: Decoder | None,
+    target: CausalModel | None,
+    draft: CausalModel | None,
     max_model_len: int,
     meter: MemoryMeter,
 ) -> int:
@@ -109,8 +109,8 @@ def _pages_per_sequence(config: EngineConfig, max_model_len: int) -> int:
 def _working_sets(
     config: EngineConfig,
     shares: Shares,
-    target: Decoder | None,
-    draft: Decoder | None,
+    target: CausalModel | None,
+    draft: CausalModel | None,
     max_model_len: int,
     meter: MemoryMeter,
 ) -> dict[Share, int]:

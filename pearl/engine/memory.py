@@ -11,7 +11,7 @@ import torch
 
 from pearl.config import EngineConfig, Role
 from pearl.errors import ConfigurationError
-from pearl.models import KVCache, ModelConfig
+from pearl.models import KVCache, ModelConfig, ModelShape
 from pearl.models.sharding import shard
 from pearl.models.weight_size import weight_bytes
 
@@ -66,7 +66,7 @@ class Share:
 
     name: str
     device: torch.device
-    config: ModelConfig  # the rank's own shape
+    config: ModelShape  # the rank's own shape
     vocab_size: int  # the whole model's: logits are whole on every rank
     dtype: torch.dtype
     weight_bytes: int
@@ -89,7 +89,7 @@ class Shares:
         return (self.draft, *self.target) if self.draft else self.target
 
 
-def shares_of(config: EngineConfig, target: ModelConfig, draft: ModelConfig | None) -> Shares:
+def shares_of(config: EngineConfig, target: ModelShape, draft: ModelShape | None) -> Shares:
     """Raises ConfigurationError if the target cannot be cut for its ranks."""
     devices = config.resolve_target_devices()
     ranks = tuple(
@@ -111,10 +111,10 @@ def _rank_name(config: EngineConfig, rank: int) -> str:
 
 
 def _share(
-    config: EngineConfig, name: str, device: torch.device, model: ModelConfig, rank: int, ranks: int
+    config: EngineConfig, name: str, device: torch.device, model: ModelShape, rank: int, ranks: int
 ) -> Share:  # fmt: skip
     dtype = config.torch_dtype or model.dtype
-    local = shard(model, rank, ranks).config
+    local = shard(model, rank, ranks).config if isinstance(model, ModelConfig) else model
     page_bytes = KVCache.bytes_per_token(local, dtype) * config.page_size
     return Share(
         name, device, local, model.vocab_size, dtype, weight_bytes(model, dtype, rank, ranks, device.type), page_bytes

@@ -21,9 +21,17 @@ from pearl.engine.memory import (
 )
 from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
 from pearl.errors import ConfigurationError
-from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer, bundled_path, load_model
-from pearl.models.checkpoint import stored_config
+from pearl.models import (
+    CausalModel,
+    KVCache,
+    Tokenizer,
+    bundled_path,
+    load_model,
+    transformers_backend,
+)
+from pearl.models.backend import DescribedModel, check_weights, describe_model
 from pearl.models.model_source import source_of
+from pearl.models.transformers_backend import TransformersConfig
 from pearl.models.vocabulary import require_common_core, usable_ids
 from pearl.models.weight_size import weight_bytes
 from pearl.parallel import ParallelRunner
@@ -53,8 +61,8 @@ class LoadedModels:
 class Pair:
     """Both models' shapes, checked to fit each other; the draft's with room for all ids that are used."""
 
-    target: ModelConfig
-    draft: ModelConfig | None
+    target: DescribedModel
+    draft: DescribedModel | None
     tokenizer: Tokenizer
     vocab_size: int
     max_model_len: int
@@ -79,8 +87,6 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
     if config.uses_draft_model:
         require_supported_gpus([config.resolve_device("draft")])
     pair = _check_pair(config, target_path, draft_path)
-    _require_plain_weights(config, "target", pair.target)
-    _require_plain_weights(config, "draft", pair.draft)
     meter = meter or CudaMeter()
     _require_room(config, pair, meter)  # before weights are fetched
     target_path, draft_path, pair = _check_weights(target_path, draft_path, pair)
@@ -97,9 +103,9 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
 
 
 def assemble(
-    config: EngineConfig, pair: Pair, target: Decoder, draft: Decoder | None, meter: MemoryMeter | None = None
+    config: EngineConfig, pair: Pair, target: CausalModel, draft: CausalModel | None, meter: MemoryMeter | None = None
 ) -> LoadedModels:
-    """Give loaded decoders, each on its role's device, their KV caches and runners.
+    """Give loaded models, each on its role's device, their KV caches and runners.
 
     Raises ConfigurationError if what the weights leave cannot hold one sequence.
     """
@@ -112,13 +118,13 @@ def assemble(
 
 
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
-    target = ModelConfig.from_pretrained(target_path, config.torch_dtype)
+    target = _describe(config, "target", target_path)
     tokenizer = Tokenizer.from_pretrained(target_path)
     vocab_size = usable_ids(tokenizer.vocab_size, tokenizer.eos_ids, target.vocab_size)
     longest = target.max_position_embeddings
     draft = None
     if draft_path is not None:
-        draft = ModelConfig.from_pretrained(draft_path, config.torch_dtype)
+        draft = _describe(config, "draft", draft_path)
         drafts = Tokenizer.from_pretrained(draft_path).vocabulary
         require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
         longest = min(longest, draft.max_position_embeddings)
@@ -134,10 +140,26 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
     return Pair(target, draft, tokenizer, vocab_size, max_model_len)
 
 
-def _require_plain_weights(config: EngineConfig, role: Role, model: ModelConfig | None) -> None:
-    """Of a model whose matrices are to be rounded: what is quantised already is run as it is."""
+def _describe(config: EngineConfig, role: Role, path: str) -> DescribedModel:
+    model = describe_model(path, config.resolve_backend(role), config.torch_dtype)
+    _require_fitting_options(config, role, model)
+    return model
+
+
+def _require_fitting_options(config: EngineConfig, role: Role, model: DescribedModel) -> None:
+    """Of a model whose matrices are to be rounded or divided: only the native decoder's, and what is quantised already
+    is run as it is. Raises ConfigurationError.
+    """
     chosen = config.target_weights if role == "target" else config.draft_weights
-    if model is not None and model.quantization is not None and chosen != "full":
+    if isinstance(model, TransformersConfig):
+        used = {f"{role}_weights={chosen!r}": chosen != "full"}
+        used["target_parallel"] = role == "target" and config.target_parallel > 1
+        if refused := [option for option, is_used in used.items() if is_used]:
+            raise ConfigurationError(
+                f"{refused[0]} is for models that the native decoder runs; the {role} runs through transformers' "
+                f"{model.architecture}: leave it out"
+            )
+    elif model.quantization is not None and chosen != "full":
         raise ConfigurationError(
             f"{role}_weights={chosen!r} rounds plain weights, but the {role} is quantised already, with "
             f"{model.quantization.method.name}; leave {role}_weights out"
@@ -155,23 +177,28 @@ def _require_room(config: EngineConfig, pair: Pair, meter: MemoryMeter) -> Share
 def _check_weights(target_path: str, draft_path: str | None, pair: Pair) -> tuple[str, str | None, Pair]:
     """Both models' folders with their weights, and the pair as these are, checked without reading one."""
     target_folder = source_of(target_path).fetch_weights()
-    pair = replace(pair, target=stored_config(target_folder, pair.target))
+    pair = replace(pair, target=check_weights(target_folder, pair.target))
     if draft_path is None or pair.draft is None:
         return str(target_folder), None, pair
     draft_folder = source_of(draft_path).fetch_weights()
-    draft = stored_config(draft_folder, pair.draft)
+    draft = check_weights(draft_folder, pair.draft)
     draft = replace(draft, vocab_size=max(draft.vocab_size, pair.vocab_size))  # it is loaded so (models.widening)
     return str(target_folder), str(draft_folder), replace(pair, draft=draft)
 
 
-def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair) -> Decoder:
+def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair) -> CausalModel:
+    kernels = kernels_for(config, role, share.config)
+    if isinstance(share.config, TransformersConfig):
+        return transformers_backend.load(
+            path, share.config, device=share.device, kernels=kernels, page_size=config.page_size
+        )
     with torch.inference_mode():
         return load_model(
             path,
             device=share.device,
             dtype=share.dtype,
             max_model_len=pair.max_model_len,
-            kernels=kernels_for(config, role, share.config),
+            kernels=kernels,
             vocab_size=pair.vocab_size if role == "draft" else 0,
         )
 
@@ -184,7 +211,7 @@ def _allocate(config: EngineConfig, share: Share, num_pages: int, meter: MemoryM
 
 
 def _draft_runner(
-    config: EngineConfig, draft: Decoder | None, shares: Shares, num_pages: int, meter: MemoryMeter
+    config: EngineConfig, draft: CausalModel | None, shares: Shares, num_pages: int, meter: MemoryMeter
 ) -> ModelRunner | None:
     if draft is None or shares.draft is None:
         return None
@@ -192,7 +219,7 @@ def _draft_runner(
 
 
 def _assemble_parallel(
-    config: EngineConfig, pair: Pair, path: str, draft: Decoder | None, shares: Shares, meter: MemoryMeter
+    config: EngineConfig, pair: Pair, path: str, draft: CausalModel | None, shares: Shares, meter: MemoryMeter
 ) -> LoadedModels:
     """As ``assemble``, with a target whose ranks load their own weights and make their own caches."""
     num_pages = decide_pages(config, shares, None, draft, pair.max_model_len, meter)

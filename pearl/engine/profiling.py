@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pearl.config import EngineConfig, Role
 from pearl.engine.memory import MemoryMeter, Share, explaining_out_of_memory
-from pearl.models import Decoder, ForwardBatch, KVCache
+from pearl.models import CausalModel, ForwardBatch, KVCache, ModelConfig
 
 _ESTIMATE_FACTOR = 2  # over the tensors that a forward surely holds: attention's partial sums, the allocator's rounding
 
@@ -47,11 +47,11 @@ class Largest:
 
 
 @torch.inference_mode()
-def measured_bytes(config: EngineConfig, decoder: Decoder, share: Share, largest: Largest, meter: MemoryMeter) -> int:
+def measured_bytes(config: EngineConfig, model: CausalModel, share: Share, largest: Largest, meter: MemoryMeter) -> int:
     """The most that a round's forwards allocate. Raises ConfigurationError if there is not enough for one."""
     reason = f"beside its weights a forward of {largest.tokens} tokens needs more than there is"
     with explaining_out_of_memory(share, meter, reason, "lower max_num_batched_tokens, max_num_seqs or max_window"):
-        forwards = [partial(_prepare, decoder, share, largest, lengths) for lengths in largest.batches]
+        forwards = [partial(_prepare, model, share, largest, lengths) for lengths in largest.batches]
         forward = max(meter.peak_bytes(share.device, prepare) for prepare in forwards)
     return forward * _pools(config)
 
@@ -59,6 +59,7 @@ def measured_bytes(config: EngineConfig, decoder: Decoder, share: Share, largest
 def estimated_bytes(config: EngineConfig, share: Share, largest: Largest) -> int:
     """``measured_bytes`` of a tensor-parallel rank that is not loaded yet, from its shape."""
     local = share.config
+    assert isinstance(local, ModelConfig)  # or it had no ranks
     heads = (2 * local.heads + 2 * local.kv_heads) * local.head_dim  # q, k, v and what attention makes of them
     token = 4 * local.hidden + max(heads, 3 * local.ffn)  # input, residual, their norm and the next; gate, up, product
     row = 3 * share.vocab_size  # the rank's logits, all ranks', and these side by side
@@ -91,12 +92,12 @@ def _pools(config: EngineConfig) -> int:
     return 1 if config.enforce_eager else 2
 
 
-def _prepare(decoder: Decoder, share: Share, largest: Largest, lengths: Sequence[int]) -> Callable[[], Tensor]:
+def _prepare(model: CausalModel, share: Share, largest: Largest, lengths: Sequence[int]) -> Callable[[], Tensor]:
     """One forward, with a KV cache just large enough for its tokens."""
     pages = [-(-length // largest.page_size) + 1 for length in lengths]  # the tokens may begin anywhere in a page
     cache = KVCache.allocate(share.config, sum(pages), largest.page_size, share.dtype, share.device)
     batch = _batch(lengths, pages, largest, share.device)
-    return partial(decoder.forward, batch, cache)
+    return partial(model.forward, batch, cache)
 
 
 def _batch(lengths: Sequence[int], pages: Sequence[int], largest: Largest, device: torch.device) -> ForwardBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pearl.config import EngineConfig, Role
 from pearl.errors import ConfigurationError
-from pearl.models import Decoder, KVCache, ModelConfig
+from pearl.models import CausalModel, Decoder, KVCache, ModelShape
 from pearl.parallel import ParallelRunner, RankSpec, start_parallel
 from pearl.workers import DeviceQueue, GraphRunner, ModelRunner, open_queue, why_not_captured
 from pearl_kernels import KernelSet, Situation, select
@@ -12,7 +12,7 @@ from pearl_kernels import KernelSet, Situation, select
 _MOST_GRAPH_ROWS = 512  # beyond that many, computing should take longer than launching from Python; not measured yet
 
 
-def kernels_for(config: EngineConfig, role: Role, model: ModelConfig) -> KernelSet:
+def kernels_for(config: EngineConfig, role: Role, model: ModelShape) -> KernelSet:
     """The operators of one model's worker."""
     draft_threads, target_threads = config.resolve_threads()
     threads, weights = (
@@ -24,12 +24,13 @@ def kernels_for(config: EngineConfig, role: Role, model: ModelConfig) -> KernelS
     return select(Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights, rule))
 
 
-def make_runner(config: EngineConfig, role: Role, model: Decoder, cache: KVCache) -> ModelRunner:
+def make_runner(config: EngineConfig, role: Role, model: CausalModel, cache: KVCache) -> ModelRunner:
     """Around a model and its cache, with the queue of its device."""
     draft_threads, target_threads = config.resolve_threads()
     queue, threads = _queue(config, role), draft_threads if role == "draft" else target_threads
-    most_rows = _most_graph_rows(config, role, model.kernels, queue)
-    if most_rows:
+    # What transformers' own code does between its kernels may need the host.
+    most_rows = _most_graph_rows(config, role, model.kernels, queue) if isinstance(model, Decoder) else 0
+    if isinstance(model, Decoder) and most_rows:
         return GraphRunner(
             model, cache, config.page_size, queue, most_rows, config.max_num_seqs, _rows_per_sequence(config, role)
         )
@@ -37,7 +38,7 @@ def make_runner(config: EngineConfig, role: Role, model: Decoder, cache: KVCache
 
 
 def make_parallel_runner(
-    config: EngineConfig, path: str, model: ModelConfig, max_model_len: int, num_pages: int
+    config: EngineConfig, path: str, model: ModelShape, max_model_len: int, num_pages: int
 ) -> ParallelRunner:
     """Of a target whose ranks load their own weights and make their own caches."""
     devices, queue = config.resolve_target_devices(), _queue(config, "target")

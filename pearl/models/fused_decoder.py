@@ -7,11 +7,12 @@ a small model's arithmetic. The kernels and their order are the same, so the res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
 
 from pearl.messages import ForwardWork
+from pearl.models.causal_model import CausalModel
 from pearl.models.decoder import Decoder, LayerWeights
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.hidden_states import HiddenStates
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 _OPERATORS = ("rms_norm", "add_rms_norm", "silu_and_mul", "linear", "rope_and_cache", "verify_attention")
 
 
-def can_fuse(model: Decoder) -> bool:
-    """Whether the C++ provider runs every operator of a forward, and no other rank has a part in it."""
+def can_fuse(model: CausalModel) -> TypeGuard[Decoder]:
+    """Whether it is our decoder, all of whose operators the C++ provider runs, and no other rank has a part in it."""
+    if not isinstance(model, Decoder):
+        return False
     return model.collective is None and all(model.kernels.providers[op] == "cpu" for op in _OPERATORS)
 
 

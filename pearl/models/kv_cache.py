@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pearl.models.model_config import ModelConfig
+from pearl.models.model_shape import ModelShape
 from pearl_kernels import KernelSet
 
 
@@ -17,7 +17,7 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        cls, config: ModelShape, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         shape = (num_pages, page_size, config.kv_heads, config.head_dim)
         return cls(
@@ -28,7 +28,7 @@ class KVCache:
         )
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    def bytes_per_token(config: ModelShape, dtype: torch.dtype) -> int:
         return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
 
     def copy_pages(self, pairs: Tensor, kernels: KernelSet) -> None:

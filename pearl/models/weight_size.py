@@ -6,12 +6,14 @@ import torch
 
 from pearl.models.decoder_tensors import decoder_tensors, matrix_shapes
 from pearl.models.model_config import ModelConfig
+from pearl.models.model_shape import ModelShape
 from pearl.models.quantized_storage import Storage
 from pearl.models.sharding import shard
+from pearl.models.transformers_backend import TransformersConfig
 
 
 def weight_bytes(
-    config: ModelConfig, dtype: torch.dtype, rank: int = 0, ranks: int = 1, device: str = "cuda"
+    config: ModelShape, dtype: torch.dtype, rank: int = 0, ranks: int = 1, device: str = "cuda"
 ) -> int:  # fmt: skip
     """Bytes of what ``load_model`` holds of a model, or of one tensor-parallel rank's part, as the provider for GPUs
     keeps it: matrices unpacked, a tied head that is the embedding itself. Raises ConfigurationError as ``shard``.
@@ -19,6 +21,9 @@ def weight_bytes(
     ``device``: torch's type of it; quantised matrices are kept as its providers can (padding aside). A rank decodes
     them.
     """
+    if isinstance(config, TransformersConfig):
+        return config.parameters * dtype.itemsize
+    assert isinstance(config, ModelConfig)
     sharding = shard(config, rank, ranks)
     embedding = config.vocab_size * config.hidden  # whole on every rank
     shares_embedding = config.tied and ranks == 1

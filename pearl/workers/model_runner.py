@@ -10,7 +10,7 @@ from torch import Tensor
 from pearl.host_tensors import Array, from_numbers, upload
 from pearl.kv import PageCopy
 from pearl.messages import ForwardWork, TargetOutput, TargetPlan
-from pearl.models import Decoder, ForwardBatch, FusedDecoder, HiddenStates, KVCache, can_fuse
+from pearl.models import CausalModel, ForwardBatch, FusedDecoder, HiddenStates, KVCache, can_fuse
 from pearl.workers.batch_arrays import BatchLists
 from pearl.workers.queue import DeviceQueue
 from pearl.workers.stopwatch import Stopwatch
@@ -21,7 +21,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: CausalModel,
         cache: KVCache,
         page_size: int,
         queue: DeviceQueue,

@@ -1,0 +1,101 @@
+"""Weights from a checkpoint into transformers' own module, in the engine's dtype, and the module onto our pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pearl.errors import ModelLoadError
+from pearl.models.hub import fetch_weights
+from pearl.models.model_files import first_line
+from pearl.models.quantization import refuse_quantized_tensors
+from pearl.models.transformers_backend.config import TransformersConfig
+from pearl.models.transformers_backend.describe import read
+from pearl.models.transformers_backend.interface import PAGED, register
+from pearl.models.transformers_backend.model import TransformersModel
+from pearl.models.transformers_backend.probe import probe
+from pearl.models.weight_files import weight_files
+from pearl_kernels import KernelSet
+
+# Masks and frequencies that older checkpoints store, and that classes compute themselves now.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attention\.bias|(attn|attention)\.masked_bias)$")
+
+
+def load(
+    path: str | Path,
+    config: TransformersConfig,
+    *,
+    device: torch.device,
+    kernels: KernelSet,
+    page_size: int,
+) -> TransformersModel:
+    """Load a model that ``describe`` accepted; its weights are read once, in ``config.dtype``.
+
+    Raises ModelLoadError if tensors are missing, of another shape, or not the model's; UnsupportedModelError if it does
+    not compute on pages what it computes by itself (``probe``).
+    """
+    folder = fetch_weights(str(path))
+    check_files(folder)
+    with torch.inference_mode(False), torch.no_grad():
+        module = _module(folder, config).to(device).eval()
+    model = TransformersModel(module, config, kernels)
+    with torch.inference_mode():
+        probe(model, module, config, page_size)
+    return model
+
+
+def check_files(folder: Path) -> None:
+    """Raises ModelLoadError if there are no weights that can be read, UnsupportedModelError if they are quantised."""
+    stored: dict[str, str] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if not _COMPUTED.search(name)]  # noqa: SIM118 not a dict
+                stored |= {name: file.get_slice(name).get_dtype() for name in names}
+        except (OSError, SafetensorError) as error:
+            raise ModelLoadError(f"{path} is missing or damaged ({error}); download it again") from error
+    refuse_quantized_tensors(folder, stored, stored)
+
+
+def _module(folder: Path, config: TransformersConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    register()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=read(folder),
+            dtype=config.dtype,
+            attn_implementation=PAGED,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # files that are damaged, tensors that do not fit: whatever these run into
+        raise ModelLoadError(f"{folder}: transformers cannot load these weights: {first_line(error)}") from error
+    module, found = loaded
+    _require_whole(folder, config, found)
+    return module
+
+
+def _require_whole(folder: Path, config: TransformersConfig, found: Any) -> None:
+    """transformers fills what is missing with random numbers, and leaves out what it does not know."""
+    for key, wrong in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(key, ())):
+            raise ModelLoadError(
+                f"{folder} {wrong} {names[0]!r}{_more(names)}, of transformers' {config.architecture}: its output "
+                "would be garbage"
+            )
+    if names := sorted(name for name in found.get("unexpected_keys", ()) if not _COMPUTED.search(name)):
+        raise ModelLoadError(
+            f"{folder} holds {names[0]!r}{_more(names)}, of which transformers' {config.architecture} with this "
+            "config.json makes no use: its output would be wrong"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
