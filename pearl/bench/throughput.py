@@ -19,7 +19,7 @@ from pearl.bench.options import (
     whole_number,
 )
 from pearl.bench.prompt_sets import BUILT_IN
-from pearl.choices import MethodName, ShapeName
+from pearl.choices import BackendName, MethodName, ShapeName
 from pearl.errors import ConfigurationError
 from pearl.sampling_params import SamplingParams
 from pearl.user_values import shown
@@ -59,6 +59,9 @@ def throughput(
     draft_device: Annotated[str | None, typer.Option(help="The draft's, where it differs")] = None,
     target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="On CUDA: no CUDA graphs")] = False,
+    backend: Annotated[
+        BackendName, typer.Option(help="native, or transformers: any other family; auto: either")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
     draft_threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of the draft, in every method; default: as PEARL's")
@@ -78,7 +81,7 @@ def throughput(
         "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
         "target": target or "bundled", "draft": draft or "bundled", "shapes": shapes, "prompt_tokens": prompt_tokens,
         "synthetic_acceptance": synthetic_acceptance, "device": device, "draft_device": draft_device,
-        "target_device": target_device, "enforce_eager": enforce_eager, "dtype": dtype,
+        "target_device": target_device, "enforce_eager": enforce_eager, "backend": backend, "dtype": dtype,
         "draft_threads": draft_threads, "target_threads": target_threads,
     }  # fmt: skip
     check_output("--json", json_out)
@@ -87,7 +90,7 @@ def throughput(
     options: dict[str, Any] = {
         "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
         "draft_device": draft_device, "target_device": target_device, "enforce_eager": enforce_eager,
-        "draft_threads": draft_threads, "target_threads": target_threads, "prefix_caching": False,
+        "draft_threads": draft_threads, "target_threads": target_threads, "backend": backend, "prefix_caching": False,
     }  # fmt: skip
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
     # What follows needs torch, for which --help and the refusals above do not wait.

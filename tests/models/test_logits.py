@@ -5,60 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from families import FAMILIES, build, load
-from torch import Tensor
+from paged_harness import Harness, assert_close, expected, tokens_of
 from transformers import PreTrainedModel
 
-from pearl.messages import ForwardWork, SequenceState
-from pearl.models import Decoder, KVCache
-from pearl.sampling_params import SamplingParams
-from pearl.workers.model_runner import build_batch
-
-PAGE = 4
-# Both sides round differently (merged projections, another order of sums): relative to the logits' scale.
-TOLERANCE = 2e-5
-
-
-class Harness:
-    """Sequences on shuffled pages; everything that no sequence holds is NaN."""
-
-    def __init__(self, decoder: Decoder, lengths: list[int]) -> None:
-        self.decoder = decoder
-        pages = [-(-length // PAGE) for length in lengths]
-        total = sum(pages) + 3
-        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(7)).tolist()
-        self.tables = [tuple(shuffled.pop() for _ in range(count)) for count in pages]
-        self.cache = KVCache.allocate(decoder.config, total, PAGE, torch.float32, torch.device("cpu"))
-        for keys, values in self.cache.layers:
-            keys.fill_(torch.nan)
-            values.fill_(torch.nan)
-
-    def forward(self, items: list[tuple[int, list[int], int]], num_logits: int | None = None) -> list[Tensor]:
-        """items: (sequence, tokens, start). Returns each item's logits, of all its tokens unless told otherwise."""
-        work = []
-        for sequence, tokens, start in items:
-            state = SequenceState(sequence, sequence, SamplingParams(), 0, 0, None)
-            wanted = len(tokens) if num_logits is None else min(num_logits, len(tokens))
-            work.append(ForwardWork(state, tuple(tokens), start, wanted, self.tables[sequence]))
-        with torch.inference_mode():
-            logits = self.decoder.forward(build_batch(work, PAGE, torch.device("cpu")), self.cache)
-        return list(logits.split([item.num_logits for item in work]))
-
-
-def expected(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0]
-
-
-def assert_close(actual: Tensor, wanted: Tensor) -> None:
-    assert actual.shape == wanted.shape
-    assert actual.isfinite().all()
-    assert (actual - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-
-
-def tokens_of(seed: int, length: int) -> list[int]:
-    return torch.randint(0, 131, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+from pearl.models import Decoder
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _build(config: Any) -> Any:
     build: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            return build(config, **options).eval()
+            return build(_without_growth(config), **options).eval()
     except Exception as error:  # a class without the attention interface fails in many ways, from its registries on
         raise UnsupportedModelError(
             f"transformers' class of model_type {config.model_type!r} cannot run on KV pages: its attention does not "
@@ -137,8 +137,22 @@ def _positions(config: Any) -> int:
     longest = positions(config)
     if not longest:
         raise ModelLoadError("it has no max_position_embeddings, by which the length of a text could be bounded")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-        if parameters.get("rope_type") == "longrope":  # beyond that length transformers turns all of a batch by others
-            longest = min(longest, int(parameters["original_max_position_embeddings"]))
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") == "longrope":  # beyond that length transformers turns all of a batch by others
+            longest = min(longest, int(rope["original_max_position_embeddings"]))
     return longest
+
+
+def _without_growth(config: Any) -> Any:
+    """Without dynamic scaling, which looks at the numbers of positions and changes nothing within ``_positions``."""
+    config = copy.deepcopy(config)
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") == "dynamic":
+            rope["rope_type"] = "default"
+    return config
+
+
+def _rope_parameters(config: Any) -> list[Any]:
+    """The one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
