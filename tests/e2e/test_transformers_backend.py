@@ -34,7 +34,7 @@ OpenLLM = Callable[..., LLM]
 # head; a softcap; experts; norms of q and k. The native decoder knows none of them.
 NAMES = (
     "gpt2-scales-by-layer", "opt-offset", "gpt_neox-partial-rotary", "starcoder2-window", "cohere2-windows",
-    "gpt_bigcode-one-kv-head", "vaultgemma-softcap", "afmoe", "phi", "stablelm", "nemotron", "gptj",
+    "gpt_bigcode-one-kv-head", "vaultgemma-softcap", "afmoe", "nemotron",
 )  # fmt: skip
 SETTINGS = ("autoregressive", "speculative-3", "pearl-auto", "prepared-2")  # the others: with the first three
 LENGTHS = (1, 2, 17, 40)
@@ -75,7 +75,7 @@ def test_mixed_batch_equals_transformers(made: Callable[[str], Pair], open_llm: 
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", NAMES[:2])
 def test_every_method(made: Callable[[str], Pair], open_llm: OpenLLM, name: str, setting: str) -> None:
     pair, batch = made(name), prompts(LENGTHS)
     llm = open_llm(pair, **ALL_SETTINGS[setting])

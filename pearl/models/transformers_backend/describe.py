@@ -40,6 +40,7 @@ def describe(path: str, dtype: torch.dtype | None = None) -> TransformersConfig:
     with naming_config(path):
         config = read(folder)
         _refuse_by_configuration(config)
+        longest = _positions(config)
         model = _build(config)
         if getattr(model, "_is_stateful", False):
             raise _carries_state(f"transformers' {type(model).__name__}")
@@ -51,7 +52,7 @@ def describe(path: str, dtype: torch.dtype | None = None) -> TransformersConfig:
             vocab_size=known,
             known_ids=known,
             attention=found.attention,
-            max_position_embeddings=_positions(config),
+            max_position_embeddings=longest,
             dtype=dtype or checkpoint_dtype(path, fields),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
