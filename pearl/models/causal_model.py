@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pearl.models.forward_batch import ForwardBatch
+from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl.models.model_shape import ModelShape
 from pearl_kernels import KernelSet
@@ -23,8 +24,14 @@ class CausalModel(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Compute all N tokens, write their keys and values, and return logits ``[M, V]`` of batch.logits_rows."""
+    def forward(self, batch: ForwardBatch, cache: KVCache, hidden: HiddenStates | None = None) -> Tensor:
+        """Compute all N tokens, write their keys and values, fill ``hidden``, and return logits ``[M, V]`` of
+        batch.logits_rows.
+        """
+        ...
+
+    def new_hidden(self, rows: int, layers: tuple[int, ...]) -> HiddenStates:
+        """Uninitialised, for a forward of so many tokens."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:

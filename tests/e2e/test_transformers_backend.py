@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers_families import build
 
 from pearl import LLM, SamplingParams
-from pearl.errors import ConfigurationError
+from pearl.errors import ConfigurationError, UnsupportedModelError
 from pearl.models.transformers_backend import TransformersModel
 
 OpenLLM = Callable[..., LLM]
@@ -165,7 +165,7 @@ def test_the_choice_is_logged_and_can_be_made(
         assert any(
             "runs through transformers' GPTJForCausalLM" in m and "'gptj' is not sup" in m for m in caplog.messages
         )
-    with pytest.raises(ConfigurationError, match="model_type 'gptj' is not supported; the decoder knows"):
+    with pytest.raises(UnsupportedModelError, match="model_type 'gptj' is not supported; the decoder knows"):
         open_llm(pair, backend="native")
     llm = open_llm(llama, backend="transformers", draft_backend="native")
     assert not isinstance(llm.models.draft.model, TransformersModel)

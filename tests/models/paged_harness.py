@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pearl.messages import ForwardWork, SequenceState
-from pearl.models import CausalModel, KVCache
+from pearl.models import CausalModel, HiddenStates, KVCache
 from pearl.sampling_params import SamplingParams
 from pearl.workers.model_runner import build_batch
 
@@ -30,7 +30,12 @@ class Harness:
             keys.fill_(torch.nan)
             values.fill_(torch.nan)
 
-    def forward(self, items: list[tuple[int, list[int], int]], num_logits: int | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        items: list[tuple[int, list[int], int]],
+        num_logits: int | None = None,
+        hidden: HiddenStates | None = None,
+    ) -> list[Tensor]:
         """items: (sequence, tokens, start). Returns each item's logits, of all its tokens unless told otherwise."""
         work = []
         for sequence, tokens, start in items:
@@ -38,7 +43,7 @@ class Harness:
             wanted = len(tokens) if num_logits is None else min(num_logits, len(tokens))
             work.append(ForwardWork(state, tuple(tokens), start, wanted, self.tables[sequence]))
         with torch.inference_mode():
-            logits = self.model.forward(build_batch(work, PAGE, torch.device("cpu")), self.cache)
+            logits = self.model.forward(build_batch(work, PAGE, torch.device("cpu")), self.cache, hidden)
         return list(logits.split([item.num_logits for item in work]))
 
 

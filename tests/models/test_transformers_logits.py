@@ -77,6 +77,20 @@ def test_what_the_engine_knows_before_weights_are_read(pair: Models) -> None:
     assert [layer.window for layer in config.attention] == windows
 
 
+def test_hidden_states_are_numbered_as_transformers_numbers_them(pair: Models) -> None:
+    judge, model = pair
+    text = tokens_of(31, 12)
+    harness = Harness(model, [len(text)])
+    projected = getattr(judge.config, "word_embed_proj_dim", 48) != 48  # what the head reads has another width
+    layers = (0, 2) if projected else (0, 2, model.config.layers)
+    hidden = model.new_hidden(len(text), layers)
+    harness.forward([(0, text, 0)], num_logits=1, hidden=hidden)
+    with torch.inference_mode():
+        states = judge(torch.tensor([text]), output_hidden_states=True).hidden_states
+    for index, layer in enumerate(layers):
+        assert_close(hidden.rows[:, index], states[layer][0])
+
+
 def test_embeddings_of_tokens(pair: Models) -> None:
     judge, model = pair
     ids = torch.tensor([3, 130, 3])

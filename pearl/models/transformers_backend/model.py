@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pearl.models.forward_batch import ForwardBatch
+from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl.models.transformers_backend.config import TransformersConfig
 from pearl.models.transformers_backend.interface import bind
@@ -34,8 +35,10 @@ class TransformersModel:
     def dtype(self) -> torch.dtype:
         return self.config.dtype
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Compute all N tokens, write their keys and values, and return logits ``[M, V]`` of batch.logits_rows."""
+    def forward(self, batch: ForwardBatch, cache: KVCache, hidden: HiddenStates | None = None) -> Tensor:
+        """Compute all N tokens, write their keys and values, fill ``hidden``, and return logits ``[M, V]`` of
+        batch.logits_rows.
+        """
         rows = batch.logits_rows
         some = {"logits_to_keep": rows} if self._keeps_rows else {}
         with self._attention.over(batch, cache):
@@ -43,12 +46,22 @@ class TransformersModel:
                 input_ids=self._known(batch.input_ids)[None],
                 position_ids=batch.positions[None],
                 use_cache=False,
+                output_hidden_states=hidden is not None,
                 **some,
             )
+        if hidden is not None:
+            for layer in hidden.layers:
+                hidden.keep(layer, output.hidden_states[layer][0])
         logits: Tensor = output.logits[0] if self._keeps_rows else output.logits[0, rows]
         logits = logits[:, : self.config.known_ids].to(self.dtype)
         missing = self.config.vocab_size - self.config.known_ids
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits.contiguous()
+
+    def new_hidden(self, rows: int, layers: tuple[int, ...]) -> HiddenStates:
+        """Uninitialised, for a forward of so many tokens."""
+        width = self._module.config.hidden_size
+        states = torch.empty(rows, len(layers), width, dtype=self.dtype, device=self._module.device)
+        return HiddenStates(layers, states)
 
     def embed(self, ids: Tensor) -> Tensor:
         """``[N, D]`` for int64 ids ``[N]``."""
