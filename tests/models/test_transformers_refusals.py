@@ -151,7 +151,7 @@ def test_masks_and_frequencies_that_old_checkpoints_hold_are_left_out(folder: Pa
 
 
 def test_quantised_and_pickled_checkpoints(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
     with pytest.raises(UnsupportedModelError, match="quantised with gptq"):
         describe(str(folder))
     edit_config(folder, quantization_config=None)
