@@ -13,7 +13,7 @@ from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.config_file import naming_config
 from pearl.models.hub import fetch_description
 from pearl.models.model_dtype import checkpoint_dtype
-from pearl.models.model_files import first_line, read_json
+from pearl.models.model_files import first_line, is_gguf, read_json
 from pearl.models.quantization import read_quantization
 from pearl.models.transformers_backend.config import TransformersConfig
 from pearl.models.transformers_backend.interface import TRACED, positions, register
@@ -30,6 +30,8 @@ def describe(path: str, dtype: torch.dtype | None = None) -> TransformersConfig:
     transformers' class is built on the meta device and run once, without a number. No code of the folder is run.
     Raises UnsupportedModelError, which says what cannot be run exactly, or ModelLoadError.
     """
+    if is_gguf(path):
+        raise UnsupportedModelError(f"{path} is a GGUF file, which only the native decoder reads; take its safetensors")
     folder = fetch_description(path)
     fields = read_json(folder / CONFIG)
     if (quantization := read_quantization(folder)) is not None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pearl.errors import ModelLoadError
 from pearl.models.hub import fetch_weights
 from pearl.models.model_files import first_line
+from pearl.models.model_folder import ModelFolder
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.transformers_backend.config import TransformersConfig
 from pearl.models.transformers_backend.describe import read
 from pearl.models.transformers_backend.interface import PAGED, register
 from pearl.models.transformers_backend.model import TransformersModel
 from pearl.models.transformers_backend.probe import probe
-from pearl.models.weight_files import weight_files
 from pearl_kernels import KernelSet
 
 # Masks and frequencies that older checkpoints store, and that classes compute themselves now.
@@ -50,14 +50,9 @@ def load(
 
 def check_files(folder: Path) -> None:
     """Raises ModelLoadError if there are no weights that can be read, UnsupportedModelError if they are quantised."""
-    stored: dict[str, str] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if not _COMPUTED.search(name)]  # noqa: SIM118 not a dict
-                stored |= {name: file.get_slice(name).get_dtype() for name in names}
-        except (OSError, SafetensorError) as error:
-            raise ModelLoadError(f"{path} is missing or damaged ({error}); download it again") from error
+    with ExitStack() as stack:
+        tensors = ModelFolder(str(folder)).open(stack)
+        stored = {name: values.get_dtype() for name, values in tensors if not _COMPUTED.search(name)}
     refuse_quantized_tensors(folder, stored, stored)
 
 
