@@ -51,6 +51,7 @@ class LinearWeight:
     offset: Tensor | None = None  # as scale, to be added to each weight
     group: int = 0  # inputs that share a scale, of a QuantizedMatrix; 0: one scale for each output, [M]
     bits: int = 8  # of data, where there is a scale
+    fp8: bool = False  # whether data are e4m3 numbers, where there are groups
 
 
 WeightFormat = Literal["full", "int8"]
@@ -83,8 +84,9 @@ def pack_quantized(matrix: QuantizedMatrix, dtype: torch.dtype) -> LinearWeight:
     rounded to ``dtype``) and packs it as ``pack_linear`` does.
     """
     out_features, in_features = matrix.values.shape
+    fp8 = matrix.values.dtype == torch.float8_e4m3fn
     return LinearWeight(
-        matrix.values, out_features, in_features, matrix.scale, matrix.offset, matrix.group, matrix.bits
+        matrix.values, out_features, in_features, matrix.scale, matrix.offset, matrix.group, matrix.bits, fp8
     )
 
 

@@ -44,16 +44,19 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def assert_as_transformers(folder: Path, plain: Path | None = None) -> None:
-    """The logits of a short text are those of transformers' class on the same folder, or on a plain one."""
-    assert_logits(folder, AutoModelForCausalLM.from_pretrained(plain or folder, dtype=torch.float32).eval())
+def assert_as_transformers(folder: Path, plain: Path | None = None, prefer: Mapping[str, str] | None = None) -> None:
+    """The logits of a short text are those of transformers' class on the same folder, or on a plain one.
+
+    ``prefer``: providers of operators.
+    """
+    assert_logits(folder, AutoModelForCausalLM.from_pretrained(plain or folder, dtype=torch.float32).eval(), prefer)
 
 
-def assert_logits(path: Path, judge: PreTrainedModel) -> None:
+def assert_logits(path: Path, judge: PreTrainedModel, prefer: Mapping[str, str] | None = None) -> None:
     """Of what is loaded from there: those of a model of transformers."""
     with torch.inference_mode():
         wanted = judge(torch.tensor([_TEXT])).logits
-        decoder = load(path)
+        decoder = load(path, prefer=prefer)
         cache = KVCache.allocate(decoder.config, 1, 16, torch.float32, torch.device("cpu"))
         state = SequenceState(0, 0, SamplingParams(), 0, 0, None)
         batch = build_batch([ForwardWork(state, _TEXT, 0, len(_TEXT), (0,))], 16, torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ def build(name: str) -> PreTrainedModel:
     return model
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32, max_model_len: int = CONTEXT) -> Decoder:
-    kernels = select(Situation("cpu", dtype))
+def load(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    max_model_len: int = CONTEXT,
+    prefer: Mapping[str, str] | None = None,
+) -> Decoder:
+    kernels = select(Situation("cpu", dtype), prefer)
     return load_model(path, device=torch.device("cpu"), dtype=dtype, max_model_len=max_model_len, kernels=kernels)

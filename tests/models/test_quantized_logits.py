@@ -20,6 +20,7 @@ from pearl.models.checkpoint import Checkpoint, stored_config
 from pearl.models.sharding import shard
 from pearl.models.weight_size import weight_bytes
 from pearl_kernels import LinearWeight, Situation, select
+from pearl_kernels.triton import interpreting
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 KEPT = {  # bits that a decoder keeps of a layer's matrices on a CPU; 0: they are decoded
@@ -69,6 +70,17 @@ def test_every_format_means_its_numbers(name: str, quantized: Callable[..., tupl
     folder, plain = quantized(name)
     assert_as_transformers(folder, plain)
     assert kept_bits(load(folder)) == {KEPT[name]}
+
+
+@pytest.mark.parametrize("provider", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["gptq-4-32-zeros", "fp8-blocks", "ct-int8"])
+def test_with_the_other_providers(name: str, provider: str, quantized: Callable[..., tuple[Path, Path]]) -> None:
+    """Which keep fp8 too, as it is."""
+    if provider == "triton" and not interpreting():
+        pytest.skip("with a GPU here Triton's kernels take no CPU tensors")
+    folder, plain = quantized(name)
+    assert_as_transformers(folder, plain, {"linear": provider})
+    assert kept_bits(load(folder, prefer={"linear": provider})) == {4 if "4" in name else 8}
 
 
 @pytest.mark.parametrize("name", ["gptq-4-32-zeros", "ct-w4a16-128", "fp8-blocks"])

@@ -14,7 +14,7 @@ from attention_packages import FakeFlashAttn
 from ops_support import interpreted
 from torch import Tensor
 
-from pearl_kernels import SamplingTensors, cpu, flash_attn, flashinfer, triton
+from pearl_kernels import QuantizedMatrix, SamplingTensors, cpu, flash_attn, flashinfer, triton
 from pearl_kernels.checks import Checks
 from pearl_kernels.native import NativeLayers, NativeSampling
 
@@ -118,6 +118,9 @@ def test_a_tensor_on_another_device_is_refused_by_its_name(
 ) -> None:
     function = triton.OPERATORS[function] if isinstance(function, str) else function
     given = arguments(op, dtype)
+    if op == "linear" and function is triton.OPERATORS["linear"]:  # of plain weights it leaves the checks to torch
+        eights = QuantizedMatrix(torch.ones(8, DIM, dtype=torch.int8), torch.ones(8, 1), None, DIM, 8)
+        given["weight"] = triton.OPERATORS["pack_quantized"](eights, dtype)
     function(**given)
     tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
     for name in tensors[1:]:
