@@ -47,7 +47,7 @@ def fetch_gguf(path: str) -> Path:
     wanted = [f"{folder}/{part}" if folder else part for part in part_names(last)]
     place = _fetch(repository, wanted)
     if missing := [each for each in wanted if not (place / each).is_file()]:
-        there = [each for each in _names(repository, place.name) if each.lower().endswith(".gguf")]
+        there = sorted(each for each in _names(repository, place.name) if each.lower().endswith(".gguf"))
         known = f"; its GGUF files are {', '.join(there)}" if there else ""
         raise ModelLoadError(f"{repository!r} holds no {missing[0]}{known}")
     return place / wanted[0]

@@ -12,7 +12,7 @@ from families import build, load
 from huggingface_hub.utils import filter_repo_objects
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
-from pearl.models.hub import fetch_weights
+from pearl.models.hub import fetch_gguf, fetch_weights
 
 NOISE = [
     "README.md", "consolidated.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "tf_model.h5",
@@ -131,3 +131,38 @@ def test_all_files_are_of_one_commit(there: FakeHub) -> None:
 def test_a_repository_that_cannot_be_reached(there: FakeHub) -> None:
     with pytest.raises(ModelLoadError, match=r"'org/other' is no folder.*give a folder with a config\.json.*401"):
         fetch_weights("org/other")
+
+
+@pytest.fixture
+def with_gguf(there: FakeHub) -> FakeHub:
+    """Two files of one model, of which one is in parts, and a folder with a third."""
+    for name in ("m-Q8_0.gguf", "m-F32-00001-of-00002.gguf", "m-F32-00002-of-00002.gguf", "more/m-Q8_0.gguf"):
+        there.add(name, f"of {name}")
+    return there
+
+
+def test_a_gguf_file_is_fetched_alone(with_gguf: FakeHub) -> None:
+    assert fetch_gguf("org/model:m-Q8_0.gguf").read_text() == "of m-Q8_0.gguf"
+    assert with_gguf.fetched() == {"m-Q8_0.gguf"}
+    assert fetch_gguf("org/model:more/m-Q8_0.gguf").read_text() == "of more/m-Q8_0.gguf"
+
+
+def test_a_gguf_file_is_fetched_with_its_parts(with_gguf: FakeHub) -> None:
+    assert fetch_gguf("org/model:m-F32-00001-of-00002.gguf").name == "m-F32-00001-of-00002.gguf"
+    assert with_gguf.fetched() == {"m-F32-00001-of-00002.gguf", "m-F32-00002-of-00002.gguf"}
+
+
+def test_gguf_files_that_are_not_there(with_gguf: FakeHub, tmp_path: Path) -> None:
+    known = r"its GGUF files are m-F32-00001-of-00002\.gguf, m-F32-00002-of-00002\.gguf, m-Q8_0\.gguf"
+    for name in ("other.gguf", "m-F32-00001-of-00003.gguf"):
+        with pytest.raises(ModelLoadError, match=rf"'org/model' holds no .*\.gguf; {known}"):
+            fetch_gguf(f"org/model:{name}")
+    with pytest.raises(ModelLoadError, match=r"'org/other' is no folder.*hub could not provide it.*401"):
+        fetch_gguf("org/other:m.gguf")
+    with pytest.raises(ModelLoadError, match=r"there is no file '.*m\.gguf'; of the hub give repository:file\.gguf"):
+        load(tmp_path / "m.gguf")
+
+
+def test_a_repository_of_gguf_files_is_no_folder_of_a_model(with_gguf: FakeHub) -> None:
+    with pytest.raises(ModelLoadError, match=r"has no config\.json: .*of the hub: repository:file\.gguf"):
+        load(Path("org/model"))

@@ -55,6 +55,12 @@ class GgufVocabulary:
             ends["eot"] = next((i for i in turns if i is not None and self._kinds[i] == Kind.CONTROL), None)
         return frozenset(token for token in ends.values() if token is not None)
 
+    def _require_tokens(self) -> None:
+        if self._metadata.value("ggml.model") is None or self._metadata.value("ggml.tokens") is None:
+            raise ModelLoadError(
+                "it has no tokenizer (tokenizer.ggml.model and tokenizer.ggml.tokens); take a file that has one"
+            )
+
     @property
     def _kind(self) -> str:
         kind = self._metadata.text("ggml.model")
@@ -64,10 +70,7 @@ class GgufVocabulary:
 
     @cached_property
     def _tokens(self) -> list[str]:
-        if self._metadata.value("ggml.model") is None or self._metadata.value("ggml.tokens") is None:
-            raise ModelLoadError(
-                "it has no tokenizer (tokenizer.ggml.model and tokenizer.ggml.tokens); take a file that has one"
-            )
+        self._require_tokens()
         tokens = self._metadata.texts("ggml.tokens")
         if len(tokens) > self._rows:
             raise ModelLoadError(
@@ -137,6 +140,7 @@ class GgufVocabulary:
         return backend
 
     def _built(self) -> Tokenizer:
+        self._require_tokens()
         backend = self._byte_level() if self._kind == "gpt2" else self._sentencepiece()
         self._add_tokens(backend)
         self._surround(backend)
@@ -188,8 +192,9 @@ class GgufVocabulary:
         return ((left, right) for *_, left, right in found)
 
     def _bpe(self, merges: list[Any], **options: Any) -> models.BPE:
+        ids = self._ids
         try:
-            return models.BPE(vocab=self._ids, merges=merges, **options)
+            return models.BPE(vocab=ids, merges=merges, **options)
         except Exception as error:  # tokenizers raises Exception itself
             raise ModelLoadError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
 
