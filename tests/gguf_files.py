@@ -76,6 +76,8 @@ def gguf_of(
     architecture = architecture or {"mistral": "llama"}.get(config.model_type, config.model_type)
     judge = copy.deepcopy(model)
     file = GgufFile(architecture, {**_shape(config, architecture), **(vocabulary or {}), **(fields or {})})
+    if config.rope_parameters["rope_type"] == "llama3":
+        file.tensors["rope_freqs.weight"] = _llama3_factors(config.rope_parameters, config.head_dim), "F32"
     generator = np.random.default_rng(5)
     for name, parameter in judge.named_parameters():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -119,6 +121,15 @@ def _pairs(name: str, config: Any) -> Tensor | None:
         return None
     rows = torch.arange(heads * config.head_dim).view(heads, 2, config.head_dim // 2)
     return rows.transpose(1, 2).reshape(-1)
+
+
+def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """What the wavelength of each pair of lanes is multiplied by (Llama 3.1's interpolation)."""
+    wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = np.clip((rope["original_max_position_embeddings"] / wavelengths - low) / (high - low), 0, 1)
+    factors: np.ndarray[Any, Any] = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return factors
 
 
 def _shape(config: Any, architecture: str) -> dict[str, Any]:

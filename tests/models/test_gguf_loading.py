@@ -27,7 +27,7 @@ from pearl.models.gguf.parts import part_names
 
 FAMILIES = [
     "llama", "llama-tied", "llama-biases", "llama-wide-heads", "llama-one-kv-head", "llama-left-over-window",
-    "llama-linear", "llama-yarn", "mistral-window", "mistral-full", "qwen2", "qwen3",
+    "llama-linear", "llama-yarn", "llama-llama3", "mistral-window", "mistral-full", "qwen2", "qwen3",
 ]  # fmt: skip
 
 
@@ -226,6 +226,20 @@ def test_what_cannot_be_loaded_is_named(case: str, tmp_path: Path) -> None:
     with pytest.raises((ModelLoadError, UnsupportedModelError), match=message) as error:
         load(tmp_path / "changed.gguf")
     assert "changed.gguf" in str(error.value)
+
+
+def test_factors_of_lanes_that_there_are_not(tmp_path: Path) -> None:
+    file, _ = written("llama-llama3", tmp_path)
+    name = "rope_freqs.weight"
+    changes: list[tuple[Mapping[str, Any], Any, str]] = [
+        ({}, f32(5), rf"tensor '{name}' must be \(4,\) numbers, not \(5,\)"),
+        ({}, (-np.ones(4, np.float32), "F32"), rf"tensor '{name}' must be 4 numbers above 0"),
+        ({"llama.rope.scaling.factor": 2.0}, f32(4), rf"it has '{name}' and linear scaling of RoPE too"),
+    ]
+    for fields, tensor, message in changes:
+        file.changed(fields, **{name: tensor}).write(tmp_path / "changed.gguf")
+        with pytest.raises((ModelLoadError, UnsupportedModelError), match=message):
+            load(tmp_path / "changed.gguf")
 
 
 def test_no_architecture(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -159,6 +160,8 @@ class GgufSource:
         if stored.shape != lanes or stored.kind.name not in _DTYPES:
             raise ModelLoadError(f"tensor {ROPE_FACTORS!r} must be {lanes} numbers, not {stored.shape}")
         factors = TensorValues(stored)[...].float().tolist()
+        if not all(0 < factor < math.inf for factor in factors):
+            raise ModelLoadError(f"tensor {ROPE_FACTORS!r} must be {lanes[0]} numbers above 0, not {factors}")
         longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
                     "original_max_position_embeddings": fields["max_position_embeddings"]}  # fmt: skip
         return {"rope_parameters": rope | longrope}
