@@ -55,7 +55,7 @@ class Checkpoint:
         self._stored, others = _open(folder, self._source, known, stack)
         own = sorted(name for name in others if is_decoders(name))
         self._quantized: QuantizedTensors | None = None
-        if quantization is not None:
+        if quantization is not None and not quantization.storages:
             self._quantized = QuantizedTensors(folder, quantization, self._stored, self._table)
             quantization = replace(quantization, matrices=self._quantized.matrices)
         dtypes = {name: slice_.get_dtype() for name, slice_ in self._stored.items()}
@@ -84,8 +84,11 @@ class Checkpoint:
 
     def read_quantized(self, name: str) -> QuantizedMatrix | None:
         """The whole matrix ``name`` as it is stored; None if it is plain, or can only be read decoded."""
-        if self._quantized is None or not self._is_quantized(name):
+        quantization = self.config.quantization
+        if quantization is None or quantization.storage_of(name.removesuffix(_WEIGHT)) is None:
             return None
+        if self._quantized is None:
+            return self._source.quantized(self._stored[name])
         matrix = self._quantized.read(name.removesuffix(_WEIGHT))
         return None if isinstance(matrix, Tensor) else matrix
 

@@ -64,6 +64,9 @@ class ModelFolder:
             for name in names:
                 yield name, file.get_slice(name)
 
+    def quantized(self, values: Any) -> None:
+        """What a folder stores quantised is several tensors (``QuantizedTensors``)."""
+
     def spell(self, name: str) -> str:
         return name
 

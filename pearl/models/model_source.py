@@ -15,6 +15,7 @@ from pearl.models.gguf.source import GgufSource
 from pearl.models.model_files import is_gguf
 from pearl.models.model_folder import ModelFolder
 from pearl.models.quantization import Quantization
+from pearl_kernels import QuantizedMatrix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,6 +67,10 @@ class ModelSource(Protocol):
 
     def open(self, stack: ExitStack) -> Iterator[tuple[str, StoredValues]]:
         """All tensors, under transformers' names; their files stay open until ``stack`` closes."""
+        ...
+
+    def quantized(self, values: StoredValues) -> QuantizedMatrix | None:
+        """A whole matrix that ``open`` gave, where one tensor holds it in few bits; None: it is to be decoded."""
         ...
 
     def spell(self, name: str) -> str:

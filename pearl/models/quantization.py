@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models.model_files import read_json_if_there
 from pearl.models.quantization_methods import Method, method_of
-from pearl.models.quantized_storage import FLOATS
+from pearl.models.quantized_storage import FLOATS, Storage
 from pearl.models.weight_files import CONFIG
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's
@@ -32,10 +32,19 @@ _HEAD = "lm_head"
 class Quantization:
     """How a model's matrices are quantised. ``matrices``: which ones, by the names of their modules; None: not known
     before its files are: all in its layers but those that the settings leave out.
+
+    ``storages``: of a method that stores each matrix in a way of its own, by module.
     """
 
     method: Method
     matrices: frozenset[str] | None = None
+    storages: Mapping[str, Storage] = field(default_factory=dict, hash=False)
+
+    def storage_of(self, module: str) -> Storage | None:
+        """None: its matrix is plain."""
+        if self.storages:
+            return self.storages.get(module)
+        return self.method.storage if self.holds(module) else None
 
     def holds(self, module: str) -> bool:
         """Whether a layer's or the head's matrix is one of them, as far as it is known."""

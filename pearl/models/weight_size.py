@@ -37,13 +37,13 @@ def _saved_bytes(config: ModelConfig, dtype: torch.dtype, device: str) -> int:
     """What quantised matrices take less than plain ones."""
     if config.quantization is None:
         return 0
-    storage = config.quantization.method.storage
-    if storage.keeps_bits == 0 or (storage.is_fp8 and device == "cpu"):
-        return 0
-    matrices = [
-        shape for name, shape in matrix_shapes(decoder_tensors(config)).items() if config.quantization.holds(name)
-    ]
-    return sum(m * k * dtype.itemsize - _quantized_bytes(storage, m, k) for m, k in matrices)
+    saved = 0
+    for name, (outputs, inputs) in matrix_shapes(decoder_tensors(config)).items():
+        storage = config.quantization.storage_of(name)
+        if storage is None or storage.keeps_bits == 0 or (storage.is_fp8 and device == "cpu"):
+            continue
+        saved += outputs * inputs * dtype.itemsize - _quantized_bytes(storage, outputs, inputs)
+    return saved
 
 
 def _quantized_bytes(storage: Storage, outputs: int, inputs: int) -> int:

@@ -27,7 +27,7 @@ from pearl.models.gguf.parts import part_names
 
 FAMILIES = [
     "llama", "llama-tied", "llama-biases", "llama-wide-heads", "llama-one-kv-head", "llama-left-over-window",
-    "llama-linear", "llama-yarn", "llama-llama3", "mistral-window", "mistral-full", "qwen2", "qwen3",
+    "llama-linear", "llama-yarn", "mistral-window", "mistral-full", "qwen2", "qwen3",
 ]  # fmt: skip
 
 

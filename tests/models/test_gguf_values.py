@@ -20,6 +20,7 @@ from pearl.models.gguf import values
 from pearl.models.gguf.header import StoredTensor, read_header
 from pearl.models.gguf.package import require_decodable, tensor_type
 from pearl.models.gguf.values import TensorValues
+from pearl_kernels.reference import dequantize
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"]
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,6 +54,24 @@ def test_rows_of_queries_and_keys_are_put_in_order(kind: str, heads: int, tmp_pa
     whole = numbers.view(heads, ROWS // heads // 2, 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
     assert torch.equal(TensorValues(tensor, heads)[...], whole)
     assert torch.equal(TensorValues(tensor, heads)[4:9, 7:11], whole[4:9, 7:11])
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
+@pytest.mark.parametrize("heads", [0, 3])
+def test_few_bits_mean_the_same_numbers(kind: str, heads: int, tmp_path: Path) -> None:
+    """Offsets are added up otherwise: the last bit of an fp32 number may differ."""
+    tensor, _ = stored(tmp_path, kind)
+    values = TensorValues(tensor, heads)
+    matrix = values.quantized()
+    assert matrix is not None
+    assert (matrix.bits, matrix.group) == (8 if kind == "Q8_0" else 4, 32)
+    assert (matrix.offset is not None) == (kind in ("Q4_1", "Q4_K"))
+    torch.testing.assert_close(dequantize(matrix), values[...], rtol=0 if matrix.offset is None else 1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q5_K", "Q6_K"])
+def test_other_types_are_decoded(kind: str, tmp_path: Path) -> None:
+    assert TensorValues(stored(tmp_path, kind)[0]).quantized() is None
 
 
 def test_what_transformers_adds_is_taken_off(tmp_path: Path) -> None:

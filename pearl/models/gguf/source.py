@@ -22,6 +22,7 @@ from pearl.models.gguf.architectures import (
     architecture_of,
     configuration_fields,
 )
+from pearl.models.gguf.blocks import kept_matrices
 from pearl.models.gguf.header import StoredTensor
 from pearl.models.gguf.metadata import Metadata
 from pearl.models.gguf.package import require_decodable
@@ -29,6 +30,8 @@ from pearl.models.gguf.parts import read_parts
 from pearl.models.gguf.values import TensorValues
 from pearl.models.gguf.vocabulary import GgufVocabulary
 from pearl.models.hub import fetch_gguf
+from pearl.models.quantization import Quantization
+from pearl_kernels import QuantizedMatrix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,8 +62,15 @@ class GgufSource:
         kinds = {tensor.kind.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
         return _DTYPES.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
 
-    def quantization(self) -> None:
-        """What is quantised is decoded as it is read, or refused with its tensor's name when the file is opened."""
+    def quantization(self) -> Quantization | None:
+        """Of matrices that are kept in few bits. Others are decoded as they are read, or refused in ``open``."""
+        with self.naming():
+            theirs = {self._architecture.names.theirs(name): tensor.kind.name for name, tensor in self._tensors.items()}
+        return kept_matrices({name.removesuffix(".weight"): kind for name, kind in theirs.items() if name is not None})
+
+    def quantized(self, values: Any) -> QuantizedMatrix | None:
+        matrix: QuantizedMatrix | None = values.quantized()
+        return matrix
 
     def fetch_weights(self) -> Path:
         return self.place

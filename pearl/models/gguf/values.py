@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pearl.models.gguf.blocks import KEPT, BlockStorage
 from pearl.models.gguf.header import StoredTensor
 from pearl.models.gguf.package import decode
+from pearl.models.quantized_storage import WEIGHT
+from pearl_kernels import QuantizedMatrix
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DECODED = 1 << 22  # numbers that are decoded at a time
@@ -44,14 +47,24 @@ class TensorValues:
         spans = () if isinstance(part, EllipsisType) else part if isinstance(part, tuple) else (part,)
         rows, *columns = spans or (slice(None),)
         order = self._order()[rows] if self._heads else rows
-        stored = self._stored
-        raw = np.frombuffer(stored.data, np.uint8, stored.end - stored.begin, stored.begin)
-        if len(stored.shape) == 1:
-            values = self._decoded(raw.reshape(1, -1))[0][order]
+        if len(self._stored.shape) == 1:
+            values = self._decoded(self._raw().reshape(1, -1))[0][order]
         else:
-            values = self._decoded(raw.reshape(stored.shape[0], -1)[order])
+            values = self._decoded(self._raw().reshape(self._stored.shape[0], -1)[order])
         values = values[:, columns[0]] if columns else values
         return values + self._shift if self._shift else values
+
+    def quantized(self) -> QuantizedMatrix | None:
+        """The whole matrix in its few bits; None if it is plain, or its blocks are no groups that a kernel knows."""
+        kind, shape = self._stored.kind.name, self._stored.shape
+        if kind not in KEPT or len(shape) != 2:
+            return None
+        rows = np.array(self._raw().reshape(shape[0], -1)[self._order() if self._heads else slice(None)])
+        return BlockStorage(kind).read({WEIGHT: torch.from_numpy(rows)}, *shape)
+
+    def _raw(self) -> NDArray[np.uint8]:
+        stored = self._stored
+        return np.frombuffer(stored.data, np.uint8, stored.end - stored.begin, stored.begin)
 
     def _order(self) -> NDArray[np.intp]:
         """Which of the file's rows is row i."""
