@@ -50,7 +50,8 @@ class EngineConfig:
     is no bool and a bool no number. ConfigurationError names what cannot be used.
 
     target, draft: local folder, hub id or GGUF file (of the hub: "repository:file.gguf"); None = the bundled pair.
-        draft="ngram" drafts by prompt lookup.
+        draft="ngram" drafts by prompt lookup; an EAGLE-3 head or Medusa heads of the target are told by their
+        config.json (docs/models.md).
     method: "pearl" | "speculative" | "autoregressive". verification: "rejection" | "coupled" | "block",
         which is rejection for all tokens of a round together: more of them are accepted. Requests with a seed still
         have them tested one by one, so that a seed gives its output again.

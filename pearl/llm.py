@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -257,6 +258,9 @@ class LLM:
         self, ids: list[int], params: SamplingParams, grammar: Grammar | None, shown: Collection[int] = ()
     ) -> list[Request]:
         """One for each output of a prompt."""
+        if self.models.head is not None and self._is_pinned(params):
+            # What a head drafts depends on how far the target was. The target's own draws are those of ``coupled``.
+            params = replace(params, draft=False)
         seed = self._seed(params)
         requests = [self._request(ids, params, seed + index, grammar, shown) for index in range(params.n)]
         if params.prompt_logprobs is not None:

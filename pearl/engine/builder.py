@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pearl.config import EngineConfig
-from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
+from pearl.drafting import Drafter, EagleDrafter, MedusaDrafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
@@ -19,6 +19,8 @@ from pearl.engine.scheduler import Scheduler
 from pearl.engine.verifier import Verifier
 from pearl.engine.warm_up import Side, warm_up
 from pearl.errors import ConfigurationError
+from pearl.heads import EagleHead
+from pearl.heads.runner import HeadRunner
 from pearl.kv import KVCacheManager
 from pearl.methods import METHODS, Mode
 from pearl.pace import AutoPace, BalancedPace, FixedPace, PacePolicy, PreparingPace, Sizes
@@ -42,11 +44,9 @@ def connect(
     drafter: Drafter | None = None
     draft_kv: KVCacheManager | None = None
     if config.uses_draft_model:
-        if models.draft is None:
-            raise ConfigurationError(f"method={config.method!r} needs a draft model, but none was loaded")
-        ring = LogitsRing(config.max_num_seqs, config.largest_window, config.prepared_slots)
-        drafter = ModelDrafter(models.draft, config.verification, models.vocab_size, eos_ids, ring)
-        draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
+        drafter = _model_drafter(config, models, eos_ids)
+        if not isinstance(drafter, MedusaDrafter):  # which keep no KV
+            draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
     elif config.uses_draft:
         drafter = NGramDrafter()
     if drafter is not None and wrap_drafter is not None:
@@ -66,10 +66,12 @@ def connect(
         max_logit_rows=config.max_logit_rows,
         prefill_chunk=config.resolve_prefill_chunk(),
         drafter_reads_history=drafter is not None and drafter.reads_history,
+        drafter_reads_states=drafter is not None and bool(drafter.hidden_layers),
         branches=branches,
     )
     kernels, queue = models.target.kernels, models.target.queue
-    draft_queue = models.draft.queue if models.draft else None
+    draft = models.draft or models.head
+    draft_queue = draft.queue if draft else None
     sends = draft_queue.aside("sends") if draft_queue else None
     verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, sends)
     if wrap_verifier is not None:
@@ -85,7 +87,7 @@ def connect(
         draft_worker = ThreadWorker("draft", draft_threads)
         # Nothing of it depends on the thread it runs on; and where the target's forwards do not keep this one busy, it
         # has something to do meanwhile.
-        if target_worker.blocks and (models.draft is None or models.draft.fused is not None):
+        if target_worker.blocks and (draft is None or (models.draft is not None and models.draft.fused is not None)):
             draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
     if config.capture_seconds:
         sides = [Side(target_worker, queue.device, models.target.captures())]
@@ -93,7 +95,7 @@ def connect(
             sides.append(Side(draft_worker, draft_queue.device, drafter.captures()))
         _warm_up(config, sides)
     target = TargetRunner(models.target)
-    prepared = _preparations([runner for runner in (models.target, models.draft) if runner is not None])
+    prepared = _preparations([runner for runner in (models.target, draft) if runner is not None])
     engine = Engine(
         scheduler, target, target_worker, drafter, draft_worker, verifier, pace, observer, draft_alone, prepared
     )
@@ -113,7 +115,22 @@ def _warm_up(config: EngineConfig, sides: Sequence[Side]) -> None:
         ) from error
 
 
-def _preparations(runners: Sequence[ModelRunner]) -> Callable[[], int]:
+def _model_drafter(
+    config: EngineConfig, models: LoadedModels, eos_ids: frozenset[int]
+) -> ModelDrafter | EagleDrafter | MedusaDrafter:
+    """Around the draft model, or the head, that was loaded. ConfigurationError if none was."""
+    ring = LogitsRing(config.max_num_seqs, config.largest_window, config.prepared_slots)
+    common = config.verification, models.vocab_size, eos_ids, ring
+    if models.draft is not None:
+        return ModelDrafter(models.draft, *common)
+    if models.head is None:
+        raise ConfigurationError(f"method={config.method!r} needs a draft model, but none was loaded")
+    if isinstance(models.head.model, EagleHead):
+        return EagleDrafter(models.head, *common)
+    return MedusaDrafter(models.head, *common)
+
+
+def _preparations(runners: Sequence[ModelRunner | HeadRunner]) -> Callable[[], int]:
     """What tells how many graphs were captured and kernels compiled so far."""
     queues = [runner.queue for runner in runners]
     if all("triton" not in runner.kernels.providers.values() for runner in runners):

@@ -116,10 +116,14 @@ def _working_sets(
 ) -> dict[Share, int]:
     """What each share on a GPU needs beside KV and the weights that are there."""
     working = {}
-    if draft is not None and shares.draft is not None and shares.draft.on_gpu:
+    if shares.draft is not None and shares.draft.on_gpu:
         largest = Largest.of(config, "draft", max_model_len)
-        measured = measured_bytes(config, draft, shares.draft, largest, meter)
-        working[shares.draft] = measured + _kept(config, shares, shares.draft)
+        forward = (
+            measured_bytes(config, draft, shares.draft, largest, meter)
+            if draft is not None
+            else estimated_bytes(config, shares.draft, largest)  # of a head
+        )
+        working[shares.draft] = forward + _kept(config, shares, shares.draft)
     largest = Largest.of(config, "target", max_model_len)
     for share in shares.target:
         if share.on_gpu:
@@ -128,7 +132,8 @@ def _working_sets(
                 if target is not None
                 else estimated_bytes(config, share, largest) + share.weight_bytes + RANK_BYTES
             )
-            working[share] = forward + _kept(config, shares, share)
+            read = 0 if shares.draft is None else 2 * largest.tokens * shares.draft.hidden_bytes  # and those before
+            working[share] = forward + _kept(config, shares, share) + read
     return working
 
 
@@ -144,6 +149,8 @@ def _purses(shares: Shares, working: Mapping[Share, int], meter: MemoryMeter, be
         left = meter.free_bytes(device) - margin - sum(working[share] for share in group)
         remedy = "lower max_num_batched_tokens, max_num_seqs or max_window, place a model on another device"
         page_bytes = sum(share.page_bytes for share in group)
+        if not page_bytes:  # heads without KV
+            continue
         purses.append(Purse(f"{device} has beside {beside}", left, page_bytes, remedy))
     if on_cpu := sum(share.page_bytes for share in shares.all if not share.on_gpu):
         purses.append(Purse("a model on cpu gets", DEFAULT_BYTES, on_cpu, "say kv_cache_memory"))

@@ -11,6 +11,7 @@ import torch
 
 from pearl.config import EngineConfig, Role
 from pearl.errors import ConfigurationError
+from pearl.heads import HeadConfig
 from pearl.models import KVCache, ModelConfig, ModelShape
 from pearl.models.sharding import shard
 from pearl.models.weight_size import weight_bytes
@@ -71,6 +72,7 @@ class Share:
     dtype: torch.dtype
     weight_bytes: int
     page_bytes: int  # of one KV page
+    hidden_bytes: int = 0  # of a head: what it reads of each of the target's tokens
 
     @property
     def on_gpu(self) -> bool:
@@ -89,13 +91,17 @@ class Shares:
         return (self.draft, *self.target) if self.draft else self.target
 
 
-def shares_of(config: EngineConfig, target: ModelShape, draft: ModelShape | None) -> Shares:
-    """Raises ConfigurationError if the target cannot be cut for its ranks."""
+def shares_of(
+    config: EngineConfig, target: ModelShape, draft: ModelShape | None, head: HeadConfig | None = None
+) -> Shares:
+    """``head``: in the place of a draft model. Raises ConfigurationError if the target cannot be cut for its ranks."""
     devices = config.resolve_target_devices()
     ranks = tuple(
         _share(config, _rank_name(config, rank), device, target, rank, len(devices))
         for rank, device in enumerate(devices)
     )
+    if head is not None:
+        return Shares(_share_of_head(config, head), ranks)
     if draft is None:
         return Shares(None, ranks)
     return Shares(_share(config, _name("draft", config.draft), config.resolve_device("draft"), draft, 0, 1), ranks)
@@ -118,6 +124,21 @@ def _share(
     page_bytes = KVCache.bytes_per_token(local, dtype) * config.page_size
     return Share(
         name, device, local, model.vocab_size, dtype, weight_bytes(model, dtype, rank, ranks, device.type), page_bytes
+    )
+
+
+def _share_of_head(config: EngineConfig, head: HeadConfig) -> Share:
+    shape = head.shape
+    page_bytes = KVCache.bytes_per_token(shape, shape.dtype) * config.page_size
+    return Share(
+        _name("draft", config.draft),
+        config.resolve_device("draft"),
+        shape,
+        shape.vocab_size,
+        shape.dtype,
+        head.elements * shape.dtype.itemsize,
+        page_bytes,
+        len(head.hidden_layers) * head.target_hidden * shape.dtype.itemsize,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from pearl.config import EngineConfig, Role
 from pearl.devices import require_supported_gpus
@@ -19,11 +20,14 @@ from pearl.engine.memory import (
     require_room_for_weights,
     shares_of,
 )
-from pearl.engine.runners import kernels_for, make_parallel_runner, make_runner
+from pearl.engine.runners import kernels_for, make_head_runner, make_parallel_runner, make_runner
 from pearl.errors import ConfigurationError
+from pearl.heads import Head, HeadConfig, head_kind, load_head, read_head
+from pearl.heads.runner import HeadRunner
 from pearl.models import (
     CausalModel,
     KVCache,
+    ModelConfig,
     Tokenizer,
     bundled_path,
     load_model,
@@ -49,7 +53,8 @@ class LoadedModels:
     max_model_len: int
     num_pages: int  # of each model
     target_bytes: int = 0  # of weights
-    draft_bytes: int = 0
+    draft_bytes: int = 0  # that drafting a token reads
+    head: HeadRunner | None = None  # in the place of a draft model: it reads the target's hidden states
 
     def close(self) -> None:
         """End the processes that hold parts of the target, if there are any. Idempotent."""
@@ -66,14 +71,32 @@ class Pair:
     tokenizer: Tokenizer
     vocab_size: int
     max_model_len: int
+    head: HeadConfig | None = None  # in the place of a draft model
 
-    def loaded(self, target: ModelRunner, draft: ModelRunner | None, num_pages: int) -> LoadedModels:
-        both = (self.target, target), (self.draft, draft)
-        sizes = [
+    def loaded(
+        self,
+        target: ModelRunner,
+        draft: ModelRunner | None,
+        num_pages: int,
+        head: HeadRunner | None = None,
+    ) -> LoadedModels:
+        target_bytes, draft_bytes = (
             0 if model is None or runner is None else weight_bytes(model, model.dtype, device=runner.queue.device.type)
-            for model, runner in both
-        ]
-        return LoadedModels(target, draft, self.tokenizer, self.vocab_size, self.max_model_len, num_pages, *sizes)
+            for model, runner in ((self.target, target), (self.draft, draft))
+        )
+        if self.head is not None:
+            draft_bytes = self.head.step_elements * self.head.shape.dtype.itemsize
+        return LoadedModels(
+            target,
+            draft,
+            self.tokenizer,
+            self.vocab_size,
+            self.max_model_len,
+            num_pages,
+            target_bytes,
+            draft_bytes,
+            head,
+        )
 
 
 def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> LoadedModels:
@@ -92,29 +115,44 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
     target_path, draft_path, pair = _check_weights(target_path, draft_path, pair)
     shares = _require_room(config, pair, meter)
     draft = None
-    if draft_path is not None and shares.draft is not None:
+    if draft_path is not None and shares.draft is not None and pair.head is None:
         with explaining_out_of_memory(shares.draft, meter):
             draft = _load(config, "draft", draft_path, shares.draft, pair)
     if config.target_parallel > 1:
         return _assemble_parallel(config, pair, target_path, draft, shares, meter)
     with explaining_out_of_memory(shares.target[0], meter):
         target = _load(config, "target", target_path, shares.target[0], pair)
-    return assemble(config, pair, target, draft, meter)
+    head = None
+    if draft_path is not None and shares.draft is not None and pair.head is not None:
+        with explaining_out_of_memory(shares.draft, meter):
+            head = _load_head(config, draft_path, shares.draft, pair, pair.head, target)
+    return assemble(config, pair, target, draft, meter, head)
 
 
 def assemble(
-    config: EngineConfig, pair: Pair, target: CausalModel, draft: CausalModel | None, meter: MemoryMeter | None = None
+    config: EngineConfig,
+    pair: Pair,
+    target: CausalModel,
+    draft: CausalModel | None,
+    meter: MemoryMeter | None = None,
+    head: Head | None = None,
 ) -> LoadedModels:
-    """Give loaded models, each on its role's device, their KV caches and runners.
+    """Give loaded models, or one and a head, each on its role's device, their KV caches and runners.
 
     Raises ConfigurationError if what the weights leave cannot hold one sequence.
     """
     meter = meter or CudaMeter()
-    shares = shares_of(config, pair.target, pair.draft)
+    shares = shares_of(config, pair.target, pair.draft, pair.head)
     num_pages = decide_pages(config, shares, target, draft, pair.max_model_len, meter)
     draft_runner = _draft_runner(config, draft, shares, num_pages, meter)
     target_cache = _allocate(config, shares.target[0], num_pages, meter)
-    return pair.loaded(make_runner(config, "target", target, target_cache), draft_runner, num_pages)
+    head_runner = None
+    hidden_layers: tuple[int, ...] = ()
+    if head is not None and shares.draft is not None:
+        head_runner = make_head_runner(config, head, _allocate(config, shares.draft, num_pages, meter))
+        hidden_layers = head.config.hidden_layers
+    target_runner = make_runner(config, "target", target, target_cache, hidden_layers)
+    return pair.loaded(target_runner, draft_runner, num_pages, head_runner)
 
 
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
@@ -123,13 +161,14 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
     vocab_size = usable_ids(tokenizer.vocab_size, tokenizer.eos_ids, target.vocab_size)
     longest = target.max_position_embeddings
     draft = None
-    if draft_path is not None:
+    head = None if draft_path is None else _read_head(config, draft_path, target)
+    if draft_path is not None and head is None:
         draft = _describe(config, "draft", draft_path)
         drafts = Tokenizer.from_pretrained(draft_path).vocabulary
         require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
         longest = min(longest, draft.max_position_embeddings)
     max_model_len = config.max_model_len or longest
-    for model in (target, draft):
+    for model in (target, draft, None if head is None else head.shape):
         if model is not None:
             model.require_length(max_model_len)
     if max_model_len > longest:
@@ -137,7 +176,22 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
             f"max_model_len={max_model_len} is more than the models were made for; lower it to at most {longest}, the "
             "smaller max_position_embeddings of the two, or leave it out"
         )
-    return Pair(target, draft, tokenizer, vocab_size, max_model_len)
+    return Pair(target, draft, tokenizer, vocab_size, max_model_len, head)
+
+
+def _read_head(config: EngineConfig, path: str, target: DescribedModel) -> HeadConfig | None:
+    """None if the draft is a model of its own. Raises ConfigurationError for a target that cannot serve a head."""
+    kind = head_kind(path)
+    if kind is None:
+        return None
+    why = None
+    if config.target_parallel > 1:
+        why = "a tensor-parallel target does not hand them over; use target_parallel=1"
+    elif not isinstance(target, ModelConfig):
+        why = "a target that runs through transformers does not hand them over"
+    if why is not None or not isinstance(target, ModelConfig):
+        raise ConfigurationError(f"draft={path!r} reads the target's hidden states: {why}, or choose a draft model")
+    return read_head(path, target)
 
 
 def _describe(config: EngineConfig, role: Role, path: str) -> DescribedModel:
@@ -168,7 +222,7 @@ def _require_fitting_options(config: EngineConfig, role: Role, model: DescribedM
 
 def _require_room(config: EngineConfig, pair: Pair, meter: MemoryMeter) -> Shares:
     """Refuse what the devices cannot hold, as far as it is known before weights are there."""
-    shares = shares_of(config, pair.target, pair.draft)
+    shares = shares_of(config, pair.target, pair.draft, pair.head)
     require_room_for_weights(shares, meter)
     require_one_sequence(config, shares, pair.max_model_len, meter)
     return shares
@@ -179,7 +233,7 @@ def _check_weights(target_path: str, draft_path: str | None, pair: Pair) -> tupl
     target_folder = source_of(target_path).fetch_weights()
     pair = replace(pair, target=check_weights(target_folder, pair.target))
     if draft_path is None or pair.draft is None:
-        return str(target_folder), None, pair
+        return str(target_folder), draft_path, pair  # of a head, whose tensors are checked when it is loaded
     draft_folder = source_of(draft_path).fetch_weights()
     draft = check_weights(draft_folder, pair.draft)
     draft = replace(draft, vocab_size=max(draft.vocab_size, pair.vocab_size))  # it is loaded so (models.widening)
@@ -200,6 +254,29 @@ def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair)
             max_model_len=pair.max_model_len,
             kernels=kernels,
             vocab_size=pair.vocab_size if role == "draft" else 0,
+        )
+
+
+def _load_head(
+    config: EngineConfig, path: str, share: Share, pair: Pair, head: HeadConfig, target: CausalModel
+) -> Head:
+    """With the target's embeddings where it has none of its own."""
+
+    assert isinstance(pair.target, ModelConfig)  # or the head was refused
+    there = config.resolve_device("target")
+
+    def embed(ids: Tensor) -> Tensor:
+        return target.embed(ids.to(there)).to(share.device, head.shape.dtype)
+
+    with torch.inference_mode():
+        return load_head(
+            path,
+            head,
+            device=share.device,
+            max_model_len=pair.max_model_len,
+            kernels=kernels_for(config, "draft", head.shape),
+            embed=embed,
+            embedding_width=pair.target.hidden,
         )
 
 

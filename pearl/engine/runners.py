@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pearl.config import EngineConfig, Role
 from pearl.errors import ConfigurationError
+from pearl.heads import Head
+from pearl.heads.runner import HeadRunner
 from pearl.models import CausalModel, Decoder, KVCache, ModelShape
 from pearl.parallel import ParallelRunner, RankSpec, start_parallel
 from pearl.workers import DeviceQueue, GraphRunner, ModelRunner, open_queue, why_not_captured
@@ -24,17 +26,30 @@ def kernels_for(config: EngineConfig, role: Role, model: ModelShape) -> KernelSe
     return select(Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights, rule))
 
 
-def make_runner(config: EngineConfig, role: Role, model: CausalModel, cache: KVCache) -> ModelRunner:
-    """Around a model and its cache, with the queue of its device."""
+def make_runner(
+    config: EngineConfig, role: Role, model: CausalModel, cache: KVCache, hidden_layers: tuple[int, ...] = ()
+) -> ModelRunner:
+    """Around a model and its cache, with the queue of its device. ``hidden_layers``: whose states a drafter reads."""
     draft_threads, target_threads = config.resolve_threads()
     queue, threads = _queue(config, role), draft_threads if role == "draft" else target_threads
     # What transformers' own code does between its kernels may need the host.
     most_rows = _most_graph_rows(config, role, model.kernels, queue) if isinstance(model, Decoder) else 0
     if isinstance(model, Decoder) and most_rows:
         return GraphRunner(
-            model, cache, config.page_size, queue, most_rows, config.max_num_seqs, _rows_per_sequence(config, role)
+            model,
+            cache,
+            config.page_size,
+            queue,
+            most_rows,
+            config.max_num_seqs,
+            _rows_per_sequence(config, role),
+            hidden_layers,
         )
-    return ModelRunner(model, cache, config.page_size, queue, threads)
+    return ModelRunner(model, cache, config.page_size, queue, threads, hidden_layers)
+
+
+def make_head_runner(config: EngineConfig, head: Head, cache: KVCache) -> HeadRunner:
+    return HeadRunner(head, cache, config.page_size, _queue(config, "draft"))
 
 
 def make_parallel_runner(

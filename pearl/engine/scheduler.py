@@ -136,7 +136,7 @@ class Scheduler:
         if len(drafted) < len(batch):
             intents, windows = _beside_plain(batch, pace, intents)
         if self._drafter_reads_states:
-            intents = [PLAIN if _target_lags(r) else intent for r, intent in zip(batch, intents, strict=True)]
+            intents = [i if _has_state(r) else PLAIN for r, i in zip(batch, intents, strict=True)]
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch, intents)
@@ -330,11 +330,11 @@ class Scheduler:
         if not self._reads_states(request):
             target_cached = self.target_kv.begin(request.id, request.reusable)
             return target_cached, self.draft_kv.begin(request.id, drafted) if self.draft_kv else 0
-        # The state before the last token is always wanted: a window begins with it.
-        draft_cached, most = 0, request.length - 2
-        if self.draft_kv is not None:
-            most = draft_cached = self.draft_kv.begin(request.id, Shifted(drafted))
-        return self.target_kv.begin(request.id, request.reusable[: most + 1]), draft_cached
+        if self.draft_kv is None:  # the state before the last token is wanted all the same: a window begins with it
+            cached = self.target_kv.begin(request.id, request.reusable[: request.length - 1])
+            return cached, cached
+        draft_cached = self.draft_kv.begin(request.id, Shifted(drafted))
+        return self.target_kv.begin(request.id, request.reusable[: draft_cached + 1]), draft_cached
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
@@ -405,6 +405,11 @@ def require_room(count: int, free_lanes: int, waiting: int, max_waiting: int) ->
 def _target_lags(request: Request) -> bool:
     """Whether the target still computes the prompt (or, after a preemption, the text)."""
     return request.length - request.target_computed > 1
+
+
+def _has_state(request: Request) -> bool:
+    """Whether the target has computed what a window is drafted from: all but the last token, and one at least."""
+    return request.target_computed > 0 and not _target_lags(request)
 
 
 def _draft_lags(request: Request) -> bool:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from e2e_support import FAMILIES, KNOWN, VOCAB, Pair, Rounds, byte_tokenizer, perturbed, random_model, save
+from e2e_support import FAMILIES, KNOWN, VOCAB, Pair, Rounds, byte_tokenizer, perturbed, prompts, random_model, save
 from graphed_llm import Graphed, OpenGraphed, on_devices
+from plain_heads import (
+    PlainEagle,
+    Tensors,
+    eagle_shape,
+    random_eagle,
+    random_medusa,
+    save_head,
+    teach_eagle,
+    teach_medusa,
+)
 from recording_queue import RecordingQueue
 
 from pearl import LLM
@@ -99,3 +110,39 @@ def open_graphed() -> Iterator[OpenGraphed]:
             return Graphed(stack.enter_context(LLM.from_models(models, config, rounds)), target, draft, rounds)
 
         yield build
+
+
+@dataclass(frozen=True)
+class Headed:
+    """A target with a head as its draft, which has seen the continuations of ``batch``."""
+
+    pair: Pair
+    plain: PlainEagle | Tensors
+    batch: list[list[int]]
+
+
+HEADED_LENGTHS = (1, 2, 3, 15, 16, 17, 40)
+
+
+@pytest.fixture(scope="session")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Headed]:
+    """``eagle`` drafts seven eighths of the ids; ``medusa`` are three heads of two blocks."""
+    root, tokenizer = tmp_path_factory.mktemp("headed"), byte_tokenizer()
+    config = copy.deepcopy(FAMILIES["llama"])
+    config.num_hidden_layers = 4
+    judge, batch = random_model(config, seed=0), prompts(HEADED_LENGTHS)
+    pair = Pair("headed", save(judge, tokenizer, root / "target"), "", judge, tokenizer)
+    texts = [prompt + pair.greedy(prompt, 24) for prompt in batch]
+    shape = eagle_shape(judge)
+    tensors = random_eagle(shape, seed=1)
+    plain = PlainEagle(shape, tensors, judge.get_input_embeddings().weight.data)
+    teach_eagle(plain, judge, texts)
+    heads = random_medusa(judge, heads=3, blocks=2, seed=1)
+    teach_medusa(heads, 2, judge, texts)
+    medusa_shape = {"medusa_num_heads": 3, "medusa_num_layers": 2}
+    eagle_path = save_head(root / "eagle", shape, tensors)
+    medusa_path = save_head(root / "medusa", medusa_shape, heads, "medusa_lm_head.pt")
+    return {
+        "eagle": Headed(replace(pair, draft=eagle_path), plain, batch),
+        "medusa": Headed(replace(pair, draft=medusa_path), heads, batch),
+    }

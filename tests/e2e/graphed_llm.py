@@ -68,4 +68,4 @@ def _on_graphs(runner: ModelRunner, queue: RecordingQueue, most_rows: int, *limi
         for tensor in (t for layer in runner.cache.layers for t in layer):
             tensor.fill_(torch.nan)
     recorded = Decoder(model.config, model.weights, model.cos_sin, kernels)
-    return GraphRunner(recorded, runner.cache, runner.page_size, queue, most_rows, *limits)
+    return GraphRunner(recorded, runner.cache, runner.page_size, queue, most_rows, *limits, runner.hidden_layers)

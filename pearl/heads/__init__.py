@@ -1,0 +1,18 @@
+"""Heads that draft from the target's hidden states: what their folders say, their weights, their forwards."""
+
+from pearl.heads.config import EagleConfig, HeadConfig, MedusaConfig, head_kind, read_head
+from pearl.heads.eagle import EagleHead
+from pearl.heads.loader import Head, load_head
+from pearl.heads.medusa import MedusaHead
+
+__all__ = [
+    "EagleConfig",
+    "EagleHead",
+    "Head",
+    "HeadConfig",
+    "MedusaConfig",
+    "MedusaHead",
+    "head_kind",
+    "load_head",
+    "read_head",
+]

@@ -1,0 +1,193 @@
+"""Which folders hold a head, and what it is: read from config.json, checked against the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
+from pearl.models import ModelConfig
+from pearl.models.config_file import check_sizes, naming_config
+from pearl.models.hub import fetch_description
+from pearl.models.model_files import is_gguf, read_json_if_there
+from pearl.models.quantization import read_quantization
+from pearl.models.weight_files import CONFIG
+
+_AUX = "eagle_aux_hidden_state_layer_ids"
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """An EAGLE-3 head (arXiv 2503.01840). ``shape``: of its one layer and its KV, with the target's vocabulary."""
+
+    shape: ModelConfig
+    hidden_layers: tuple[int, ...]  # of the target that it reads, see ``pearl.models.hidden_states``
+    target_hidden: int
+    draft_vocab: int  # ids that it can draft
+    norm_before_residual: bool  # whether the residual stream begins with the normed feature
+
+    name = "an EAGLE-3 head"
+
+    @property
+    def elements(self) -> int:
+        """Numbers in its weights, but for norms and an embedding of its own."""
+        shape, d = self.shape, self.shape.hidden
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        layer = 2 * d * (q + 2 * kv) + q * d + 3 * d * shape.ffn
+        return len(self.hidden_layers) * self.target_hidden * d + layer + self.draft_vocab * d
+
+    @property
+    def step_elements(self) -> int:
+        """Of those, what drafting one token reads."""
+        return self.elements
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """Medusa heads (arXiv 2401.10774): head i drafts the token i + 2 behind the one whose state it reads.
+
+    shape: no layers, and the target's hidden size and vocabulary.
+    """
+
+    shape: ModelConfig
+    hidden_layers: tuple[int, ...]
+    heads: int
+    blocks: int  # residual ones of each head
+
+    name = "a set of Medusa heads"
+
+    @property
+    def target_hidden(self) -> int:
+        return self.shape.hidden
+
+    @property
+    def elements(self) -> int:
+        return self.heads * self.step_elements
+
+    @property
+    def step_elements(self) -> int:
+        d = self.shape.hidden
+        return self.blocks * d * (d + 1) + d * self.shape.vocab_size
+
+
+HeadConfig = EagleConfig | MedusaConfig
+HeadKind = Literal["eagle3", "medusa"]
+
+
+def head_kind(path: str) -> HeadKind | None:
+    """Of what a local folder or a hub id holds; None if it is no head. Raises as ``read_head``."""
+    if is_gguf(path):
+        return None
+    return _kind(read_json_if_there(fetch_description(path) / CONFIG))
+
+
+def read_head(path: str, target: ModelConfig) -> HeadConfig:
+    """The head of a folder that holds one, to be run in the target's dtype.
+
+    Raises ModelLoadError or UnsupportedModelError for one that cannot be run, ConfigurationError for another target's.
+    """
+    folder = fetch_description(path)
+    fields = read_json_if_there(folder / CONFIG)
+    if read_quantization(folder) is not None:
+        raise UnsupportedModelError(f"{path} is a quantised head, which is not supported; take the unquantised one")
+    with naming_config(path):
+        return _medusa(fields, target) if _kind(fields) == "medusa" else _eagle(fields, target)
+
+
+def require_same(name: str, field: str, own: int, targets: int) -> None:
+    """ConfigurationError if a head was not made for such a target."""
+    if own != targets:
+        raise ConfigurationError(
+            f"draft is {name} made for a target with {field}={own}, this one has {targets}; choose the head that was "
+            "trained for this target"
+        )
+
+
+def _kind(fields: Mapping[str, Any]) -> HeadKind | None:
+    names = [str(name).lower() for name in fields.get("architectures") or ()]
+    if "medusa_num_heads" in fields or fields.get("model_type") == "medusa" or any("medusa" in n for n in names):
+        return "medusa"
+    eagle3 = fields.get("speculators_model_type") == "eagle3" or any("eagle3" in name for name in names)
+    if eagle3 or "draft_vocab_size" in fields or "eagle_config" in fields:
+        return "eagle3"
+    if any("eagle" in name for name in names) or str(fields.get("speculators_model_type", "")).startswith("eagle"):
+        raise UnsupportedModelError(
+            f"architectures {fields.get('architectures')} are an EAGLE head of the first or second kind, which is not "
+            "supported; take an EAGLE-3 head that was trained for this target"
+        )
+    return None
+
+
+def _eagle(fields: Mapping[str, Any], target: ModelConfig) -> EagleConfig:
+    own = fields.get("eagle_config") or {}
+    if own.get("use_aux_hidden_state") is False or own.get("parallel_drafting") or fields.get("parallel_drafting"):
+        raise UnsupportedModelError(f"EAGLE-3 heads with eagle_config={own!r} are not supported")
+    shape = _llama(fields.get("transformer_layer_config") or fields)
+    if shape.layers != 1:
+        raise UnsupportedModelError(f"an EAGLE-3 head has one layer, num_hidden_layers is {shape.layers}")
+    name = EagleConfig.name
+    require_same(name, "vocab_size", shape.vocab_size, target.vocab_size)
+    target_hidden = fields.get("target_hidden_size") or shape.hidden
+    require_same(name, "target_hidden_size" if fields.get("target_hidden_size") else "hidden_size", target_hidden,
+                 target.hidden)  # fmt: skip
+    draft_vocab = fields.get("draft_vocab_size") or shape.vocab_size
+    if not isinstance(draft_vocab, int) or not 1 <= draft_vocab <= target.vocab_size:
+        raise ModelLoadError(f"draft_vocab_size must be from 1 to vocab_size={target.vocab_size}, not {draft_vocab!r}")
+    return EagleConfig(
+        shape=replace(shape, architecture=name, dtype=target.dtype),
+        hidden_layers=_layers(fields, own, target),
+        target_hidden=target_hidden,
+        draft_vocab=draft_vocab,
+        norm_before_residual=bool(fields.get("norm_before_residual")),
+    )
+
+
+def _layers(fields: Mapping[str, Any], own: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
+    """Before which of the target's layers the residual stream is read: 2, the middle one and the last but two, as
+    EAGLE's own code does, if the configuration does not say it. There are two spellings: vLLM's names those layers at
+    the top level, SGLang's, in eagle_config, the layers before them.
+    """
+    count = target.layers
+    layers: Any = (2, count // 2, count - 3)
+    if fields.get(_AUX) is not None:
+        layers = fields[_AUX]
+    elif own.get(_AUX) is not None:
+        layers = [layer + 1 for layer in own[_AUX] if isinstance(layer, int)]
+    whole = all(isinstance(layer, int) and 0 <= layer < count for layer in layers)
+    if not whole or len(set(layers)) != 3:
+        raise ModelLoadError(
+            f"an EAGLE-3 head reads three of the target's {count} layers, not {tuple(layers)}; name others in {_AUX}"
+        )
+    return tuple(sorted(layers))
+
+
+def _medusa(fields: Mapping[str, Any], target: ModelConfig) -> MedusaConfig:
+    heads, blocks = fields.get("medusa_num_heads"), fields.get("medusa_num_layers", 1)
+    for name, value in (("medusa_num_heads", heads), ("medusa_num_layers", blocks)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
+            raise ModelLoadError(f"{name} must be an integer from 1 to 64, not {value!r}")
+    for field, targets in (("hidden_size", target.hidden), ("vocab_size", target.vocab_size)):
+        if fields.get(field) is not None:
+            require_same(MedusaConfig.name, field, fields[field], targets)
+    shape = replace(target, architecture=MedusaConfig.name, layers=0, windows=(), tied=False, quantization=None)
+    return MedusaConfig(shape, (target.layers,), int(heads or 0), blocks)
+
+
+def _llama(fields: Mapping[str, Any]) -> ModelConfig:
+    """The layer's shape, as transformers would read it of a Llama."""
+    from transformers import LlamaConfig
+
+    if fields.get("model_type", "llama") != "llama":
+        raise UnsupportedModelError(f"an EAGLE-3 head of model_type {fields['model_type']!r} is not supported")
+    check_sizes(fields)
+    for name in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
+        if fields.get(name) is None:
+            raise ModelLoadError(f"{name} is missing")
+    try:
+        config = LlamaConfig(**{**fields, "dtype": torch.float32, "torch_dtype": None})
+    except Exception as error:  # its validation raises whatever a wrong value runs into
+        raise ModelLoadError(f"transformers refuses it: {error}") from error
+    return ModelConfig.from_transformers(config)
