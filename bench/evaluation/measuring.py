@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from bench.evaluation.answers import mark
 from bench.evaluation.conversations import Conversations
 from bench.evaluation.data_sets import Question, load_questions
 from bench.evaluation.differences import compare
+from bench.evaluation.engines import Agreement, agreements, ours, transformers
 from bench.evaluation.entrants import Entrants, share_of_target
 from bench.evaluation.heats import Contest, Heat
 from bench.evaluation.records import Records
-from bench.evaluation.setups import GUESS_WINDOW, PHRASE, Setup, Windows
+from bench.evaluation.setups import GUESS_WINDOW, PHRASE, Setup, Windows, drafting, prompt_lookup
 from bench.evaluation.studies import STUDIES, Field, methods
 from bench.evaluation.summary import ALL, Row, as_csv, as_json, rows
 from bench.evaluation.tables import results_table
@@ -27,6 +28,9 @@ from pearl.bench.report import machine, provenance, write_whole
 from pearl.errors import ConfigurationError
 from pearl.llm import LLM
 from pearl.user_values import shown
+
+_BATCH = 8  # of the study of agreement
+_AGREEMENT_WINDOWS = Windows(4, 4)
 
 
 class _Session:
@@ -117,6 +121,35 @@ def measure(
         session.entrants.close()
 
 
+def measure_agreement(
+    out: Path, asked: Mapping[str, Any], options: Mapping[str, Any], data: Path | None, console: Console, command: str
+) -> None:
+    """Of the questions' first turns: this engine's methods, alone and in batches, and transformers'."""
+    setups = [*drafting(_AGREEMENT_WINDOWS, prepares=True), *prompt_lookup()]
+    widest = max(GUESS_WINDOW, _AGREEMENT_WINDOWS.speculative) + PHRASE
+    found: list[Agreement] = []
+    with LLM(**options, method="pearl", prefix_caching=False, max_num_seqs=_BATCH, max_window=widest) as llm:
+        session = _Session(out, asked, options, data, console, llm)
+        if not session.field.has_draft:
+            setups = prompt_lookup()
+        conversations = Conversations(llm, session.chat, asked["max_tokens"])
+        prompts = [conversations.ids(question, 0, ()) for question in session.questions(asked["questions"])]
+        for engine in (ours(llm, setups, _BATCH, asked["max_tokens"]), transformers(llm, asked["max_tokens"], _BATCH)):
+            for one in agreements(engine, prompts):
+                console.print(f"{one.engine}, {one.way}: {one.equal} of {one.prompts} equal to its own plain decoding")
+                found.append(one)
+            report = {
+                **provenance(), "date": _now(), "command": command, "settings": session.settings,
+                "agreements": [asdict(one) for one in found],
+            }  # fmt: skip
+            write_whole(out / "agreement.json", json.dumps(report, indent=1) + "\n")
+        session.entrants.close()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def _chosen(session: _Session) -> list[Heat] | None:
     """Of the study of methods, if some are named."""
     names = session.asked["setups"]
@@ -154,7 +187,7 @@ def _conclude(session: _Session, name: str, contest: Contest, heats: Sequence[He
         scores = mark(records, questions, session.llm.tokenizer, session.console)
     found = rows(records, setups.values(), scores)
     report = {
-        **provenance(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
+        **provenance(), "date": _now(), "command": command,
         "study": name, "title": STUDIES[name].title,
         "settings": {**session.settings, **{k: session.asked[k] for k in ("data_sets", "questions", "repeats")},
                      "windows": _windows_of(session.field)},

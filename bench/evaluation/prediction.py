@@ -71,11 +71,9 @@ def odds_of(together: Anatomy) -> Odds | None:
     return Odds(min(first, _CERTAIN), min(first if later is None else later, _CERTAIN))
 
 
-def predicted(
-    options: Mapping[str, Any], forwards: Forwards, odds: Odds | None, own: Anatomy, batch: int = 1
-) -> float | None:
-    """Tokens per second of a setup with these options (``Setup.options``), where the model knows its like. ``own``: its
-    overhead, and how often its prepared windows came true.
+def predicted(options: Mapping[str, Any], forwards: Forwards, odds: Odds | None, own: Anatomy) -> float | None:
+    """Tokens per second of one request under a setup with these options (``Setup.options``), where the model knows its
+    like. ``own``: its overhead, and how often its prepared windows came true.
     """
     mode = _mode(options)
     if mode is None or not own.overheads:
@@ -87,7 +85,7 @@ def predicted(
         odds = Odds(_CERTAIN, _CERTAIN)
     prepared, hits = _prepared(own)
     situation = Situation(
-        np.array([odds.first]), np.array([odds.later]), np.array([float(batch)]), forwards.alone, forwards.beside,
+        np.array([odds.first]), np.array([odds.later]), np.array([1.0]), forwards.alone, forwards.beside,
         dict.fromkeys(METHODS, statistics.fmean(own.overheads)),
         prepared=np.array(prepared), hits=np.array(hits),
     )  # fmt: skip

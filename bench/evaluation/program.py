@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +21,12 @@ from pearl.user_values import shown
 
 _REPORT = "report"
 _STUDIES = ("methods", "windows", "ablation", "batches", "temperatures", "anatomy", "turns")
+_AGREEMENT = "agreement"
 _SETS = ("humaneval", "gsm8k", "mt_bench", "mgsm")
 
 
 def suite(
-    study: Annotated[str, typer.Argument(help=f"{', '.join(_STUDIES)}, or {_REPORT}: write it anew")] = "methods",
+    study: Annotated[str, typer.Argument(help=f"{', '.join(_STUDIES)}, {_AGREEMENT}, or {_REPORT}")] = "methods",
     out: Annotated[Path, typer.Option(help="Folder; a run that was killed goes on in it")] = Path("suite"),
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help='Path or hub id, or "ngram"')] = None,
@@ -52,9 +54,13 @@ def suite(
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Positions of a conversation")] = None,
 ) -> None:
-    """Measure a study, or go on with one, and write the report of all that are in the folder."""
-    if study not in (*_STUDIES, _REPORT):
-        raise ConfigurationError(f"{shown(study)} is no study; there are {', '.join(_STUDIES)}, and {_REPORT}")
+    """Measure a study, or go on with one, and write the report of all that are in the folder: report does only that.
+
+    agreement: whether what engines draft, or compute in batches, is what they decode plainly.
+    """
+    if study not in (*_STUDIES, _AGREEMENT, _REPORT):
+        known = ", ".join((*_STUDIES, _AGREEMENT))
+        raise ConfigurationError(f"{shown(study)} is no study; there are {known}, and {_REPORT}")
     if setups is not None and study != "methods":
         raise ConfigurationError("--setups is for the study of methods; the others have their own")
     names = _names("--data-sets", data_sets, _SETS)
@@ -75,13 +81,14 @@ def suite(
     # What follows needs torch, for which --help and the refusals above do not wait.
     from rich.console import Console
 
-    from bench.evaluation.measuring import measure
+    from bench.evaluation.measuring import measure, measure_agreement
     from bench.evaluation.report import write_report
 
     console, command = Console(), shlex.join(["python", "bench/suite.py", *sys.argv[1:]])
     if study != _REPORT:
         out.mkdir(exist_ok=True)
-        measure(study, out, asked, options, data, console, command)
+        work = measure_agreement if study == _AGREEMENT else partial(measure, study)
+        work(out, asked, options, data, console, command)
     for path in write_report(out):
         console.print(f"written to {path}")
 

@@ -78,15 +78,19 @@ def write_report(folder: Path) -> list[Path]:
     except ImportError as error:
         raise ConfigurationError("the report's pictures need matplotlib: pip install 'pearl-engine[plot]'") from error
     found = {name: Summary.read(folder / f"{name}.json") for name in STUDIES if (folder / f"{name}.json").exists()}
-    if not found:
+    agreement = folder / "agreement.json"
+    if not found and not agreement.exists():
         raise ConfigurationError(f"{folder} holds no study that was measured to its end; run one first")
-    sections = [_about(list(found.values()))]
+    sections = [_about(list(found.values()))] if found else []
     for name, summary in found.items():
         sections += _SECTIONS.get(name, _plain_section)(summary)
     trace = folder / "trace.json"
     if trace.exists():
         sections.insert(2 if "methods" in found else 1, _timeline(json.loads(trace.read_text("utf-8"))["runs"]))
-    sections.append(_equality(list(found.values())))
+    if found:
+        sections.append(_equality(list(found.values())))
+    if agreement.exists():
+        sections.append(_agreement(json.loads(agreement.read_text("utf-8"))))
     return write_documents("PEARL: measured", sections, folder)
 
 
@@ -227,6 +231,21 @@ def _timeline(runs: Mapping[str, Any]) -> Section:
     caption = "A bar is a forward of the target, with the tokens that it judged, or a window of the draft; "
     "dotted lines: verdicts."
     return Section("When each model works, and what becomes of the tokens", [Picture("timeline", caption, draw)])
+
+
+def _agreement(report: Mapping[str, Any]) -> Section:
+    rows = [
+        (one["engine"], one["way"], f"{one['equal']} of {one['prompts']}", str(one["tokens"]))
+        for one in report["agreements"]
+    ]
+    text = (
+        f"In {report['settings']['dtype']}, as people run it; each engine beside its own plain greedy decoding of "
+        f"one prompt at "
+        f"a time. `{report['command']}`, {report['date']}."
+    )
+    return Section(
+        "Drafted and batched, beside plain", [text, Table(("engine", "way", "equal outputs", "equal tokens"), rows)]
+    )
 
 
 def _equality(found: Sequence[Summary]) -> Section:

@@ -52,7 +52,8 @@ Scores = Mapping[tuple[str, int, str], bool]  # question, turn, setup: whether i
 
 def rows(records: Sequence[Record], setups: Iterable[Setup], scores: Scores | None = None) -> list[Row]:
     """``setups``: those whose options are known; others are not predicted."""
-    options = {setup.name: setup.options for setup in setups}
+    known = list(setups)
+    options = {setup.name: setup.options for setup in known if setup.guesses is None}
     by_key = {record.key: record for record in records}
     parts: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -60,26 +61,21 @@ def rows(records: Sequence[Record], setups: Iterable[Setup], scores: Scores | No
             parts.setdefault((record.data_set, part), []).append(record)
     found = []
     for (data_set, part), those in parts.items():
-        forwards = {
-            batch: Forwards.measured(_together(r for r in those if r.batch == batch)) for batch in _batches(those)
-        }
-        odds = odds_of(_together(r for r in those if _drafts_with_model(options.get(r.setup))))
-        there = dict.fromkeys([*options, *(record.setup for record in those)])
-        for setup in (name for name in there if any(record.setup == name for record in those)):
+        # Requests of a batch end one after another, and warmer draws hold less often: neither is in the model.
+        alone = {r.setup for r in those if r.batch == 1 and r.temperature == 0 and r.setup in options}
+        forwards = Forwards.measured(_together(r for r in those if r.setup in alone))
+        odds = odds_of(_together(r for r in those if r.setup in alone and _drafts_with_model(options[r.setup])))
+        for setup in dict.fromkeys([*(s.name for s in known), *(record.setup for record in those)]):
             mine = [record for record in those if record.setup == setup]
-            row = _row(data_set, part, mine, by_key, scores or {})
-            curves, own = forwards[mine[0].batch], _together(mine)
-            rate = predicted(options[setup], curves, odds, own, mine[0].batch) if setup in options and curves else None
-            found.append(_with_prediction(row, rate))
+            if mine:
+                curves = forwards if setup in alone else None
+                rate = predicted(options[setup], curves, odds, _together(mine)) if curves else None
+                found.append(_with_prediction(_row(data_set, part, mine, by_key, scores or {}), rate))
     return found
 
 
-def _batches(records: Sequence[Record]) -> set[int]:
-    return {record.batch for record in records}
-
-
-def _drafts_with_model(options: Mapping[str, Any] | None) -> bool:
-    return options is not None and options.get("window", "auto") != "auto" and options.get("draft") != "ngram"
+def _drafts_with_model(options: Mapping[str, Any]) -> bool:
+    return options.get("window", "auto") != "auto" and options.get("draft") != "ngram"
 
 
 def _parts(record: Record) -> list[str]:
