@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import SINGLE, assert_as_transformers, rewrite, write
+from checkpoints import SINGLE, assert_as_transformers, edit_config, rewrite, write
 from families import llama, load
 from quantized_checkpoints import FORMATS, quantize
 from quantized_meaning import meant_tensors
@@ -159,3 +161,59 @@ def differs(folder: Path, plain: Path) -> AssertionError | None:
     except AssertionError as error:
         return error
     return None
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def without_zeros(folder: Path) -> None:
+    reset_weights(folder, symmetric=True)
+
+
+def reset_weights(folder: Path, **fields: Any) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    settings["config_groups"]["group_0"]["weights"].update(fields)
+    edit_config(folder, quantization_config=settings)
+
+
+def cut(folder: Path) -> None:
+    data = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(data[: len(data) // 2])
+
+
+def spoilt_groups(folder: Path) -> None:
+    name = f"{DOWN}.g_idx"
+    rewrite(folder, {name: load_file(folder / SINGLE)[name] + 1})
+
+
+def left_out(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_config(folder, quantization_config={**settings, "modules_to_not_convert": ["mlp.down_proj"]})
+
+
+SENTENCES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("ct-w4a16-zeros-32", without_zeros, r"weight_zero_point', which compressed-tensors \(pack-quantized\) .* not use"),
+    ("ct-w4a16-128", lambda f: reset_weights(f, symmetric=False), r"no tensor '.*weight_zero_point', which compressed"),
+    ("ct-w4a16-128", lambda f: rewrite(f, {f"{DOWN}.weight_shape": torch.tensor([96, 64])}), "weight_shape says"),
+    ("fp8-blocks", lambda f: rewrite(f, {f"{DOWN}.weight_scale_inv": None}), rf"no tensor '{DOWN}.weight_scale_inv'"),
+    ("autofp8", lambda f: rewrite(f, {f"{DOWN}.weight_scale": torch.ones(64, 1)}), r"has shape \(64, 1\), fp8 calls"),
+    (
+        "awq-32",
+        lambda f: rewrite(f, {f"{DOWN}.scales": torch.ones(3, 64).double()}),
+        "is stored as F64, awq",
+    ),
+    ("awq-32", left_out, rf"awq \(4 bits\) leaves '{DOWN}' unquantised by its description, but it is stored quantised"),
+    ("gptq-act-order", spoilt_groups, rf"'{DOWN}', of gptq \(4 bits\): an input's group \(g_idx\) is not from 0 to 2"),
+    ("gptq-act-order", lambda f: rewrite(f, {f"{DOWN}.g_idx": None}), rf"no tensor '{DOWN}.g_idx', which gptq"),
+    ("gptq-4-128", cut, "model.safetensors is missing or damaged .* download it again"),
+    ("gptq-4-128", lambda f: rewrite(f, {"model.embed_tokens.qweight": torch.ones(3).int()}), "not how gptq"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), SENTENCES, ids=[sentence for *_, sentence in SENTENCES])
+def test_what_a_change_is_told_with(
+    name: str, change: Callable[[Path], None], sentence: str, source: Path, tmp_path: Path
+) -> None:
+    quantize(source, tmp_path / "model", name)
+    change(tmp_path / "model")
+    assert re.search(sentence, refusal(tmp_path / "model") or "read")
