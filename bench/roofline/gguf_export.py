@@ -25,7 +25,7 @@ def write_gguf(folder: Path, path: Path, dtype: torch.dtype) -> None:
     """
     gguf = importlib.import_module("gguf")
     config = ModelConfig.from_pretrained(str(folder))
-    biased = config.qkv_bias or config.output_bias or config.mlp_bias or config.qk_norm
+    biased = config.qkv_bias or config.output_bias or config.mlp_bias or config.qk_norm != "none"
     if config.architecture != "LlamaForCausalLM" or biased or config.rope["rope_type"] != "default":
         raise ConfigurationError(f"{folder} is not a plain Llama model, which is all that is converted for llama.cpp")
     if not (folder / "model.safetensors").is_file() or not (folder / "tokenizer.json").is_file():

@@ -54,13 +54,12 @@ void read_packed_row(const void* packed, int64_t row, int64_t bytes, uint8_t* ou
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
-                 PackedMatrix head, const float* cos_sin, int64_t threads)
+                 PackedMatrix head, int64_t threads)
     : shape_(shape),
       layers_(std::move(layers)),
       embedding_(embedding),
       norm_(norm),
       head_(head),
-      cos_sin_(cos_sin),
       pool_(threads),
       scratch_(pool_) {
   if (layers_.empty()) throw std::invalid_argument("decoder: a model needs at least one layer");
@@ -88,11 +87,12 @@ void Decoder::forward(const DecoderBatch& batch) {
   threads_ = long_enough ? &pool_ : &alone_;
   embed(batch);
   for (const DecoderLayer& layer : layers_) {
-    norm(layer.input_norm, &layer != layers_.data(), batch.tokens);
+    const void* entered = enter(layer.input_norm, &layer != layers_.data(), batch.tokens);
     keep(&layer - layers_.data(), residual_.data(), batch);
-    attend(layer, batch);
-    norm(layer.post_norm, true, batch.tokens);
-    feed_forward(layer, batch.tokens);
+    attend(layer, batch, entered);
+    leave(layer.attention_post_norm, batch.tokens);
+    feed_forward(layer, batch.tokens, enter(layer.mlp_norm, true, batch.tokens));
+    leave(layer.mlp_post_norm, batch.tokens);
   }
   write_logits(batch);
 }
@@ -109,6 +109,10 @@ void Decoder::reserve(int64_t tokens) {
   attended_.resize(bytes * query_width);
   gate_up_.resize(bytes * 2 * s.ffn);
   activated_.resize(bytes * s.ffn);
+  if (s.norms_projections) {
+    normed_q_.resize(bytes * query_width);
+    normed_k_.resize(bytes * kv_width);
+  }
   capacity_ = tokens;
 }
 
@@ -138,27 +142,49 @@ void Decoder::embed(const DecoderBatch& batch) {
   }
 }
 
-/// normed = norm(residual); with `add` the last sublayer's output joins the residual first.
-void Decoder::norm(const void* weight, bool add, int64_t tokens) {
+/// What the next sublayer reads: the residual, normed where there is a norm. With `add` the last sublayer's output
+/// joins the residual first.
+const void* Decoder::enter(const void* norm, bool add, int64_t tokens) {
   void* residual = residual_.data();
+  if (norm == nullptr && !add) return residual;
   const void* x = add ? sublayer_.data() : residual;
   parallel::rms_norm(*threads_, {shape_.dtype, tokens, shape_.hidden, x, shape_.hidden, add ? residual : nullptr,
-                                 shape_.hidden, weight, normed_.data(), shape_.eps});
+                                 shape_.hidden, norm, normed_.data(), shape_.residual_eps});
+  return norm == nullptr ? residual : normed_.data();
+}
+
+/// What a sublayer adds to the residual is normed first, where there is a norm.
+void Decoder::leave(const void* norm, int64_t tokens) {
+  if (norm == nullptr) return;
+  void* x = sublayer_.data();
+  parallel::rms_norm(*threads_,
+                     {shape_.dtype, tokens, shape_.hidden, x, shape_.hidden, nullptr, 0, norm, x, shape_.eps});
 }
 
 void Decoder::project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens) {
   parallel::linear(*threads_, product(matrix, shape_.dtype, tokens, x, out), scratch_);
 }
 
-void Decoder::attend(const DecoderLayer& layer, const DecoderBatch& batch) {
-  project(layer.qkv, normed_.data(), qkv_.data(), batch.tokens);
+void Decoder::attend(const DecoderLayer& layer, const DecoderBatch& batch, const void* x) {
+  project(layer.qkv, x, qkv_.data(), batch.tokens);
+  if (shape_.norms_projections) norm_projections(layer, batch.tokens);
   parallel::rope_and_cache(*threads_, rope_params(layer, batch));
   parallel::verify_attention(*threads_, attention_params(layer, batch));
   project(layer.output, attended_.data(), sublayer_.data(), batch.tokens);
 }
 
-void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens) {
-  project(layer.gate_up, normed_.data(), gate_up_.data(), tokens);
+/// Queries and keys, each over all its heads, out of the merged projection.
+void Decoder::norm_projections(const DecoderLayer& layer, int64_t tokens) {
+  const int64_t query_width = shape_.query_heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim;
+  const int64_t stride = query_width + 2 * kv_width;
+  parallel::rms_norm(*threads_, {shape_.dtype, tokens, query_width, qkv_.data(), stride, nullptr, 0, layer.q_norm,
+                                 normed_q_.data(), shape_.eps});
+  parallel::rms_norm(*threads_, {shape_.dtype, tokens, kv_width, at(qkv_.data(), 1, query_width), stride, nullptr, 0,
+                                 layer.k_norm, normed_k_.data(), shape_.eps});
+}
+
+void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens, const void* x) {
+  project(layer.gate_up, x, gate_up_.data(), tokens);
   parallel::silu_and_mul(*threads_,
                          {shape_.dtype, tokens, shape_.ffn, gate_up_.data(), 2 * shape_.ffn, activated_.data()});
   project(layer.down, activated_.data(), sublayer_.data(), tokens);
@@ -170,7 +196,7 @@ void Decoder::write_logits(const DecoderBatch& batch) {
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype), last = static_cast<int64_t>(layers_.size());
   const bool whole = keeps(last, batch);
   if (whole) {
-    norm(norm_, true, batch.tokens);
+    enter(norm_, true, batch.tokens);
     keep(last, normed_.data(), batch);
   }
   for (int64_t i = 0; i < batch.num_logits; ++i) {
@@ -181,7 +207,7 @@ void Decoder::write_logits(const DecoderBatch& batch) {
     }
   }
   if (batch.num_logits == 0) return;
-  if (!whole) norm(norm_, true, batch.num_logits);
+  if (!whole) enter(norm_, true, batch.num_logits);
   project(head_, normed_.data(), batch.logits, batch.num_logits);
 }
 
@@ -217,15 +243,21 @@ RopeAndCacheParams Decoder::rope_params(const DecoderLayer& layer, const Decoder
   p.k = at(qkv_.data(), 1, query_width);
   p.v = at(qkv_.data(), 1, query_width + kv_width);
   p.q_stride = p.k_stride = p.v_stride = stride;
+  if (s.norms_projections) {
+    p.q = normed_q_.data();
+    p.q_stride = query_width;
+    p.k = normed_k_.data();
+    p.k_stride = kv_width;
+  }
   p.positions = batch.positions;
-  p.cos_sin = cos_sin_;
+  p.cos_sin = layer.cos_sin;
   p.max_position = s.max_position;
   p.k_cache = layer.k_cache;
   p.v_cache = layer.v_cache;
   p.slots = s.pages * s.page_size;
   p.slot_mapping = batch.slot_mapping;
-  p.q_norm = layer.q_norm;
-  p.k_norm = layer.k_norm;
+  p.q_norm = s.norms_projections ? nullptr : layer.q_norm;
+  p.k_norm = s.norms_projections ? nullptr : layer.k_norm;
   p.eps = s.eps;
   return p;
 }
@@ -241,8 +273,8 @@ AttentionParams Decoder::attention_params(const DecoderLayer& layer, const Decod
   p.head_dim = s.head_dim;
   p.pages = s.pages;
   p.page_size = s.page_size;
-  p.q = qkv_.data();
-  p.q_stride = (s.query_heads + 2 * s.kv_heads) * s.head_dim;
+  p.q = s.norms_projections ? normed_q_.data() : qkv_.data();
+  p.q_stride = (s.query_heads + (s.norms_projections ? 0 : 2 * s.kv_heads)) * s.head_dim;
   p.k_cache = layer.k_cache;
   p.v_cache = layer.v_cache;
   p.block_tables = batch.block_tables;
@@ -251,6 +283,7 @@ AttentionParams Decoder::attention_params(const DecoderLayer& layer, const Decod
   p.context_lens = batch.context_lens;
   p.out = attended_.data();
   p.scale = s.scale;
+  p.softcap = s.softcap;
   p.window = layer.window;
   return p;
 }

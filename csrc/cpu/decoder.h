@@ -16,19 +16,25 @@ namespace pearl {
 struct DecoderShape {
   DType dtype;
   int64_t hidden, query_heads, kv_heads, head_dim, ffn, vocab_size, max_position, pages, page_size;
-  float eps, scale;
+  float residual_eps, eps;  // of norms of the residual, and of all others
+  float scale, softcap;     // of attention scores; softcap 0: none
+  bool norms_projections;   // q_norm and k_norm are over all heads of a token together
 };
 
+/// A norm's weight may be null: there is none.
 struct DecoderLayer {
   const void* input_norm;  // [hidden]
   PackedMatrix qkv;        // [(query_heads + 2 * kv_heads) * head_dim, hidden]
-  const void* q_norm;      // [head_dim] or null
+  const void* q_norm;      // [head_dim]; of a shape that norms projections [query_heads * head_dim]
   const void* k_norm;
-  PackedMatrix output;    // [hidden, query_heads * head_dim]
-  const void* post_norm;  // [hidden]
-  PackedMatrix gate_up;   // [2 * ffn, hidden]
-  PackedMatrix down;      // [hidden, ffn]
-  void* k_cache;          // [pages, page_size, kv_heads, head_dim]
+  PackedMatrix output;              // [hidden, query_heads * head_dim]
+  const void* attention_post_norm;  // [hidden], of what the attention adds to the residual
+  const void* mlp_norm;             // [hidden]
+  PackedMatrix gate_up;             // [2 * ffn, hidden]
+  PackedMatrix down;                // [hidden, ffn]
+  const void* mlp_post_norm;        // [hidden]
+  const float* cos_sin;             // [max_position, head_dim]
+  void* k_cache;                    // [pages, page_size, kv_heads, head_dim]
   void* v_cache;
   int64_t window;  // 0: all keys
 };
@@ -58,7 +64,7 @@ struct DecoderBatch {
 class Decoder {
  public:
   Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
-          PackedMatrix head, const float* cos_sin, int64_t threads);
+          PackedMatrix head, int64_t threads);
 
   /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
   void forward(const DecoderBatch& batch);
@@ -72,9 +78,11 @@ class Decoder {
   void count_weights(const PackedMatrix& matrix);
   void reserve(int64_t tokens);
   void embed(const DecoderBatch& batch);
-  void attend(const DecoderLayer& layer, const DecoderBatch& batch);
-  void feed_forward(const DecoderLayer& layer, int64_t tokens);
-  void norm(const void* weight, bool add, int64_t tokens);
+  void attend(const DecoderLayer& layer, const DecoderBatch& batch, const void* x);
+  void norm_projections(const DecoderLayer& layer, int64_t tokens);
+  void feed_forward(const DecoderLayer& layer, int64_t tokens, const void* x);
+  const void* enter(const void* norm, bool add, int64_t tokens);
+  void leave(const void* norm, int64_t tokens);
   void project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens);
   void write_logits(const DecoderBatch& batch);
   bool keeps(int64_t layer, const DecoderBatch& batch) const;
@@ -89,11 +97,11 @@ class Decoder {
   const void* embedding_;  // [vocab_size, hidden]; null: the rows of the head, which is kFull then
   const void* norm_;       // [hidden]
   PackedMatrix head_;      // [vocab_size, hidden]
-  const float* cos_sin_;   // [max_position, head_dim]
 
   // Activations, as many rows as the largest batch so far.
   int64_t capacity_ = 0;
   std::vector<uint8_t> residual_, normed_, sublayer_, qkv_, attended_, gate_up_, activated_;
+  std::vector<uint8_t> normed_q_, normed_k_;  // of a shape that norms projections
 
   ThreadPool pool_, alone_{1};
   ThreadPool* threads_ = &pool_;  // of this forward

@@ -1,4 +1,4 @@
-// rms_norm and add_rms_norm.
+// rms_norm and add_rms_norm, and the sum without a norm.
 
 namespace pearl::PEARL_ISA {
 
@@ -32,12 +32,21 @@ inline void scale_row(const T* x, const T* weight, float scale, int64_t width, T
 }
 
 template <class T>
+inline void add_row(const T* x, T* residual, int64_t width) {
+  for_each_vector(width, [&](int64_t i, int64_t count) {
+    store_some(residual + i, load_some(residual + i, count) + load_some(x + i, count), count);
+  });
+}
+
+template <class T>
 void rms_norm_rows(const RmsNormParams& p) {
   const auto* weight = static_cast<const T*>(p.weight);
   for (int64_t row = 0; row < p.rows; ++row) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     T* out = static_cast<T*>(p.out) + row * p.width;
-    if (p.residual == nullptr) {
+    if (p.weight == nullptr) {
+      add_row(x, static_cast<T*>(p.residual) + row * p.residual_stride, p.width);
+    } else if (p.residual == nullptr) {
       scale_row(x, weight, rms_scale(x, p.width, p.eps), p.width, out);
     } else {
       T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;

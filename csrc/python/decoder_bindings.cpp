@@ -21,16 +21,20 @@ namespace {
 
 struct LayerArgument : pearl::DecoderLayer {
   LayerArgument(Address input_norm, const MatrixArgument& qkv, Address q_norm, Address k_norm,
-                const MatrixArgument& output, Address post_norm, const MatrixArgument& gate_up,
-                const MatrixArgument& down, Address k_cache, Address v_cache, int64_t window)
+                const MatrixArgument& output, Address attention_post_norm, Address mlp_norm,
+                const MatrixArgument& gate_up, const MatrixArgument& down, Address mlp_post_norm, Address cos_sin,
+                Address k_cache, Address v_cache, int64_t window)
       : DecoderLayer{pointer<const void>(input_norm),
                      qkv,
                      pointer<const void>(q_norm),
                      pointer<const void>(k_norm),
                      output,
-                     pointer<const void>(post_norm),
+                     pointer<const void>(attention_post_norm),
+                     pointer<const void>(mlp_norm),
                      gate_up,
                      down,
+                     pointer<const void>(mlp_post_norm),
+                     pointer<const float>(cos_sin),
                      pointer<void>(k_cache),
                      pointer<void>(v_cache),
                      window} {}
@@ -38,7 +42,8 @@ struct LayerArgument : pearl::DecoderLayer {
 
 struct ShapeArgument : pearl::DecoderShape {
   ShapeArgument(int code, int64_t hidden, int64_t query_heads, int64_t kv_heads, int64_t head_dim, int64_t ffn,
-                int64_t vocab_size, int64_t max_position, int64_t pages, int64_t page_size, float eps, float scale)
+                int64_t vocab_size, int64_t max_position, int64_t pages, int64_t page_size, float residual_eps,
+                float eps, float scale, float softcap, bool norms_projections)
       : DecoderShape{static_cast<pearl::DType>(code),
                      hidden,
                      query_heads,
@@ -49,14 +54,17 @@ struct ShapeArgument : pearl::DecoderShape {
                      max_position,
                      pages,
                      page_size,
+                     residual_eps,
                      eps,
-                     scale} {}
+                     scale,
+                     softcap,
+                     norms_projections} {}
 };
 
 pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<LayerArgument>& layers, Address embedding,
-                             Address norm, const MatrixArgument& head, Address cos_sin, int64_t threads) {
+                             Address norm, const MatrixArgument& head, int64_t threads) {
   return new pearl::Decoder(shape, {layers.begin(), layers.end()}, pointer<const void>(embedding),
-                            pointer<const void>(norm), head, pointer<const float>(cos_sin), threads);
+                            pointer<const void>(norm), head, threads);
 }
 
 /// As Python hands it over: sizes, then the addresses of pearl/models/forward_batch.py's tensors.
@@ -172,11 +180,11 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
 
 void bind_decoder(py::module_& m) {
   py::class_<LayerArgument>(m, "Layer")
-      .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address,
-                    const MatrixArgument&, const MatrixArgument&, Address, Address, int64_t>());
+      .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address, Address,
+                    const MatrixArgument&, const MatrixArgument&, Address, Address, Address, Address, int64_t>());
   py::class_<ShapeArgument>(m, "Shape")
-      .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
-                    float>());
+      .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,
+                    float, float, bool>());
   py::class_<pearl::DecoderBatch>(m, "AnyBatch");
   py::class_<BatchArgument, pearl::DecoderBatch>(m, "Batch")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address,

@@ -17,7 +17,7 @@ from pearl.engine.runners import kernels_for
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer
 from pearl.models.decoder import DecoderWeights, LayerWeights
-from pearl.models.rope import cos_sin_table
+from pearl.models.rope_tables import rope_tables
 from pearl.models.weight_size import weight_bytes
 from pearl_kernels import KernelSet, LinearWeight
 
@@ -31,7 +31,7 @@ def _llama(
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
     return ModelConfig(
         "LlamaForCausalLM", vocab, hidden, layers, heads, kv_heads, head_dim, ffn, eps=1e-5, tied=tied,
-        qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False, windows=(0,) * layers,
+        qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="none", windows=(0,) * layers,
         max_position_embeddings=131_072, rope=rope, dtype=torch.bfloat16,
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ SHAPES: Mapping[str, ModelConfig] = {
     "8b": _llama(4096, 32, 32, 8, 14_336, rope_factor=8.0),
     "32b": ModelConfig(
         "Qwen2ForCausalLM", 152_064, 5120, 64, 40, 8, 128, 27_648, eps=1e-5, tied=False,
-        qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=False, windows=(0,) * 64,
+        qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm="none", windows=(0,) * 64,
         max_position_embeddings=131_072, rope={"rope_type": "default", "rope_theta": 1_000_000.0}, dtype=torch.bfloat16,
     ),
     "70b": _llama(8192, 80, 64, 8, 28_672, rope_factor=8.0),
@@ -101,7 +101,7 @@ def assemble_shapes(config: EngineConfig, decoders: RandomDecoders) -> LoadedMod
         decoders.draft.config if decoders.draft else None,
         Tokenizer(_Numbers(vocab_size), frozenset()),
         vocab_size,
-        config.max_model_len or decoders.target.cos_sin.shape[0],
+        config.max_model_len or decoders.target.max_model_len,
     )
     models = assemble(config, pair, decoders.target, decoders.draft)
     for runner in filter(None, (models.target, models.draft)):
@@ -145,10 +145,9 @@ def _decoder(config: EngineConfig, role: Role, shape: ModelConfig, max_model_len
     device, dtype = config.resolve_device(role), config.torch_dtype or shape.dtype
     kernels = kernels_for(config, role, shape)
     generator = torch.Generator(device).manual_seed((config.seed or 0) + (role == "draft"))
-    cos_sin = cos_sin_table(shape.rope, shape.head_dim, shape.max_position_embeddings, max_model_len)
     with torch.inference_mode():
         weights = _RandomWeights(shape, dtype, device, kernels, generator).decoder()
-    return Decoder(shape, weights, cos_sin.to(device), kernels)
+    return Decoder(shape, weights, rope_tables(shape, max_model_len, device), kernels)
 
 
 @dataclass(frozen=True)
@@ -176,11 +175,11 @@ class _RandomWeights:
             input_norm=self._norm(d),
             qkv=self._matrix(q + 2 * kv, d),
             qkv_bias=self._bias(q + 2 * kv) if shape.qkv_bias else None,
-            q_norm=self._norm(shape.head_dim) if shape.qk_norm else None,
-            k_norm=self._norm(shape.head_dim) if shape.qk_norm else None,
+            q_norm=self._norm(shape.head_dim) if shape.qk_norm == "head" else None,
+            k_norm=self._norm(shape.head_dim) if shape.qk_norm == "head" else None,
             output=self._matrix(d, q),
             output_bias=self._bias(d) if shape.output_bias else None,
-            post_norm=self._norm(d),
+            mlp_norm=self._norm(d),
             gate_up=self._matrix(2 * f, d),
             gate_up_bias=self._bias(2 * f) if shape.mlp_bias else None,
             down=self._matrix(d, f),

@@ -159,14 +159,14 @@ def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) 
     target = _describe(config, "target", target_path)
     tokenizer = Tokenizer.from_pretrained(target_path)
     vocab_size = usable_ids(tokenizer.vocab_size, tokenizer.eos_ids, target.vocab_size)
-    longest = target.max_position_embeddings
+    longest = target.longest
     draft = None
     head = None if draft_path is None else _read_head(config, draft_path, target)
     if draft_path is not None and head is None:
         draft = _describe(config, "draft", draft_path)
         drafts = Tokenizer.from_pretrained(draft_path).vocabulary
         require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
-        longest = min(longest, draft.max_position_embeddings)
+        longest = min(longest, draft.longest)
     max_model_len = config.max_model_len or longest
     for model in (target, draft, None if head is None else head.shape):
         if model is not None:

@@ -81,7 +81,7 @@ def check_sizes(fields: Mapping[str, Any]) -> None:
 
 def _check(fields: Mapping[str, Any]) -> None:
     """What transformers would not refuse, or not by the field's name."""
-    family_of(fields)
+    family = family_of(fields)
     check_sizes(fields)
     if not isinstance(fields.get("layer_types", []), list | None):
         raise ModelLoadError(f"layer_types must be a list with a name for each layer, not {fields['layer_types']!r}")
@@ -89,7 +89,9 @@ def _check(fields: Mapping[str, Any]) -> None:
         raise UnsupportedModelError("layers that differ (per_layer_config) are not supported")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters")
     if isinstance(rope, Mapping):
-        check_parameters(rope)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        known = family.rope_types.get(kind) if isinstance(kind, str) else None
+        check_parameters(rope if known is None else {**rope, "rope_type": known})
 
 
 def _reason(error: Exception) -> str:

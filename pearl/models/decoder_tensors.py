@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from pearl.models.families import Norms
 from pearl.models.model_config import ModelConfig
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -17,6 +19,24 @@ _HARMLESS = re.compile(
     r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
     r"|self_attn\.(k_scale|v_scale|k_proj\.k_scale|v_proj\.v_scale|[kv]_proj\.output_scale)$"
 )
+
+
+class LayerNorms(NamedTuple):
+    """Names of a layer's norms; None: there is none."""
+
+    input: str | None
+    attention_post: str | None
+    mlp: str | None
+    mlp_post: str | None
+
+
+_INPUT, _AFTER_ATTENTION = "input_layernorm.weight", "post_attention_layernorm.weight"
+_BEFORE_MLP, _AFTER_MLP = "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"
+LAYER_NORMS: Mapping[Norms, LayerNorms] = {
+    "before": LayerNorms(_INPUT, None, _AFTER_ATTENTION, None),  # what comes after attention is before the MLP
+    "after": LayerNorms(None, _AFTER_ATTENTION, None, _AFTER_MLP),
+    "around": LayerNorms(_INPUT, _AFTER_ATTENTION, _BEFORE_MLP, _AFTER_MLP),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,7 @@ def layer_prefix(index: int) -> str:
 
 def decoder_tensors(config: ModelConfig) -> Mapping[str, StoredTensor]:
     """All that the whole model has, whichever ranks read them. Of tied models the head too: it may be stored."""
-    table = {EMBEDDING: StoredTensor((config.vocab_size, config.hidden)), NORM: _norm(config.hidden)}
+    table = {EMBEDDING: StoredTensor((config.vocab_size, config.hidden)), NORM: _norm(config, config.hidden)}
     for index in range(config.layers):
         prefix = layer_prefix(index)
         table.update((prefix + name, tensor) for name, tensor in _layer(config))
@@ -67,26 +87,35 @@ def is_decoders(name: str) -> bool:
     return name.split(".", 1)[0] in _OWN and not _HARMLESS.search(name)
 
 
-def _norm(size: int) -> StoredTensor:
-    return StoredTensor((size,), 1.0)
+def _norm(config: ModelConfig, size: int) -> StoredTensor:
+    return StoredTensor((size,), 1.0 - config.norm_offset)
 
 
 def _layer(config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
     d, f, q, kv = config.hidden, config.ffn, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    yield "input_layernorm.weight", _norm(d)
-    yield "post_attention_layernorm.weight", _norm(d)
+    for norm in LAYER_NORMS[config.norms]:
+        if norm is not None:
+            yield norm, _norm(config, d)
+    projections = (
+        (("self_attn.qkv_proj", q + 2 * kv, d, config.qkv_bias), ("mlp.gate_up_proj", 2 * f, d, config.mlp_bias))
+        if config.merged_projections
+        else (
+            ("self_attn.q_proj", q, d, config.qkv_bias),
+            ("self_attn.k_proj", kv, d, config.qkv_bias),
+            ("self_attn.v_proj", kv, d, config.qkv_bias),
+            ("mlp.gate_proj", f, d, config.mlp_bias),
+            ("mlp.up_proj", f, d, config.mlp_bias),
+        )
+    )
     for name, outputs, inputs, biased in (
-        ("self_attn.q_proj", q, d, config.qkv_bias),
-        ("self_attn.k_proj", kv, d, config.qkv_bias),
-        ("self_attn.v_proj", kv, d, config.qkv_bias),
+        *projections,
         ("self_attn.o_proj", d, q, config.output_bias),
-        ("mlp.gate_proj", f, d, config.mlp_bias),
-        ("mlp.up_proj", f, d, config.mlp_bias),
         ("mlp.down_proj", d, f, config.mlp_bias),
     ):
         yield f"{name}.weight", StoredTensor((outputs, inputs))
         if biased:
             yield f"{name}.bias", StoredTensor((outputs,), 0.0)
-    if config.qk_norm:
-        yield "self_attn.q_norm.weight", _norm(config.head_dim)
-        yield "self_attn.k_norm.weight", _norm(config.head_dim)
+    if config.qk_norm != "none":
+        of_heads = config.qk_norm == "projection"
+        yield "self_attn.q_norm.weight", _norm(config, q if of_heads else config.head_dim)
+        yield "self_attn.k_norm.weight", _norm(config, kv if of_heads else config.head_dim)

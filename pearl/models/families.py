@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from pearl.errors import UnsupportedModelError
+
+# Where a layer has norms: before each sublayer (Llama), after it (of what it adds to the residual), or on both sides.
+Norms: TypeAlias = Literal["before", "after", "around"]
+# What q and k are normed over before the rotation: not at all, each head, or all heads of a token together.
+QKNorm: TypeAlias = Literal["none", "head", "projection"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """``windows``: which layers attend to a sliding window: none, all (where one is set), or as layer_types says."""
+    """What all models of a family share.
+
+    ``windows``: which layers attend to a sliding window: none, all (where one is set), or as layer_types says.
+    ``norm_offset``: what transformers' class adds to the stored weight of a norm.
+    """
 
     architecture: str
     windows: Literal["none", "all", "by layer"]
     qkv_bias: bool | None = None  # None: what the configuration's attention_bias says
     output_bias: bool | None = None
     mlp_bias: bool | None = None
-    qk_norm: bool = False
+    qk_norm: QKNorm = "none"
+    norms: Norms = "before"
+    norm_offset: float = 0.0
+    merged_projections: bool = False  # q, k and v are stored as one matrix, and so are gate and up
+    partial_rotary: bool = False  # partial_rotary_factor counts, for the class and for us
+    rope_types: Mapping[str, str] = field(default_factory=dict)  # names that mean another one here
 
 
 # CodeLlama and DeepSeek-Coder are Llama shapes. Llama has no window, whatever keys a configuration carries along.
@@ -26,8 +40,20 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", "none"),
     "ministral": Family("MinistralForCausalLM", "by layer", qkv_bias=False, output_bias=False, mlp_bias=False),
     "mistral": Family("MistralForCausalLM", "all", qkv_bias=False, output_bias=False, mlp_bias=False),
+    "olmo2": Family("Olmo2ForCausalLM", "none", mlp_bias=False, qk_norm="projection", norms="after"),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        "all",
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        merged_projections=True,
+        partial_rotary=True,
+        rope_types={"su": "longrope", "yarn": "longrope"},
+    ),
     "qwen2": Family("Qwen2ForCausalLM", "by layer", qkv_bias=True, output_bias=False, mlp_bias=False),
-    "qwen3": Family("Qwen3ForCausalLM", "by layer", mlp_bias=False, qk_norm=True),
+    "qwen3": Family("Qwen3ForCausalLM", "by layer", mlp_bias=False, qk_norm="head"),
+    "smollm3": Family("SmolLM3ForCausalLM", "by layer"),
 }
 
 

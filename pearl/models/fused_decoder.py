@@ -49,15 +49,13 @@ class FusedDecoder:
         self._batch = _core.WorkBatch(page_size)
         shape = _core.Shape(
             DTYPE_CODES[model.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
-            config.ffn, config.vocab_size, model.cos_sin.shape[0], pages, page_size, config.eps, config.head_dim**-0.5,
+            config.ffn, config.vocab_size, model.max_model_len, pages, page_size, config.residual_eps, config.eps,
+            config.attention_scale, config.attention_softcap, config.qk_norm == "projection",
         )  # fmt: skip
-        layers = [
-            _layer(layer, keys_values, window)
-            for layer, keys_values, window in zip(weights.layers, cache.layers, config.windows, strict=True)
-        ]
+        layers = list(map(_layer, weights.layers, model.cos_sin, cache.layers, config.windows))
         self._decoder = _core.Decoder(
             shape, layers, _address(weights.embedding), _address(weights.norm),
-            _matrix(weights.head, weights.head_bias), _address(model.cos_sin), threads,
+            _matrix(weights.head, weights.head_bias), threads,
         )  # fmt: skip
 
     @property
@@ -105,7 +103,7 @@ class FusedDecoder:
         return logits
 
 
-def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int) -> _core.Layer:
+def _layer(layer: LayerWeights, cos_sin: Tensor, keys_values: tuple[Tensor, Tensor], window: int) -> _core.Layer:
     from pearl_kernels.cpu import _core
 
     keys, values = keys_values
@@ -115,9 +113,12 @@ def _layer(layer: LayerWeights, keys_values: tuple[Tensor, Tensor], window: int)
         _address(layer.q_norm),
         _address(layer.k_norm),
         _matrix(layer.output, layer.output_bias),
-        _address(layer.post_norm),
+        _address(layer.attention_post_norm),
+        _address(layer.mlp_norm),
         _matrix(layer.gate_up, layer.gate_up_bias),
         _matrix(layer.down, layer.down_bias),
+        _address(layer.mlp_post_norm),
+        _address(cos_sin),
         _address(keys),
         _address(values),
         window,

@@ -12,16 +12,16 @@ from torch import Tensor
 from pearl.models.checkpoint import Checkpoint
 from pearl.models.collective import Collective
 from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights
-from pearl.models.decoder_tensors import EMBEDDING, HEAD, NORM, layer_prefix
+from pearl.models.decoder_tensors import EMBEDDING, HEAD, LAYER_NORMS, NORM, layer_prefix
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_source import source_of
 from pearl.models.quantization import Quantization
-from pearl.models.rope import cos_sin_table
+from pearl.models.rope_tables import lane_order, rope_tables
 from pearl.models.sharding import Sharding, Span, shard
 from pearl.models.weight_memory import WeightMemory
 from pearl.models.widening import bias_of_missing, widen, widen_embedding
 from pearl_kernels import KernelSet, LinearWeight, QuantizedMatrix
-from pearl_kernels.reference import alike, stack_outputs
+from pearl_kernels.reference import alike, stack_outputs, take_outputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ def load_model(
             _tell(str(path), config.quantization)
         sharding = sharding or widen(shard(config, 0, 1), vocab_size)
         weights = _Assembler(checkpoint, sharding, dtype, device, kernels).decoder()
-    cos_sin = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
-    return Decoder(sharding.config, weights, cos_sin.to(device), kernels, collective)
+    return Decoder(sharding.config, weights, rope_tables(config, max_model_len, device), kernels, collective)
 
 
 def _tell(path: str, quantization: Quantization) -> None:
@@ -78,12 +77,13 @@ class _Assembler:
         self._checkpoint, self._sharding = checkpoint, sharding
         self._dtype, self._device, self._kernels = dtype, device, kernels
         self._memory = WeightMemory(device)
+        self._rows_by_lanes = self._turned(lane_order(checkpoint.config))
 
     def decoder(self) -> DecoderWeights:
         config, vocab = self._checkpoint.config, self._sharding.vocab
         embedding, head = self._ends()
         layers = tuple(self._layer(layer_prefix(index)) for index in range(config.layers))
-        norm = self._read(NORM)
+        norm = self._norm(NORM)
         return DecoderWeights(embedding, layers, norm, head, bias_of_missing(config.vocab_size, vocab.size, norm))
 
     def _ends(self) -> tuple[Tensor | None, LinearWeight]:
@@ -99,25 +99,67 @@ class _Assembler:
     def _layer(self, prefix: str) -> LayerWeights:
         config, sharding = self._checkpoint.config, self._sharding
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        q_span, kv_span = sharding.heads.times(config.head_dim), sharding.kv_heads.times(config.head_dim)
-        projections = [(attention + "q_proj", q_span), (attention + "k_proj", kv_span), (attention + "v_proj", kv_span)]
-        gates = [(mlp + "gate_proj", sharding.ffn), (mlp + "up_proj", sharding.ffn)]
+        norms = LAYER_NORMS[config.norms]
+        projections, gates = self._attention_inputs(attention), self._gates(mlp)
+        q_span = sharding.heads.times(config.head_dim)
         # A bias of an output projection is added once, by the first rank.
         output_bias, down_bias = config.output_bias and sharding.is_first, config.mlp_bias and sharding.is_first
         return LayerWeights(
-            input_norm=self._read(prefix + "input_layernorm.weight"),
-            qkv=self._columns(projections, config.hidden),
-            qkv_bias=self._stack(projections, ".bias") if config.qkv_bias else None,
-            q_norm=self._read(attention + "q_norm.weight") if config.qk_norm else None,
-            k_norm=self._read(attention + "k_norm.weight") if config.qk_norm else None,
+            input_norm=self._layer_norm(prefix, norms.input),
+            qkv=self._columns(projections, config.hidden, self._rows_by_lanes),
+            qkv_bias=self._stack(projections, ".bias", rows=self._rows_by_lanes) if config.qkv_bias else None,
+            q_norm=self._norm(attention + "q_norm.weight") if config.qk_norm != "none" else None,
+            k_norm=self._norm(attention + "k_norm.weight") if config.qk_norm != "none" else None,
             output=self._rows(attention + "o_proj", config.hidden, q_span),
             output_bias=self._read(attention + "o_proj.bias") if output_bias else None,
-            post_norm=self._read(prefix + "post_attention_layernorm.weight"),
+            mlp_norm=self._layer_norm(prefix, norms.mlp),
             gate_up=self._columns(gates, config.hidden),
             gate_up_bias=self._stack(gates, ".bias") if config.mlp_bias else None,
             down=self._rows(mlp + "down_proj", config.hidden, sharding.ffn),
             down_bias=self._read(mlp + "down_proj.bias") if down_bias else None,
+            attention_post_norm=self._layer_norm(prefix, norms.attention_post),
+            mlp_post_norm=self._layer_norm(prefix, norms.mlp_post),
         )
+
+    def _attention_inputs(self, attention: str) -> list[_Part]:
+        """The rank's queries, keys and values."""
+        config = self._checkpoint.config
+        q, kv = (heads.times(config.head_dim) for heads in (self._sharding.heads, self._sharding.kv_heads))
+        if not config.merged_projections:
+            return [(attention + "q_proj", q), (attention + "k_proj", kv), (attention + "v_proj", kv)]
+        if self._sharding.ranks == 1:
+            return [(attention + "qkv_proj", Span(0, q.size + 2 * kv.size, q.size + 2 * kv.size))]
+        keys, values = config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim
+        return [(attention + "qkv_proj", span) for span in (q, kv.after(keys), kv.after(values))]
+
+    def _gates(self, mlp: str) -> list[_Part]:
+        config, span = self._checkpoint.config, self._sharding.ffn
+        if not config.merged_projections:
+            return [(mlp + "gate_proj", span), (mlp + "up_proj", span)]
+        if self._sharding.ranks == 1:
+            return [(mlp + "gate_up_proj", Span(0, 2 * config.ffn, 2 * config.ffn))]
+        return [(mlp + "gate_up_proj", span), (mlp + "gate_up_proj", span.after(config.ffn))]
+
+    def _turned(self, lanes: Tensor | None) -> Tensor | None:
+        """Which stored output each of the merged queries, keys and values is, int64 ``[(Hq + 2 Hk) * D]``: queries' and
+        keys' heads have their lanes in the order in which they are rotated. None: all as they are stored.
+        """
+        if lanes is None:
+            return None
+        queries, keys = self._sharding.heads.size, self._sharding.kv_heads.size
+        rows = torch.arange((queries + 2 * keys) * len(lanes)).view(-1, len(lanes))
+        rows[: queries + keys] = rows[: queries + keys, lanes]
+        return rows.flatten()
+
+    def _layer_norm(self, prefix: str, name: str | None) -> Tensor | None:
+        return None if name is None else self._norm(prefix + name)
+
+    def _norm(self, name: str) -> Tensor:
+        """With what the family adds to it: in fp32, rounded once."""
+        stored, offset = self._checkpoint.read(name), self._checkpoint.config.norm_offset
+        if offset:
+            stored = stored.float() + offset
+        return self._memory.keep(stored.to(self._device, self._dtype))
 
     def _stored(self, name: str) -> Tensor:
         return self._checkpoint.read(name).to(self._device, self._dtype)
@@ -125,11 +167,14 @@ class _Assembler:
     def _read(self, name: str) -> Tensor:
         return self._memory.keep(self._stored(name))
 
-    def _columns(self, parts: list[_Part], inputs: int) -> LinearWeight:
-        """Column-parallel: the rank's outputs of several projections of one input, as one matrix."""
-        if (quantized := self._quantized(parts)) is not None:
+    def _columns(self, parts: list[_Part], inputs: int, rows: Tensor | None = None) -> LinearWeight:
+        """Column-parallel: the rank's outputs of several projections of one input, as one matrix.
+
+        rows: the order that they are to have; None: as they come.
+        """
+        if (quantized := self._quantized(parts, rows)) is not None:
             return quantized
-        return self._pack(self._stack(parts, ".weight", inputs))
+        return self._pack(self._stack(parts, ".weight", inputs, rows=rows))
 
     def _rows(self, name: str, outputs: int, span: Span) -> LinearWeight:
         """Row-parallel: all outputs, the rank's inputs."""
@@ -140,7 +185,7 @@ class _Assembler:
         matrix[:, : span.end - span.begin].copy_(self._checkpoint.read(name + ".weight", whole, span))
         return self._pack(matrix)
 
-    def _quantized(self, parts: list[_Part]) -> LinearWeight | None:
+    def _quantized(self, parts: list[_Part], rows: Tensor | None = None) -> LinearWeight | None:
         """Projections of one input that are stored quantised in one way, as one matrix; None: they are to be decoded,
         as all are of which a rank has a part.
         """
@@ -152,17 +197,19 @@ class _Assembler:
             if matrix is None or matrix.values.shape[0] != span.size or (matrices and not alike(matrix, matrices[0])):
                 return None
             matrices.append(matrix)
-        merged = stack_outputs(matrices).to(self._device)
-        return self._memory.keep_matrix(self._kernels.pack_quantized(merged, self._dtype))
+        merged = stack_outputs(matrices)
+        if rows is not None:
+            merged = take_outputs(merged, rows)
+        return self._memory.keep_matrix(self._kernels.pack_quantized(merged.to(self._device), self._dtype))
 
     def _pack(self, matrix: Tensor) -> LinearWeight:
         return self._memory.keep_matrix(self._kernels.pack_linear(matrix))
 
-    def _stack(self, parts: list[_Part], suffix: str, *inputs: int) -> Tensor:
+    def _stack(self, parts: list[_Part], suffix: str, *inputs: int, rows: Tensor | None = None) -> Tensor:
         merged = torch.zeros((sum(span.size for _, span in parts), *inputs), dtype=self._dtype, device=self._device)
         begin = 0
         for name, span in parts:
             live = merged[begin : begin + span.end - span.begin]
             live.copy_(self._checkpoint.read(name + suffix, span))
             begin += span.size
-        return merged
+        return merged if rows is None else merged[rows.to(merged.device)]

@@ -21,6 +21,7 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
         "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
         "attention_factor", "mscale", "mscale_all_dim",
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor"),
 }  # fmt: skip
 _OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}
 
@@ -37,12 +38,27 @@ def cos_sin_table(rope: Mapping[str, Any], head_dim: int, original_length: int, 
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
 
+def longest_fixed(rope: Mapping[str, Any], original_length: int) -> int:
+    """Positions up to which an angle does not depend on how long its sequence has become."""
+    if rope["rope_type"] == "longrope":
+        return min(original_length, int(rope["original_max_position_embeddings"]))
+    return original_length
+
+
 def require_fixed_frequencies(rope: Mapping[str, Any], original_length: int, max_length: int) -> None:
     """ConfigurationError if the angle of a position would depend on how long its sequence has become.
 
     "dynamic" scaling changes all frequencies with every token beyond the original length: cached keys would contradict
-    new ones, and rollback would have no meaning. Up to that length it changes nothing.
+    new ones, and rollback would have no meaning. Up to that length it changes nothing. "longrope" has two sets of
+    frequencies, and a sequence changes from one to the other as a whole at its original length.
     """
+    if rope["rope_type"] == "longrope" and max_length > longest_fixed(rope, original_length):
+        longest = longest_fixed(rope, original_length)
+        raise ConfigurationError(
+            f"max_model_len={max_length} is above the {longest} positions (original_max_position_embeddings) of a "
+            "model with longrope RoPE scaling, which from there on has other frequencies and contradicts cached keys; "
+            f"give max_model_len={longest} or less"
+        )
     if rope["rope_type"] == "dynamic" and max_length > original_length:
         raise ConfigurationError(
             f"max_model_len={max_length} is above the {original_length} positions (max_position_embeddings) of a model "
@@ -53,6 +69,8 @@ def require_fixed_frequencies(rope: Mapping[str, Any], original_length: int, max
 
 def frequencies(rope: Mapping[str, Any], head_dim: int, original_length: int) -> tuple[Tensor, float]:
     """fp32 ``[head_dim / 2]``, radians per position of each lane, and the factor on cosines and sines.
+
+    head_dim: of a head that is rotated in part, its rotated lanes.
 
     Raises UnsupportedModelError (the type of scaling) or ModelLoadError (parameters that give no finite numbers).
     """
@@ -68,6 +86,8 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, original_length: int) ->
             per_lane = _llama3(per_lane, rope)
         elif kind == "yarn":
             per_lane, scale = _yarn(per_lane, rope, theta, head_dim, original_length)
+        elif kind == "longrope":
+            per_lane, scale = _longrope(theta**exponents, rope, original_length)
         finite = math.isfinite(scale) and bool(per_lane.isfinite().all())
     except (ArithmeticError, ValueError):  # logarithms and quotients of numbers that make no sense together
         finite = False
@@ -90,7 +110,7 @@ def check_parameters(rope: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(f"RoPE scaling {kind!r} is not supported; known are {', '.join(_NUMBERS)}")
     for name in ("rope_theta", *_NUMBERS[kind]):
         value = rope.get(name, 1.0)
-        if value is None and (name in _OPTIONAL or (kind, name) == ("yarn", "factor")):
+        if value is None and (name in _OPTIONAL or (kind, name) in (("yarn", "factor"), ("longrope", "factor"))):
             continue
         if not _is_finite(value) or (value <= 0 and name not in _OPTIONAL):
             wanted = "a finite number" if name in _OPTIONAL else "a finite number above 0"
@@ -100,10 +120,10 @@ def check_parameters(rope: Mapping[str, Any]) -> None:
             f"low_freq_factor of rope_parameters must be below high_freq_factor, not {rope['low_freq_factor']!r} "
             f"and {rope['high_freq_factor']!r}"
         )
-    # Without scaling transformers does not look at it; with scaling a part of a head stays unrotated.
-    if kind != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        partial = rope["partial_rotary_factor"]
-        raise UnsupportedModelError(f"partial_rotary_factor={partial!r} is not supported; known is 1.0")
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        values = rope.get(name, [1.0])
+        if not isinstance(values, list) or not all(_is_finite(value) and value > 0 for value in values):
+            raise ModelLoadError(f"{name} of rope_parameters must be a list of numbers above 0, not {values!r}")
 
 
 def _is_finite(value: object) -> bool:
@@ -146,6 +166,24 @@ def _yarn(
         mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
         scale = _mscale(factor, mscale) / _mscale(factor, all_dims) if mscale and all_dims else _mscale(factor, 1.0)
     return keep * per_lane + (1 - keep) * per_lane / factor, float(scale)
+
+
+def _longrope(powers: Tensor, rope: Mapping[str, Any], max_position_embeddings: int) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv 2402.13753) up to its original length: each lane has a factor of its own, the short one.
+
+    powers: theta ** exponent of each lane.
+    """
+    original = rope["original_max_position_embeddings"]
+    short = torch.tensor(rope["short_factor"], dtype=torch.float32)
+    if len(short) != len(powers):
+        raise ModelLoadError(
+            f"short_factor of rope_parameters has {len(short)} numbers; a head has {len(powers)} pairs of lanes"
+        )
+    factor = rope["factor"] if rope.get("factor") is not None else max_position_embeddings / original
+    scale = rope.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0 / (short * powers), float(scale)
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -28,6 +28,10 @@ class Span:
         """The same part where every unit is ``width`` wide."""
         return Span(self.begin * width, self.end * width, self.size * width)
 
+    def after(self, units: int) -> Span:
+        """The same part where ``units`` of something else come first."""
+        return Span(self.begin + units, self.end + units, self.size)
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -49,6 +53,11 @@ class Sharding:
 
 def shard(config: ModelConfig, rank: int, ranks: int) -> Sharding:
     """The part of rank ``rank``. Raises ConfigurationError if the heads cannot be given out to that many ranks."""
+    if ranks > 1 and config.qk_norm == "projection":
+        raise ConfigurationError(
+            f"a {config.architecture} norms its queries and its keys over all heads together, which lie on several "
+            "ranks; leave target_parallel at 1"
+        )
     kv_heads, heads = _heads(config, rank, ranks)
     ffn, vocab = _cut(config.ffn, rank, ranks), _cut(config.vocab_size, rank, ranks)
     local = replace(config, heads=heads.size, kv_heads=kv_heads.size, ffn=ffn.size, vocab_size=vocab.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pearl.models.decoder_tensors import decoder_tensors, matrix_shapes
+from pearl.models.decoder_tensors import LAYER_NORMS, decoder_tensors, matrix_shapes
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_shape import ModelShape
 from pearl.models.quantized_storage import Storage
@@ -56,7 +56,8 @@ def _layer_elements(config: ModelConfig, is_first: bool) -> int:
     """Of one layer; ``config`` is the rank's own shape. The biases of row-parallel matrices are the first rank's."""
     d, q, kv, f = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim, config.ffn
     matrices = d * (q + 2 * kv) + q * d + 3 * d * f
-    norms = 2 * d + 2 * config.head_dim * config.qk_norm
+    qk_norms = {"none": 0, "head": 2 * config.head_dim, "projection": q + kv}
+    norms = d * sum(norm is not None for norm in LAYER_NORMS[config.norms]) + qk_norms[config.qk_norm]
     column_biases = (q + 2 * kv) * config.qkv_bias + 2 * f * config.mlp_bias
     row_biases = d * (config.output_bias + config.mlp_bias) * is_first
     return matrices + norms + column_biases + row_biases

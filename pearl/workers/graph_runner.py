@@ -55,7 +55,7 @@ class GraphRunner(ModelRunner):
         super().__init__(model, cache, page_size, queue, hidden_layers=hidden_layers)
         self._graphs: Graphs[None] = Graphs(queue, _MOST_GRAPHS)
         self._most_rows = row_bucket(most_rows) if most_rows else 0
-        pages = -(-model.cos_sin.shape[0] // page_size)
+        pages = -(-model.max_model_len // page_size)
         self.limits = ShapeLimits(
             self._most_rows, rows_per_sequence or most_rows, most_sequences or most_rows, pages, page_size
         )

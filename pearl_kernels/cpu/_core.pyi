@@ -204,9 +204,12 @@ class Layer:
         q_norm: int,
         k_norm: int,
         output: Matrix,
-        post_norm: int,
+        attention_post_norm: int,
+        mlp_norm: int,
         gate_up: Matrix,
         down: Matrix,
+        mlp_post_norm: int,
+        cos_sin: int,
         k_cache: int,
         v_cache: int,
         window: int,
@@ -226,8 +229,11 @@ class Shape:
         max_position: int,
         pages: int,
         page_size: int,
+        residual_eps: float,
         eps: float,
         scale: float,
+        softcap: float,
+        norms_projections: bool,
         /,
     ) -> None: ...
 
@@ -262,7 +268,6 @@ class Decoder:
         embedding: int,
         norm: int,
         head: Matrix,
-        cos_sin: int,
         threads: int,
         /,
     ) -> None: ...

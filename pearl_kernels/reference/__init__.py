@@ -24,7 +24,7 @@ from pearl_kernels.reference.layers import (
     weight_rows,
 )
 from pearl_kernels.reference.philox import Stream
-from pearl_kernels.reference.quantized import QuantizedMatrix, alike, dequantize, stack_outputs
+from pearl_kernels.reference.quantized import QuantizedMatrix, alike, dequantize, stack_outputs, take_outputs
 from pearl_kernels.reference.sampling import MOST_ALTERNATIVES, Alternatives, Sampled, SamplingTensors, sample
 from pearl_kernels.reference.verification import Rule, Verdict, verify
 
@@ -58,6 +58,7 @@ __all__ = [
     "silu_and_mul",
     "stack_outputs",
     "stack_weights",
+    "take_outputs",
     "verify",
     "verify_attention",
     "weight_rows",

@@ -61,6 +61,13 @@ def stack_outputs(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     return QuantizedMatrix(values, scale, offset, first.group, first.bits)
 
 
+def take_outputs(matrix: QuantizedMatrix, rows: Tensor) -> QuantizedMatrix:
+    """The outputs ``rows``, int64, in that order."""
+    values = matrix.values.view(torch.int8)[rows].view(matrix.values.dtype)  # eight bits, whatever they mean
+    offset = None if matrix.offset is None else matrix.offset[rows]
+    return QuantizedMatrix(values, matrix.scale[rows], offset, matrix.group, matrix.bits)
+
+
 def dequantize(matrix: QuantizedMatrix) -> Tensor:
     """The numbers that are meant, fp32 ``[M, K]``."""
     inputs = matrix.values.shape[1]

@@ -30,7 +30,7 @@ from pearl_kernels import select
 GIB, PAGE, CONTEXT, VOCAB = 1 << 30, 16, 64, 100
 TARGET = ModelConfig(
     "LlamaForCausalLM", VOCAB, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, eps=1e-5, tied=True,
-    qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False, windows=(0, 0), max_position_embeddings=CONTEXT,
+    qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="none", windows=(0, 0), max_position_embeddings=CONTEXT,
     rope={"rope_type": "default", "rope_theta": 1e4}, dtype=torch.float16,
 )  # fmt: skip
 DRAFT = replace(TARGET, layers=1, windows=(0,))

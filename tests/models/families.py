@@ -14,11 +14,17 @@ from transformers import (
     MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from pearl.models import Decoder, load_model
@@ -48,6 +54,21 @@ def llama(**changes: Any) -> PreTrainedModel:
 LLAMA3 = rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )  # fmt: skip
+# Phi-4-mini's: a part of each head is rotated, each pair of lanes with a factor of its own.
+LONGROPE: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4 * CONTEXT,
+    "original_max_position_embeddings": CONTEXT,
+    **rope("longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3, 1.5, 2.5, 4.0], long_factor=[9.0] * 6),
+}
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # the classes' own lie beyond VOCAB
+
+
+def phi3(**changes: Any) -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**{**SHAPE, **IDS, **changes}))
+
+
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
@@ -75,6 +96,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE, **rope("default"))),
+    "phi3-window": lambda: phi3(sliding_window=11),
+    "phi3-partial-longrope": lambda: phi3(tie_word_embeddings=True, **LONGROPE),
+    "phi3-partial": lambda: phi3(**rope("default", partial_rotary_factor=0.5)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, **IDS, no_rope_layer_interval=2)),
+    "smollm3-windows": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(**SHAPE, **IDS, no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=7)
+    ),
 }
 
 

@@ -47,5 +47,5 @@ def test_dynamic_scaling_changes_nothing_up_to_the_original_length_and_is_refuse
 
 
 def test_unknown_scaling_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="'longrope' is not supported"):
-        cos_sin_table({"rope_type": "longrope", "rope_theta": 1e4}, 32, 64, 64)
+    with pytest.raises(UnsupportedModelError, match="'mrope' is not supported"):
+        cos_sin_table({"rope_type": "mrope", "rope_theta": 1e4}, 32, 64, 64)

@@ -29,7 +29,7 @@ struct RmsNormParams {
   int64_t x_stride;
   void* residual;  // [rows, width], becomes residual + x, which is what is normed; null: x is normed
   int64_t residual_stride;
-  const void* weight;  // [width]
+  const void* weight;  // [width]; CPU: null with a residual: the sum is all, and out is not written
   void* out;           // [rows, width]
   float eps;
 };
