@@ -21,6 +21,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
         reference.rms_norm,
         reference.add_rms_norm,
         reference.silu_and_mul,
+        reference.gelu_and_mul,
+        reference.scale_and_cap,
         reference.pack_linear,
         reference.pack_quantized,
         reference.weight_rows,
@@ -60,6 +62,8 @@ class KernelSet:
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
+    gelu_and_mul: Callable[..., Any]
+    scale_and_cap: Callable[..., Any]
     pack_linear: Callable[..., Any]
     pack_quantized: Callable[..., Any]
     weight_rows: Callable[..., Any]

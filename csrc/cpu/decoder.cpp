@@ -88,7 +88,7 @@ void Decoder::forward(const DecoderBatch& batch) {
   embed(batch);
   for (const DecoderLayer& layer : layers_) {
     const void* entered = enter(layer.input_norm, &layer != layers_.data(), batch.tokens);
-    keep(&layer - layers_.data(), residual_.data(), batch);
+    keep(&layer - layers_.data(), residual_.data(), shape_.residual_multiplier, batch);
     attend(layer, batch, entered);
     leave(layer.attention_post_norm, batch.tokens);
     feed_forward(layer, batch.tokens, enter(layer.mlp_norm, true, batch.tokens));
@@ -140,6 +140,10 @@ void Decoder::embed(const DecoderBatch& batch) {
       std::memcpy(out, table + batch.input_ids[i] * bytes, bytes);
     }
   }
+  if (shape_.embedding_scale != 1.0f) {
+    parallel::scale_and_cap(*threads_, {shape_.dtype, batch.tokens, shape_.hidden, residual_.data(), shape_.hidden,
+                                        shape_.embedding_scale, 0.0f});
+  }
 }
 
 /// What the next sublayer reads: the residual, normed where there is a norm. With `add` the last sublayer's output
@@ -185,8 +189,8 @@ void Decoder::norm_projections(const DecoderLayer& layer, int64_t tokens) {
 
 void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens, const void* x) {
   project(layer.gate_up, x, gate_up_.data(), tokens);
-  parallel::silu_and_mul(*threads_,
-                         {shape_.dtype, tokens, shape_.ffn, gate_up_.data(), 2 * shape_.ffn, activated_.data()});
+  parallel::gated_activation(*threads_, {shape_.dtype, shape_.activation, tokens, shape_.ffn, gate_up_.data(),
+                                         2 * shape_.ffn, activated_.data()});
   project(layer.down, activated_.data(), sublayer_.data(), tokens);
 }
 
@@ -197,7 +201,7 @@ void Decoder::write_logits(const DecoderBatch& batch) {
   const bool whole = keeps(last, batch);
   if (whole) {
     enter(norm_, true, batch.tokens);
-    keep(last, normed_.data(), batch);
+    keep(last, normed_.data(), 1.0f, batch);
   }
   for (int64_t i = 0; i < batch.num_logits; ++i) {
     const int64_t row = batch.logits_rows[i];
@@ -209,6 +213,10 @@ void Decoder::write_logits(const DecoderBatch& batch) {
   if (batch.num_logits == 0) return;
   if (!whole) enter(norm_, true, batch.num_logits);
   project(head_, normed_.data(), batch.logits, batch.num_logits);
+  if (shape_.logits_scale != 1.0f || shape_.logits_softcap > 0) {
+    parallel::scale_and_cap(*threads_, {shape_.dtype, batch.num_logits, shape_.vocab_size, batch.logits,
+                                        shape_.vocab_size, shape_.logits_scale, shape_.logits_softcap});
+  }
 }
 
 bool Decoder::keeps(int64_t layer, const DecoderBatch& batch) const {
@@ -216,8 +224,8 @@ bool Decoder::keeps(int64_t layer, const DecoderBatch& batch) const {
   return std::find(batch.hidden.layers, end, layer) != end;
 }
 
-/// Copies `states` [N, hidden] where the caller wants those of `layer`.
-void Decoder::keep(int64_t layer, const uint8_t* states, const DecoderBatch& batch) const {
+/// Copies `states` [N, hidden], times `scale`, where the caller wants those of `layer`.
+void Decoder::keep(int64_t layer, const uint8_t* states, float scale, const DecoderBatch& batch) const {
   const HiddenView& hidden = batch.hidden;
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
   for (int64_t place = 0; place < hidden.count; ++place) {
@@ -225,6 +233,11 @@ void Decoder::keep(int64_t layer, const uint8_t* states, const DecoderBatch& bat
     for (int64_t i = 0; i < batch.tokens; ++i) {
       uint8_t* out = static_cast<uint8_t*>(hidden.rows) + (i * hidden.count + place) * bytes;
       std::memcpy(out, states + i * bytes, static_cast<size_t>(bytes));
+    }
+    if (scale != 1.0f) {
+      parallel::scale_and_cap(
+          *threads_, {shape_.dtype, batch.tokens, shape_.hidden, static_cast<uint8_t*>(hidden.rows) + place * bytes,
+                      hidden.count * shape_.hidden, scale, 0.0f});
     }
   }
 }

@@ -19,6 +19,10 @@ struct DecoderShape {
   float residual_eps, eps;  // of norms of the residual, and of all others
   float scale, softcap;     // of attention scores; softcap 0: none
   bool norms_projections;   // q_norm and k_norm are over all heads of a token together
+  Activation activation;
+  // See ScaleAndCapParams; scales of 1 and a cap of 0: nothing is done.
+  float embedding_scale, logits_scale, logits_softcap;
+  float residual_multiplier;  // of what the caller calls hidden states, over the residual as it is here
 };
 
 /// A norm's weight may be null: there is none.
@@ -86,7 +90,7 @@ class Decoder {
   void project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens);
   void write_logits(const DecoderBatch& batch);
   bool keeps(int64_t layer, const DecoderBatch& batch) const;
-  void keep(int64_t layer, const uint8_t* states, const DecoderBatch& batch) const;
+  void keep(int64_t layer, const uint8_t* states, float scale, const DecoderBatch& batch) const;
 
   void* at(void* rows, int64_t row, int64_t width) const;
   RopeAndCacheParams rope_params(const DecoderLayer& layer, const DecoderBatch& batch);

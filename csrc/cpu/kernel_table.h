@@ -9,7 +9,8 @@ namespace pearl {
 struct KernelTable {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
-  void (*silu_and_mul)(const SiluAndMulParams&);
+  void (*gated_activation)(const GatedParams&);
+  void (*scale_and_cap)(const ScaleAndCapParams&);
   void (*gated_unit)(const GatedUnitParams&);
   void (*combine)(const CombineParams&);
   void (*linear_rows)(const LinearParams&);  // before linear: fills the scratch memory

@@ -9,6 +9,7 @@
 #include "cpu/math.inl"
 #include "cpu/norm.inl"
 #include "cpu/activation.inl"
+#include "cpu/scaling.inl"
 #include "cpu/experts.inl"
 #include "cpu/linear_weights.inl"
 #include "cpu/linear_prefetch.inl"
@@ -32,9 +33,21 @@
 namespace pearl::PEARL_ISA {
 
 const KernelTable& table() {
-  static constexpr KernelTable kTable = {
-      PEARL_NAME_OF(PEARL_ISA), rms_norm,       silu_and_mul,     gated_unit, combine, linear_rows,   linear,
-      multiply_registers,       rope_and_cache, verify_attention, sample,     verify,  uniform_noise, gumbel_noise};
+  static constexpr KernelTable kTable = {PEARL_NAME_OF(PEARL_ISA),
+                                         rms_norm,
+                                         gated_activation,
+                                         scale_and_cap,
+                                         gated_unit,
+                                         combine,
+                                         linear_rows,
+                                         linear,
+                                         multiply_registers,
+                                         rope_and_cache,
+                                         verify_attention,
+                                         sample,
+                                         verify,
+                                         uniform_noise,
+                                         gumbel_noise};
   return kTable;
 }
 

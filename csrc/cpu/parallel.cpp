@@ -42,14 +42,23 @@ void rms_norm(ThreadPool& pool, const RmsNormParams& p) {
   });
 }
 
-void silu_and_mul(ThreadPool& pool, const SiluAndMulParams& p) {
+void gated_activation(ThreadPool& pool, const GatedParams& p) {
   pool.run(p.rows, cheap_pieces(pool, p.rows * p.width * kExpCost), [&](Range rows, int64_t) {
     const int64_t bytes = bytes_of(p.dtype);
-    SiluAndMulParams part = p;
+    GatedParams part = p;
     part.rows = rows.end - rows.begin;
     part.x = offset(p.x, rows.begin * p.x_stride * bytes);
     part.out = offset(p.out, rows.begin * p.width * bytes);
-    kernels().silu_and_mul(part);
+    kernels().gated_activation(part);
+  });
+}
+
+void scale_and_cap(ThreadPool& pool, const ScaleAndCapParams& p) {
+  pool.run(p.rows, cheap_pieces(pool, p.rows * p.width * (p.softcap > 0 ? kExpCost : 1)), [&](Range rows, int64_t) {
+    ScaleAndCapParams part = p;
+    part.rows = rows.end - rows.begin;
+    part.x = offset(p.x, rows.begin * p.x_stride * bytes_of(p.dtype));
+    kernels().scale_and_cap(part);
   });
 }
 

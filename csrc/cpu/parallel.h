@@ -11,7 +11,8 @@
 namespace pearl::parallel {
 
 void rms_norm(ThreadPool& pool, const RmsNormParams& p);
-void silu_and_mul(ThreadPool& pool, const SiluAndMulParams& p);
+void gated_activation(ThreadPool& pool, const GatedParams& p);
+void scale_and_cap(ThreadPool& pool, const ScaleAndCapParams& p);
 void rope_and_cache(ThreadPool& pool, const RopeAndCacheParams& p);
 void verify_attention(ThreadPool& pool, const AttentionParams& p);
 void gated_unit(ThreadPool& pool, const GatedUnitParams& p);

@@ -12,7 +12,8 @@
 namespace pearl::cuda {
 
 cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream);
-cudaError_t silu_and_mul(const SiluAndMulParams& p, cudaStream_t stream);
+cudaError_t gated_activation(const GatedParams& p, cudaStream_t stream);
+cudaError_t scale_and_cap(const ScaleAndCapParams& p, cudaStream_t stream);
 cudaError_t rope_and_cache(const RopeAndCacheParams& p, cudaStream_t stream);
 cudaError_t verify_attention(const AttentionParams& p, cudaStream_t stream);
 cudaError_t verify(const VerifyParams& p, cudaStream_t stream);

@@ -34,7 +34,9 @@ void bind(py::module_& m, const char* name, Params (*make)(Arguments...), Run ru
 void bind_shared_operators(py::module_& m) {
   using namespace pearl;
   bind(m, "rms_norm", make_rms_norm, [](const RmsNormParams& p) { kernels().rms_norm(p); });
-  bind(m, "silu_and_mul", make_silu_and_mul, [](const SiluAndMulParams& p) { kernels().silu_and_mul(p); });
+  bind(m, "silu_and_mul", make_silu_and_mul, [](const GatedParams& p) { kernels().gated_activation(p); });
+  bind(m, "gelu_and_mul", make_gelu_and_mul, [](const GatedParams& p) { kernels().gated_activation(p); });
+  bind(m, "scale_and_cap", make_scale_and_cap, [](const ScaleAndCapParams& p) { kernels().scale_and_cap(p); });
   bind(m, "rope_and_cache", make_rope_and_cache, [](const RopeAndCacheParams& p) {
     check(p);
     kernels().rope_and_cache(p);

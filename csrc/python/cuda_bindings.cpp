@@ -124,7 +124,9 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace pearl;
   bind_views(m);
   bind(m, "rms_norm", make_rms_norm, cuda::rms_norm);
-  bind(m, "silu_and_mul", make_silu_and_mul, cuda::silu_and_mul);
+  bind(m, "silu_and_mul", make_silu_and_mul, cuda::gated_activation);
+  bind(m, "gelu_and_mul", make_gelu_and_mul, cuda::gated_activation);
+  bind(m, "scale_and_cap", make_scale_and_cap, cuda::scale_and_cap);
   bind(m, "rope_and_cache", make_rope_and_cache, cuda::rope_and_cache);
   bind(m, "copy_blocks", make_copy_blocks, cuda::copy_blocks);
   bind_with_workspace(m, "verify_attention", make_verify_attention, cuda::verify_attention,

@@ -43,7 +43,8 @@ struct LayerArgument : pearl::DecoderLayer {
 struct ShapeArgument : pearl::DecoderShape {
   ShapeArgument(int code, int64_t hidden, int64_t query_heads, int64_t kv_heads, int64_t head_dim, int64_t ffn,
                 int64_t vocab_size, int64_t max_position, int64_t pages, int64_t page_size, float residual_eps,
-                float eps, float scale, float softcap, bool norms_projections)
+                float eps, float scale, float softcap, bool norms_projections, int activation, float embedding_scale,
+                float logits_scale, float logits_softcap, float residual_multiplier)
       : DecoderShape{static_cast<pearl::DType>(code),
                      hidden,
                      query_heads,
@@ -58,7 +59,12 @@ struct ShapeArgument : pearl::DecoderShape {
                      eps,
                      scale,
                      softcap,
-                     norms_projections} {}
+                     norms_projections,
+                     static_cast<pearl::Activation>(activation),
+                     embedding_scale,
+                     logits_scale,
+                     logits_softcap,
+                     residual_multiplier} {}
 };
 
 pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<LayerArgument>& layers, Address embedding,
@@ -184,7 +190,7 @@ void bind_decoder(py::module_& m) {
                     const MatrixArgument&, const MatrixArgument&, Address, Address, Address, Address, int64_t>());
   py::class_<ShapeArgument>(m, "Shape")
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,
-                    float, float, bool>());
+                    float, float, bool, int, float, float, float, float>());
   py::class_<pearl::DecoderBatch>(m, "AnyBatch");
   py::class_<BatchArgument, pearl::DecoderBatch>(m, "Batch")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address,

@@ -25,8 +25,8 @@ RmsNormParams make_rms_norm(int dtype, int64_t rows, int64_t width, Address x, i
   return p;
 }
 
-SiluAndMulParams make_silu_and_mul(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out) {
-  SiluAndMulParams p = {};
+GatedParams make_silu_and_mul(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out) {
+  GatedParams p = {};
   p.dtype = static_cast<DType>(dtype);
   p.rows = rows;
   p.width = width;
@@ -34,6 +34,17 @@ SiluAndMulParams make_silu_and_mul(int dtype, int64_t rows, int64_t width, Addre
   p.x_stride = x_stride;
   p.out = pointer<void>(out);
   return p;
+}
+
+GatedParams make_gelu_and_mul(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out) {
+  GatedParams p = make_silu_and_mul(dtype, rows, width, x, x_stride, out);
+  p.activation = Activation::kGeluTanh;
+  return p;
+}
+
+ScaleAndCapParams make_scale_and_cap(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, float scale,
+                                     float softcap) {
+  return {static_cast<DType>(dtype), rows, width, pointer<void>(x), x_stride, scale, softcap};
 }
 
 RopeAndCacheParams make_rope_and_cache(int dtype, int64_t tokens, int64_t query_heads, int64_t kv_heads,

@@ -22,7 +22,11 @@ struct SamplingArgument : SamplingView {
 RmsNormParams make_rms_norm(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address residual,
                             int64_t residual_stride, Address weight, Address out, float eps);
 
-SiluAndMulParams make_silu_and_mul(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out);
+GatedParams make_silu_and_mul(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out);
+GatedParams make_gelu_and_mul(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, Address out);
+
+ScaleAndCapParams make_scale_and_cap(int dtype, int64_t rows, int64_t width, Address x, int64_t x_stride, float scale,
+                                     float softcap);
 
 RopeAndCacheParams make_rope_and_cache(int dtype, int64_t tokens, int64_t query_heads, int64_t kv_heads,
                                        int64_t head_dim, Address q, int64_t q_stride, Address k, int64_t k_stride,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pearl.cli.model_info import model_table
 from pearl.cli.resident import resident
 from pearl.cli.terminal import Terminal
 
@@ -33,8 +34,12 @@ def info(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     head_dim: Annotated[int, typer.Option(min=1, max=_LARGEST_HEAD, help="Size of an attention head.")] = 64,
+    model: Annotated[str | None, typer.Option(help="A model to describe instead: folder, hub id or GGUF file.")] = None,
 ) -> None:
-    """Show versions, devices, threads, and which provider runs each operator and why the others do not."""
+    """Show versions, devices, threads, and which provider runs each operator and why the others do not.
+
+    With --model: what is recognised in that model, or why it cannot be run.
+    """
     import torch
 
     from pearl.config import EngineConfig
@@ -49,6 +54,9 @@ def info(
         threads=config.resolve_threads()[1],
     )
     terminal = Terminal.open()
+    if model is not None:
+        terminal.out.print(model_table(model, situation.device, config.torch_dtype))
+        return
     terminal.out.print(_machine_table(config))
     terminal.out.print(provider_table(situation, resolve(situation)))
 

@@ -88,7 +88,11 @@ def _check(fields: Mapping[str, Any]) -> None:
     if fields.get("per_layer_config"):
         raise UnsupportedModelError("layers that differ (per_layer_config) are not supported")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters")
-    if isinstance(rope, Mapping):
+    if isinstance(rope, Mapping) and family.local_rope and any(isinstance(value, Mapping) for value in rope.values()):
+        for own in rope.values():
+            if isinstance(own, Mapping):
+                check_parameters(own)
+    elif isinstance(rope, Mapping):
         kind = rope.get("rope_type", rope.get("type", "default"))
         known = family.rope_types.get(kind) if isinstance(kind, str) else None
         check_parameters(rope if known is None else {**rope, "rope_type": known})

@@ -61,6 +61,8 @@ class Decoder:
         """
         self.config, self.weights, self.kernels, self.collective = config, weights, kernels, collective
         self.cos_sin = tuple(cos_sin)
+        self._activate = kernels.silu_and_mul if config.activation == "silu" else kernels.gelu_and_mul
+        self._embedding_factor = config.embedding_factor(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +81,7 @@ class Decoder:
         for index, layer in enumerate(self.weights.layers):
             entered = self._enter(x, residual, layer.input_norm)
             if hidden is not None:
-                hidden.keep(index, residual)
+                hidden.keep(index, self._as_in_transformers(residual))
             x = self._attention(index, entered, batch, cache.layers[index])
             x = self._leave(x, layer.attention_post_norm)
             x = self._feed_forward(layer, self._enter(x, residual, layer.mlp_norm))
@@ -95,7 +97,17 @@ class Decoder:
         """``[N, D]`` for int64 ids ``[N]``: the first residual."""
         embedding = self.weights.embedding
         rows: Tensor = self.kernels.weight_rows(self.weights.head, ids) if embedding is None else embedding[ids]
+        if self._embedding_factor != 1.0:
+            self.kernels.scale_and_cap(rows, self._embedding_factor)
         return rows
+
+    def _as_in_transformers(self, residual: Tensor) -> Tensor:
+        """Which does not keep it divided by residual_multiplier."""
+        if self.config.residual_multiplier == 1.0:
+            return residual
+        states = residual.clone()
+        self.kernels.scale_and_cap(states, self.config.residual_multiplier)
+        return states
 
     def _enter(self, x: Tensor | None, residual: Tensor, norm: Tensor | None) -> Tensor:
         """residual += x, where there is one; returns what the next sublayer reads: the residual, normed if it is."""
@@ -114,7 +126,7 @@ class Decoder:
 
     def _feed_forward(self, layer: LayerWeights, x: Tensor) -> Tensor:
         kernels = self.kernels
-        x = kernels.silu_and_mul(kernels.linear(x, layer.gate_up, layer.gate_up_bias))
+        x = self._activate(kernels.linear(x, layer.gate_up, layer.gate_up_bias))
         return self._add_up(kernels.linear(x, layer.down, layer.down_bias))
 
     def _logits(self, x: Tensor, residual: Tensor, rows: Tensor, hidden: HiddenStates | None) -> Tensor:
@@ -131,6 +143,8 @@ class Decoder:
             x, residual = x[rows], residual[rows]
         normed = x if whole else self._enter(x, residual, self.weights.norm)
         logits: Tensor = kernels.linear(normed, self.weights.head, self.weights.head_bias)
+        if self.config.logits_scale != 1.0 or self.config.logits_softcap > 0:
+            kernels.scale_and_cap(logits, self.config.logits_scale, self.config.logits_softcap)
         return logits if self.collective is None else self.collective.gather_logits(logits)
 
     def _add_up(self, part: Tensor) -> Tensor:

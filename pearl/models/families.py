@@ -32,11 +32,50 @@ class Family:
     norm_offset: float = 0.0
     merged_projections: bool = False  # q, k and v are stored as one matrix, and so are gate and up
     partial_rotary: bool = False  # partial_rotary_factor counts, for the class and for us
+    # Which field of the configuration holds what; "": none does.
+    activation: str = "hidden_act"
+    query_scale: Literal["", "query_pre_attn_scalar", "attention_multiplier"] = ""  # the first: to the power of -1/2
+    softcaps: bool = False  # final_logit_softcapping; and of attention scores, where attention_softcap says so
+    attention_softcap: bool = False  # attn_logit_softcapping
+    scales_embeddings: bool = False  # by the root of the model's width, rounded to its dtype
+    multipliers: bool = False  # Granite's embedding_multiplier, residual_multiplier and logits_scaling
+    layers_without_rope: bool = False  # no_rope_layers counts
+    local_rope: bool = False  # layers with a window have rope parameters of their own
+    # Fields that the class reads and we do not, with the values that change nothing.
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rope_types: Mapping[str, str] = field(default_factory=dict)  # names that mean another one here
 
 
+_CAUSAL = {"use_bidirectional_attention": (None, False)}
+_GEMMA: dict[str, Any] = {"mlp_bias": False, "norm_offset": 1.0, "scales_embeddings": True}
+
 # CodeLlama and DeepSeek-Coder are Llama shapes. Llama has no window, whatever keys a configuration carries along.
 FAMILIES: Mapping[str, Family] = {
+    "gemma": Family("GemmaForCausalLM", "none", **_GEMMA, neutral=_CAUSAL),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "by layer",
+        **_GEMMA,
+        norms="around",
+        activation="hidden_activation",
+        query_scale="query_pre_attn_scalar",
+        softcaps=True,
+        attention_softcap=True,
+        neutral=_CAUSAL,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        "by layer",
+        **_GEMMA,
+        norms="around",
+        qk_norm="head",
+        activation="hidden_activation",
+        query_scale="query_pre_attn_scalar",
+        softcaps=True,
+        local_rope=True,
+        neutral={**_CAUSAL, "attn_logit_softcapping": (None,)},  # the class does not look at it, unlike Gemma 2's
+    ),
+    "granite": Family("GraniteForCausalLM", "none", query_scale="attention_multiplier", multipliers=True),
     "llama": Family("LlamaForCausalLM", "none"),
     "ministral": Family("MinistralForCausalLM", "by layer", qkv_bias=False, output_bias=False, mlp_bias=False),
     "mistral": Family("MistralForCausalLM", "all", qkv_bias=False, output_bias=False, mlp_bias=False),
@@ -53,8 +92,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", "by layer", qkv_bias=True, output_bias=False, mlp_bias=False),
     "qwen3": Family("Qwen3ForCausalLM", "by layer", mlp_bias=False, qk_norm="head"),
-    "smollm3": Family("SmolLM3ForCausalLM", "by layer"),
+    "smollm3": Family("SmolLM3ForCausalLM", "by layer", layers_without_rope=True),
 }
+
+
+TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text"}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -71,6 +113,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is defined by Python code in the model's folder (auto_map), and this engine "
             f"never runs code from a model's folder; {known}"
+        )
+    if isinstance(model_type, str) and model_type in TEXT_PARTS:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is a model of several modalities, which are not supported; take a checkpoint "
+            f"of its text model alone (model_type {TEXT_PARTS[model_type]!r}); {known}"
         )
     if model_type is None:
         raise UnsupportedModelError(f"the configuration has no model_type, which names the model's family; {known}")

@@ -22,7 +22,17 @@ from pearl_kernels import LinearWeight
 if TYPE_CHECKING:
     from pearl_kernels.cpu import _core
 
-_OPERATORS = ("rms_norm", "add_rms_norm", "silu_and_mul", "linear", "rope_and_cache", "verify_attention")
+_OPERATORS = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "gelu_and_mul",
+    "scale_and_cap",
+    "linear",
+    "rope_and_cache",
+    "verify_attention",
+)
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # csrc/include/pearl/params.h
 
 
 def can_fuse(model: CausalModel) -> TypeGuard[Decoder]:
@@ -51,6 +61,8 @@ class FusedDecoder:
             DTYPE_CODES[model.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
             config.ffn, config.vocab_size, model.max_model_len, pages, page_size, config.residual_eps, config.eps,
             config.attention_scale, config.attention_softcap, config.qk_norm == "projection",
+            _ACTIVATIONS[config.activation], config.embedding_factor(model.dtype), config.logits_scale,
+            config.logits_softcap, config.residual_multiplier,
         )  # fmt: skip
         layers = list(map(_layer, weights.layers, model.cos_sin, cache.layers, config.windows))
         self._decoder = _core.Decoder(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pearl.errors import ModelLoadError, UnsupportedModelError
+from pearl.errors import ModelLoadError
+from pearl.models import config_features as features
+from pearl.models.config_features import Activation
 from pearl.models.config_file import check_sizes
-from pearl.models.families import Family, Norms, QKNorm, family_of
+from pearl.models.families import Norms, QKNorm, family_of
 from pearl.models.model_source import source_of
 from pearl.models.quantization import Quantization
 from pearl.models.rope import frequencies, longest_fixed, require_fixed_frequencies
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from pearl.models.plain_files import PlainConfig
 
-_ACTIVATIONS = ("silu", "swish")  # two names of one function
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 4096
 
@@ -62,11 +63,23 @@ class ModelConfig:
     layer_ropes: tuple[Mapping[str, Any] | None, ...] = field(default=(), hash=False)
     query_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     attention_softcap: float = 0.0  # 0: none
+    activation: Activation = "silu"
+    logits_scale: float = 1.0
+    logits_softcap: float = 0.0  # 0: none
+    embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False  # to the dtype that is computed in
     residual_multiplier: float = 1.0  # of what each sublayer adds to the residual, which we keep divided by it
 
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def embedding_factor(self, dtype: torch.dtype) -> float:
+        """What makes an embedding the first residual, as we keep it, of a model that is computed in dtype."""
+        scale = self.embedding_scale
+        if self.rounds_embedding_scale:
+            scale = torch.tensor(scale).to(dtype).item()
+        return scale / self.residual_multiplier
 
     @property
     def residual_eps(self) -> float:
@@ -114,10 +127,12 @@ class ModelConfig:
         config = copy.deepcopy(config)
         family = family_of({"model_type": config.model_type})
         check_sizes(vars(config))
+        features.refuse_unknown(config, family)
         config.standardize_rope_params()  # as the model's class does: some keys count only now
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         attention_bias = bool(getattr(config, "attention_bias", False))
+        rope, multipliers = features.rope(config, family), features.multipliers(config, family)
         shape = cls(
             architecture=family.architecture,
             vocab_size=config.vocab_size,
@@ -133,17 +148,25 @@ class ModelConfig:
             output_bias=attention_bias if family.output_bias is None else family.output_bias,
             mlp_bias=bool(getattr(config, "mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias,
             qk_norm=family.qk_norm,
-            windows=_windows(config, family),
+            windows=features.windows(config, family),
             max_position_embeddings=config.max_position_embeddings,
-            rope=dict(config.rope_parameters),
+            rope=rope,
             dtype=config.dtype if config.dtype in _DTYPES else torch.float32,
             norms=family.norms,
             norm_offset=family.norm_offset,
             merged_projections=family.merged_projections,
-            unrotated=head_dim - _rotary_dim(config.rope_parameters, family, head_dim),
-            layer_ropes=_layer_ropes(config),
+            unrotated=head_dim - features.rotary_dim(rope, family, head_dim),
+            layer_ropes=features.layer_ropes(config, family),
+            query_scale=features.query_scale(config, family),
+            attention_softcap=features.softcap(config, "attn_logit_softcapping", family.attention_softcap),
+            activation=features.activation(config, family),
+            logits_scale=multipliers.logits,
+            logits_softcap=features.softcap(config, "final_logit_softcapping", family.softcaps),
+            embedding_scale=multipliers.embedding,
+            rounds_embedding_scale=family.scales_embeddings,
+            residual_multiplier=multipliers.residual,
         )
-        shape._check(config.hidden_act)
+        shape._check()
         return shape
 
     def require_length(self, max_model_len: int) -> None:
@@ -151,11 +174,7 @@ class ModelConfig:
         for rope in self._ropes():
             require_fixed_frequencies(rope, self.max_position_embeddings, max_model_len)
 
-    def _check(self, activation: object) -> None:
-        if activation not in _ACTIVATIONS:
-            raise UnsupportedModelError(
-                f"activation {activation!r} (hidden_act) is not supported; the decoder knows 'silu'"
-            )
+    def _check(self) -> None:
         if self.heads % self.kv_heads:
             raise ModelLoadError(
                 f"num_attention_heads={self.heads} is not a multiple of num_key_value_heads={self.kv_heads}"
@@ -169,57 +188,3 @@ class ModelConfig:
             raise ModelLoadError(f"rms_norm_eps must be a finite number >= 0, not {self.eps!r}")
         for rope in self._ropes():
             frequencies(rope, self.rotary_dim, self.max_position_embeddings)
-
-
-def _rotary_dim(rope: Mapping[str, Any], family: Family, head_dim: int) -> int:
-    """How many lanes of a head are rotated. Classes that rotate all ignore the factor where nothing is scaled."""
-    factor = rope.get("partial_rotary_factor", 1.0)
-    if factor == 1.0 or (not family.partial_rotary and rope["rope_type"] == "default"):
-        return head_dim
-    if not family.partial_rotary:
-        raise UnsupportedModelError(
-            f"partial_rotary_factor={factor!r} with scaled RoPE is not supported in a {family.architecture}"
-        )
-    number = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor <= 1
-    if not number or int(head_dim * factor) % 2 or int(head_dim * factor) < 2:
-        raise ModelLoadError(
-            f"partial_rotary_factor must leave an even number of rotated lanes of a head of {head_dim}, not {factor!r}"
-        )
-    return int(head_dim * factor)
-
-
-def _layer_ropes(config: PretrainedConfig | PlainConfig) -> tuple[Mapping[str, Any] | None, ...]:
-    """Empty where all layers are alike. SmolLM3 has layers without rope: 0 in no_rope_layers."""
-    rotated = getattr(config, "no_rope_layers", None)
-    if config.model_type != "smollm3" or rotated is None:
-        return ()
-    layers = config.num_hidden_layers
-    if len(rotated) < layers or not all(isinstance(each, int) for each in rotated):
-        raise ModelLoadError(f"no_rope_layers must have a 0 or 1 for each of the {layers} layers, not {rotated!r}")
-    return tuple(dict(config.rope_parameters) if each else None for each in rotated[:layers])
-
-
-def _windows(config: PretrainedConfig | PlainConfig, family: Family) -> tuple[int, ...]:
-    layers: int = config.num_hidden_layers
-    if family.windows == "none":
-        return (0,) * layers
-    window: int | None = config.sliding_window
-    if family.windows == "all":
-        return (0 if window is None else _checked_window(window),) * layers
-    return tuple(_window_of(kind, window) for kind in config.layer_types)
-
-
-def _window_of(kind: str, window: int | None) -> int:
-    if kind == "full_attention":
-        return 0
-    if kind != "sliding_attention":
-        raise UnsupportedModelError(
-            f"layer_types has {kind!r}, which is not supported; the decoder knows full_attention and sliding_attention"
-        )
-    return _checked_window(window)
-
-
-def _checked_window(window: int | None) -> int:
-    if window is None or window < 1:
-        raise ModelLoadError(f"sliding_window must be at least 1 where a layer uses it, not {window!r}")
-    return window

@@ -17,6 +17,8 @@ _NAMES = (
     "rms_norm",
     "add_rms_norm",
     "silu_and_mul",
+    "gelu_and_mul",
+    "scale_and_cap",
     "pack_linear",
     "pack_quantized",
     "weight_rows",

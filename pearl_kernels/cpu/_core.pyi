@@ -46,6 +46,10 @@ def rms_norm(
     /,
 ) -> None: ...
 def silu_and_mul(dtype: int, rows: int, width: int, x: int, x_stride: int, out: int, where: None, /) -> None: ...
+def gelu_and_mul(dtype: int, rows: int, width: int, x: int, x_stride: int, out: int, where: None, /) -> None: ...
+def scale_and_cap(
+    dtype: int, rows: int, width: int, x: int, x_stride: int, scale: float, softcap: float, where: None, /
+) -> None: ...
 def rope_and_cache(
     dtype: int,
     tokens: int,
@@ -234,6 +238,11 @@ class Shape:
         scale: float,
         softcap: float,
         norms_projections: bool,
+        activation: int,
+        embedding_scale: float,
+        logits_scale: float,
+        logits_softcap: float,
+        residual_multiplier: float,
         /,
     ) -> None: ...
 

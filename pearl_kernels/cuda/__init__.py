@@ -19,6 +19,8 @@ OPERATORS = LazyOperators(
         "rms_norm": "pearl_kernels.cuda.operators",
         "add_rms_norm": "pearl_kernels.cuda.operators",
         "silu_and_mul": "pearl_kernels.cuda.operators",
+        "gelu_and_mul": "pearl_kernels.cuda.operators",
+        "scale_and_cap": "pearl_kernels.cuda.operators",
         "rope_and_cache": "pearl_kernels.cuda.operators",
         "verify_attention": "pearl_kernels.cuda.operators",
         "verify": "pearl_kernels.cuda.operators",

@@ -6,6 +6,8 @@ The dtypes are those of the module's checks, all of one call alike, but for q, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,15 +54,29 @@ class NativeLayers(NativeModule):
         return out
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        checks = self.checks.beside("silu_and_mul", "x", x)
-        code = checks.floating("silu_and_mul", "x", x)
-        n, width = matrix("silu_and_mul", x)
+        return self._activate("silu_and_mul", self.module.silu_and_mul, x)
+
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        return self._activate("gelu_and_mul", self.module.gelu_and_mul, x)
+
+    def _activate(self, op: str, function: Callable[..., None], x: Tensor) -> Tensor:
+        checks = self.checks.beside(op, "x", x)
+        code = checks.floating(op, "x", x)
+        n, width = matrix(op, x)
         if width % 2:
-            raise ValueError(f"silu_and_mul: x must have an even width, not {width}")
-        address, stride = checks.rows("silu_and_mul", "x", x, x.dtype, (n, width))
+            raise ValueError(f"{op}: x must have an even width, not {width}")
+        address, stride = checks.rows(op, "x", x, x.dtype, (n, width))
         out = x.new_empty((n, width // 2))
-        self.module.silu_and_mul(code, n, width // 2, address, stride, out.data_ptr(), self.where and self.where(x))
+        function(code, n, width // 2, address, stride, out.data_ptr(), self.where and self.where(x))
         return out
+
+    def scale_and_cap(self, x: Tensor, scale: float, softcap: float = 0.0) -> None:
+        op = "scale_and_cap"
+        checks = self.checks.beside(op, "x", x)
+        code = checks.floating(op, "x", x)
+        n, width = matrix(op, x)
+        address, stride = checks.rows(op, "x", x, x.dtype, (n, width))
+        self.module.scale_and_cap(code, n, width, address, stride, scale, softcap, self.where and self.where(x))
 
     def rope_and_cache(
         self,

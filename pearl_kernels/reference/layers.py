@@ -40,6 +40,23 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """Gated activation as ``silu_and_mul``, with GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415):
+    ``0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))``.
+    """
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def scale_and_cap(x: Tensor, scale: float, softcap: float = 0.0) -> None:
+    """x ``[N, D]`` becomes ``x * scale``, and with a softcap > 0 ``softcap * tanh(x * scale / softcap)``, in place.
+
+    -inf stays what it is: a token that is banned. Of embeddings (Gemma, Granite) and logits (Gemma 2, Granite).
+    """
+    y = x.float() * scale
+    x.copy_(y if softcap <= 0 else torch.where(y == -torch.inf, y, softcap * torch.tanh(y / softcap)))
+
+
 @dataclass(frozen=True)
 class LinearWeight:
     """A matrix ``[M, K]`` as ``linear`` takes it. Only the provider that packed it knows the layout of ``data``."""

@@ -19,6 +19,8 @@ MODULES = {
     "rms_norm": "pearl_kernels.triton.norm",
     "add_rms_norm": "pearl_kernels.triton.norm",
     "silu_and_mul": "pearl_kernels.triton.activation",
+    "gelu_and_mul": "pearl_kernels.triton.activation",
+    "scale_and_cap": "pearl_kernels.triton.scaling",
     "route": "pearl_kernels.triton.experts",
     "experts": "pearl_kernels.triton.experts",
     "pack_linear": "pearl_kernels.triton.linear",

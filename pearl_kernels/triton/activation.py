@@ -1,4 +1,4 @@
-"""``silu_and_mul`` in Triton; meaning, shapes and dtypes as in ``pearl_kernels.reference.layers``.
+"""``silu_and_mul`` and ``gelu_and_mul`` in Triton; meaning, shapes and dtypes as in ``pearl_kernels.reference.layers``.
 
 Elementwise: three memory accesses and one exponential an element, bandwidth is the limit. A row is cut into tiles so
 that the few rows of a decoding step still give every multiprocessor some.
@@ -18,8 +18,11 @@ _BLOCK, _WARPS = 1024, 4  # 8 elements a thread: a vector of bf16 from either ha
 
 
 @triton.jit
-def silu_and_mul_kernel(x, out, x_stride, width, tiles, BLOCK: tl.constexpr):
-    """Program i: tile ``i % tiles`` of row ``i // tiles``; x ``[rows, 2 * width]``, out ``[rows, width]``."""
+def activation_kernel(x, out, x_stride, width, tiles, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Program i: tile ``i % tiles`` of row ``i // tiles``; x ``[rows, 2 * width]``, out ``[rows, width]``.
+
+    Both activations are g / (1 + exp(-t)): t = g, or twice what GELU takes the tanh of.
+    """
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     columns = program % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -27,13 +30,21 @@ def silu_and_mul_kernel(x, out, x_stride, width, tiles, BLOCK: tl.constexpr):
     gates = x + row * x_stride + columns
     gate = tl.load(gates, inside, 0.0).to(tl.float32)
     up = tl.load(gates + width, inside, 0.0).to(tl.float32)
+    inner = 1.5957691216 * gate * (1.0 + 0.044715 * gate * gate) if GELU else gate
     # exp may overflow: the quotient is then the zero that it should be.
-    value = gate / (1.0 + tl.exp(-gate)) * up
+    value = gate / (1.0 + tl.exp(-inner)) * up
     tl.store(out + row * width + columns, value.to(out.dtype.element_ty), inside)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
-    op = "silu_and_mul"
+    return _launch("silu_and_mul", x)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    return _launch("gelu_and_mul", x)
+
+
+def _launch(op: str, x: Tensor) -> Tensor:
     checks = CHECKS.beside(op, "x", x)
     checks.floating(op, "x", x)
     n, width = matrix(op, x)
@@ -44,26 +55,28 @@ def silu_and_mul(x: Tensor) -> Tensor:
     out = x.new_empty((n, width))
     if out.numel():
         tiles = triton.cdiv(width, _BLOCK)
-        silu_and_mul_kernel[(n * tiles,)](x, out, x.stride(0), width, tiles, BLOCK=_BLOCK, num_warps=_WARPS)
+        shape = {"GELU": op == "gelu_and_mul", "BLOCK": _BLOCK}
+        activation_kernel[(n * tiles,)](x, out, x.stride(0), width, tiles, **shape, num_warps=_WARPS)
     return out
 
 
-def _variant(dtype: str, width: int) -> Variant:
+def _variant(op: str, dtype: str, width: int) -> Variant:
     return Variant(
-        name=f"silu_and_mul-{dtype}-{width}",
-        kernel=silu_and_mul_kernel,
+        name=f"{op}-{dtype}-{width}",
+        kernel=activation_kernel,
         signature={
             "x": f"*{dtype}",
             "out": f"*{dtype}",
             "x_stride": "i32",
             "width": "i32",
             "tiles": "i32",
+            "GELU": "constexpr",
             "BLOCK": "constexpr",
         },
-        constexprs={"BLOCK": _BLOCK},
+        constexprs={"GELU": op == "gelu_and_mul", "BLOCK": _BLOCK},
         num_warps=_WARPS,
         aligned=("x", "out", "x_stride", "width"),
     )
 
 
-VARIANTS = tuple(_variant(dtype, 14336) for dtype in ("bf16", "fp16"))
+VARIANTS = tuple(_variant(op, dtype, 14336) for op in ("silu_and_mul", "gelu_and_mul") for dtype in ("bf16", "fp16"))

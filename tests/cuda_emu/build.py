@@ -117,6 +117,8 @@ SOURCES: Mapping[str, str] = {
     "rms_norm": "norm.cu",
     "add_rms_norm": "norm.cu",
     "silu_and_mul": "activation.cu",
+    "gelu_and_mul": "activation.cu",
+    "scale_and_cap": "scaling.cu",
     "rope_and_cache": "rope.cu",
     "verify_attention": "attention.cu",
     "copy_blocks": "copy_blocks.cu",

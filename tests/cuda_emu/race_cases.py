@@ -28,8 +28,12 @@ def _norms(width: int, offset: int, dtype: torch.dtype, add: bool) -> None:
         build.operator("rms_norm", races=True)(x, weight, 1e-5)
 
 
-def _activation(width: int) -> None:
-    build.operator("silu_and_mul", races=True)(torch.randn(2, 2 * width))
+def _activation(op: str, width: int) -> None:
+    build.operator(op, races=True)(torch.randn(2, 2 * width))
+
+
+def _scaling(width: int, softcap: float) -> None:
+    build.operator("scale_and_cap", races=True)(torch.randn(2, width), 0.5, softcap)
 
 
 def _rope(head_dim: int, normed: bool) -> None:
@@ -159,7 +163,16 @@ CASES: Mapping[str, Mapping[str, Callable[[], None]]] = {
         "elements": partial(_norms, 75, 1, FP32, False),
         "elements, residual": partial(_norms, 131, 1, BF16, True),
     },
-    "activation.cu": {"vectors": partial(_activation, 1200), "elements": partial(_activation, 1201)},
+    "activation.cu": {
+        "vectors": partial(_activation, "silu_and_mul", 1200),
+        "elements": partial(_activation, "silu_and_mul", 1201),
+        "gelu": partial(_activation, "gelu_and_mul", 1201),
+    },
+    "scaling.cu": {
+        "vectors": partial(_scaling, 1200, 0.0),
+        "elements": partial(_scaling, 1201, 0.0),
+        "cap": partial(_scaling, 1201, 2.0),
+    },
     "rope.cu": {
         "plain": partial(_rope, 64, False),
         "normed": partial(_rope, 128, True),

@@ -7,7 +7,8 @@ namespace pearl::cuda {
 
 #define PEARL_WEAK __attribute__((weak, visibility("hidden")))
 PEARL_WEAK cudaError_t rms_norm(const RmsNormParams&, cudaStream_t);
-PEARL_WEAK cudaError_t silu_and_mul(const SiluAndMulParams&, cudaStream_t);
+PEARL_WEAK cudaError_t gated_activation(const GatedParams&, cudaStream_t);
+PEARL_WEAK cudaError_t scale_and_cap(const ScaleAndCapParams&, cudaStream_t);
 PEARL_WEAK cudaError_t rope_and_cache(const RopeAndCacheParams&, cudaStream_t);
 PEARL_WEAK cudaError_t verify_attention(const AttentionParams&, cudaStream_t);
 PEARL_WEAK cudaError_t verify(const VerifyParams&, cudaStream_t);

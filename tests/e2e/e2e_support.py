@@ -35,7 +35,7 @@ EOS = 0
 # fp32 logits of two implementations differ by about 1e-5; a wider margin is decided the same way by both.
 DECISIVE_MARGIN = 1e-4
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -58,10 +58,10 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE),
-    "mistral": MistralConfig(**{**_SHAPE, "num_key_value_heads": 1, "vocab_size": VOCAB + 20}, sliding_window=24),
-    "qwen2": Qwen2Config(**{**_SHAPE, "tie_word_embeddings": True}),
-    "qwen3": Qwen3Config(**{**_SHAPE, "tie_word_embeddings": True, "head_dim": 32, "vocab_size": VOCAB + 12}),
+    "llama": LlamaConfig(**SHAPE, rope_parameters=_LLAMA3_ROPE),
+    "mistral": MistralConfig(**{**SHAPE, "num_key_value_heads": 1, "vocab_size": VOCAB + 20}, sliding_window=24),
+    "qwen2": Qwen2Config(**{**SHAPE, "tie_word_embeddings": True}),
+    "qwen3": Qwen3Config(**{**SHAPE, "tie_word_embeddings": True, "head_dim": 32, "vocab_size": VOCAB + 12}),
 }
 
 

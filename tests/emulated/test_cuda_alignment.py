@@ -68,6 +68,17 @@ def test_activation_of_rows_longer_than_a_block() -> None:
 
 @every_dtype
 @pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize(("width", "gap"), [(64, 0), (64, 3), (61, 6), (2100, 0)])
+def test_scaling(offset: int, width: int, gap: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(3, width) * 3).to(dtype)
+    exact, placed = x.float().clone(), at_offset(x, offset, gap)
+    reference.scale_and_cap(exact, 2.0, 3.0)
+    build.operator("scale_and_cap")(placed, 2.0, 3.0)
+    assert_rounds_to(placed, exact)
+
+
+@every_dtype
+@pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("gap", [0, 3, 8])
 @pytest.mark.parametrize("head_dim", [8, 72, 136])  # groups of 8, 16 and 32 lanes, none of them full
 def test_rope(offset: int, gap: int, head_dim: int, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm and silu_and_mul of the GPU providers: wide rows, and what they refuse."""
+"""The GPU providers' norms, activations and scaling: wide rows, and what they refuse."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ BAD_CALLS: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "residual-rows": ("add_rms_norm", lambda: (torch.ones(2, 4), torch.ones(3, 4), torch.ones(4), 1e-6)),
     "odd": ("silu_and_mul", lambda: (torch.ones(2, 7),)),
     "activation-rank": ("silu_and_mul", lambda: (torch.ones(2, 4, 4),)),
+    "gelu-odd": ("gelu_and_mul", lambda: (torch.ones(2, 7),)),
+    "scale-rank": ("scale_and_cap", lambda: (torch.ones(4), 2.0)),
+    "scale-columns-apart": ("scale_and_cap", lambda: (torch.ones(4, 2).T, 2.0, 1.0)),
 }
 
 

@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -69,6 +77,30 @@ def phi3(**changes: Any) -> PreTrainedModel:
     return Phi3ForCausalLM(Phi3Config(**{**SHAPE, **IDS, **changes}))
 
 
+# Caps and windows that these small numbers reach; a scale of scores that is not a head's.
+GEMMA2: dict[str, Any] = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 4.0,
+    "sliding_window": 9,
+}
+GEMMA3: dict[str, Any] = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "sliding_window_pattern": 2,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "rope_local_base_freq": 500.0,
+}
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0625,
+    "logits_scaling": 8.0,
+}
+
+
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
@@ -96,6 +128,19 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**{**SHAPE, "num_key_value_heads": 1}, head_dim=16)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **GEMMA2)),
+    "gemma2-no-caps": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SHAPE, **{**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None})
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **GEMMA3)),
+    "gemma3-cap": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**{**SHAPE, "tie_word_embeddings": False}, **{**GEMMA3, "final_logit_softcapping": 5.0})
+    ),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, **GRANITE, tie_word_embeddings=True)),
+    "granite-biases": lambda: GraniteForCausalLM(
+        GraniteConfig(**SHAPE, **{**GRANITE, "logits_scaling": 6.0}, attention_bias=True, mlp_bias=True)
+    ),
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE, **rope("default"))),
     "phi3-window": lambda: phi3(sliding_window=11),
     "phi3-partial-longrope": lambda: phi3(tie_word_embeddings=True, **LONGROPE),

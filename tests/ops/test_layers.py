@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm and silu_and_mul."""
+"""rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul and scale_and_cap."""
 
 from __future__ import annotations
 
@@ -44,20 +44,53 @@ def test_add_rms_norm_matches_reference(add_rms_norm: Implementation, n: int, wi
     assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize(("silu_and_mul", "dtype"), each_dtype(everyone("silu_and_mul")))
+def activations() -> list[Any]:
+    """pytest parameters: an implementation, and its reference."""
+    ops = {"silu_and_mul": reference.silu_and_mul, "gelu_and_mul": reference.gelu_and_mul}
+    return [pytest.param(p.values[0], of, id=f"{p.id}-{op}") for op, of in ops.items() for p in everyone(op)]
+
+
+@pytest.mark.parametrize(("activation", "expected"), activations())
 @pytest.mark.parametrize(("n", "width"), [*SHAPES, (3, 1024)])
-def test_silu_and_mul_matches_reference(silu_and_mul: Implementation, n: int, width: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(n, 2 * width) * 30).to(dtype)
-    exact = reference.silu_and_mul(x.float())
-    for rows in (x, strided_rows(x)):
-        assert_rounds_to(silu_and_mul(rows), exact, ULPS[dtype])
+@pytest.mark.parametrize("size", [3, 30])
+def test_activations_match_their_references(
+    activation: Implementation, expected: Implementation, n: int, width: int, size: int
+) -> None:
+    for dtype in activation.dtypes:
+        x = (torch.randn(n, 2 * width) * size).to(dtype)
+        exact = expected(x.float())
+        for rows in (x, strided_rows(x)):
+            assert_rounds_to(activation(rows), exact, ULPS[dtype])
 
 
-@pytest.mark.parametrize("silu_and_mul", everyone("silu_and_mul"))
-def test_silu_saturates(silu_and_mul: Implementation) -> None:
-    gates = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 1e30]])
-    out = silu_and_mul(torch.cat((gates, torch.ones_like(gates)), -1))
-    torch.testing.assert_close(out, F.silu(gates), rtol=1e-5, atol=1e-30)
+@pytest.mark.parametrize(("activation", "expected"), activations())
+def test_activations_saturate(activation: Implementation, expected: Implementation) -> None:
+    gates = torch.tensor([[-1e30, -200.0, -88.0, -12.0, 0.0, 88.0, 1e30]])
+    x = torch.cat((gates, torch.ones_like(gates)), -1)
+    torch.testing.assert_close(activation(x), expected(x), rtol=1e-5, atol=1e-25)
+
+
+@pytest.mark.parametrize("scale_and_cap", everyone("scale_and_cap"))
+@pytest.mark.parametrize(("n", "width"), [*SHAPES, (3, 1030)])
+@pytest.mark.parametrize(("scale", "softcap"), [(55.5, 0.0), (1.0, 30.0), (0.125, 2.0)])
+def test_scale_and_cap_matches_reference(
+    scale_and_cap: Implementation, n: int, width: int, scale: float, softcap: float
+) -> None:
+    for dtype in scale_and_cap.dtypes:
+        x = (torch.randn(n, width) * 40).to(dtype)
+        exact = x.float().clone()
+        reference.scale_and_cap(exact, scale, softcap)
+        for rows in (x.clone(), strided_rows(x)):
+            assert scale_and_cap(rows, scale, softcap) is None
+            assert_rounds_to(rows, exact, ULPS[dtype])
+
+
+@pytest.mark.parametrize("scale_and_cap", everyone("scale_and_cap"))
+def test_a_cap_keeps_what_is_banned_and_hides_no_nan(scale_and_cap: Implementation) -> None:
+    x = torch.tensor([[-torch.inf, -1e30, 0.0, 1e30, torch.inf, torch.nan]])
+    scale_and_cap(x, 0.5, 30.0)
+    assert x[0, :5].tolist() == [-torch.inf, -30.0, 0.0, 30.0, 30.0]
+    assert x[0, 5].isnan()
 
 
 @pytest.mark.parametrize("op", everyone("rms_norm"))
@@ -69,12 +102,12 @@ def test_nan_is_not_hidden(op: Implementation) -> None:
     assert out[1].isnan().all()
 
 
-@pytest.mark.parametrize("silu_and_mul", everyone("silu_and_mul"))
+@pytest.mark.parametrize("activation", [*everyone("silu_and_mul"), *everyone("gelu_and_mul")])
 @pytest.mark.parametrize("column", [3, 33 + 3], ids=["gate", "up"])
-def test_silu_does_not_hide_nan(silu_and_mul: Implementation, column: int) -> None:
+def test_activations_do_not_hide_nan(activation: Implementation, column: int) -> None:
     x = torch.randn(2, 66)
     x[1, column] = torch.nan
-    assert silu_and_mul(x).isnan().nonzero().tolist() == [[1, 3]]
+    assert activation(x).isnan().nonzero().tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("op", everyone("rms_norm"))
@@ -105,7 +138,19 @@ def test_reference_norm_is_the_plain_formula() -> None:
 
 def test_reference_activation_is_the_plain_formula() -> None:
     x = torch.randn(3, 10)
-    torch.testing.assert_close(reference.silu_and_mul(x), x[:, :5] * torch.sigmoid(x[:, :5]) * x[:, 5:])
+    gate, up = x[:, :5], x[:, 5:]
+    torch.testing.assert_close(reference.silu_and_mul(x), gate * torch.sigmoid(gate) * up)
+    gelu = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    torch.testing.assert_close(reference.gelu_and_mul(x), gelu * up)
+
+
+def test_reference_cap_is_the_plain_formula() -> None:
+    x = torch.randn(3, 10)
+    scaled, capped = x.clone(), x.clone()
+    reference.scale_and_cap(scaled, 3.0)
+    torch.testing.assert_close(scaled, 3 * x)
+    reference.scale_and_cap(capped, 3.0, 0.5)
+    torch.testing.assert_close(capped, 0.5 * torch.tanh(6 * x))
 
 
 def test_reference_linear_is_a_matrix_product() -> None:

@@ -108,8 +108,10 @@ def cases() -> list[Any]:
     return params
 
 
-# Of one tensor, beside packed ones.
-NOT_ASKED = ("pack_linear", "pack_quantized", "silu_and_mul", "weight_rows", "route", "experts")
+# Of one tensor, maybe beside packed ones.
+NOT_ASKED = (
+    "pack_linear", "pack_quantized", "silu_and_mul", "gelu_and_mul", "scale_and_cap", "weight_rows", "route", "experts",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("op", "function", "dtype"), cases())

@@ -34,12 +34,24 @@ struct RmsNormParams {
   float eps;
 };
 
-struct SiluAndMulParams {
+enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+
+struct GatedParams {
   DType dtype;
+  Activation activation;
   int64_t rows, width;
   const void* x;  // [rows, 2 * width]: gates, then ups
   int64_t x_stride;
   void* out;  // [rows, width]
+};
+
+struct ScaleAndCapParams {
+  DType dtype;
+  int64_t rows, width;
+  void* x;  // [rows, width], in place
+  int64_t x_stride;
+  float scale;
+  float softcap;  // 0: none
 };
 
 /// Items [begin, end) of something that can be divided among threads.
