@@ -190,7 +190,7 @@ def test_what_cannot_run_is_named(tmp_path: Path, changes: dict[str, Any], messa
         (b"[" * 100_000, "is not JSON in UTF-8"),
         (b"[1]", "must hold a JSON object, not a list"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer.*git lfs pull"),
-        (b"{}", "has no model_type.*knows llama, ministral, mistral, .*qwen3"),
+        (b"{}", "has no model_type.*knows gemma, .*llama, ministral, .*qwen3"),
         (b'{"configuration_files": 5, "model_type": "llama"}', "transformers refuses it"),
     ],
 )
@@ -246,12 +246,12 @@ def test_the_family_is_the_model_types(tmp_path: Path, architectures: Any) -> No
     assert (qwen.architecture, qwen.qkv_bias, qwen.output_bias) == ("Qwen2ForCausalLM", True, False)
 
 
-@pytest.mark.parametrize("model_type", ["gemma", "Llama", "", 5, ["llama"], {}], ids=repr)
+@pytest.mark.parametrize("model_type", ["mamba", "Llama", "", 5, ["llama"], {}], ids=repr)
 def test_an_unknown_model_type_is_named_with_the_known_ones(tmp_path: Path, model_type: Any) -> None:
     folder = write_config(tmp_path, model_type=model_type, architectures=["LlamaForCausalLM"])
     with pytest.raises(UnsupportedModelError) as raised:
         ModelConfig.from_pretrained(folder)
-    assert f"model_type {model_type!r} is not supported; the decoder knows llama, min" in str(raised.value)
+    assert f"model_type {model_type!r} is not supported; the decoder knows gemma, gemma2, gemma3_text, " in str(raised.value)
 
 
 WORDS = ["full_attention", "sliding_attention", "linear", "dynamic", "yarn", "llama3", "bfloat16", "auto"]

@@ -41,6 +41,10 @@ class TransformersConfig:
     parameters: int
 
     @property
+    def longest(self) -> int:
+        return self.max_position_embeddings
+
+    @property
     def layers(self) -> int:
         return len(self.attention)
 
