@@ -1,0 +1,82 @@
+"""``python bench/train_drafter.py``: data, training, and the files of a head."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from bench.head_training.data import Text, Texts, answers, cut_into_texts, read_questions
+from bench.head_training.model import TrainedHead, shape_of
+from bench.head_training.trainer import HeadTrainer, Options
+from bench.training.corpus import read_files
+from pearl.models import Tokenizer, bundled_path
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for answers, checkpoint, report.json, and the head itself")],
+    target: Annotated[str, typer.Option(help="Folder of the target; default: the bundled one")] = "",
+    prompts: Annotated[list[Path] | None, typer.Option(help="JSON lines with questions for a chat model")] = None,
+    files: Annotated[int, typer.Option(help="Files of the standard library to learn from as text; 0: none")] = 200,
+    answer_count: Annotated[int, typer.Option("--answers", help="Answers of the target to learn from")] = 2000,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 192,
+    temperature: Annotated[float, typer.Option(help="That the answers are drawn at")] = 0.7,
+    vocab: Annotated[int, typer.Option(help="Ids that the head can draft: the most frequent ones")] = 8192,
+    ffn: Annotated[int, typer.Option(help="Feed-forward width of the head; 0: the target's")] = 0,
+    minutes: Annotated[float, typer.Option(help="Of training, restarts included")] = 60,
+    most_steps: Annotated[int, typer.Option(help="Stop after so many; 0: never")] = 0,
+    sequence: Annotated[int, typer.Option(help="Tokens of a text, at most")] = 256,
+    rows: Annotated[int, typer.Option(help="Texts of a step")] = 4,
+    steps: Annotated[int, typer.Option(help="Tokens that a window is rolled out to")] = 5,
+    lr: float = 1e-3,
+    held_out: Annotated[int, typer.Option(help="Texts that a report looks at, at most")] = 64,
+) -> None:
+    """Train an EAGLE-3 head for a target, and write it in the published format."""
+    console, path = Console(), target or str(bundled_path("target"))
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = Tokenizer.from_pretrained(path)
+    pieces = cut_into_texts(tokenizer, list(read_files()[0].values())[:files], sequence)
+    asked = _questions(tokenizer, prompts, pieces, answer_count, sequence // 2)
+    written = answers(path, asked, out / "answers.jsonl", answer_tokens, temperature, console)
+    mixed = [*written, *pieces]
+    order = np.random.default_rng(0).permutation(len(mixed))
+    texts = Texts((mixed[index] for index in order), sequence)
+    judge = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    kept = sorted(token for token, _ in texts.frequencies().most_common(min(vocab, tokenizer.vocab_size)))
+    trainer = HeadTrainer(
+        TrainedHead(shape_of(judge, len(kept), ffn), judge, kept), judge, texts, out,
+        Options(device, rows, steps, lr, held_out),
+    )  # fmt: skip
+    trainer.restore()
+    console.print(f"{len(texts.train)} texts, {len(texts.held_out)} held out; {len(kept)} ids to draft; {device}")
+    before = trainer.worth() if not trainer.step else None
+    trainer.fit(minutes, console, most_steps)
+    trainer.head.save(out / "head")
+    report = {"steps": trainer.step, "seconds": trainer.elapsed, "held_out": asdict(trainer.worth()),
+              **({"before": asdict(before)} if before is not None else {})}  # fmt: skip
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    console.print(report)
+
+
+def _questions(
+    tokenizer: Tokenizer, files: list[Path] | None, pieces: list[Text], count: int, length: int
+) -> list[list[int]]:
+    """Prompts: of a chat model questions in its template; else beginnings of texts."""
+    if files:
+        texts = [text for file in files for text in read_questions(file)]
+        talks = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in texts]
+        asked = [ids for ids in talks if len(ids) <= length]
+    else:
+        asked = [list(piece.ids[: max(8, length // 2)]) for piece in pieces if len(piece.ids) > 16]
+    if not asked:
+        raise typer.BadParameter("there is nothing to ask the target: give --prompts, or --files")
+    return [asked[index % len(asked)] for index in range(count)]
