@@ -25,8 +25,7 @@ both = pytest.mark.parametrize("kind", ["eagle", "medusa"])
 
 @both
 @pytest.mark.parametrize(
-    "setting", ["pearl-2", "pearl-8", "pearl-no-pre-1", "pearl-no-post-1", "pearl-neither-4", "prepared-5",
-                "speculative-1", "speculative-auto"],
+    "setting", ["pearl-8", "pearl-no-post-1", "pearl-neither-4", "prepared-5", "speculative-auto"]
 )  # fmt: skip
 def test_greedy_batches_equal_transformers(
     headed: dict[str, Headed], open_llm: OpenLLM, kind: str, setting: str
@@ -104,7 +103,7 @@ def test_sampled_tokens_have_the_targets_joint_distribution(
     """With seeds, so that a run that passes passes again, and drafted all the same: nothing here changes the pace."""
     options, values = CASES[case]
     monkeypatch.setattr(LLM, "_is_pinned", lambda self, params: False)
-    params, llm = params_of(**values, n=800), open_llm(small[kind], max_num_seqs=16, **options)
+    params, llm = params_of(**values, n=600), open_llm(small[kind], max_num_seqs=16, **options)
     outputs = llm.generate([PROMPT], params)
     assert 0.05 < acceptance(outputs) < 0.99
     assert smallest_p(token_ids(outputs), exact_joint(small[kind], params)) > ALARM
