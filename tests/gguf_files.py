@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pearl.models.gguf.names import TensorNames
+from pearl.models.gguf.architectures import ARCHITECTURES
 
-NAMES = TensorNames()
 F32 = GGUFValueType.FLOAT32
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 # Where a block's fp16 numbers begin, and by what ratios of them its numbers are about 0 in the mean.
 _BLOCK_SCALES = {"Q4_K": (0, (1.0, 7.5)), "Q5_K": (0, (1.0, 15.5)), "Q6_K": (208, (1.0,))}
 
@@ -73,22 +73,24 @@ def gguf_of(
     kind: the type of matrices, or of each by its GGUF name; everything else is F32.
     """
     config = model.config
-    architecture = architecture or {"mistral": "llama"}.get(config.model_type, config.model_type)
+    architecture = architecture or _ARCHITECTURES.get(config.model_type, config.model_type)
+    names = ARCHITECTURES[architecture].names
     judge = copy.deepcopy(model)
     file = GgufFile(architecture, {**_shape(config, architecture), **(vocabulary or {}), **(fields or {})})
-    if config.rope_parameters["rope_type"] == "llama3":
+    if config.rope_parameters.get("rope_type") == "llama3":
         file.tensors["rope_freqs.weight"] = _llama3_factors(config.rope_parameters, config.head_dim), "F32"
     generator = np.random.default_rng(5)
     for name, parameter in judge.named_parameters():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        ours, pairs = NAMES.ours(name), _pairs(name, config) if architecture == "llama" else None
-        values = parameter.data if pairs is None else parameter.data[pairs]
+        ours, pairs = names.ours(name), _pairs(name, config) if architecture == "llama" else None
+        shift = 1.0 if architecture.startswith("gemma") and "norm" in name else 0.0
+        values = (parameter.data if pairs is None else parameter.data[pairs]) + shift
         wanted = "F32" if values.dim() == 1 else kind if isinstance(kind, str) else kind(ours)
         data = encoded(values.numpy(), wanted, generator)
         file.tensors[ours] = data, wanted
         stored = torch.from_numpy(gguf.quants.dequantize(data, GGMLQuantizationType[wanted]).copy())
-        parameter.data[slice(None) if pairs is None else pairs] = stored
+        parameter.data[slice(None) if pairs is None else pairs] = stored - shift
     return file, judge
 
 
@@ -133,7 +135,8 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray[Any, A
 
 
 def _shape(config: Any, architecture: str) -> dict[str, Any]:
-    rope, prefix = config.rope_parameters, f"{architecture}."
+    by_layer, prefix = config.rope_parameters, f"{architecture}."
+    rope = by_layer.get("full_attention", by_layer)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fields: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
@@ -148,8 +151,13 @@ def _shape(config: Any, architecture: str) -> dict[str, Any]:
         "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": head_dim,
     }
-    if config.model_type == "mistral" and config.sliding_window:
+    if config.model_type in ("mistral", "gemma2", "gemma3_text") and config.sliding_window:
         fields["attention.sliding_window"] = config.sliding_window
+    if "sliding_attention" in by_layer:
+        fields["rope.freq_base_swa"] = float(by_layer["sliding_attention"]["rope_theta"])
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            fields[name] = getattr(config, name)
     if rope["rope_type"] in ("linear", "yarn"):
         fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] == "yarn":

@@ -13,7 +13,7 @@ pytest.importorskip("gguf", reason="writes files with the package gguf")
 
 from e2e_support import EOS, VOCAB, Pair, acceptance, byte_tokenizer, perturbed, prompts, random_model, save, token_ids
 from gguf_files import byte_level_fields, gguf_of
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pearl import LLM, SamplingParams
 
@@ -57,6 +57,14 @@ MODELS: dict[str, tuple[Any, str]] = {
     "llama Q4_K": (LlamaConfig(**{**_SHAPE, **_BLOCKS_OF_256, "num_key_value_heads": 1}), "Q4_K"),
     "mistral window Q4_0": (MistralConfig(**{**_SHAPE, "vocab_size": VOCAB + 20}, sliding_window=24), "Q4_0"),
     "qwen2 Q4_1": (Qwen2Config(**{**_SHAPE, "tie_word_embeddings": True}), "Q4_1"),
+    "gemma3 Q4_1": (
+        Gemma3TextConfig(
+            **{**_SHAPE, "num_hidden_layers": 6, "tie_word_embeddings": True},
+            sliding_window=24,
+            query_pre_attn_scalar=16,
+        ),
+        "Q4_1",
+    ),
     "qwen3 Q6_K": (Qwen3Config(**{**_SHAPE, **_BLOCKS_OF_256, "vocab_size": VOCAB + 12}), "Q6_K"),
     "qwen3 Q5_K": (Qwen3Config(**{**_SHAPE, **_BLOCKS_OF_256, "tie_word_embeddings": True}), "Q5_K"),
 }

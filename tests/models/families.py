@@ -155,7 +155,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 def build(name: str) -> PreTrainedModel:
     """Random weights, biases and norms included: a zero bias or a norm of ones would hide that it is ignored."""
     torch.manual_seed(sum(map(ord, name)))
-    model = FAMILIES[name]().eval()
+    return randomised(FAMILIES[name]())
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -15,19 +15,20 @@ import torch
 pytest.importorskip("gguf", reason="writes files with the package gguf")
 
 from checkpoints import assert_logits
-from families import CONTEXT, SHAPE, build, load
-from gguf_files import NAMES, GgufFile, gguf_of
+from families import CONTEXT, SHAPE, build, load, randomised
+from gguf_files import GgufFile, gguf_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import ModelConfig
+from pearl.models.gguf.names import TensorNames
 from pearl.models.gguf.parts import part_names
 
 FAMILIES = [
     "llama", "llama-tied", "llama-biases", "llama-wide-heads", "llama-one-kv-head", "llama-left-over-window",
-    "llama-linear", "llama-yarn", "mistral-window", "mistral-full", "qwen2", "qwen3",
+    "llama-linear", "llama-yarn", "llama-llama3", "mistral-window", "mistral-full", "qwen2", "qwen3",
 ]  # fmt: skip
 
 
@@ -35,6 +36,42 @@ def written(family: str, folder: Path) -> tuple[GgufFile, PreTrainedModel]:
     file, judge = gguf_of(build(family))
     file.write(folder / "model.gguf")
     return file, judge
+
+
+def gemma(model_type: str, **changes: Any) -> PreTrainedModel:
+    """With the numbers that are no fields of a file as llama.cpp takes them."""
+    shape = {
+        **SHAPE,
+        "head_dim": 16,
+        "num_hidden_layers": 7,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 5,
+        **changes,
+    }
+    return randomised(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)))
+
+
+def gemma3(**changes: Any) -> PreTrainedModel:
+    ropes = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 777.0},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 55.0}}  # fmt: skip
+    return gemma("gemma3_text", rope_parameters=ropes, **changes)
+
+
+GEMMAS = {
+    "gemma": lambda: build("gemma"),
+    "gemma2": lambda: gemma("gemma2", attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
+    "gemma2-27b": lambda: gemma("gemma2", num_hidden_layers=46, query_pre_attn_scalar=8),
+    "gemma3": gemma3,
+    "gemma3-cap": lambda: gemma3(final_logit_softcapping=5.0),
+    "gemma3-27b": lambda: gemma3(num_hidden_layers=62, query_pre_attn_scalar=8),
+}
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_gemma_logits(name: str, tmp_path: Path) -> None:
+    file, judge = gguf_of(GEMMAS[name]())
+    file.write(tmp_path / "model.gguf")
+    assert_logits(tmp_path / "model.gguf", judge)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,6 +113,7 @@ MEANT: dict[str, tuple[str, Mapping[str, Any], dict[str, Any]]] = {
     ),
     "yarn's ramp": (
         "llama-yarn",
+        "llama-llama3",
         {"llama.rope.scaling.yarn_beta_fast": 8.0, "llama.rope.scaling.yarn_beta_slow": 2.0},
         {
             "rope_parameters": {
@@ -184,6 +222,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
     ),
     "another yarn": (
         "llama-yarn",
+        "llama-llama3",
         {"llama.rope.scaling.yarn_ext_factor": 0.5},
         {},
         r"yarn_ext_factor is 0\.5: only 1\.0",
@@ -347,7 +386,7 @@ def oracle(file: GgufFile) -> PreTrainedModel | None:
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, (data, kind) in file.tensors.items():
-            theirs, count = NAMES.theirs(name), {"attn_q": heads, "attn_k": config.num_key_value_heads}
+            theirs, count = TensorNames().theirs(name), {"attn_q": heads, "attn_k": config.num_key_value_heads}
             values = torch.from_numpy(data.view(np.float16 if kind == "F16" else np.float32)).float()
             if pairs := count.get(name.split(".")[2] if name.startswith("blk.") else ""):
                 values = values.view(pairs, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)

@@ -19,7 +19,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.tokenization_utils_base import generate_merges
 
 from bench.roofline.gguf_export import write_gguf
 from pearl.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
@@ -216,6 +218,40 @@ def test_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     after = pieces_of(" " * prefix + "b", fields)
     assert ours.encode("a<tool>b</s>", False) == [*pieces_of(" " * prefix + "a", fields), tool, *after, 2]
     assert ours.eos_ids == {2}
+
+
+def test_gemma(tmp_path: Path) -> None:
+    """As transformers makes Gemma's of pieces: they merge in the order of their ids, several blanks are one piece."""
+    fields = {**sentencepiece_fields(), "tokenizer.ggml.add_space_prefix": False}
+    pieces = list(fields["tokenizer.ggml.tokens"])
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tokens = [
+        *first,
+        "\u2581\u2581",
+        "\u2581\u2581\u2581",
+        "\n\n",
+        *(p for p in pieces[3:-1] if p != "\u2581\u2581"),
+        "\n",
+    ]
+    blanks = [text.replace("\u2581", " ") if set(text) == {"\u2581"} and len(text) > 1 else text for text in tokens]
+    fields |= {
+        "tokenizer.ggml.tokens": blanks,
+        "tokenizer.ggml.token_type": [
+            np.int32(3 if t in first else 6 if t.startswith("<0x") else 4 if t.isspace() and len(t) > 1 else 1)
+            for t in blanks
+        ],
+        "tokenizer.ggml.scores": [-1000.0 * (t.isspace() and len(t) > 1) for t in blanks],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    vocab = {text: i for i, text in enumerate(tokens)}
+    original = GemmaTokenizer(vocab=vocab, merges=generate_merges(vocab))
+    ours = Tokenizer.from_pretrained(GgufFile("gemma2", fields, EMBEDDING_OF_ALL).write(tmp_path / "model.gguf"))
+    for text in (*TEXTS, "a    b   c  d", "x\n\n\ny", "<bos>hi<eos>"):
+        ids = original.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special_tokens=False) == ids, text
+        assert ours.encode(text) == [2, *ids]
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {

@@ -43,13 +43,14 @@ _USUAL_SCALING = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor"
 class Architecture:
     """``rotates_pairs``: rows of queries and keys are in the order of neighbouring rotary lanes. ``optional_biases``: a
     linear layer has one where it is stored. ``norm_shift``: what transformers' norms are short of the stored ones.
-    ``more``: fields that only this architecture has.
+    ``merges_by_place``: see ``GgufVocabulary``. ``more``: fields that only this architecture has.
     """
 
     model_type: str
     rotates_pairs: bool = False
     optional_biases: bool = False
     norm_shift: float = 0.0
+    merges_by_place: bool = False
     names: TensorNames = field(default_factory=TensorNames)
     more: Callable[[Metadata, Collection[str]], Fields] = lambda metadata, tensors: {}
 
@@ -68,7 +69,48 @@ def _qwen3(metadata: Metadata, tensors: Collection[str]) -> Fields:
     return {"attention_bias": _attention_bias(tensors)}
 
 
+def _gemma2(metadata: Metadata, tensors: Collection[str]) -> Fields:
+    return {
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+        "sliding_window": metadata.integer("attention.sliding_window", 4096),  # of every other layer
+        "query_pre_attn_scalar": _query_scalar(metadata, 46),
+    }
+
+
+def _gemma3(metadata: Metadata, tensors: Collection[str]) -> Fields:
+    """Five layers with a window and a rope of their own, then one without."""
+    _require(metadata, "attention.sliding_window_pattern", 6, "five layers with a window, then one without")
+    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
+    fields: Fields = {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": _query_scalar(metadata, 62),
+        "rope_parameters": {"full_attention": _rope(metadata), "sliding_attention": local},
+    }
+    if metadata.value("final_logit_softcapping") is not None:
+        fields["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
+    return fields
+
+
+def _query_scalar(metadata: Metadata, layers_of_27b: int) -> int:
+    """What scores are divided by the root of: a head's lanes, but in the largest model, which its layers tell."""
+    heads, hidden = metadata.integer("attention.head_count"), metadata.integer("embedding_length")
+    if metadata.integer("block_count") == layers_of_27b:
+        return hidden // heads
+    return metadata.integer("attention.key_length", max(1, hidden // heads))
+
+
+_NORMS_AROUND = TensorNames(
+    {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+)
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "gemma": Architecture("gemma", norm_shift=1.0, merges_by_place=True),
+    "gemma2": Architecture("gemma2", norm_shift=1.0, merges_by_place=True, names=_NORMS_AROUND, more=_gemma2),
+    "gemma3": Architecture("gemma3_text", norm_shift=1.0, merges_by_place=True, names=_NORMS_AROUND, more=_gemma3),
     "llama": Architecture("llama", rotates_pairs=True, optional_biases=True, more=_llama),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", optional_biases=True, more=_qwen3),

@@ -142,7 +142,8 @@ class GgufSource:
 
     @cached_property
     def _vocabulary(self) -> GgufVocabulary:
-        return GgufVocabulary(self._metadata.under("tokenizer."), self._embedding().shape[0])
+        own, rows = self._metadata.under("tokenizer."), self._embedding().shape[0]
+        return GgufVocabulary(own, rows, self._architecture.merges_by_place)
 
     def _key(self, field: str) -> str:
         return f"{self._name}.{KEYS[field]}"
@@ -165,8 +166,8 @@ class GgufSource:
         if stored is None:
             return {}
         rope, lanes = fields["rope_parameters"], (fields["head_dim"] // 2,)
-        if rope["rope_type"] != "default":
-            raise UnsupportedModelError(f"it has {ROPE_FACTORS!r} and {rope['rope_type']} scaling of RoPE too")
+        if rope.get("rope_type") != "default":
+            raise UnsupportedModelError(f"it has {ROPE_FACTORS!r} and {rope.get('rope_type')} scaling of RoPE too")
         if stored.shape != lanes or stored.kind.name not in _DTYPES:
             raise ModelLoadError(f"tensor {ROPE_FACTORS!r} must be {lanes} numbers, not {stored.shape}")
         factors = TensorValues(stored)[...].float().tolist()

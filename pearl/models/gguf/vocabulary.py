@@ -36,11 +36,16 @@ class Kind(IntEnum):
 
 
 class GgufVocabulary:
-    """``metadata``: fields after "tokenizer.". ``rows``: of the model's embedding. Raises ModelLoadError and
-    UnsupportedModelError, which name the field."""
+    """``metadata``: fields after "tokenizer.". ``rows``: of the model's embedding.
 
-    def __init__(self, metadata: Metadata, rows: int) -> None:
-        self._metadata, self._rows = metadata, rows
+    ``by_place``: as transformers does with Gemma's pieces: they merge in the order of their ids, whatever their scores
+    are, and several blanks, which the file spells as such, are a piece like others.
+
+    Raises ModelLoadError and UnsupportedModelError, which name the field.
+    """
+
+    def __init__(self, metadata: Metadata, rows: int, by_place: bool = False) -> None:
+        self._metadata, self._rows, self._by_place = metadata, rows, by_place
 
     def tokenizer(self) -> PlainTokenizer:
         backend = self._built() if self._metadata.value("huggingface.json") is None else self._stored()
@@ -77,6 +82,8 @@ class GgufVocabulary:
                 f"tokenizer.ggml.tokens has {len(tokens)} tokens, token_embd.weight {self._rows} rows; take a file "
                 "that was converted as a whole"
             )
+        if self._by_place:
+            return [text.replace(" ", _SPACE) if text.isspace() else text for text in tokens]
         return tokens
 
     @cached_property
@@ -175,6 +182,8 @@ class GgufVocabulary:
     def _merges_of_scores(self) -> Iterator[tuple[str, str]]:
         """SentencePiece's BPE joins the two neighbours whose token has the highest score."""
         scores = self._metadata.numbers("ggml.scores", len(self._tokens))
+        if self._by_place:
+            scores = tuple(-float(token) for token in range(len(self._tokens)))
         if scores is None:
             raise ModelLoadError("the metadata has no tokenizer.ggml.scores; take a file that is complete")
         pieces = {
