@@ -113,7 +113,6 @@ MEANT: dict[str, tuple[str, Mapping[str, Any], dict[str, Any]]] = {
     ),
     "yarn's ramp": (
         "llama-yarn",
-        "llama-llama3",
         {"llama.rope.scaling.yarn_beta_fast": 8.0, "llama.rope.scaling.yarn_beta_slow": 2.0},
         {
             "rope_parameters": {
@@ -222,7 +221,6 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
     ),
     "another yarn": (
         "llama-yarn",
-        "llama-llama3",
         {"llama.rope.scaling.yarn_ext_factor": 0.5},
         {},
         r"yarn_ext_factor is 0\.5: only 1\.0",
