@@ -77,7 +77,7 @@ def change_tensor(folder: Path, rng: random.Random) -> str:
         "double": lambda tensor: {name: tensor.double()},
         "integers": lambda tensor: {name: tensor.to(torch.int8)},
         "renamed": lambda tensor: {name.replace(".weight", ".weights"): tensor},
-        "of another layer": lambda tensor: {name: tensor, name.replace("layers.0", "layers.9") + "x": tensor},
+        "of another layer": lambda tensor: {name: tensor, name.replace("layers.0", "layers.9") + "x": tensor.clone()},
     }
     kind = rng.choice(sorted(kinds))
     write(folder, tensors | kinds[kind](tensors.pop(name)))
