@@ -15,6 +15,7 @@ _FORGET = 0.98  # a request's tests, with each further one
 _FORGET_ALL = 0.998
 _WEIGHT = 24.0  # tests that all requests' average is worth against a request's own
 _FIRST_GUESS = 0.8
+_UNTOLD = 4  # tests that a longer window would have made
 _LOWEST, _HIGHEST = 0.02, 0.99
 
 
@@ -33,6 +34,11 @@ class _Tests:
     def add(self, tested: int, held: int, forget: float) -> None:
         keep = forget**tested
         self.tested, self.held = keep * self.tested + tested, keep * self.held + held
+
+    def age(self, tests: int, forget: float) -> None:
+        """As if so many tests had been made that told nothing."""
+        keep = forget**tests
+        self.tested, self.held = keep * self.tested, keep * self.held
 
     def odds(self, prior: float) -> float:
         return min(max((self.held + _WEIGHT * prior) / (self.tested + _WEIGHT), _LOWEST), _HIGHEST)
@@ -53,7 +59,7 @@ class Acceptance:
         self._requests: dict[int, _Request] = {}
 
     def observe(self, requests: Iterable[Progressed]) -> None:
-        first, later = [0, 0], [0, 0]  # tested and held, of all requests
+        first, later, untold = [0, 0], [0, 0], 0  # tested and held, of all requests
         for request_id, tested, accepted, committed in requests:
             request = self._requests.get(request_id)
             if not tested:
@@ -68,11 +74,15 @@ class Acceptance:
                 request.first.add(1, one, _FORGET)
                 first[0], first[1] = first[0] + 1, first[1] + one
                 judged, held = judged - 1, held - one
+                if one and not judged:  # the window was at its end: what would have followed is not known
+                    request.later.age(_UNTOLD, _FORGET)
+                    untold += _UNTOLD
             if judged:
                 request.later.add(judged, held, _FORGET)
                 later[0], later[1] = later[0] + judged, later[1] + held
             request.corrected = committed > accepted
         self._first.add(first[0], first[1], _FORGET_ALL)
+        self._later.age(untold, _FORGET_ALL)
         self._later.add(later[0], later[1], _FORGET_ALL)
 
     def odds(self, request_ids: Sequence[int]) -> list[Odds]:
@@ -86,5 +96,5 @@ class Acceptance:
 
     @property
     def of_a_new_one(self) -> Odds:
-        later = self._later.odds(_FIRST_GUESS)
-        return Odds(self._first.odds(later), later)
+        first = self._first.odds(_FIRST_GUESS)
+        return Odds(first, self._later.odds(first))

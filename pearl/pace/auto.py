@@ -51,7 +51,7 @@ class _Choice:
     mode: Mode
     longest: int
     threshold: float  # a request drafts no token that is reached with a smaller chance
-    predicted: float  # tokens per second,
+    predicted: float  # tokens per second, in the machine's usual mood,
     factor: float  # and how far such predictions were off
     informed: bool = False  # whether the times that it rests on were measured
     prepared: int = 0  # windows beside those of the requests
@@ -129,7 +129,7 @@ class AutoPace:
     def _paced(self, decision: _Decision, request_ids: Sequence[int]) -> Pace:
         choice, windows, typical = decision.choice, decision.windows, decision.typical
         own = tuple([windows.get(i, typical) for i in request_ids])
-        return Pace(choice.mode, own, choice.rate, choice.prepared)
+        return Pace(choice.mode, own, choice.rate / self._curves.mood.factor, choice.prepared)
 
     def _lingers(self, load: Load) -> bool:
         """Whether the batch became smaller a moment ago, and could go on as it is."""
@@ -153,7 +153,8 @@ class AutoPace:
         for_these = abs(measured.load.batch - self._running_for) <= _ALIKE * self._running_for
         if running is not None and running.informed and running.mode == measured.mode and for_these and self._settled():
             tokens = sum(request.committed for request in measured.requests)
-            self._calibration.observe(running.mode, tokens, seconds, running.predicted, measured.load.batch)
+            usual = seconds / self._curves.mood.factor
+            self._calibration.observe(running.mode, tokens, usual, running.predicted, measured.load.batch)
 
     def _without_stall(self, seconds: float) -> float:
         """A stall of a tenth of a second would outweigh a hundred rounds, to the harm of the mode in which it fell."""

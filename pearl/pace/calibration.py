@@ -12,7 +12,6 @@ _FORGET = 0.999  # of the rounds before, with each further one of any mode: what
 _DOUBT = 250.0  # rounds of a request after which half of what was found is believed: its tokens vary about as much as
 # they are, while formulas are seldom off by more than a sixteenth
 _CHANCE = 3.0  # relative: of the tokens of a request's round, three standard deviations
-_SHARED, _AT_MOST = 0.4, 0.1  # of what predictions are off: what is not of their mode, and how much that can be
 _LOWEST, _HIGHEST = 0.05, 1.5
 
 
@@ -61,18 +60,6 @@ class Calibration:
         modes[mode].add(tokens, predicted_rate * seconds, batch)
 
     def factor(self, mode: Mode, batch: int) -> float:
-        """To multiply predictions with, for batches of that size. Modes share what makes predictions wrong, such as
-        times that rise while they are measured; by itself a mode is off only as far as it was seen to be, so that one
-        that was not run for long does not look better than those that were.
-        """
-        modes = self._sums[batch.bit_length()]
-        every = [sums for sums in modes.values() if sums.requests]
-        shared = _Sums(
-            sum(sums.tokens for sums in every),
-            sum(sums.predicted for sums in every),
-            sum(sums.requests for sums in every),
-        )
-        common = min(max(_SHARED * shared.believed, -_AT_MOST), _AT_MOST)
-        own = modes.get(mode, _Sums())
-        beyond = _Sums(own.tokens, own.predicted * math.exp(common), own.requests).believed
-        return min(max(math.exp(common + beyond), _LOWEST), _HIGHEST)
+        """To multiply predictions with, for batches of that size."""
+        known = self._sums[batch.bit_length()].get(mode, _Sums())
+        return min(max(math.exp(known.believed), _LOWEST), _HIGHEST)

@@ -1,4 +1,5 @@
-"""How long forwards take: measured while serving, by batch, context and whether the other model works beside.
+"""How long forwards take: measured while serving, by batch, context and whether the other model works beside; in a
+machine's usual mood.
 
 Before anything is measured a forward takes as long as its weights need to be read.
 """
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pearl.methods import Mode
+from pearl.pace.mood import Mood
 from pearl.pace.rounds import Load, MeasuredRound
 from pearl.pace.samples import Point, Samples, Summary, summary
 
@@ -98,6 +100,7 @@ class Curves:
         self._samples: defaultdict[_Key, _Forwards] = defaultdict(_Forwards)
         self._overhead: defaultdict[tuple[int, Mode], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self._known: dict[tuple[Load, bool, str], Summary] = {}  # until the next round is measured
+        self.mood = Mood()
         self._run: dict[tuple[int, Mode], int] = {}  # the latest round of a mode
         self.rounds = 0
         self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
@@ -111,18 +114,31 @@ class Curves:
         self._known.clear()
         if not steady:
             return
-        target, draft = measured.target_seconds, measured.draft_seconds
-        beside = bool(target and draft)
+        beside = bool(measured.target_seconds and measured.draft_seconds)
         samples = self._samples[measured.load.bucket, beside]
+        mood = self._felt(measured, samples)
+        target, draft = measured.target_seconds / mood, measured.draft_seconds / mood
         if target:
             samples.target.add(measured.target_rows, target)
         if draft:
             samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps)
             samples.windows.add(measured.draft_steps, draft)
-        rest = max(0.0, measured.seconds - max(target, draft))
+        rest = max(0.0, measured.seconds / mood - max(target, draft))
         kind = measured.load.batch.bit_length(), measured.mode
         self._overhead[kind].append(rest)
         self._run[kind] = self.rounds
+
+    def _felt(self, measured: MeasuredRound, samples: _Forwards) -> float:
+        """The mood before this round, which is then learnt from: its own would make its times the usual ones."""
+        mood, seconds, usual = self.mood.factor, 0.0, 0.0
+        if measured.target_seconds and (known := samples.target.usual(measured.target_rows, self._share)):
+            seconds, usual = measured.target_seconds, known
+        if measured.draft_seconds and (known := samples.draft.usual(max(1, measured.draft_sequences), _ROW_SHARE)):
+            seconds, usual = seconds + measured.draft_seconds, usual + known * measured.draft_steps
+        if usual:
+            self.mood.observe(seconds, usual)
+        self.mood.fade()
+        return mood
 
     def knows(self, load: Load, beside: bool, rounds: int) -> bool:
         """Whether so many rounds of about such a load were measured, of both models."""

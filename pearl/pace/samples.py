@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-_RECENT = 24  # samples of about the same x that are kept
+_RECENT = 64  # samples of about the same x that are kept
 _RATIO = 1.12  # of x that count as the same
 _ENOUGH = 3  # samples
 
@@ -89,6 +89,13 @@ class Samples:
     def __init__(self) -> None:
         self.groups: dict[int, _Group] = {}  # by about the logarithm of x
         self.count = 0
+
+    def usual(self, x: float, share: float) -> float:
+        """Seconds at x, where there are enough samples about it, else 0. share: of a change of x, what that changes."""
+        group = self.groups.get(round(math.log(x, _RATIO)))
+        if group is None or len(group) < _ENOUGH:
+            return 0.0
+        return group.median.y * (1 + share * (x / group.median.x - 1))
 
     def add(self, x: float, seconds: float) -> None:
         group = round(math.log(x, _RATIO))

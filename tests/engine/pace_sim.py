@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ RowTimes = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Machine:
-    """``beside``: by how much longer forwards take while both models work."""
+    """``beside``: by how much longer forwards take while both models work. ``wanders``: how far its speed does, as the
+    standard deviation of a logarithm; ``for_long``: how many seconds a mood lasts.
+    """
 
     step: float = 1.0
     base: float = 5.0
@@ -26,6 +29,8 @@ class Machine:
     noise: float = 0.0
     draft_row: float = 0.0  # of a step's time, what each sequence beside the first adds
     hits: float = 0.0  # that a rejection finds its window, if any was prepared
+    wanders: float = 0.0
+    for_long: float = 1000.0
 
     def step_seconds(self, sequences: int, beside: bool) -> float:
         return self.step * (1 + self.draft_row * (sequences - 1)) * (self.beside if beside else 1.0)
@@ -58,7 +63,8 @@ class Batch:
     requests: list[_Request] = field(default_factory=list)
 
     def serve(self, policy: PacePolicy, rounds: int) -> Iterator[tuple[int, float]]:
-        """Tokens and seconds of each round."""
+        """Tokens and seconds of each round, as the machine usually needs."""
+        moods, mood = random.Random(self.seed), 0.0
         rng, self.requests = random.Random(self.seed), [_Request() for _ in range(self.size)]
         for number in range(rounds):
             pace = policy.decide(range(self.size), Load(self.size, 100 * self.size), self.pinned)
@@ -76,8 +82,10 @@ class Batch:
                 if prepared and intent.draft and found[-1].accepted < found[-1].tested:
                     self._look_up(index, window, rng)
             measured = self._measure(pace.mode, rows, sequences, steps, found, rng, prepared)
-            policy.observe(measured)
+            policy.observe(_in_a_mood(measured, math.exp(mood)))
             yield sum(f.committed for f in found), measured.seconds
+            kept = math.exp(-measured.seconds / self.machine.for_long)
+            mood = kept * mood + math.sqrt(1 - kept**2) * moods.gauss(0.0, self.machine.wanders)
 
     def _look_up(self, index: int, window: int, rng: random.Random) -> None:
         """Whether the window behind a correction was prepared."""
@@ -123,6 +131,14 @@ class Batch:
             mode, load, rows, target, sequences + prepared, steps, steps * step, seconds, tuple(found),  # type: ignore[arg-type]
             prepared, self.rejections, self.found,
         )  # fmt: skip
+
+
+def _in_a_mood(measured: MeasuredRound, factor: float) -> MeasuredRound:
+    return measured._replace(
+        target_seconds=measured.target_seconds * factor,
+        draft_seconds=measured.draft_seconds * factor,
+        seconds=measured.seconds * factor,
+    )
 
 
 def speed(rounds: Iterator[tuple[int, float]]) -> float:
