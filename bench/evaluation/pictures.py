@@ -174,7 +174,7 @@ def acceptance(anatomies: Mapping[str, Mapping[str, Anatomy]], setup: str) -> An
             xs, ys = zip(*counts, strict=True) if counts else ((), ())
             axis.plot(xs, ys, "o-", color=_LINES[index % len(_LINES)], markersize=4, label=data_set)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="place in the verdict", ylabel="held, of the tokens that were tested there")
+    axis.set(xlabel="place in the verdict", ylabel="share that held")
     axis.set_ylim(0, 1.02)
     axis.grid(True, linewidth=0.3)
     axis.legend(fontsize=8, frameon=False)

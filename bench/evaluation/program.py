@@ -34,9 +34,9 @@ def suite(
         Path | None, typer.Option(help="Folder with humaneval.jsonl, ...; else $PEARL_DATA, the hub")
     ] = None,
     data_sets: Annotated[str, typer.Option(help=f"Of {', '.join(_SETS)}")] = ",".join(_SETS),
-    questions: Annotated[int, typer.Option(min=1, help="Of each data set; of MGSM, languages in turn")] = 10,
+    questions: Annotated[int, typer.Option(min=1, help="Of each data set; of MGSM, languages in turn")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer")] = 96,
-    repeats: Annotated[int, typer.Option(min=1, help="Answers of each setup to each question")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers of each setup to each question")] = 2,
     setups: Annotated[str | None, typer.Option(help="Of methods: only these, comma-separated")] = None,
     windows: Annotated[str, typer.Option(help="Fixed windows to try, comma-separated")] = "1,2,3,4,5,6,8,10,12,16",
     search_questions: Annotated[int, typer.Option(min=1, help="Of each data set, to find the best windows")] = 2,
