@@ -9,6 +9,7 @@
 #include "cpu/checks.h"
 #include "cpu/copy_blocks.h"
 #include "cpu/dtype.h"
+#include "cpu/routing.h"
 
 namespace pearl {
 namespace {
@@ -61,10 +62,20 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, co
       norm_(norm),
       head_(head),
       pool_(threads),
-      scratch_(pool_) {
+      scratch_(pool_),
+      experts_(pool_) {
   if (layers_.empty()) throw std::invalid_argument("decoder: a model needs at least one layer");
   for (const DecoderLayer& layer : layers_) {
     for (const PackedMatrix* matrix : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) count_weights(*matrix);
+    ffn_ = std::max(ffn_, layer.down.in_features);
+    if (!layer.mixture) continue;
+    const DecoderMixture& mixture = *layer.mixture;
+    for (int64_t i = 0; i < mixture.top_k; ++i) {  // what one row reads
+      count_weights(mixture.experts.gate_up.first);
+      count_weights(mixture.experts.down.first);
+    }
+    most_experts_ = std::max(most_experts_, mixture.experts.gate_up.count);
+    most_top_k_ = std::max(most_top_k_, mixture.top_k);
   }
   count_weights(head_);
   if (embedding_ == nullptr && head_.format != WeightFormat::kFull) {
@@ -107,8 +118,15 @@ void Decoder::reserve(int64_t tokens) {
   sublayer_.resize(bytes * s.hidden);
   qkv_.resize(bytes * (query_width + 2 * kv_width));
   attended_.resize(bytes * query_width);
-  gate_up_.resize(bytes * 2 * s.ffn);
-  activated_.resize(bytes * s.ffn);
+  gate_up_.resize(bytes * 2 * ffn_);
+  activated_.resize(bytes * ffn_);
+  if (most_experts_ > 0) {
+    router_logits_.resize(bytes * most_experts_);
+    shared_.resize(bytes * s.hidden);
+    shared_gate_.resize(bytes);
+    chosen_.resize(tokens * most_top_k_);
+    expert_weights_.resize(tokens * most_top_k_);
+  }
   if (s.norms_projections) {
     normed_q_.resize(bytes * query_width);
     normed_k_.resize(bytes * kv_width);
@@ -188,10 +206,31 @@ void Decoder::norm_projections(const DecoderLayer& layer, int64_t tokens) {
 }
 
 void Decoder::feed_forward(const DecoderLayer& layer, int64_t tokens, const void* x) {
+  layer.mixture ? mix(layer, tokens, x) : dense(layer, tokens, x, sublayer_.data());
+}
+
+void Decoder::dense(const DecoderLayer& layer, int64_t tokens, const void* x, void* out) {
+  const int64_t width = layer.down.in_features;
   project(layer.gate_up, x, gate_up_.data(), tokens);
-  parallel::gated_activation(*threads_, {shape_.dtype, shape_.activation, tokens, shape_.ffn, gate_up_.data(),
-                                         2 * shape_.ffn, activated_.data()});
-  project(layer.down, activated_.data(), sublayer_.data(), tokens);
+  parallel::gated_activation(
+      *threads_, {shape_.dtype, shape_.activation, tokens, width, gate_up_.data(), 2 * width, activated_.data()});
+  project(layer.down, activated_.data(), out, tokens);
+}
+
+void Decoder::mix(const DecoderLayer& layer, int64_t tokens, const void* x) {
+  const DecoderMixture& mixture = *layer.mixture;
+  const int64_t experts = mixture.router.out_features;
+  project(mixture.router, x, router_logits_.data(), tokens);
+  route({shape_.dtype, tokens, experts, mixture.top_k, router_logits_.data(), experts, mixture.renormalise,
+         chosen_.data(), expert_weights_.data()});
+  const bool shared = mixture.shared_gate.weight != nullptr;
+  if (shared) {
+    dense(layer, tokens, x, shared_.data());
+    project(mixture.shared_gate, x, shared_gate_.data(), tokens);
+  }
+  experts_.run(*threads_, mixture.experts,
+               {shape_.dtype, tokens, mixture.top_k, x, chosen_.data(), expert_weights_.data(),
+                shared ? shared_.data() : nullptr, shared ? shared_gate_.data() : nullptr, sublayer_.data()});
 }
 
 /// Rows without logits are dropped first, unless their last hidden states are wanted: those with logits move to the

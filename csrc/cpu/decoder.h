@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "cpu/experts.h"
 #include "cpu/packed_matrix.h"
 #include "cpu/parallel.h"
 #include "cpu/thread_pool.h"
@@ -25,6 +27,16 @@ struct DecoderShape {
   float residual_multiplier;  // of what the caller calls hidden states, over the residual as it is here
 };
 
+/// A layer that is a mixture of experts. Its gate_up and down, where they are not null, are of an expert that all
+/// tokens meet.
+struct DecoderMixture {
+  PackedMatrix router;  // [experts, hidden]
+  ExpertLayer experts;
+  PackedMatrix shared_gate;  // [1, hidden]; its weight is null where there is no shared expert
+  int64_t top_k;
+  bool renormalise;
+};
+
 /// A norm's weight may be null: there is none.
 struct DecoderLayer {
   const void* input_norm;  // [hidden]
@@ -41,6 +53,7 @@ struct DecoderLayer {
   void* k_cache;                    // [pages, page_size, kv_heads, head_dim]
   void* v_cache;
   int64_t window;  // 0: all keys
+  std::optional<DecoderMixture> mixture;
 };
 
 /// What a forward leaves of itself beside its logits, as in pearl/models/hidden_states.py.
@@ -85,6 +98,8 @@ class Decoder {
   void attend(const DecoderLayer& layer, const DecoderBatch& batch, const void* x);
   void norm_projections(const DecoderLayer& layer, int64_t tokens);
   void feed_forward(const DecoderLayer& layer, int64_t tokens, const void* x);
+  void dense(const DecoderLayer& layer, int64_t tokens, const void* x, void* out);
+  void mix(const DecoderLayer& layer, int64_t tokens, const void* x);
   const void* enter(const void* norm, bool add, int64_t tokens);
   void leave(const void* norm, int64_t tokens);
   void project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens);
@@ -107,9 +122,15 @@ class Decoder {
   std::vector<uint8_t> residual_, normed_, sublayer_, qkv_, attended_, gate_up_, activated_;
   std::vector<uint8_t> normed_q_, normed_k_;  // of a shape that norms projections
 
+  int64_t most_experts_ = 0, most_top_k_ = 0, ffn_ = 0;  // of any layer
+  std::vector<uint8_t> router_logits_, shared_, shared_gate_;
+  std::vector<int32_t> chosen_;
+  std::vector<float> expert_weights_;
+
   ThreadPool pool_, alone_{1};
   ThreadPool* threads_ = &pool_;  // of this forward
   parallel::LinearScratch scratch_;
+  Experts experts_;
   int64_t weight_bytes_ = 0;
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -19,11 +20,17 @@ namespace py = pybind11;
 
 namespace {
 
+struct MixtureArgument : pearl::DecoderMixture {
+  MixtureArgument(const MatrixArgument& router, const ExpertLayerArgument& experts, const MatrixArgument& shared_gate,
+                  int64_t top_k, bool renormalise)
+      : DecoderMixture{router, experts, shared_gate, top_k, renormalise} {}
+};
+
 struct LayerArgument : pearl::DecoderLayer {
   LayerArgument(Address input_norm, const MatrixArgument& qkv, Address q_norm, Address k_norm,
                 const MatrixArgument& output, Address attention_post_norm, Address mlp_norm,
                 const MatrixArgument& gate_up, const MatrixArgument& down, Address mlp_post_norm, Address cos_sin,
-                Address k_cache, Address v_cache, int64_t window)
+                Address k_cache, Address v_cache, int64_t window, const MixtureArgument* mixture)
       : DecoderLayer{pointer<const void>(input_norm),
                      qkv,
                      pointer<const void>(q_norm),
@@ -37,7 +44,8 @@ struct LayerArgument : pearl::DecoderLayer {
                      pointer<const float>(cos_sin),
                      pointer<void>(k_cache),
                      pointer<void>(v_cache),
-                     window} {}
+                     window,
+                     mixture == nullptr ? std::nullopt : std::optional<pearl::DecoderMixture>(*mixture)} {}
 };
 
 struct ShapeArgument : pearl::DecoderShape {
@@ -185,9 +193,12 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
 }  // namespace
 
 void bind_decoder(py::module_& m) {
+  py::class_<MixtureArgument>(m, "Mixture")
+      .def(py::init<const MatrixArgument&, const ExpertLayerArgument&, const MatrixArgument&, int64_t, bool>());
   py::class_<LayerArgument>(m, "Layer")
       .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address, Address,
-                    const MatrixArgument&, const MatrixArgument&, Address, Address, Address, Address, int64_t>());
+                    const MatrixArgument&, const MatrixArgument&, Address, Address, Address, Address, int64_t,
+                    const MixtureArgument*>());
   py::class_<ShapeArgument>(m, "Shape")
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,
                     float, float, bool, int, float, float, float, float>());

@@ -109,7 +109,7 @@ def _costs_of_models(models: ModelOptions) -> Costs:
 
     from pearl.bench.shapes import SHAPES
     from pearl.models import ModelConfig
-    from pearl.models.weight_size import weight_bytes
+    from pearl.models.weight_size import read_bytes, weight_bytes
     from pearl.planning import GPUS, costs_on
 
     gpu = GPUS.get(models.gpu or "")
@@ -118,7 +118,11 @@ def _costs_of_models(models: ModelOptions) -> Costs:
     names = (models.target or "", models.draft or "")
     target, draft = (SHAPES[name] if name in SHAPES else ModelConfig.from_pretrained(name) for name in names)
     sizes = [weight_bytes(config, torch.bfloat16) for config in (target, draft)]
-    return costs_on(gpu, sizes[0], sizes[1], models.target_gpus, models.bandwidth_share)
+    return costs_on(
+        gpu, sizes[0], sizes[1], models.target_gpus, models.bandwidth_share,
+        target_reads=lambda rows: read_bytes(target, torch.bfloat16, rows),
+        draft_reads=read_bytes(draft, torch.bfloat16),
+    )  # fmt: skip
 
 
 def _methods_table(found: Sequence[Forecast]) -> Table:

@@ -37,7 +37,7 @@ from pearl.models.backend import DescribedModel, check_weights, describe_model
 from pearl.models.model_source import source_of
 from pearl.models.transformers_backend import TransformersConfig
 from pearl.models.vocabulary import require_common_core, usable_ids
-from pearl.models.weight_size import weight_bytes
+from pearl.models.weight_size import read_bytes
 from pearl.parallel import ParallelRunner
 from pearl.workers import ModelRunner
 
@@ -52,7 +52,7 @@ class LoadedModels:
     vocab_size: int  # ids that requests may name and the models draw; padding lies behind
     max_model_len: int
     num_pages: int  # of each model
-    target_bytes: int = 0  # of weights
+    target_bytes: int = 0  # of weights that a row reads
     draft_bytes: int = 0  # that drafting a token reads
     head: HeadRunner | None = None  # in the place of a draft model: it reads the target's hidden states
 
@@ -81,7 +81,7 @@ class Pair:
         head: HeadRunner | None = None,
     ) -> LoadedModels:
         target_bytes, draft_bytes = (
-            0 if model is None or runner is None else weight_bytes(model, model.dtype, device=runner.queue.device.type)
+            0 if model is None or runner is None else read_bytes(model, model.dtype, device=runner.queue.device.type)
             for model, runner in ((self.target, target), (self.draft, draft))
         )
         if self.head is not None:

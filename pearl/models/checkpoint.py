@@ -18,6 +18,7 @@ from pearl.models.model_source import ModelSource, StoredValues, source_of
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.quantized_tensors import QuantizedTensors, quantized_names
 from pearl.models.sharding import Span
+from pearl.models.stored_experts import each_expert
 from pearl_kernels import QuantizedMatrix
 
 _WEIGHT = ".weight"
@@ -145,7 +146,7 @@ def _open(
     stored: dict[str, StoredValues] = {}
     names_of: dict[str, str] = {}
     others: list[str] = []
-    for name, values in source.open(stack):
+    for name, values in (part for tensor in source.open(stack) for part in each_expert(*tensor)):
         known = canonical_name(name, table)
         if known not in table:
             others.append(name)

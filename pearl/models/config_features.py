@@ -30,12 +30,15 @@ _READ = {
     "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "hidden_activation", "rope_parameters",
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
     "no_rope_layer_interval", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping",
+    "qkv_bias", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
     "final_logit_softcapping", "embedding_multiplier", "residual_multiplier", "logits_scaling",
 }  # fmt: skip
 # and those that change no logits: of training, and of what lies around the model.
 _HARMLESS = {
     "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout",
-    "resid_pdrop", "embd_pdrop", "pretraining_tp",
+    "resid_pdrop", "embd_pdrop", "pretraining_tp", "output_router_logits", "router_aux_loss_coef",
+    "router_jitter_noise",
 }  # fmt: skip
 
 

@@ -13,12 +13,24 @@ from pearl.models.forward_batch import ForwardBatch
 from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl.models.model_config import ModelConfig
-from pearl_kernels import KernelSet, LinearWeight
+from pearl_kernels import ExpertWeights, KernelSet, LinearWeight
+
+
+@dataclass(frozen=True)
+class MixtureWeights:
+    """What a mixture of experts has beside the feed-forward layer of its model, or in its place."""
+
+    router: LinearWeight  # [E, D]
+    experts: ExpertWeights
+    shared_gate: LinearWeight | None = None  # [1, D], of what all tokens meet
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """``qkv`` stacks the q, k and v projections, ``gate_up`` gate and up: one matrix product each."""
+    """``qkv`` stacks the q, k and v projections, ``gate_up`` gate and up: one matrix product each.
+
+    gate_up and down of a mixture are of the expert that all tokens meet; None: there is none.
+    """
 
     input_norm: Tensor | None  # [D], before the attention; None: it reads the residual as it is
     qkv: LinearWeight  # [(Hq + 2 Hk) * head_dim, D]
@@ -28,12 +40,13 @@ class LayerWeights:
     output: LinearWeight  # [D, Hq * head_dim]
     output_bias: Tensor | None
     mlp_norm: Tensor | None  # [D], before the feed-forward layer
-    gate_up: LinearWeight  # [2F, D]
-    gate_up_bias: Tensor | None
-    down: LinearWeight  # [D, F]
-    down_bias: Tensor | None
+    gate_up: LinearWeight | None = None  # [2F, D]
+    gate_up_bias: Tensor | None = None
+    down: LinearWeight | None = None  # [D, F]
+    down_bias: Tensor | None = None
     attention_post_norm: Tensor | None = None  # [D], of what the attention adds to the residual; None: as it is
     mlp_post_norm: Tensor | None = None
+    mixture: MixtureWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -125,9 +138,23 @@ class Decoder:
         return left
 
     def _feed_forward(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        return self._add_up(self._dense(layer, x) if layer.mixture is None else self._mix(layer, layer.mixture, x))
+
+    def _dense(self, layer: LayerWeights, x: Tensor) -> Tensor:
         kernels = self.kernels
         x = self._activate(kernels.linear(x, layer.gate_up, layer.gate_up_bias))
-        return self._add_up(kernels.linear(x, layer.down, layer.down_bias))
+        out: Tensor = kernels.linear(x, layer.down, layer.down_bias)
+        return out
+
+    def _mix(self, layer: LayerWeights, weights: MixtureWeights, x: Tensor) -> Tensor:
+        kernels, mixture = self.kernels, self.config.mixture
+        assert mixture is not None
+        routing = kernels.route(kernels.linear(x, weights.router), mixture.top_k, mixture.renormalise)
+        shared, gate = None, None
+        if weights.shared_gate is not None:
+            shared, gate = self._dense(layer, x), kernels.linear(x, weights.shared_gate)
+        out: Tensor = kernels.experts(x, routing, weights.experts, shared, gate)
+        return out
 
     def _logits(self, x: Tensor, residual: Tensor, rows: Tensor, hidden: HiddenStates | None) -> Tensor:
         """``[M, V]`` of rows M; x is what the last sublayer adds to the residual."""

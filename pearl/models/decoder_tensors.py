@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pearl.models.families import Norms
+from pearl.models.mixture import Mixture
 from pearl.models.model_config import ModelConfig
+from pearl.models.stored_experts import modern_name
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EXPERTS = ".mlp.experts."  # in the names of experts' tensors
 _BASE = "model."
 _OWN = {"embed_tokens", "layers", "norm", "lm_head"}
 # Constants that old checkpoints carry along: of our families' classes transformers declares the first harmless; the
@@ -56,7 +59,7 @@ def decoder_tensors(config: ModelConfig) -> Mapping[str, StoredTensor]:
     table = {EMBEDDING: StoredTensor((config.vocab_size, config.hidden)), NORM: _norm(config, config.hidden)}
     for index in range(config.layers):
         prefix = layer_prefix(index)
-        table.update((prefix + name, tensor) for name, tensor in _layer(config))
+        table.update((prefix + name, tensor) for name, tensor in _layer(config, config.mixture_of(index)))
     return {**table, HEAD: table[EMBEDDING]}
 
 
@@ -70,7 +73,10 @@ def matrix_shapes(table: Mapping[str, StoredTensor]) -> Mapping[str, tuple[int, 
 
 
 def canonical_name(stored: str, table: Container[str]) -> str:
-    """The decoder's name of a tensor: base models are saved without ``model.``, wrapped ones with one too many."""
+    """The decoder's name of a tensor: base models are saved without ``model.``, wrapped ones with one too many, and
+    Mixtral's experts under names of their own.
+    """
+    stored = modern_name(stored)
     if stored.startswith(_BASE) and stored.removeprefix(_BASE) in table:
         return stored.removeprefix(_BASE)
     return _BASE + stored if _BASE + stored in table else stored
@@ -91,27 +97,16 @@ def _norm(config: ModelConfig, size: int) -> StoredTensor:
     return StoredTensor((size,), 1.0 - config.norm_offset)
 
 
-def _layer(config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
-    d, f, q, kv = config.hidden, config.ffn, config.heads * config.head_dim, config.kv_heads * config.head_dim
+_Projection = tuple[str, int, int, bool]  # name, outputs, inputs, whether it has a bias
+
+
+def _layer(config: ModelConfig, mixture: Mixture | None) -> Iterator[tuple[str, StoredTensor]]:
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for norm in LAYER_NORMS[config.norms]:
         if norm is not None:
-            yield norm, _norm(config, d)
-    projections = (
-        (("self_attn.qkv_proj", q + 2 * kv, d, config.qkv_bias), ("mlp.gate_up_proj", 2 * f, d, config.mlp_bias))
-        if config.merged_projections
-        else (
-            ("self_attn.q_proj", q, d, config.qkv_bias),
-            ("self_attn.k_proj", kv, d, config.qkv_bias),
-            ("self_attn.v_proj", kv, d, config.qkv_bias),
-            ("mlp.gate_proj", f, d, config.mlp_bias),
-            ("mlp.up_proj", f, d, config.mlp_bias),
-        )
-    )
-    for name, outputs, inputs, biased in (
-        *projections,
-        ("self_attn.o_proj", d, q, config.output_bias),
-        ("mlp.down_proj", d, f, config.mlp_bias),
-    ):
+            yield norm, _norm(config, config.hidden)
+    feed_forward = _dense(config) if mixture is None else _sparse(config, mixture)
+    for name, outputs, inputs, biased in (*_attention(config), *feed_forward):
         yield f"{name}.weight", StoredTensor((outputs, inputs))
         if biased:
             yield f"{name}.bias", StoredTensor((outputs,), 0.0)
@@ -119,3 +114,37 @@ def _layer(config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
         of_heads = config.qk_norm == "projection"
         yield "self_attn.q_norm.weight", _norm(config, q if of_heads else config.head_dim)
         yield "self_attn.k_norm.weight", _norm(config, kv if of_heads else config.head_dim)
+
+
+def _attention(config: ModelConfig) -> Iterator[_Projection]:
+    d, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    if config.merged_projections:
+        yield "self_attn.qkv_proj", q + 2 * kv, d, config.qkv_bias
+    else:
+        yield "self_attn.q_proj", q, d, config.qkv_bias
+        yield "self_attn.k_proj", kv, d, config.qkv_bias
+        yield "self_attn.v_proj", kv, d, config.qkv_bias
+    yield "self_attn.o_proj", d, q, config.output_bias
+
+
+def _dense(config: ModelConfig) -> Iterator[_Projection]:
+    d, f = config.hidden, config.ffn
+    if config.merged_projections:
+        yield "mlp.gate_up_proj", 2 * f, d, config.mlp_bias
+    else:
+        yield "mlp.gate_proj", f, d, config.mlp_bias
+        yield "mlp.up_proj", f, d, config.mlp_bias
+    yield "mlp.down_proj", d, f, config.mlp_bias
+
+
+def _sparse(config: ModelConfig, mixture: Mixture) -> Iterator[_Projection]:
+    d = config.hidden
+    yield "mlp.gate", mixture.experts, d, False
+    widths = {f"mlp.experts.{expert}": mixture.hidden for expert in range(mixture.experts)}
+    if mixture.shared:
+        yield "mlp.shared_expert_gate", 1, d, False
+        widths["mlp.shared_expert"] = mixture.shared
+    for module, f in widths.items():
+        yield f"{module}.gate_proj", f, d, False
+        yield f"{module}.up_proj", f, d, False
+        yield f"{module}.down_proj", d, f, False

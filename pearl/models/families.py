@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from pearl.errors import UnsupportedModelError
+from pearl.models.mixture import MixtureFields
 
 # Where a layer has norms: before each sublayer (Llama), after it (of what it adds to the residual), or on both sides.
 Norms: TypeAlias = Literal["before", "after", "around"]
@@ -31,6 +32,8 @@ class Family:
     norms: Norms = "before"
     norm_offset: float = 0.0
     merged_projections: bool = False  # q, k and v are stored as one matrix, and so are gate and up
+    attention_bias: str = "attention_bias"  # the configuration's field of that meaning
+    mixture: MixtureFields | None = None  # of experts
     partial_rotary: bool = False  # partial_rotary_factor counts, for the class and for us
     # Which field of the configuration holds what; "": none does.
     activation: str = "hidden_act"
@@ -79,6 +82,14 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", "none"),
     "ministral": Family("MinistralForCausalLM", "by layer", qkv_bias=False, output_bias=False, mlp_bias=False),
     "mistral": Family("MistralForCausalLM", "all", qkv_bias=False, output_bias=False, mlp_bias=False),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        "all",
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        mixture=MixtureFields(hidden="intermediate_size", renormalise=""),
+    ),
     "olmo2": Family("Olmo2ForCausalLM", "none", mlp_bias=False, qk_norm="projection", norms="after"),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -92,6 +103,21 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", "by layer", qkv_bias=True, output_bias=False, mlp_bias=False),
     "qwen3": Family("Qwen3ForCausalLM", "by layer", mlp_bias=False, qk_norm="head"),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        "by layer",
+        attention_bias="qkv_bias",
+        output_bias=False,
+        mlp_bias=False,
+        mixture=MixtureFields(shared="shared_expert_intermediate_size", dense_layers=True),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        "all",
+        mlp_bias=False,
+        qk_norm="head",
+        mixture=MixtureFields(dense_layers=True),
+    ),
     "smollm3": Family("SmolLM3ForCausalLM", "by layer", layers_without_rope=True),
 }
 

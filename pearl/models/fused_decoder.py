@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pearl.messages import ForwardWork
 from pearl.models.causal_model import CausalModel
-from pearl.models.decoder import Decoder, LayerWeights
+from pearl.models.decoder import Decoder, LayerWeights, MixtureWeights
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
+from pearl.models.mixture import Mixture
 from pearl_kernels import LinearWeight
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ _OPERATORS = (
     "gelu_and_mul",
     "scale_and_cap",
     "linear",
+    "route",
+    "experts",
     "rope_and_cache",
     "verify_attention",
 )
@@ -64,7 +67,8 @@ class FusedDecoder:
             _ACTIVATIONS[config.activation], config.embedding_factor(model.dtype), config.logits_scale,
             config.logits_softcap, config.residual_multiplier,
         )  # fmt: skip
-        layers = list(map(_layer, weights.layers, model.cos_sin, cache.layers, config.windows))
+        parts = zip(weights.layers, model.cos_sin, cache.layers, config.windows, strict=True)
+        layers = [_layer(*part, _mixture(config.mixture, part[0].mixture)) for part in parts]
         self._decoder = _core.Decoder(
             shape, layers, _address(weights.embedding), _address(weights.norm),
             _matrix(weights.head, weights.head_bias), threads,
@@ -115,7 +119,13 @@ class FusedDecoder:
         return logits
 
 
-def _layer(layer: LayerWeights, cos_sin: Tensor, keys_values: tuple[Tensor, Tensor], window: int) -> _core.Layer:
+def _layer(
+    layer: LayerWeights,
+    cos_sin: Tensor,
+    keys_values: tuple[Tensor, Tensor],
+    window: int,
+    mixture: _core.Mixture | None,
+) -> _core.Layer:
     from pearl_kernels.cpu import _core
 
     keys, values = keys_values
@@ -134,12 +144,28 @@ def _layer(layer: LayerWeights, cos_sin: Tensor, keys_values: tuple[Tensor, Tens
         _address(keys),
         _address(values),
         window,
+        mixture,
     )
 
 
-def _matrix(weight: LinearWeight, bias: Tensor | None) -> _core.Matrix:
+def _mixture(shape: Mixture | None, weights: MixtureWeights | None) -> _core.Mixture | None:
+    if shape is None or weights is None:
+        return None
+    from pearl_kernels.cpu import _core
+    from pearl_kernels.cpu.experts import native_experts
+
+    return _core.Mixture(
+        _matrix(weights.router, None), native_experts(weights.experts), _matrix(weights.shared_gate, None),
+        shape.top_k, shape.renormalise,
+    )  # fmt: skip
+
+
+def _matrix(weight: LinearWeight | None, bias: Tensor | None) -> _core.Matrix:
     from pearl_kernels.cpu import _core
     from pearl_kernels.cpu.linear import weight_format
+
+    if weight is None:
+        return _core.Matrix(0, 0, 0, 0, 0, 0, 0, 0)
 
     return _core.Matrix(
         weight_format(weight), weight.in_features, weight.out_features, _address(weight.data), _address(weight.scale),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from pearl.models.checkpoint import Checkpoint
 from pearl.models.collective import Collective
-from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights
+from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights, MixtureWeights
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, LAYER_NORMS, NORM, layer_prefix
+from pearl.models.mixture import Mixture
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_source import source_of
 from pearl.models.quantization import Quantization
@@ -20,7 +22,7 @@ from pearl.models.rope_tables import lane_order, rope_tables
 from pearl.models.sharding import Sharding, Span, shard
 from pearl.models.weight_memory import WeightMemory
 from pearl.models.widening import bias_of_missing, widen, widen_embedding
-from pearl_kernels import KernelSet, LinearWeight, QuantizedMatrix
+from pearl_kernels import ExpertWeights, KernelSet, LinearWeight, QuantizedMatrix
 from pearl_kernels.reference import alike, stack_outputs, take_outputs
 
 _LOG = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class _Assembler:
     def decoder(self) -> DecoderWeights:
         config, vocab = self._checkpoint.config, self._sharding.vocab
         embedding, head = self._ends()
-        layers = tuple(self._layer(layer_prefix(index)) for index in range(config.layers))
+        layers = tuple(map(self._layer, range(config.layers)))
         norm = self._norm(NORM)
         return DecoderWeights(embedding, layers, norm, head, bias_of_missing(config.vocab_size, vocab.size, norm))
 
@@ -91,35 +93,68 @@ class _Assembler:
         config, vocab = self._checkpoint.config, self._sharding.vocab
         embedding = widen_embedding(self._stored(EMBEDDING), vocab.size)
         if config.tied and vocab.size >= config.vocab_size:
-            head = self._pack(embedding)
+            head = self._memory.keep_matrix(self._kernels.pack_linear(embedding))
             return (None if head.scale is None else self._memory.keep(embedding)), head
         name = (EMBEDDING if config.tied else HEAD).removesuffix(".weight")
         return self._memory.keep(embedding), self._columns([(name, vocab)], config.hidden)
 
-    def _layer(self, prefix: str) -> LayerWeights:
-        config, sharding = self._checkpoint.config, self._sharding
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        norms = LAYER_NORMS[config.norms]
-        projections, gates = self._attention_inputs(attention), self._gates(mlp)
-        q_span = sharding.heads.times(config.head_dim)
-        # A bias of an output projection is added once, by the first rank.
-        output_bias, down_bias = config.output_bias and sharding.is_first, config.mlp_bias and sharding.is_first
-        return LayerWeights(
+    def _layer(self, index: int) -> LayerWeights:
+        config, sharding, prefix = self._checkpoint.config, self._sharding, layer_prefix(index)
+        attention, norms, mixture = prefix + "self_attn.", LAYER_NORMS[config.norms], config.mixture_of(index)
+        projections, q_span = self._attention_inputs(attention), sharding.heads.times(config.head_dim)
+        has_bias = config.output_bias and sharding.is_first  # is added once, by the first rank
+        layer = LayerWeights(
             input_norm=self._layer_norm(prefix, norms.input),
             qkv=self._columns(projections, config.hidden, self._rows_by_lanes),
             qkv_bias=self._stack(projections, ".bias", rows=self._rows_by_lanes) if config.qkv_bias else None,
             q_norm=self._norm(attention + "q_norm.weight") if config.qk_norm != "none" else None,
             k_norm=self._norm(attention + "k_norm.weight") if config.qk_norm != "none" else None,
             output=self._rows(attention + "o_proj", config.hidden, q_span),
-            output_bias=self._read(attention + "o_proj.bias") if output_bias else None,
-            mlp_norm=self._layer_norm(prefix, norms.mlp),
-            gate_up=self._columns(gates, config.hidden),
-            gate_up_bias=self._stack(gates, ".bias") if config.mlp_bias else None,
-            down=self._rows(mlp + "down_proj", config.hidden, sharding.ffn),
-            down_bias=self._read(mlp + "down_proj.bias") if down_bias else None,
+            output_bias=self._read(attention + "o_proj.bias") if has_bias else None,
             attention_post_norm=self._layer_norm(prefix, norms.attention_post),
+            mlp_norm=self._layer_norm(prefix, norms.mlp),
             mlp_post_norm=self._layer_norm(prefix, norms.mlp_post),
         )
+        return self._with_mlp(layer, prefix + "mlp.") if mixture is None else self._mix(layer, prefix + "mlp.", mixture)
+
+    def _with_mlp(self, layer: LayerWeights, mlp: str) -> LayerWeights:
+        config, gates = self._checkpoint.config, self._gates(mlp)
+        return replace(
+            layer,
+            gate_up=self._columns(gates, config.hidden),
+            gate_up_bias=self._stack(gates, ".bias") if config.mlp_bias else None,
+            down=self._rows(mlp + "down_proj", config.hidden, self._sharding.ffn),
+            down_bias=self._read(mlp + "down_proj.bias") if config.mlp_bias and self._sharding.is_first else None,
+        )
+
+    def _mix(self, layer: LayerWeights, mlp: str, mixture: Mixture) -> LayerWeights:
+        """Routers stay as they are stored, whatever the format of other matrices: a choice has no small errors."""
+        names = [f"{mlp}experts.{expert}" for expert in range(mixture.experts)]
+        gate_ups = (self._expert_gates(name, mixture.hidden) for name in names)
+        downs = (self._expert_down(name, mixture.hidden) for name in names)
+        keep, stack = self._memory.keep_matrix, self._memory.keep_stack
+        experts = ExpertWeights(stack(gate_ups, mixture.experts), stack(downs, mixture.experts))
+        shared = mlp + "shared_expert"
+        if not mixture.shared:
+            return replace(layer, mixture=MixtureWeights(self._router(mlp + "gate"), experts))
+        return replace(
+            layer,
+            gate_up=keep(self._expert_gates(shared, mixture.shared)),
+            down=keep(self._expert_down(shared, mixture.shared)),
+            mixture=MixtureWeights(self._router(mlp + "gate"), experts, self._router(mlp + "shared_expert_gate")),
+        )
+
+    def _expert_gates(self, expert: str, width: int) -> LinearWeight:
+        return self._outputs(
+            [(f"{expert}.{name}", Span(0, width, width)) for name in ("gate_proj", "up_proj")],
+            self._checkpoint.config.hidden,
+        )
+
+    def _expert_down(self, expert: str, width: int) -> LinearWeight:
+        return self._inputs(f"{expert}.down_proj", self._checkpoint.config.hidden, Span(0, width, width))
+
+    def _router(self, name: str) -> LinearWeight:
+        return self._memory.keep_matrix(self._kernels.pack_linear(self._stored(name + ".weight"), weights="full"))
 
     def _attention_inputs(self, attention: str) -> list[_Part]:
         """The rank's queries, keys and values."""
@@ -172,18 +207,27 @@ class _Assembler:
 
         rows: the order that they are to have; None: as they come.
         """
-        if (quantized := self._quantized(parts, rows)) is not None:
-            return quantized
-        return self._pack(self._stack(parts, ".weight", inputs, rows=rows))
+        return self._memory.keep_matrix(self._outputs(parts, inputs, rows))
 
     def _rows(self, name: str, outputs: int, span: Span) -> LinearWeight:
         """Row-parallel: all outputs, the rank's inputs."""
-        if (quantized := self._quantized([(name, Span(0, outputs, outputs))])) is not None:
+        return self._memory.keep_matrix(self._inputs(name, outputs, span))
+
+    def _outputs(self, parts: list[_Part], inputs: int, rows: Tensor | None = None) -> LinearWeight:
+        """As ``_columns``, not yet in the memory for weights."""
+        quantized = self._quantized(parts, rows)
+        packed: LinearWeight = quantized or self._kernels.pack_linear(self._stack(parts, ".weight", inputs, rows=rows))
+        return packed
+
+    def _inputs(self, name: str, outputs: int, span: Span) -> LinearWeight:
+        """As ``_rows``, not yet in the memory for weights."""
+        whole = Span(0, outputs, outputs)
+        if (quantized := self._quantized([(name, whole)])) is not None:
             return quantized
         matrix = torch.zeros((outputs, span.size), dtype=self._dtype, device=self._device)
-        whole = Span(0, outputs, outputs)
         matrix[:, : span.end - span.begin].copy_(self._checkpoint.read(name + ".weight", whole, span))
-        return self._pack(matrix)
+        packed: LinearWeight = self._kernels.pack_linear(matrix)
+        return packed
 
     def _quantized(self, parts: list[_Part], rows: Tensor | None = None) -> LinearWeight | None:
         """Projections of one input that are stored quantised in one way, as one matrix; None: they are to be decoded,
@@ -200,10 +244,8 @@ class _Assembler:
         merged = stack_outputs(matrices)
         if rows is not None:
             merged = take_outputs(merged, rows)
-        return self._memory.keep_matrix(self._kernels.pack_quantized(merged.to(self._device), self._dtype))
-
-    def _pack(self, matrix: Tensor) -> LinearWeight:
-        return self._memory.keep_matrix(self._kernels.pack_linear(matrix))
+        packed: LinearWeight = self._kernels.pack_quantized(merged.to(self._device), self._dtype)
+        return packed
 
     def _stack(self, parts: list[_Part], suffix: str, *inputs: int, rows: Tensor | None = None) -> Tensor:
         merged = torch.zeros((sum(span.size for _, span in parts), *inputs), dtype=self._dtype, device=self._device)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pearl.errors import ModelLoadError
+from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models import config_features as features
 from pearl.models.config_features import Activation
 from pearl.models.config_file import check_sizes
 from pearl.models.families import Norms, QKNorm, family_of
+from pearl.models.mixture import Mixture, read_mixture
 from pearl.models.model_source import source_of
 from pearl.models.quantization import Quantization
 from pearl.models.rope import frequencies, longest_fixed, require_fixed_frequencies
@@ -58,6 +59,7 @@ class ModelConfig:
     norms: Norms = "before"
     norm_offset: float = 0.0  # joins the stored weights of norms when they are loaded
     merged_projections: bool = False  # as they are stored
+    mixture: Mixture | None = None  # of experts; None: all layers are dense
     unrotated: int = 0  # the last so many lanes of a head pass the rotation by
     # One for each layer, where they differ; None: the layer is not rotated.
     layer_ropes: tuple[Mapping[str, Any] | None, ...] = field(default=(), hash=False)
@@ -69,6 +71,10 @@ class ModelConfig:
     embedding_scale: float = 1.0
     rounds_embedding_scale: bool = False  # to the dtype that is computed in
     residual_multiplier: float = 1.0  # of what each sublayer adds to the residual, which we keep divided by it
+
+    def mixture_of(self, layer: int) -> Mixture | None:
+        """None: the layer is dense."""
+        return self.mixture if self.mixture is not None and self.mixture.sparse[layer] else None
 
     @property
     def attention_scale(self) -> float:
@@ -131,7 +137,7 @@ class ModelConfig:
         config.standardize_rope_params()  # as the model's class does: some keys count only now
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        attention_bias = bool(getattr(config, "attention_bias", False))
+        attention_bias = bool(getattr(config, family.attention_bias, False))
         rope, multipliers = features.rope(config, family), features.multipliers(config, family)
         shape = cls(
             architecture=family.architecture,
@@ -155,6 +161,7 @@ class ModelConfig:
             norms=family.norms,
             norm_offset=family.norm_offset,
             merged_projections=family.merged_projections,
+            mixture=None if family.mixture is None else read_mixture(config, family.mixture),
             unrotated=head_dim - features.rotary_dim(rope, family, head_dim),
             layer_ropes=features.layer_ropes(config, family),
             query_scale=features.query_scale(config, family),
@@ -183,6 +190,10 @@ class ModelConfig:
             raise ModelLoadError(
                 f"head_dim (hidden_size / num_attention_heads where it is not given) must be even and from 2 to "
                 f"{_MAX_HEAD_DIM}, not {self.head_dim}"
+            )
+        if self.mixture is not None and self.activation != "silu":
+            raise UnsupportedModelError(
+                f"a mixture of experts with the activation {self.activation!r} is not supported; known is 'silu'"
             )
         if not 0 <= self.eps < math.inf:
             raise ModelLoadError(f"rms_norm_eps must be a finite number >= 0, not {self.eps!r}")

@@ -58,6 +58,11 @@ def shard(config: ModelConfig, rank: int, ranks: int) -> Sharding:
             f"a {config.architecture} norms its queries and its keys over all heads together, which lie on several "
             "ranks; leave target_parallel at 1"
         )
+    if ranks > 1 and config.mixture is not None:
+        raise ConfigurationError(
+            f"a {config.architecture} is a mixture of experts, which is not given out to several ranks; leave "
+            "target_parallel at 1"
+        )
     kv_heads, heads = _heads(config, rank, ranks)
     ffn, vocab = _cut(config.ffn, rank, ranks), _cut(config.vocab_size, rank, ranks)
     local = replace(config, heads=heads.size, kv_heads=kv_heads.size, ffn=ffn.size, vocab_size=vocab.size)

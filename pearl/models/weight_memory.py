@@ -8,8 +8,11 @@ process to process.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +37,40 @@ class WeightMemory:
         """
         if self._device.type != "cpu":
             return tensor
-        size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if size > self._chunk.nbytes:
-            self._chunk = _map(max(size, _CHUNK))
-        block, self._chunk = self._chunk[: tensor.nbytes], self._chunk[size:]
-        return block.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return self._room(tensor.shape, tensor.dtype).copy_(tensor)
 
     def keep_matrix(self, weight: LinearWeight) -> LinearWeight:
         """The same with what a provider packed."""
         scale = None if weight.scale is None else self.keep(weight.scale)
         offset = None if weight.offset is None else self.keep(weight.offset)
         return replace(weight, data=self.keep(weight.data), scale=scale, offset=offset)
+
+    def keep_stack(self, weights: Iterable[LinearWeight], count: int) -> LinearWeight:
+        """``count`` packed matrices of one shape, as ``stack_weights`` joins them; one of them is in memory beside the
+        stack.
+        """
+        stack: LinearWeight | None = None
+        for index, weight in enumerate(weights):
+            tensors = {field.name: getattr(weight, field.name) for field in fields(weight)}
+            tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+            if stack is None:
+                rooms: dict[str, Any] = {n: self._room((count, *t.shape), t.dtype) for n, t in tensors.items()}
+                stack = replace(weight, **rooms)
+            for name, tensor in tensors.items():
+                getattr(stack, name)[index].copy_(tensor)
+        assert stack is not None  # there is at least one
+        return stack
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised."""
+        if self._device.type != "cpu":
+            return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        if size > self._chunk.nbytes:
+            self._chunk = _map(max(size, _CHUNK))
+        block, self._chunk = self._chunk[:nbytes], self._chunk[size:]
+        return block.view(dtype).view(tuple(shape))
 
 
 def _map(size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pearl.errors import ConfigurationError
@@ -38,11 +38,20 @@ GPUS: Mapping[str, Gpu] = {
 
 
 def costs_on(
-    gpu: Gpu, target_bytes: int, draft_bytes: int, target_gpus: int = 1, share: float = SHARE, bytes_each: int = 2
+    gpu: Gpu,
+    target_bytes: int,
+    draft_bytes: int,
+    target_gpus: int = 1,
+    share: float = SHARE,
+    bytes_each: int = 2,
+    target_reads: Callable[[float], float] | None = None,
+    draft_reads: float | None = None,
 ) -> Costs:
     """Of a draft on one GPU and a target on ``target_gpus`` further ones, which exchange nothing that takes time.
 
     A forward reads all weights once, and computes each row with all of them; KV is taken to be small beside weights.
+    Of a mixture of experts ``target_reads`` says how many bytes a forward of so many rows reads, a row is computed with
+    those that it would read alone, and ``draft_reads`` are those of a draft's step.
     Raises ConfigurationError: weights of ``bytes_each`` that do not fit.
     """
     if not 0 < share <= 1:
@@ -55,9 +64,12 @@ def costs_on(
                 f"share the target among more of them"
             )
 
+    def read(rows: float) -> float:
+        return each if target_reads is None else target_reads(rows) / target_gpus
+
     def target(rows: float) -> float:
-        reading = each / (share * gpu.bandwidth)
-        computing = rows * 2 * each / bytes_each / (_ARITHMETIC * gpu.operations)
+        reading = read(rows) / (share * gpu.bandwidth)
+        computing = rows * 2 * read(1) / bytes_each / (_ARITHMETIC * gpu.operations)
         return max(reading, computing)
 
-    return Costs(target, draft_bytes / (share * gpu.bandwidth))
+    return Costs(target, (draft_bytes if draft_reads is None else draft_reads) / (share * gpu.bandwidth))

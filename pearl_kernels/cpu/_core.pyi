@@ -200,6 +200,11 @@ def route(
     /,
 ) -> None: ...
 
+class Mixture:
+    def __init__(
+        self, router: Matrix, experts: ExpertLayer, shared_gate: Matrix, top_k: int, renormalise: bool, /
+    ) -> None: ...
+
 class Layer:
     def __init__(
         self,
@@ -217,6 +222,7 @@ class Layer:
         k_cache: int,
         v_cache: int,
         window: int,
+        mixture: Mixture | None,
         /,
     ) -> None: ...
 

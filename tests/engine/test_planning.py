@@ -99,3 +99,19 @@ def test_forecasts_grow_with_acceptance() -> None:
     costs = Costs.measured(10.0, 0.0, 1.0)
     for low, high in itertools.pairwise(forecast(costs, a) for a in (0.3, 0.5, 0.7, 0.9)):
         assert all(one.speedup <= other.speedup for one, other in zip(low, high, strict=True))
+
+
+def test_a_mixture_s_rows_read_the_experts_that_they_meet() -> None:
+    """One row as a dense model of what it reads; more rows read more, at most everything."""
+    gpu, held = GPUS["h100"], 90 * 10**9
+
+    def reads(rows: float) -> float:
+        return min(held, 20e9 + 8e9 * rows)
+
+    mixture, dense = costs_on(gpu, held, 10**9, 2, target_reads=reads, draft_reads=3e8), costs_on(gpu, held, 10**9, 2)
+    alike = costs_on(gpu, 28 * 10**9, 3 * 10**8, 2)
+    assert mixture.target(1) == pytest.approx(alike.target(1))
+    assert mixture.step == pytest.approx(alike.step)
+    assert mixture.target(1) < mixture.target(3) < mixture.target(8) < dense.target(8) == mixture.target(20)
+    with pytest.raises(ConfigurationError, match=r"90\.0 GB of a GPU that has 80"):  # all of it has to fit
+        costs_on(gpu, held, 10**9, target_reads=reads)

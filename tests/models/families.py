@@ -22,6 +22,8 @@ from transformers import (
     MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -29,8 +31,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -102,7 +108,33 @@ GRANITE: dict[str, Any] = {
 
 
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
+# As in the real ones: Mixtral's weights add up to 1, Qwen2-MoE's do not; Qwen3-MoE's as norm_topk_prob says.
+QWEN_MOE: dict[str, Any] = {
+    **SHAPE,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+}
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**{**SHAPE, "intermediate_size": 36}, num_local_experts=4)),
+    "mixtral-window": lambda: MixtralForCausalLM(
+        MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=4, head_dim=8, sliding_window=11)
+    ),
+    "qwen2-moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**QWEN_MOE, shared_expert_intermediate_size=56, norm_topk_prob=False)
+    ),
+    "qwen2-moe-layers": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**QWEN_MOE, shared_expert_intermediate_size=100, mlp_only_layers=[0], norm_topk_prob=True,
+                       qkv_bias=False, use_sliding_window=True, sliding_window=9, max_window_layers=2)
+    ),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN_MOE, head_dim=16, norm_topk_prob=True)),
+    "qwen3-moe-steps": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**QWEN_MOE, head_dim=8, decoder_sparse_step=2, norm_topk_prob=False, attention_bias=True,
+                       use_sliding_window=True, sliding_window=9, tie_word_embeddings=True)
+    ),
+}  # fmt: skip
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    **MIXTURES,
     "llama": llama,
     "llama-tied": lambda: llama(tie_word_embeddings=True),
     "llama-biases": lambda: llama(attention_bias=True, mlp_bias=True),

@@ -233,5 +233,5 @@ def test_threads_change_no_bit() -> None:
 def test_int8_weights_give_the_same_bits_as_operator_by_operator(folder: Path, dtype: torch.dtype) -> None:
     kernels = select(Situation("cpu", dtype, weights="int8"))
     decoder = load_model(folder, device=CPU, dtype=dtype, max_model_len=128, kernels=kernels)
-    assert decoder.weights.layers[0].down.data.dtype == decoder.weights.head.data.dtype == torch.int8
+    assert decoder.weights.layers[0].output.data.dtype == decoder.weights.head.data.dtype == torch.int8
     assert_same_bits(decoder, dtype)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, MIXTURES, build
 from torch import Tensor
 
 from pearl.models import Decoder, ModelConfig, bundled_path, load_model
+from pearl.models.decoder import MixtureWeights
 from pearl.models.sharding import shard
-from pearl.models.weight_size import weight_bytes
-from pearl_kernels import Situation, select
+from pearl.models.weight_size import read_bytes, weight_bytes
+from pearl_kernels import LinearWeight, Situation, select
 from pearl_kernels.registry import OPERATORS
 
 BUNDLED = [bundled_path("target"), bundled_path("draft")]
@@ -30,9 +32,12 @@ def load_plain(path: Path, dtype: torch.dtype, rank: int = 0, ranks: int = 1) ->
 
 def held_bytes(model: Decoder) -> int:
     """Each storage once: a tied head is the embedding."""
-    weights = [model.weights.embedding, model.weights.norm, model.weights.head]
-    weights += [getattr(layer, field.name) for layer in model.weights.layers for field in fields(layer)]
-    tensors = [weight if isinstance(weight, Tensor) else weight.data for weight in weights if weight is not None]
+    weights: list[Any] = [model.weights.embedding, model.weights.norm, model.weights.head]
+    parts: list[Any] = [part for layer in model.weights.layers for part in (layer, layer.mixture) if part is not None]
+    parts += [part.experts for part in parts if isinstance(part, MixtureWeights)]
+    weights += [getattr(part, field.name) for part in parts for field in fields(part)]
+    tensors = [weight.data if isinstance(weight, LinearWeight) else weight for weight in weights]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
@@ -62,3 +67,26 @@ def test_of_each_rank(name: str, ranks: int, tmp_path: Path) -> None:
     config = ModelConfig.from_pretrained(str(tmp_path))
     promised = [weight_bytes(config, torch.float32, rank, ranks) for rank in range(ranks)]
     assert promised == [held_bytes(load_plain(tmp_path, torch.float32, rank, ranks)) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_row_reads_the_experts_that_it_meets(name: str, tmp_path: Path) -> None:
+    """All of a layer's experts but as many as it meets are left out; many rows meet all of them."""
+    reference = build(name)
+    reference.save_pretrained(tmp_path)
+    config = ModelConfig.from_pretrained(str(tmp_path))
+    mixture = config.mixture
+    assert mixture is not None
+    held = weight_bytes(config, torch.float32)
+    experts = {n: p for n, p in reference.named_parameters() if ".mlp.experts." in n}
+    assert len({n.rsplit(".", 1)[0] for n in experts}) == mixture.layers
+    left_out = sum(p.numel() * 4 * (mixture.experts - mixture.top_k) // mixture.experts for p in experts.values())
+    assert read_bytes(config, torch.float32) == held - left_out
+    assert read_bytes(config, torch.float32, 200) == held
+    two = read_bytes(config, torch.float32, 2)
+    assert held - left_out < two < held or left_out == 0
+
+
+def test_a_dense_model_is_read_whole() -> None:
+    config = ModelConfig.from_pretrained(str(BUNDLED[0]))
+    assert read_bytes(config, torch.bfloat16) == weight_bytes(config, torch.bfloat16)
