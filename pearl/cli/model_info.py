@@ -23,7 +23,7 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
     from pearl.models import ModelConfig
     from pearl.models.checkpoint import stored_config
     from pearl.models.model_features import features
-    from pearl.models.weight_size import weight_bytes
+    from pearl.models.weight_size import read_bytes, weight_bytes
 
     config = ModelConfig.from_pretrained(path, dtype)
     if Path(path).exists():
@@ -35,7 +35,8 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
     table.add_row("features", "; ".join(features(config)))
     table.add_row("context", f"{config.longest} tokens")
     name = str(config.dtype).removeprefix("torch.")
-    table.add_row("weights", f"{gib(weight_bytes(config, config.dtype, device=device))} in {name}")
+    held, read = (size(config, config.dtype, device=device) for size in (weight_bytes, read_bytes))
+    table.add_row("weights", f"{gib(held)} in {name}" + (f"; a token reads {gib(read)}" if read < held else ""))
     if config.quantization is not None:
         table.add_row("quantised", f"with {config.quantization.method.name}")
     return table

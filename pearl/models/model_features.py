@@ -21,6 +21,7 @@ def features(config: ModelConfig) -> Iterator[str]:
         yield "queries and keys normed " + ("by head" if config.qk_norm == "head" else "over all heads")
     yield from _attention(config)
     yield from _ropes(config)
+    yield from _mixture(config)
     yield "GELU (tanh)" if config.activation == "gelu_tanh" else "SiLU"
     biased = [name for name, there in (("qkv", config.qkv_bias), ("output", config.output_bias)) if there]
     if biased := [*biased, *(["feed-forward"] if config.mlp_bias else [])]:
@@ -46,6 +47,16 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         yield f"attention scores times {config.query_scale:.6g}"
     if config.attention_softcap:
         yield f"attention scores capped at {config.attention_softcap:g}"
+
+
+def _mixture(config: ModelConfig) -> Iterator[str]:
+    mixture = config.mixture
+    if mixture is None:
+        return
+    shared = f" and a shared one of width {mixture.shared}" if mixture.shared else ""
+    where = _some(mixture.layers, config)
+    yield f"{mixture.top_k} of {mixture.experts} experts of width {mixture.hidden}{shared} for a token in {where}"
+    yield f"weights of experts {'add up to 1' if mixture.renormalise else 'are their probabilities among all'}"
 
 
 def _ropes(config: ModelConfig) -> Iterator[str]:

@@ -20,7 +20,17 @@ from e2e_support import (
     save,
     token_ids,
 )
-from transformers import Gemma2Config, Gemma3TextConfig, GraniteConfig, Olmo2Config, Phi3Config, SmolLM3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from pearl import LLM, SamplingParams
 from pearl.errors import ConfigurationError
@@ -40,6 +50,14 @@ FAMILIES: dict[str, Any] = {
     ),
     "granite": GraniteConfig(
         **SHAPE, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=4.0
+    ),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": Qwen2MoeConfig(
+        **SHAPE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=40,
+        mlp_only_layers=[1],
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SHAPE, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True
     ),
     "olmo2": Olmo2Config(**{name: value for name, value in SHAPE.items() if name != "head_dim"}),
     "phi3": Phi3Config(

@@ -30,7 +30,8 @@ from pearl.workers.model_runner import build_batch
 
 NAMES = (
     "llama", "mistral-window", "ministral-layers", "qwen2-sliding-layers", "qwen3", "gemma", "gemma2", "gemma3-cap",
-    "granite", "olmo2", "phi3-window", "phi3-partial-longrope", "smollm3-windows",
+    "granite", "olmo2", "phi3-window", "phi3-partial-longrope", "smollm3-windows", "mixtral", "qwen2-moe-layers",
+    "qwen3-moe-steps",
 )  # fmt: skip
 CHANGES = 14
 # Of what lies around the model; architectures does not name the family, model_type does.
