@@ -105,9 +105,14 @@ def layer_ropes(config: Config, family: Family) -> tuple[Rope | None, ...]:
     rotated = getattr(config, "no_rope_layers", None)
     if not family.layers_without_rope or rotated is None:
         return ()
-    if len(rotated) < layers or not all(isinstance(each, int) for each in rotated):
-        raise ModelLoadError(f"no_rope_layers must have a 0 or 1 for each of the {layers} layers, not {rotated!r}")
+    require_one_for_each_layer(rotated, layers)
     return tuple(dict(config.rope_parameters) if each else None for each in rotated[:layers])
+
+
+def require_one_for_each_layer(rotated: object, layers: int) -> None:
+    """ModelLoadError unless no_rope_layers has a number for each layer."""
+    if not isinstance(rotated, list | tuple) or len(rotated) < layers or {type(each) for each in rotated} - {int, bool}:
+        raise ModelLoadError(f"no_rope_layers must have a 0 or 1 for each of the {layers} layers, not {rotated!r}")
 
 
 def rotary_dim(parameters: Rope, family: Family, head_dim: int) -> int:

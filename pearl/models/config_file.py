@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
+from pearl.models.config_features import require_one_for_each_layer
 from pearl.models.families import family_of
 from pearl.models.model_files import read_json
 from pearl.models.plain_files import PlainConfig, plain_config
@@ -85,6 +86,9 @@ def _check(fields: Mapping[str, Any]) -> None:
     check_sizes(fields)
     if not isinstance(fields.get("layer_types", []), list | None):
         raise ModelLoadError(f"layer_types must be a list with a name for each layer, not {fields['layer_types']!r}")
+    rotated, layers = fields.get("no_rope_layers"), fields.get("num_hidden_layers")
+    if family.layers_without_rope and rotated is not None and isinstance(layers, int):
+        require_one_for_each_layer(rotated, layers)
     if fields.get("per_layer_config"):
         raise UnsupportedModelError("layers that differ (per_layer_config) are not supported")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters")

@@ -104,6 +104,7 @@ GRANITE: dict[str, Any] = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.0625,
     "logits_scaling": 8.0,
+    "rms_norm_eps": 0.03,  # of the size that shows whether it fits a residual that is kept divided
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from config_support import ABSENT, FIELDS, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models import ModelConfig
@@ -101,6 +101,48 @@ def test_what_transformers_loads_has_its_shape(tmp_path: Path, changes: dict[str
     lanes, scale = frequencies(shape.rope, shape.head_dim, shape.max_position_embeddings)
     torch.testing.assert_close(lanes, rotary.inv_freq)
     assert scale == pytest.approx(rotary.attention_scaling)
+
+
+GEMMA3 = {"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}
+PHI3 = {"model_type": "phi3", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GRANITE = {"model_type": "granite"}
+SMOLLM3 = {"model_type": "smollm3", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+OF_FAMILIES: list[tuple[dict[str, Any], str]] = [
+    ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported in a Gemma3"),
+    ({**GEMMA3, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported in a Gemma3"),
+    ({**GEMMA3, "final_logit_softcapping": 0.0}, "final_logit_softcapping must be a finite number above 0, not 0.0"),
+    ({**GEMMA3, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a finite number above 0, not 0"),
+    ({**GEMMA3, "hidden_activation": "gelu"}, r"activation 'gelu' \(hidden_activation\)"),
+    ({**GEMMA3, "sliding_window": None}, "sliding_window must be at least 1 where a layer uses it, not None"),
+    ({**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor of rope_parameters .*, not -1.0"),
+    ({**GRANITE, "residual_multiplier": 0.0}, "residual_multiplier must be a finite number above 0, not 0.0"),
+    ({**GRANITE, "residual_multiplier": -1.0}, "residual_multiplier must be a finite number above 0, not -1.0"),
+    ({**GRANITE, "logits_scaling": 0}, "logits_scaling must be a finite number above 0, not 0"),
+    ({**SMOLLM3, "no_rope_layers": [1]}, r"no_rope_layers must have a 0 or 1 for each of the 2 layers, not \[1\]"),
+    ({**PHI3, "partial_rotary_factor": 0.4}, "partial_rotary_factor must leave an even number .*, not 0.4"),
+    ({**PHI3, "rope_scaling": {**LONG, "short_factor": [1.0] * 3}}, "short_factor"),
+    ({**PHI3, "rope_scaling": {**LONG, "short_factor": [0.0] * 4}}, "short_factor of rope_parameters must be a list"),
+    ({**PHI3, "rope_scaling": {"type": "linear", "factor": 2.0}}, r"must be one of \['longrope'\], got linear"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), OF_FAMILIES, ids=repr)
+def test_what_a_family_cannot_run_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ModelLoadError, UnsupportedModelError), match=message):
+        ModelConfig.from_pretrained(write_config(tmp_path, **fields))
+
+
+def test_a_field_that_its_class_has_and_the_decoder_does_not_know_is_refused_unless_it_has_its_default() -> None:
+    """As a later transformers may add one."""
+
+    class Newer(LlamaConfig):
+        model_type = "llama"
+        attention_twist: float = 0.0
+
+    assert ModelConfig.from_transformers(Newer(**FIELDS)).layers == 2
+    with pytest.raises(UnsupportedModelError, match=r"attention_twist=0.5 is a field of LlamaForCausalLM's config"):
+        ModelConfig.from_transformers(Newer(**FIELDS, attention_twist=0.5))
 
 
 SIZES = [name for name in FIELDS if name != "model_type"]

@@ -31,6 +31,13 @@ CONFIG = ModelConfig(
 )
 
 
+def test_norms_over_all_heads_cannot_be_cut() -> None:
+    config = replace(CONFIG, architecture="Olmo2ForCausalLM", qk_norm="projection")
+    assert shard(config, 0, 1).config == config
+    with pytest.raises(ConfigurationError, match=r"Olmo2ForCausalLM norms its queries .* leave target_parallel at 1"):
+        shard(config, 0, 2)
+
+
 def every(config: ModelConfig, ranks: int) -> list[Sharding]:
     return [shard(config, rank, ranks) for rank in range(ranks)]
 
