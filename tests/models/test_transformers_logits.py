@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,13 @@ def pair(
 ) -> tuple[PreTrainedModel, TransformersModel]:
     model, path = build(request.param), tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
+    if request.param == "gptj" and not _has_attention_interface(type(model)):
+        pytest.skip("before transformers 5.18 or so GPT-J does not call attention through the interface")
     return model, load_from(path)
+
+
+def _has_attention_interface(family: type[PreTrainedModel]) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[family.__module__])
 
 
 Models = tuple[PreTrainedModel, TransformersModel]
@@ -114,7 +121,7 @@ def test_bf16_weights_are_read_as_transformers_reads_them(tmp_path: Path) -> Non
 
 def test_models_of_one_process_and_a_users_own_do_not_meet(tmp_path: Path) -> None:
     """Interleaved, with transformers' modules of the same class and configuration between them."""
-    names = ("gptj", "cohere2-windows", "cohere2-windows")
+    names = ("phi", "cohere2-windows", "cohere2-windows")
     judges, models = [], []
     for index, name in enumerate(names):
         judge = build(name)
@@ -136,7 +143,7 @@ def test_models_of_one_process_and_a_users_own_do_not_meet(tmp_path: Path) -> No
 
 
 def test_ids_that_a_draft_lacks_are_never_its_own(tmp_path: Path) -> None:
-    judge = build("gptj")
+    judge = build("phi")
     judge.save_pretrained(tmp_path)
     config: TransformersConfig = replace(describe(str(tmp_path)), vocab_size=140)
     model = load(tmp_path, config, device=CPU, kernels=select(Situation("cpu", head_dim=8)), page_size=4)

@@ -47,6 +47,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": ({"alibi": True}, r"'falcon' cannot run on KV pages: its attention does not go through"),
     "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}, "gpt_neo"),
     "xglm": ({"attention_heads": 4, "num_layers": 2, "d_model": 32, "ffn_dim": 48}, "XGLMForCausalLM cannot run"),
+    "openai-gpt": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, r"it has 2 layers, of which 0 attend through"),
     "bert": ({"is_decoder": False}, "neither causal attention nor a sliding window"),
     "t5": ({}, r"an encoder|cannot run on KV pages"),
     "bart": ({"d_model": 32, "decoder_layers": 2}, "an encoder"),
@@ -88,9 +89,9 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of", "auto_map": maps}))
     with pytest.raises(UnsupportedModelError, match=r"Python code in the model's folder \(auto_map\), and this engine"):
         describe(str(tmp_path))
-    config_of("gptj").save_pretrained(tmp_path)
+    config_of("phi").save_pretrained(tmp_path)
     edit_config(tmp_path, auto_map=maps)
-    assert describe(str(tmp_path), torch.float32).architecture == "GPTJForCausalLM"
+    assert describe(str(tmp_path), torch.float32).architecture == "PhiForCausalLM"
     assert not trace.exists()
 
 

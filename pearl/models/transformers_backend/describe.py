@@ -101,7 +101,7 @@ def _build(config: Any) -> Any:
     build: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            return build(_without_growth(config), **options).eval()
+            return build(_with_fixed_rotations(config), **options).eval()
     except Exception as error:  # a class without the attention interface fails in many ways, from its registries on
         raise UnsupportedModelError(
             f"transformers' class of model_type {config.model_type!r} cannot run on KV pages: its attention does not "
@@ -146,11 +146,11 @@ def _positions(config: Any) -> int:
     return longest
 
 
-def _without_growth(config: Any) -> Any:
-    """Without dynamic scaling, which looks at the numbers of positions and changes nothing within ``_positions``."""
+def _with_fixed_rotations(config: Any) -> Any:
+    """Without the scalings that look at the numbers of positions; within ``_positions`` they are fixed, too."""
     config = copy.deepcopy(config)
     for rope in _rope_parameters(config):
-        if rope.get("rope_type") == "dynamic":
+        if rope.get("rope_type") in ("dynamic", "longrope"):
             rope["rope_type"] = "default"
     return config
 
