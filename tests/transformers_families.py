@@ -64,7 +64,9 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     changing; biases and norms included: a zero bias or a norm of ones would hide that it is ignored.
     """
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config_of(name, **changes), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config_of(name, **changes), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
     with torch.no_grad():
         for parameter in model.parameters():

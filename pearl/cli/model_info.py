@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pearl.models import ModelConfig
+    from pearl.models.transformers_backend import TransformersConfig
 
 
 def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
@@ -20,30 +21,48 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
     from rich.table import Table
 
     from pearl.engine.memory import gib
-    from pearl.models import ModelConfig
-    from pearl.models.checkpoint import stored_config
-    from pearl.models.model_features import features
+    from pearl.models.backend import check_weights, describe_model
+    from pearl.models.model_config import ModelConfig
     from pearl.models.weight_size import read_bytes, weight_bytes
 
-    config = ModelConfig.from_pretrained(path, dtype)
+    config = describe_model(path, "auto", dtype)
     if Path(path).exists():
-        config = stored_config(Path(path), config)
+        config = check_weights(Path(path), config)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("model", path)
-    table.add_row("family", f"{config.architecture}, by the native decoder")
-    table.add_row("shape", _shape(config))
-    table.add_row("features", "; ".join(features(config)))
+    for name, text in _native(config) if isinstance(config, ModelConfig) else _through_transformers(config):
+        table.add_row(name, text)
     table.add_row("context", f"{config.longest} tokens")
     name = str(config.dtype).removeprefix("torch.")
-    held, read = (size(config, config.dtype, device=device) for size in (weight_bytes, read_bytes))
+    held = weight_bytes(config, config.dtype, device=device)
+    read = read_bytes(config, config.dtype, device=device) if isinstance(config, ModelConfig) else held
     table.add_row("weights", f"{gib(held)} in {name}" + (f"; a token reads {gib(read)}" if read < held else ""))
-    if config.quantization is not None:
+    if isinstance(config, ModelConfig) and config.quantization is not None:
         table.add_row("quantised", f"with {config.quantization.method.name}")
     return table
 
 
-def _shape(config: ModelConfig) -> str:
-    return (
+def _native(config: ModelConfig) -> list[tuple[str, str]]:
+    from pearl.models.model_features import features
+
+    shape = (
         f"{config.layers} layers of width {config.hidden}, feed-forward {config.ffn}, {config.vocab_size} rows of "
         "vocabulary"
     )
+    return [
+        ("family", f"{config.architecture}, by the native decoder"),
+        ("shape", shape),
+        ("features", "; ".join(features(config))),
+    ]
+
+
+def _through_transformers(config: TransformersConfig) -> list[tuple[str, str]]:
+    layers = config.attention
+    windows = sorted({layer.window for layer in layers if layer.window})
+    counts = [f"a window of {size} tokens in {sum(layer.window == size for layer in layers)}" for size in windows]
+    attention = f"{layers[0].heads} heads, {config.kv_heads} of keys and values, of {config.head_dim}"
+    return [
+        ("family", f"{config.architecture}, by the transformers backend: its own module, attention on our pages"),
+        ("shape", f"{config.layers} layers, {config.vocab_size} rows of vocabulary"),
+        ("attention", "; ".join([attention, *(f"{count} of {len(layers)} layers" for count in counts)])),
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers_families import build
 from typer.testing import CliRunner
 
 from pearl.cli.app import application
@@ -41,6 +42,17 @@ def test_a_model_is_described_by_what_was_recognised(tmp_path: Path) -> None:
         "normed by head", "a window of 7 tokens in 2 of 3 layers", "attention scores times 0.25",
         "RoPE default, theta 10000 in 2 of 3 layers", "RoPE default, theta 1e+06 in 1 of 3 layers", "GELU (tanh)",
         "embeddings times 5.65685", "logits capped at 30", "the head is the embedding", "128 tokens", "GiB in float32",
+    ):  # fmt: skip
+        assert part in result.stdout
+
+
+def test_a_model_that_transformers_would_run(tmp_path: Path) -> None:
+    build("cohere2-windows").save_pretrained(tmp_path)
+    result = CliRunner().invoke(application(), ["info", "--model", str(tmp_path)], env={"COLUMNS": "600"})
+    assert result.exit_code == 0, result.output
+    for part in (
+        "Cohere2ForCausalLM, by the transformers backend", "3 layers, 131 rows", "6 heads, 2 of keys and values, of 8",
+        "a window of 9 tokens in 2 of 3 layers", "128 tokens", "GiB in float32",
     ):  # fmt: skip
         assert part in result.stdout
 

@@ -122,7 +122,7 @@ def test_one_model_of_each_backend(made: Callable[[str], Pair], llama: Pair, ope
 
 
 def test_a_draft_of_fewer_ids(llama: Pair, made: Callable[[str], Pair], open_llm: OpenLLM, tmp_path: Path) -> None:
-    draft = save(build("gptj", vocab_size=258), byte_tokenizer(258), tmp_path)
+    draft = save(build("phi", vocab_size=258), byte_tokenizer(258), tmp_path)
     llm = open_llm(target=llama.target, draft=draft, dtype="float32", window=2)
     batch = prompts(LENGTHS, seed=5)
     assert token_ids(llm.generate(batch, GREEDY)) == [llama.greedy(prompt, TOKENS) for prompt in batch]
@@ -160,12 +160,12 @@ def test_the_choice_is_logged_and_can_be_made(
         assert not caplog.messages  # it was asked for
         batch = prompts(LENGTHS, seed=8)
         assert token_ids(llm.generate(batch, GREEDY)) == [llama.greedy(prompt, TOKENS) for prompt in batch]
-        pair = made("gptj")
+        pair = made("phi")
         open_llm(pair, draft="ngram")
         assert any(
-            "runs through transformers' GPTJForCausalLM" in m and "'gptj' is not sup" in m for m in caplog.messages
+            "runs through transformers' PhiForCausalLM" in m and "'phi' is not sup" in m for m in caplog.messages
         )
-    with pytest.raises(UnsupportedModelError, match="model_type 'gptj' is not supported; the decoder knows"):
+    with pytest.raises(UnsupportedModelError, match="model_type 'phi' is not supported; the decoder knows"):
         open_llm(pair, backend="native")
     llm = open_llm(llama, backend="transformers", draft_backend="native")
     assert not isinstance(llm.models.draft.model, TransformersModel)
@@ -174,5 +174,5 @@ def test_the_choice_is_logged_and_can_be_made(
 @pytest.mark.parametrize("options", [{"target_weights": "int8"}, {"draft_weights": "int8"}, {"target_parallel": 2}])
 def test_options_of_the_native_decoder(made: Callable[[str], Pair], open_llm: OpenLLM, options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(ConfigurationError, match=rf"^{name}.* is for models that the native decoder runs; .*GPTJ"):
-        open_llm(made("gptj"), **options)
+    with pytest.raises(ConfigurationError, match=rf"^{name}.* is for models that the native decoder runs; .*Phi"):
+        open_llm(made("phi"), **options)
