@@ -68,6 +68,8 @@ class _Recorder:
         if any(layer.module == name for layer in self.layers):
             raise UnsupportedModelError(f"its {name} attends more than once in a forward, to different keys")
         _require_understood(name, options)
+        if getattr(module, "is_causal", None) is False:  # where transformers leaves the mask out this decides
+            raise UnsupportedModelError(f"its {name} is not causal (is_causal)")
         (_, heads, rows, head_dim), (_, kv_heads, keys, _) = query.shape, key.shape
         if value.shape != key.shape or key.shape[-1] != head_dim:
             raise UnsupportedModelError(
