@@ -38,8 +38,21 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
     read = read_bytes(config, config.dtype, device=device) if isinstance(config, ModelConfig) else held
     table.add_row("weights", f"{gib(held)} in {name}" + (f"; a token reads {gib(read)}" if read < held else ""))
     if isinstance(config, ModelConfig) and config.quantization is not None:
-        table.add_row("quantised", f"with {config.quantization.method.name}")
+        table.add_row("quantised", _quantised(config, device))
+        for note in config.quantization.method.notes:
+            table.add_row("", note)
     return table
+
+
+def _quantised(config: ModelConfig, device: str) -> str:
+    """The method, and in how many bits matrices stay."""
+    from pearl.models.weight_size import kept_matrices
+
+    assert config.quantization is not None
+    kept = kept_matrices(config, device)
+    bits = sorted({storage.keeps_bits for storage in kept.values()})
+    held = f"{len(kept)} matrices stay in {' and '.join(map(str, bits))} bits" if kept else "matrices are decoded"
+    return f"with {config.quantization.method.name}; on {device} {held}"
 
 
 def _native(config: ModelConfig) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from pearl.models.decoder_tensors import EXPERTS, LAYER_NORMS, decoder_tensors, matrix_shapes
@@ -57,10 +59,22 @@ def _saved_bytes(config: ModelConfig, dtype: torch.dtype, device: str) -> int:
 
 def _kept_bytes(config: ModelConfig, name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> int:
     """Of one matrix."""
+    storage = _kept_storage(config, name, device)
+    return shape[0] * shape[1] * dtype.itemsize if storage is None else _quantized_bytes(storage, *shape)
+
+
+def _kept_storage(config: ModelConfig, name: str, device: str) -> Storage | None:
+    """How a quantised matrix is stored that need not be decoded on a device of this type."""
     storage = None if config.quantization is None else config.quantization.storage_of(name)
     if storage is None or storage.keeps_bits == 0 or (storage.is_fp8 and device == "cpu"):
-        return shape[0] * shape[1] * dtype.itemsize
-    return _quantized_bytes(storage, *shape)
+        return None
+    return storage
+
+
+def kept_matrices(config: ModelConfig, device: str) -> Mapping[str, Storage]:
+    """How the quantised matrices are stored that need not be decoded on a device of this type, by their modules."""
+    stored = {name: _kept_storage(config, name, device) for name in matrix_shapes(decoder_tensors(config))}
+    return {name: storage for name, storage in stored.items() if storage is not None}
 
 
 def _quantized_bytes(storage: Storage, outputs: int, inputs: int) -> int:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from quantized_checkpoints import quantize
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers_families import build
 from typer.testing import CliRunner
 
@@ -55,6 +56,27 @@ def test_a_model_that_transformers_would_run(tmp_path: Path) -> None:
         "a window of 9 tokens in 2 of 3 layers", "128 tokens", "GiB in float32",
     ):  # fmt: skip
         assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("form", "sentences"),
+    [
+        ("awq-32", ["with awq (4 bits); on cpu 7 matrices stay in 4 bits"]),
+        ("autofp8", ["with fp8; on cpu matrices are decoded", "activations were to be quantised to fp8"]),
+    ],
+)
+def test_a_quantised_model_is_described(form: str, sentences: list[str], tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "model", form)
+    arguments = ["info", "--device", "cpu", "--model", str(tmp_path / "model")]
+    result = CliRunner().invoke(application(), arguments, env={"COLUMNS": "600"})
+    assert result.exit_code == 0, result.output
+    for sentence in sentences:
+        assert sentence in result.stdout
 
 
 @pytest.mark.parametrize(

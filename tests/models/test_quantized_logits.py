@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SINGLE, assert_as_transformers, edit_config, rewrite, write
-from families import llama, load
+from families import build, llama, load
 from quantized_checkpoints import FORMATS, quantize
 from safetensors.torch import load_file
 from torch import Tensor
@@ -70,6 +70,23 @@ def test_every_format_means_its_numbers(name: str, quantized: Callable[..., tupl
     folder, plain = quantized(name)
     assert_as_transformers(folder, plain)
     assert kept_bits(load(folder)) == {KEPT[name]}
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("qwen2", "gptq-4-all"), ("gemma2", "ct-int8-zeros"), ("olmo2", "ct-w4a16"), ("phi3-window", "ct-int8"),
+     ("phi3-partial", "gptq-4-all")],
+)  # fmt: skip
+def test_other_families(family: str, form: str, tmp_path: Path) -> None:
+    """Merged projections as they are stored, rotated lanes in another order, biases, tied heads."""
+    source, plain = tmp_path / "source", tmp_path / "plain"
+    build(family).save_pretrained(source)
+    meant = quantize(source, tmp_path / "quantized", form)
+    plain.mkdir()
+    (plain / "config.json").write_text((source / "config.json").read_text())
+    write(plain, meant)
+    assert_as_transformers(tmp_path / "quantized", plain)
+    assert kept_bits(load(tmp_path / "quantized")) == {KEPT[form]}
 
 
 @pytest.mark.parametrize("provider", ["reference", "triton"])
