@@ -228,8 +228,8 @@ _SECTIONS: Mapping[str, Callable[[Summary], list[Section]]] = {
 
 def _timeline(runs: Mapping[str, Any]) -> Section:
     draw = partial(token_timeline, runs, span_of({"": list(runs.values())[-1]}, _TIMELINE_ROUNDS))
-    caption = "A bar is a forward of the target, with the tokens that it judged, or a window of the draft; "
-    "dotted lines: verdicts."
+    bars = "A bar is a forward of the target, with the tokens that it judged, or a window of the draft"
+    caption = f"{bars}; dotted lines: verdicts."
     return Section("When each model works, and what becomes of the tokens", [Picture("timeline", caption, draw)])
 
 

@@ -99,6 +99,7 @@ def test_conversations() -> None:
     [
         ("It is 3. The answer is 1,234.\n\nQ: Next? The answer is 9.", "1,234"),
         ("so 5 and then 7.50 dollars", "7.50"),
+        ("It is 5.\n\nQ: Next?\nA: 7. The answer is 9.", "5"),
         ("nothing", None),
         ("-3", "-3"),
     ],

@@ -129,7 +129,14 @@ def test_the_report_is_whole_in_itself(resumed: tuple[Path, Finished]) -> None:
         "http://creativecommons.org", ""
     )
     assert "<img" not in page
-    for text in ("Lookahead", "Equal outputs", "8 of 8", "pearl@3", "python bench/suite.py methods"):
+    for text in (
+        "Lookahead",
+        "Equal outputs",
+        "8 of 8",
+        "dotted lines: verdicts.",
+        "pearl@3",
+        "python bench/suite.py methods",
+    ):
         assert text in page, text
     text = (out / "report.md").read_text("utf-8")
     for name in ("speedups", "timeline", "kinds-methods", "times-methods"):
