@@ -37,6 +37,7 @@ from pearl.models.backend import DescribedModel, check_weights, describe_model
 from pearl.models.model_source import source_of
 from pearl.models.transformers_backend import TransformersConfig
 from pearl.models.vocabulary import require_common_core, usable_ids
+from pearl.models.weight_memory import return_freed
 from pearl.models.weight_size import read_bytes
 from pearl.parallel import ParallelRunner
 from pearl.workers import ModelRunner
@@ -126,6 +127,7 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
     if draft_path is not None and shares.draft is not None and pair.head is not None:
         with explaining_out_of_memory(shares.draft, meter):
             head = _load_head(config, draft_path, shares.draft, pair, pair.head, target)
+    return_freed()
     return assemble(config, pair, target, draft, meter, head)
 
 

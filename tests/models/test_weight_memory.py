@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import platform
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pearl.models import Decoder, bundled_path, load_model
-from pearl.models.weight_memory import WeightMemory
+from pearl.models.weight_memory import WeightMemory, return_freed
 from pearl_kernels import LinearWeight, Situation, select
 
 CPU = torch.device("cpu")
@@ -114,3 +115,20 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert rounded.weights.embedding is not None
     ids = torch.tensor([0, 1, 47, 48, 4095, 17, 17])
     assert torch.equal(full.embed(ids), rounded.embed(ids))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has malloc_trim")
+def test_what_was_freed_between_pieces_that_are_held_goes_back_to_the_system() -> None:
+    pieces = [bytearray(5000) for _ in range(20_000)]
+    held = pieces[::500]
+    del pieces
+    before = anonymous()
+    return_freed()
+    assert before - anonymous() > 50e6
+    assert len(held) == 40
+
+
+def anonymous() -> int:
+    """Bytes that this process holds and no file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
