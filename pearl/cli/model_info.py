@@ -34,8 +34,7 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
         table.add_row(name, text)
     table.add_row("context", f"{config.longest} tokens")
     name = str(config.dtype).removeprefix("torch.")
-    held = weight_bytes(config, config.dtype, device=device)
-    read = read_bytes(config, config.dtype, device=device) if isinstance(config, ModelConfig) else held
+    held, read = (size(config, config.dtype, device=device) for size in (weight_bytes, read_bytes))
     table.add_row("weights", f"{gib(held)} in {name}" + (f"; a token reads {gib(read)}" if read < held else ""))
     if isinstance(config, ModelConfig) and config.quantization is not None:
         table.add_row("quantised", _quantised(config, device))

@@ -21,6 +21,7 @@ from transformers_families import build, config_of
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models.backend import describe_model
 from pearl.models.transformers_backend import describe, load
+from pearl.models.transformers_backend.interface import _window
 from pearl_kernels import Situation, select
 
 _TINY: dict[str, Any] = {
@@ -209,3 +210,19 @@ def test_positions_that_every_batch_computes_alike(
     config.require_length(longest)
     with pytest.raises(ConfigurationError, match=f"more than the {longest} positions"):
         config.require_length(longest + 1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "window"),
+    [
+        (lambda b, h, q, k: k <= q, 0),
+        (lambda b, h, q, k: (k <= q) & (k > q - 9), 9),
+        (lambda b, h, q, k: (k <= q) & (k > q - 63), 63),
+        (lambda b, h, q, k: (k <= q) & (k // 8 == q // 8), None),  # chunks
+        (lambda b, h, q, k: (k <= q) | (k < 4), None),  # a prefix that sees itself
+        (lambda b, h, q, k: (k > q - 9) & (k < q + 9), None),  # both sides
+        (lambda b, h, q, k: k < q, None),
+    ],
+)
+def test_windows_are_read_from_masks(mask: Callable[..., Tensor], window: int | None) -> None:
+    assert _window(mask, 64) == window
