@@ -50,7 +50,7 @@ def main(
     mixed = [*written, *pieces]
     order = np.random.default_rng(0).permutation(len(mixed))
     texts = Texts((mixed[index] for index in order), sequence)
-    judge = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    judge = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     kept = sorted(token for token, _ in texts.frequencies().most_common(min(vocab, tokenizer.vocab_size)))
     trainer = HeadTrainer(
         TrainedHead(shape_of(judge, len(kept), ffn), judge, kept), judge, texts, out,

@@ -13,7 +13,7 @@ from torch import Tensor
 from pearl.models.checkpoint import Checkpoint
 from pearl.models.collective import Collective
 from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights, MixtureWeights
-from pearl.models.decoder_tensors import EMBEDDING, HEAD, LAYER_NORMS, NORM, layer_prefix
+from pearl.models.decoder_tensors import EMBEDDING, EXPERTS, HEAD, LAYER_NORMS, NORM, layer_prefix
 from pearl.models.mixture import Mixture
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_source import source_of
@@ -231,9 +231,9 @@ class _Assembler:
 
     def _quantized(self, parts: list[_Part], rows: Tensor | None = None) -> LinearWeight | None:
         """Projections of one input that are stored quantised in one way, as one matrix; None: they are to be decoded,
-        as all are of which a rank has a part.
+        as all are of which a rank has a part, and experts that a GPU's kernels are to multiply.
         """
-        if self._sharding.ranks > 1:
+        if self._sharding.ranks > 1 or (EXPERTS in parts[0][0] and self._device.type != "cpu"):
             return None
         matrices: list[QuantizedMatrix] = []
         for name, span in parts:

@@ -66,7 +66,7 @@ def _kept_bytes(config: ModelConfig, name: str, shape: tuple[int, int], dtype: t
 def _kept_storage(config: ModelConfig, name: str, device: str) -> Storage | None:
     """How a quantised matrix is stored that need not be decoded on a device of this type."""
     storage = None if config.quantization is None else config.quantization.storage_of(name)
-    if storage is None or storage.keeps_bits == 0 or (storage.is_fp8 and device == "cpu"):
+    if storage is None or storage.keeps_bits == 0 or (storage.is_fp8 if device == "cpu" else EXPERTS in name):
         return None
     return storage
 

@@ -89,6 +89,25 @@ def test_other_families(family: str, form: str, tmp_path: Path) -> None:
     assert kept_bits(load(tmp_path / "quantized")) == {KEPT[form]}
 
 
+def test_experts(tmp_path: Path) -> None:
+    """Each expert's matrices are kept; on GPUs, whose kernel multiplies plain ones, they are decoded."""
+    source, plain, folder = tmp_path / "source", tmp_path / "plain", tmp_path / "quantized"
+    build("qwen3-moe").save_pretrained(source)
+    routers = [f"layers.{index}.mlp.gate" for index in range(9)]
+    meant = quantize(source, folder, "ct-int8", ("lm_head", *routers))
+    edit_config(folder, quantization_config={**FORMATS["ct-int8"].settings, "ignore": ["lm_head", "re:.*mlp.gate$"]})
+    plain.mkdir()
+    (plain / "config.json").write_text((source / "config.json").read_text())
+    write(plain, meant)
+    assert_as_transformers(folder, plain)
+    mixtures = [layer.mixture for layer in load(folder).weights.layers]
+    assert {matrix.bits for m in mixtures if m for matrix in (m.experts.gate_up, m.experts.down)} == {8}
+    stored = stored_config(folder, ModelConfig.from_pretrained(str(folder)))
+    on_cpu, on_gpu = (weight_bytes(stored, torch.float32, device=device) for device in ("cpu", "cuda"))
+    experts = sum(t.numel() for n, t in meant.items() if ".experts." in n)
+    assert on_gpu - on_cpu > 2.5 * experts
+
+
 @pytest.mark.parametrize("provider", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["gptq-4-32-zeros", "fp8-blocks", "ct-int8"])
 def test_with_the_other_providers(name: str, provider: str, quantized: Callable[..., tuple[Path, Path]]) -> None:
