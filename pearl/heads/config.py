@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import ModelConfig
-from pearl.models.config_file import check_sizes, naming_config
+from pearl.models.config_file import check_sizes, made_by_transformers, naming_config
 from pearl.models.hub import fetch_description
 from pearl.models.model_files import is_gguf, read_json_if_there
 from pearl.models.quantization import read_quantization
@@ -81,7 +81,9 @@ def head_kind(path: str) -> HeadKind | None:
     """Of what a local folder or a hub id holds; None if it is no head. Raises as ``read_head``."""
     if is_gguf(path):
         return None
-    return _kind(read_json_if_there(fetch_description(path) / CONFIG))
+    fields = read_json_if_there(fetch_description(path) / CONFIG)
+    with naming_config(path):
+        return _kind(fields)
 
 
 def read_head(path: str, target: ModelConfig) -> HeadConfig:
@@ -107,7 +109,7 @@ def require_same(name: str, field: str, own: int, targets: int) -> None:
 
 
 def _kind(fields: Mapping[str, Any]) -> HeadKind | None:
-    names = [str(name).lower() for name in fields.get("architectures") or ()]
+    names = [str(name).lower() for name in _listed(fields, "architectures") or ()]
     if "medusa_num_heads" in fields or fields.get("model_type") == "medusa" or any("medusa" in n for n in names):
         return "medusa"
     eagle3 = fields.get("speculators_model_type") == "eagle3" or any("eagle3" in name for name in names)
@@ -122,10 +124,10 @@ def _kind(fields: Mapping[str, Any]) -> HeadKind | None:
 
 
 def _eagle(fields: Mapping[str, Any], target: ModelConfig) -> EagleConfig:
-    own = fields.get("eagle_config") or {}
+    own = _object(fields, "eagle_config")
     if own.get("use_aux_hidden_state") is False or own.get("parallel_drafting") or fields.get("parallel_drafting"):
         raise UnsupportedModelError(f"EAGLE-3 heads with eagle_config={own!r} are not supported")
-    shape = _llama(fields.get("transformer_layer_config") or fields)
+    shape = _llama(_object(fields, "transformer_layer_config") or fields)
     if shape.layers != 1:
         raise UnsupportedModelError(f"an EAGLE-3 head has one layer, num_hidden_layers is {shape.layers}")
     name = EagleConfig.name
@@ -151,11 +153,11 @@ def _layers(fields: Mapping[str, Any], own: Mapping[str, Any], target: ModelConf
     the top level, SGLang's, in eagle_config, the layers before them.
     """
     count = target.layers
-    layers: Any = (2, count // 2, count - 3)
-    if fields.get(_AUX) is not None:
-        layers = fields[_AUX]
-    elif own.get(_AUX) is not None:
-        layers = [layer + 1 for layer in own[_AUX] if isinstance(layer, int)]
+    layers: Sequence[Any] = (2, count // 2, count - 3)
+    if (named := _listed(fields, _AUX)) is not None:
+        layers = named
+    elif (before := _listed(own, _AUX)) is not None:
+        layers = [layer + 1 for layer in before if isinstance(layer, int)]
     whole = all(isinstance(layer, int) and 0 <= layer < count for layer in layers)
     if not whole or len(set(layers)) != 3:
         raise ModelLoadError(
@@ -186,8 +188,21 @@ def _llama(fields: Mapping[str, Any]) -> ModelConfig:
     for name in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
         if fields.get(name) is None:
             raise ModelLoadError(f"{name} is missing")
-    try:
+    with made_by_transformers():
         config = LlamaConfig(**{**fields, "dtype": torch.float32, "torch_dtype": None})
-    except Exception as error:  # its validation raises whatever a wrong value runs into
-        raise ModelLoadError(f"transformers refuses it: {error}") from error
     return ModelConfig.from_transformers(config)
+
+
+def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """{} if it is not there."""
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ModelLoadError(f"{name} must be an object, not {value!r}")
+    return value
+
+
+def _listed(fields: Mapping[str, Any], name: str) -> Sequence[Any] | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, list | tuple):
+        raise ModelLoadError(f"{name} must be a list, not {value!r}")
+    return value

@@ -71,9 +71,10 @@ def method_of(settings: Any, where: str) -> Method:
 
 def _compressed_tensors(settings: Settings) -> Method:
     groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise ValueError("config_groups must say how weights are quantised")
-    first, *others = groups.values()
+    schemes = groups.values() if isinstance(groups, dict) else ()
+    if not schemes or not all(isinstance(group, dict) and isinstance(group.get("weights"), dict) for group in schemes):
+        raise ValueError("config_groups must say of each group how its weights are quantised")
+    first, *others = schemes
     if any(
         (group["weights"], _format(settings, group)) != (first["weights"], _format(settings, first)) for group in others
     ):
@@ -86,7 +87,7 @@ def _compressed_tensors(settings: Settings) -> Method:
         raise Refused("its weights are transformed (transform_config)")
     weights = first["weights"]
     storage = _compressed_storage(_format(settings, first), weights)
-    notes = [_ACTIVATIONS.format(_bits_of(group["input_activations"])) for group in groups.values()
+    notes = [_ACTIVATIONS.format(_bits_of(group["input_activations"])) for group in schemes
              if group.get("input_activations")]  # fmt: skip
     if settings.get("kv_cache_scheme"):
         notes.append(_KV_CACHE)
@@ -127,9 +128,15 @@ def _scales(weights: Settings) -> Scales:
     if strategy == "group":
         return Scales("group", 1, _size("group_size", group_size))
     if strategy == "block":
-        rows, columns = weights["block_structure"]
-        return Scales("block", _size("block_structure", rows), _size("block_structure", columns))
+        return _blocks(weights, "block_structure")
     raise Refused(f"weights with strategy {strategy!r}")
+
+
+def _blocks(settings: Settings, name: str) -> Scales:
+    sizes = settings.get(name)
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise ValueError(f"{name} must be a block's rows and columns, not {sizes!r}")
+    return Scales("block", _size(name, sizes[0]), _size(name, sizes[1]))
 
 
 def _fp8(settings: Settings) -> Method:
@@ -137,13 +144,10 @@ def _fp8(settings: Settings) -> Method:
         raise Refused(f"fmt {settings['fmt']!r}")
     if settings.get("scale_fmt") not in (None, "float"):
         raise Refused(f"scale_fmt {settings['scale_fmt']!r}")
-    block = settings.get("weight_block_size")
-    if block is None:
+    if settings.get("weight_block_size") is None:
         storage = Fp8Storage(Scales("tensor"), ("weight_scale", "weight_scale_inv"))
     else:
-        rows, columns = block
-        scales = Scales("block", _size("weight_block_size", rows), _size("weight_block_size", columns))
-        storage = Fp8Storage(scales, ("weight_scale_inv",))
+        storage = Fp8Storage(_blocks(settings, "weight_block_size"), ("weight_scale_inv",))
     notes = (_ACTIVATIONS.format("fp8"),) + ((_KV_CACHE,) if settings.get("kv_cache_scheme") else ())
     ignored = _strings(settings, "ignored_layers") + _strings(settings, "modules_to_not_convert")
     return Method("", storage, ignored, notes)

@@ -113,6 +113,10 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], type[PearlError], str]] = {
     "another activation": ({"hidden_act": "gelu"}, UnsupportedModelError, "gelu"),
     "another family": ({"model_type": "mamba"}, UnsupportedModelError, "mamba"),
     "no aux states": ({"eagle_config": {"use_aux_hidden_state": False}}, UnsupportedModelError, "use_aux_hidden_state"),
+    "settings that are no object": ({"eagle_config": [1]}, ModelLoadError, r"config\.json: eagle_config must be an"),
+    "a layer's that are none": ({"transformer_layer_config": [1]}, ModelLoadError, "transformer_layer_config must be"),
+    "layers that are no list": ({"eagle_aux_hidden_state_layer_ids": 2}, ModelLoadError, "layer_ids must be a list"),
+    "a name for a list": ({"architectures": "LlamaEagle3"}, ModelLoadError, r"config\.json: architectures must be a"),
     "heads that do not divide": ({"num_key_value_heads": 3}, ModelLoadError, "num_key_value_heads=3"),
 }
 

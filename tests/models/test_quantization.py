@@ -72,9 +72,12 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({**GPTQ, "desc_act": "yes"}, "desc_act must be true or false, not 'yes'"),
     ({**AWQ, "group_size": None}, "group_size must be a positive integer, not None"),
     ({**AWQ, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list"),
-    ({**FP8, "weight_block_size": [128]}, "cannot be read"),
+    ({**FP8, "weight_block_size": [128]}, r"weight_block_size must be a block's rows and columns, not \[128\]"),
     ({**FP8, "weight_block_size": [128, True]}, "weight_block_size must be a positive integer, not True"),
     ({"quant_method": "compressed-tensors"}, "config_groups must say"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {}}}, "config_groups must say of each group"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": [W4]}}, "config_groups must say of each group how"),
+    (compressed({"num_bits": 8, "type": "float", "strategy": "block"}, "float-quantized"), "block_structure must be"),
     (compressed(W4, ignore=["re:("]), r"ignore holds 're:\(', which is no regular expression"),
     (compressed({**W4, "group_size": None}), "group_size must be a positive integer, not None"),
 ]
