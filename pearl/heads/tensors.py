@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
-from pearl.models.model_files import LFS_ADVICE, find_file, first_line, is_lfs_pointer
+from pearl.models.model_files import LFS_ADVICE, find_file, first_line, is_lfs_pointer, listed
 
 _CONSTANTS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -46,10 +46,10 @@ class HeadTensors:
         """ModelLoadError if one is missing, has another shape, or is in neither table."""
         known = {**table, **optional}
         if missing := sorted(table.keys() - self.names):
-            raise ModelLoadError(f"{self._file} has no tensor {_listed(missing)}, which its config.json calls for")
+            raise ModelLoadError(f"{self._file} has no tensor {listed(missing)}, which its config.json calls for")
         if others := sorted(self.names - known.keys()):
             raise ModelLoadError(
-                f"{self._file} holds {_listed(others)}, of which nothing is known: what it drafts would be wrong"
+                f"{self._file} holds {listed(others)}, of which nothing is known: what it drafts would be wrong"
             )
         for name in sorted(self.names):
             shape, wanted = self._stored[name].shape, known[name]
@@ -92,7 +92,3 @@ def _open(file: Path, stack: ExitStack) -> Mapping[str, _Stored]:
     if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
         raise ModelLoadError(f"{file} is no table of tensors by name")
     return {name: _Stored(tuple(tensor.shape), partial(stored.__getitem__, name)) for name, tensor in stored.items()}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

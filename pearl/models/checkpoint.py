@@ -14,6 +14,7 @@ from torch import Tensor
 from pearl.errors import ModelLoadError
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, canonical_name, decoder_tensors, is_decoders
 from pearl.models.model_config import ModelConfig
+from pearl.models.model_files import listed
 from pearl.models.model_source import ModelSource, StoredValues, source_of
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.quantized_tensors import QuantizedTensors, quantized_names
@@ -136,7 +137,7 @@ class Checkpoint:
         return self._table[name].default is None or not self._source.may_lack(name)
 
     def _listed(self, names: list[str]) -> str:
-        return repr(self._source.spell(names[0])) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+        return listed([self._source.spell(name) for name in names])
 
 
 def _open(

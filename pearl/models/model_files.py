@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,8 @@ def is_lfs_pointer(file: Path) -> bool:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first, and how many more there are."""
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

@@ -122,14 +122,11 @@ class _Parser:
         (number,) = struct.unpack_from(f"<{form}", self._data, self._take(struct.calcsize(f"<{form}"), what))
         return number
 
-    def _bytes(self, what: str) -> bytes:
+    def _text(self, what: str) -> str:
         size = self._number("Q", what)
         begin = self._take(size, what)
-        return self._data[begin : begin + size]
-
-    def _text(self, what: str) -> str:
         try:
-            return self._bytes(what).decode()
+            return self._data[begin : begin + size].decode()
         except UnicodeDecodeError as error:
             raise ModelLoadError(f"{what} is no text in UTF-8; {_DAMAGED}") from error
 

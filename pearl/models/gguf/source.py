@@ -27,7 +27,7 @@ from pearl.models.gguf.header import StoredTensor
 from pearl.models.gguf.metadata import Metadata
 from pearl.models.gguf.package import require_decodable
 from pearl.models.gguf.parts import read_parts
-from pearl.models.gguf.values import TensorValues
+from pearl.models.gguf.values import PLAIN, TensorValues
 from pearl.models.gguf.vocabulary import GgufVocabulary
 from pearl.models.hub import fetch_gguf
 from pearl.models.quantization import Quantization
@@ -36,7 +36,6 @@ from pearl_kernels import QuantizedMatrix
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING = "token_embd.weight"
 _FIELD = re.compile(rf"(?<![.\w])({'|'.join(KEYS)})\b")
 
@@ -60,7 +59,7 @@ class GgufSource:
     def dtype(self) -> torch.dtype:
         """The type of the matrices where they have one of torch's, all the same; bfloat16 where any is quantised."""
         kinds = {tensor.kind.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
-        return _DTYPES.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
+        return PLAIN.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
 
     def quantization(self) -> Quantization | None:
         """Of matrices that are kept in few bits. Others are decoded as they are read, or refused in ``open``."""
@@ -168,7 +167,7 @@ class GgufSource:
         rope, lanes = fields["rope_parameters"], (fields["head_dim"] // 2,)
         if rope.get("rope_type") != "default":
             raise UnsupportedModelError(f"it has {ROPE_FACTORS!r} and {rope.get('rope_type')} scaling of RoPE too")
-        if stored.shape != lanes or stored.kind.name not in _DTYPES:
+        if stored.shape != lanes or stored.kind.name not in PLAIN:
             raise ModelLoadError(f"tensor {ROPE_FACTORS!r} must be {lanes} numbers, not {stored.shape}")
         factors = TensorValues(stored)[...].float().tolist()
         if not all(0 < factor < math.inf for factor in factors):

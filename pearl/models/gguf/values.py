@@ -15,7 +15,7 @@ from pearl.models.gguf.package import decode
 from pearl.models.quantized_storage import WEIGHT
 from pearl_kernels import QuantizedMatrix
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DECODED = 1 << 22  # numbers that are decoded at a time
 
 
@@ -40,7 +40,7 @@ class TensorValues:
     def get_dtype(self) -> str:
         """safetensors' name of what is given: blocks are decoded to fp32."""
         name = self._stored.kind.name
-        return name if name in _PLAIN else "F32"
+        return name if name in PLAIN else "F32"
 
     def __getitem__(self, part: slice | tuple[slice, ...] | EllipsisType) -> Tensor:
         """A copy of the spans of rows, and of columns, that are named."""
@@ -76,8 +76,8 @@ class TensorValues:
     def _decoded(self, rows: NDArray[np.uint8]) -> Tensor:
         """``[R, bytes]`` to ``[R, N]``, in memory of its own."""
         kind, width = self._stored.kind, self._stored.shape[-1]
-        values = torch.empty((rows.shape[0], width), dtype=_PLAIN.get(kind.name, torch.float32))
-        if kind.name in _PLAIN:
+        values = torch.empty((rows.shape[0], width), dtype=PLAIN.get(kind.name, torch.float32))
+        if kind.name in PLAIN:
             values.view(torch.uint8).copy_(torch.from_numpy(np.array(rows, order="C")))
             return values
         step = max(1, _DECODED // width)

@@ -8,7 +8,7 @@ models do not meet in the registries, and modules that are not ours are never ch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,18 @@ NOT_CAUSAL = -1
 _ATTRIBUTE = "_pearl_attend"
 
 
-class Attend(Protocol):
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        options: Mapping[str, Any],
-    ) -> Tensor:
-        """query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]``; returns ``[1, N, Hq, D]``.
+class AttentionCall(NamedTuple):
+    """A module's call of its attention. query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]``."""
 
-        ``options``: the other keyword arguments with which the module calls its attention.
-        """
-        ...
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: Mapping[str, Any]  # the other keyword arguments
+
+
+Attend: TypeAlias = Callable[[AttentionCall], Tensor]  # returns [1, N, Hq, D]
 
 
 def register() -> None:
@@ -63,7 +60,7 @@ def _attention(
             f"attention named {PAGED!r} or {TRACED!r} is for models that pearl has loaded, not for this "
             f"{type(module).__name__}"
         )
-    return attend(module, query, key, value, attention_mask, options), None
+    return attend(AttentionCall(module, query, key, value, attention_mask, options)), None
 
 
 def _mask(*, mask_function: Callable[..., Any], config: Any, **_: Any) -> Tensor:

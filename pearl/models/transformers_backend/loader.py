@@ -11,7 +11,7 @@ import torch
 
 from pearl.errors import ModelLoadError
 from pearl.models.hub import fetch_weights
-from pearl.models.model_files import first_line
+from pearl.models.model_files import first_line, listed
 from pearl.models.model_folder import ModelFolder
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.transformers_backend.config import TransformersConfig
@@ -82,15 +82,10 @@ def _require_whole(folder: Path, config: TransformersConfig, found: Any) -> None
     for key, wrong in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
         if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in found.get(key, ())):
             raise ModelLoadError(
-                f"{folder} {wrong} {names[0]!r}{_more(names)}, of transformers' {config.architecture}: its output "
-                "would be garbage"
+                f"{folder} {wrong} {listed(names)}, of transformers' {config.architecture}: its output would be garbage"
             )
     if names := sorted(name for name in found.get("unexpected_keys", ()) if not _COMPUTED.search(name)):
         raise ModelLoadError(
-            f"{folder} holds {names[0]!r}{_more(names)}, of which transformers' {config.architecture} with this "
+            f"{folder} holds {listed(names)}, of which transformers' {config.architecture} with this "
             "config.json makes no use: its output would be wrong"
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.kv_cache import KVCache
 from pearl.models.transformers_backend.config import TransformersConfig
+from pearl.models.transformers_backend.interface import AttentionCall
 
 
 class PagedAttention:
@@ -36,28 +37,20 @@ class PagedAttention:
         finally:
             self._forward = None
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        options: Mapping[str, Any],
-    ) -> Tensor:
-        """As ``interface.Attend``: writes keys and values to the tokens' slots, and attends through block tables."""
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Writes keys and values to the tokens' slots, and attends through block tables."""
         assert self._forward is not None  # modules run within ``over``
         batch, cache = self._forward
-        layer = self._layer[id(module)]
+        layer = self._layer[id(call.module)]
         self._called.append(layer)
         keys, values = cache.layers[layer]
         # Every row has a slot: those without one are padding of captured forwards, and these are never captured.
-        keys.flatten(0, 1).index_copy_(0, batch.slot_mapping, key[0].transpose(0, 1))
-        values.flatten(0, 1).index_copy_(0, batch.slot_mapping, value[0].transpose(0, 1))
-        scale, softcap = options.get("scaling"), options.get("softcap")
+        keys.flatten(0, 1).index_copy_(0, batch.slot_mapping, call.key[0].transpose(0, 1))
+        values.flatten(0, 1).index_copy_(0, batch.slot_mapping, call.value[0].transpose(0, 1))
+        scale, softcap = call.options.get("scaling"), call.options.get("softcap")
         attended: Tensor = self._verify_attention(
-            query[0].transpose(0, 1).contiguous(), keys, values, batch.block_tables, batch.query_start,
-            batch.context_lens, query.shape[-1] ** -0.5 if scale is None else scale, self._windows[layer],
+            call.query[0].transpose(0, 1).contiguous(), keys, values, batch.block_tables, batch.query_start,
+            batch.context_lens, call.query.shape[-1] ** -0.5 if scale is None else scale, self._windows[layer],
             0.0 if softcap is None else softcap, batch.most_rows,
         )  # fmt: skip
         return attended[None]

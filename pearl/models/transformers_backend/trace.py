@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pearl.errors import UnsupportedModelError
 from pearl.models.transformers_backend.config import AttentionLayer
-from pearl.models.transformers_backend.interface import NOT_CAUSAL, bind
+from pearl.models.transformers_backend.interface import NOT_CAUSAL, AttentionCall, bind
 
 _TOKENS = 5
 # Keyword arguments that attention gets and that change nothing of what verify_attention computes for a causal row:
@@ -55,16 +55,8 @@ class _Recorder:
         self._names = names
         self.layers: list[AttentionLayer] = []
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        options: Mapping[str, Any],
-    ) -> Tensor:
-        name = self._names[id(module)]
+    def __call__(self, call: AttentionCall) -> Tensor:
+        (module, query, key, value, mask, options), name = call, self._names[id(call.module)]
         if any(layer.module == name for layer in self.layers):
             raise UnsupportedModelError(f"its {name} attends more than once in a forward, to different keys")
         _require_understood(name, options)
