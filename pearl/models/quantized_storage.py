@@ -285,7 +285,8 @@ class AwqStorage:
 
 def unpack(words: Tensor, bits: Bits) -> Tensor:
     """uint8 ``[R, C * 32 / bits]`` of int32 ``[R, C]``: the numbers of each word, from the lowest bits on."""
-    octets = words.contiguous().view(torch.uint8)
+    # Flat first: of one word in a row torch may keep a transposed one's strides, and then views no bytes.
+    octets = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 

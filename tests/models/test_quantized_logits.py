@@ -17,9 +17,11 @@ from torch import Tensor
 
 from pearl.models import Decoder, ModelConfig, load_model
 from pearl.models.checkpoint import Checkpoint, stored_config
+from pearl.models.quantization_methods import method_of
 from pearl.models.sharding import shard
 from pearl.models.weight_size import weight_bytes
-from pearl_kernels import LinearWeight, Situation, select
+from pearl_kernels import LinearWeight, QuantizedMatrix, Situation, select
+from pearl_kernels.reference import dequantize
 from pearl_kernels.triton import interpreting
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
@@ -106,6 +108,17 @@ def test_experts(tmp_path: Path) -> None:
     on_cpu, on_gpu = (weight_bytes(stored, torch.float32, device=device) for device in ("cpu", "cuda"))
     experts = sum(t.numel() for n, t in meant.items() if ".experts." in n)
     assert on_gpu - on_cpu > 2.5 * experts
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_matrices_of_few_outputs(name: str) -> None:
+    """A router's, or a gate's: fewer outputs than a word holds numbers."""
+    form = FORMATS[name]
+    storage = method_of({"quant_method": "modelopt", **form.settings}, "here").storage
+    for outputs in (1, 7, 8, 9):
+        parts, meant = form.store(torch.randn(outputs, 128, generator=torch.Generator().manual_seed(outputs)))
+        read = storage.read(parts, outputs, 128)
+        assert torch.equal(dequantize(read) if isinstance(read, QuantizedMatrix) else read, meant)
 
 
 @pytest.mark.parametrize("provider", ["reference", "triton"])
