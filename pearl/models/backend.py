@@ -35,6 +35,8 @@ def describe_model(path: str, backend: BackendName, dtype: torch.dtype | None = 
         try:
             config = transformers_backend.describe(path, dtype)
         except UnsupportedModelError as error:
+            if str(error) == str(native):  # of what neither reads, as most quantisations
+                raise
             raise UnsupportedModelError(f"{native}; and with transformers' own module: {error}") from error
         _LOG.warning("%s runs through transformers' %s, which is slower: %s", path, config.architecture, native)
         return config

@@ -157,6 +157,10 @@ def test_quantised_and_pickled_checkpoints(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
     with pytest.raises(UnsupportedModelError, match="quantised with gptq"):
         describe(str(folder))
+    edit_config(folder, quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(UnsupportedModelError) as neither:
+        describe_model(str(folder), "auto")
+    assert str(neither.value).count("quantised with aqlm") == 1
     edit_config(folder, quantization_config=None)
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelLoadError, match="its weights are pickled"):
