@@ -84,7 +84,7 @@ def number(name: str, code: int) -> bytes:
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], type[ConfigurationError], str]] = {
-    "another format": (lambda c: b"ggjt" + c[4:], ModelLoadError, "is no GGUF file"),
+    "another format": (lambda c: b"ggjt" + c[4:], ModelLoadError, "is no GGUF file.*; of other models give the folder"),
     "a pointer to it": (
         lambda c: b"version https://git-lfs.github.com/spec/v1\n",
         ModelLoadError,

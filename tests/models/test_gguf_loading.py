@@ -19,7 +19,7 @@ from families import CONTEXT, SHAPE, build, load, randomised
 from gguf_files import GgufFile, gguf_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_rope_utils
 
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import ModelConfig
@@ -263,6 +263,18 @@ def test_what_cannot_be_loaded_is_named(case: str, tmp_path: Path) -> None:
     with pytest.raises((ModelLoadError, UnsupportedModelError), match=message) as error:
         load(tmp_path / "changed.gguf")
     assert "changed.gguf" in str(error.value)
+
+
+def test_factors_of_lanes_are_nothing_that_transformers_warns_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have users of any Llama 3 file set a field that no GGUF file has."""
+    warnings: list[str] = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(modeling_rope_utils.logger, name, lambda text, *_: warnings.append(text))
+    written("llama-llama3", tmp_path)
+    assert ModelConfig.from_pretrained(str(tmp_path / "model.gguf")).rope["rope_type"] == "longrope"
+    assert not warnings
 
 
 def test_factors_of_lanes_that_there_are_not(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def read_header(file: Path) -> Header:
     except (OSError, ValueError) as error:  # ValueError: it is empty
         raise ModelLoadError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if data[:4] != _MAGIC:
-        reason = LFS_ADVICE if is_lfs_pointer(file) else "is no GGUF file: it does not begin with the letters GGUF"
-        raise ModelLoadError(f"{file} {reason}")
+        reason = "is no GGUF file: it does not begin with the letters GGUF; of other models give the folder"
+        raise ModelLoadError(f"{file} {LFS_ADVICE if is_lfs_pointer(file) else reason}")
     try:
         return _Parser(data).header()
     except (ModelLoadError, UnsupportedModelError) as error:

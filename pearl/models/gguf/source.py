@@ -172,7 +172,9 @@ class GgufSource:
         factors = TensorValues(stored)[...].float().tolist()
         if not all(0 < factor < math.inf for factor in factors):
             raise ModelLoadError(f"tensor {ROPE_FACTORS!r} must be {lanes[0]} numbers above 0, not {factors}")
-        longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
+        # factor has no meaning beside attention_factor, but transformers warns where there is none.
+        longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0,
+                    "attention_factor": 1.0,
                     "original_max_position_embeddings": fields["max_position_embeddings"]}  # fmt: skip
         return {"rope_parameters": rope | longrope}
 
