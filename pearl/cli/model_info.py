@@ -21,15 +21,19 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
     from rich.table import Table
 
     from pearl.engine.memory import gib
+    from pearl.heads import HEAD_NAMES, lone_head
     from pearl.models.backend import check_weights, describe_model
     from pearl.models.model_config import ModelConfig
     from pearl.models.weight_size import read_bytes, weight_bytes
 
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("model", path)
+    if (kind := lone_head(path)) is not None:
+        table.add_row("family", f"{HEAD_NAMES[kind]}: a draft, for the target that it was trained for")
+        return table
     config = describe_model(path, "auto", dtype)
     if Path(path).exists():
         config = check_weights(Path(path), config)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("model", path)
     for name, text in _native(config) if isinstance(config, ModelConfig) else _through_transformers(config):
         table.add_row(name, text)
     table.add_row("context", f"{config.longest} tokens")

@@ -22,7 +22,7 @@ from pearl.engine.memory import (
 )
 from pearl.engine.runners import kernels_for, make_head_runner, make_parallel_runner, make_runner
 from pearl.errors import ConfigurationError
-from pearl.heads import Head, HeadConfig, head_kind, load_head, read_head
+from pearl.heads import HEAD_NAMES, Head, HeadConfig, head_kind, load_head, lone_head, read_head
 from pearl.heads.runner import HeadRunner
 from pearl.models import (
     CausalModel,
@@ -158,6 +158,11 @@ def assemble(
 
 
 def _check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -> Pair:
+    if (own := lone_head(target_path)) is not None:
+        raise ConfigurationError(
+            f"target={target_path!r} is {HEAD_NAMES[own]}, which drafts for a target; give it as the draft, beside the "
+            "target that it was trained for"
+        )
     target = _describe(config, "target", target_path)
     tokenizer = Tokenizer.from_pretrained(target_path)
     vocab_size = usable_ids(tokenizer.vocab_size, tokenizer.eos_ids, target.vocab_size)
@@ -186,6 +191,10 @@ def _read_head(config: EngineConfig, path: str, target: DescribedModel) -> HeadC
     kind = head_kind(path)
     if kind is None:
         return None
+    if config.draft_backend == "transformers":
+        raise ConfigurationError(
+            f"draft_backend='transformers' is for draft models, and draft={path!r} is {HEAD_NAMES[kind]}; leave it out"
+        )
     why = None
     if config.target_parallel > 1:
         why = "a tensor-parallel target does not hand them over; use target_parallel=1"

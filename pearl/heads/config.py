@@ -75,15 +75,26 @@ class MedusaConfig:
 
 HeadConfig = EagleConfig | MedusaConfig
 HeadKind = Literal["eagle3", "medusa"]
+HEAD_NAMES: Mapping[HeadKind, str] = {"eagle3": EagleConfig.name, "medusa": MedusaConfig.name}
 
 
 def head_kind(path: str) -> HeadKind | None:
     """Of what a local folder or a hub id holds; None if it is no head. Raises as ``read_head``."""
+    return _fields_and_kind(path)[1]
+
+
+def lone_head(path: str) -> HeadKind | None:
+    """As ``head_kind``, and None of Medusa heads that lie beside the weights of the model that they were trained in."""
+    fields, kind = _fields_and_kind(path)
+    return kind if kind == "eagle3" or fields.get("model_type") in (None, "medusa") else None
+
+
+def _fields_and_kind(path: str) -> tuple[Mapping[str, Any], HeadKind | None]:
     if is_gguf(path):
-        return None
+        return {}, None
     fields = read_json_if_there(fetch_description(path) / CONFIG)
     with naming_config(path):
-        return _kind(fields)
+        return fields, _kind(fields)
 
 
 def read_head(path: str, target: ModelConfig) -> HeadConfig:

@@ -80,6 +80,20 @@ def test_a_quantised_model_is_described(form: str, sentences: list[str], tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}, "an EAGLE-3 head"),
+        ({"medusa_num_heads": 3}, "a set of Medusa heads"),
+    ],
+)
+def test_a_head_is_no_model(fields: dict[str, object], name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    result = CliRunner().invoke(application(), ["info", "--model", str(tmp_path)], env={"COLUMNS": "600"})
+    assert result.exit_code == 0, result.output
+    assert f"{name}: a draft, for the target that it was trained for" in result.stdout
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"model_type": "gemma3"}, "of several modalities.*'gemma3_text'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,23 @@ def test_other_heads_and_other_targets_are_refused(
             open_llm(at(own, str(tmp_path)))
     with pytest.raises(ConfigurationError, match="tensor-parallel target does not hand them over"):
         open_llm(own, target_parallel=2)
+    with pytest.raises(ConfigurationError, match=r"draft_backend='transformers' .* is an EAGLE-3 head"):
+        open_llm(own, draft_backend="transformers")
+
+
+def test_a_head_is_no_target(headed: dict[str, Headed], open_llm: OpenLLM, tmp_path: Path) -> None:
+    """But Medusa heads may lie beside the weights of a model of their own."""
+    own = headed["medusa"]
+    for kind, name in (("eagle", "an EAGLE-3 head"), ("medusa", "a set of Medusa heads")):
+        with pytest.raises(ConfigurationError, match=rf"^target=.* is {name}, .* give it as the draft"):
+            open_llm(target=headed[kind].pair.draft, draft=own.pair.target)
+    folder = shutil.copytree(own.pair.target, tmp_path / "both")
+    shutil.copy(Path(own.pair.draft) / "medusa_lm_head.pt", folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "medusa_num_heads": 3, "medusa_num_layers": 2}))
+    llm = open_llm(target=str(folder), draft=str(folder), dtype="float32", window=3)
+    prompt = own.batch[3]
+    assert token_ids(llm.generate([prompt], PARAMS)) == [own.pair.greedy(prompt, 12)]
 
 
 def changed(tensors: Tensors, rng: random.Random) -> tuple[str, Tensors]:
