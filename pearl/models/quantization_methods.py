@@ -8,16 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
-from pearl.models.quantized_storage import (
-    AwqStorage,
-    Bits,
-    Fp8Storage,
-    GptqStorage,
-    Int8Storage,
-    PackedStorage,
-    Scales,
-    Storage,
-)
+from pearl.models.packed_storage import AwqStorage, GptqStorage, PackedStorage
+from pearl.models.quantized_storage import Bits, Fp8Storage, Int8Storage, Scales, Storage
 
 Settings = Mapping[str, Any]
 SUPPORTED = (

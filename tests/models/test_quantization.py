@@ -12,9 +12,9 @@ from checkpoints import assert_as_transformers, edit_config, rewrite, save
 from families import load
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
+from pearl.models.packed_storage import AwqStorage
 from pearl.models.quantization import Quantization, read_quantization, refuse_quantized_tensors
 from pearl.models.quantization_methods import Method
-from pearl.models.quantized_storage import AwqStorage
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
