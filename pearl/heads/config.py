@@ -12,10 +12,11 @@ from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelErr
 from pearl.models import ModelConfig
 from pearl.models.config_file import check_sizes, made_by_transformers, naming_config
 from pearl.models.hub import fetch_description
-from pearl.models.model_files import is_gguf, read_json_if_there
+from pearl.models.model_files import checked_integer, is_gguf, read_json_if_there
 from pearl.models.quantization import read_quantization
 from pearl.models.weight_files import CONFIG
 
+_MOST_HEADS = 64  # of Medusa, and of a head's blocks
 _AUX = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -143,17 +144,15 @@ def _eagle(fields: Mapping[str, Any], target: ModelConfig) -> EagleConfig:
         raise UnsupportedModelError(f"an EAGLE-3 head has one layer, num_hidden_layers is {shape.layers}")
     name = EagleConfig.name
     require_same(name, "vocab_size", shape.vocab_size, target.vocab_size)
-    target_hidden = fields.get("target_hidden_size") or shape.hidden
-    require_same(name, "target_hidden_size" if fields.get("target_hidden_size") else "hidden_size", target_hidden,
-                 target.hidden)  # fmt: skip
+    field = "hidden_size" if fields.get("target_hidden_size") is None else "target_hidden_size"
+    target_hidden = shape.hidden if field == "hidden_size" else checked_integer(field, fields[field])
+    require_same(name, field, target_hidden, target.hidden)
     draft_vocab = fields.get("draft_vocab_size") or shape.vocab_size
-    if not isinstance(draft_vocab, int) or not 1 <= draft_vocab <= target.vocab_size:
-        raise ModelLoadError(f"draft_vocab_size must be from 1 to vocab_size={target.vocab_size}, not {draft_vocab!r}")
     return EagleConfig(
         shape=replace(shape, architecture=name, dtype=target.dtype),
         hidden_layers=_layers(fields, own, target),
         target_hidden=target_hidden,
-        draft_vocab=draft_vocab,
+        draft_vocab=checked_integer("draft_vocab_size", draft_vocab, most=target.vocab_size),
         norm_before_residual=bool(fields.get("norm_before_residual")),
     )
 
@@ -178,15 +177,13 @@ def _layers(fields: Mapping[str, Any], own: Mapping[str, Any], target: ModelConf
 
 
 def _medusa(fields: Mapping[str, Any], target: ModelConfig) -> MedusaConfig:
-    heads, blocks = fields.get("medusa_num_heads"), fields.get("medusa_num_layers", 1)
-    for name, value in (("medusa_num_heads", heads), ("medusa_num_layers", blocks)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
-            raise ModelLoadError(f"{name} must be an integer from 1 to 64, not {value!r}")
+    heads = checked_integer("medusa_num_heads", fields.get("medusa_num_heads"), most=_MOST_HEADS)
+    blocks = checked_integer("medusa_num_layers", fields.get("medusa_num_layers", 1), most=_MOST_HEADS)
     for field, targets in (("hidden_size", target.hidden), ("vocab_size", target.vocab_size)):
         if fields.get(field) is not None:
             require_same(MedusaConfig.name, field, fields[field], targets)
     shape = replace(target, architecture=MedusaConfig.name, layers=0, windows=(), tied=False, quantization=None)
-    return MedusaConfig(shape, (target.layers,), int(heads or 0), blocks)
+    return MedusaConfig(shape, (target.layers,), heads, blocks)
 
 
 def _llama(fields: Mapping[str, Any]) -> ModelConfig:

@@ -13,7 +13,7 @@ import torch
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.config_features import require_one_for_each_layer
 from pearl.models.families import family_of
-from pearl.models.model_files import read_json
+from pearl.models.model_files import checked_integer, read_json
 from pearl.models.plain_files import PlainConfig, plain_config
 from pearl.models.rope import check_parameters
 from pearl.models.weight_files import CONFIG
@@ -74,10 +74,8 @@ def naming_config(path: str) -> Iterator[None]:
 def check_sizes(fields: Mapping[str, Any]) -> None:
     """ModelLoadError unless the sizes that are there are integers that a tensor can have."""
     for name in _SIZES:
-        value = fields.get(name)
-        most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise ModelLoadError(f"{name} must be an integer from 1 to {most}, not {value!r}")
+        if fields.get(name) is not None:
+            checked_integer(name, fields[name], most=_MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE)
 
 
 def _check(fields: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pearl.errors import ModelLoadError
+from pearl.models.model_files import checked_integer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,7 +82,4 @@ def _sparse_layers(config: Any, layers: int) -> tuple[bool, ...]:
 
 
 def _number(config: Any, name: str, least: int) -> int:
-    value = getattr(config, name, None)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise ModelLoadError(f"{name} must be an integer of at least {least}, not {value!r}")
-    return value
+    return checked_integer(name, getattr(config, name, None), least)

@@ -58,6 +58,13 @@ def read_json_if_there(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def checked_integer(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> int:
+    """The value of a field. ModelLoadError if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ModelLoadError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+    return value
+
+
 def is_lfs_pointer(file: Path) -> bool:
     """Whether a clone without Git LFS left a pointer in place of the file."""
     try:

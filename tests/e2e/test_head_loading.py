@@ -102,7 +102,16 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], type[PearlError], str]] = {
     "another vocabulary": ({"vocab_size": 301}, ConfigurationError, "vocab_size=301, this one has 300"),
     "another hidden size": ({"hidden_size": 48}, ConfigurationError, "hidden_size=48, this one has 64"),
     "another target": ({"target_hidden_size": 128}, ConfigurationError, "target_hidden_size=128"),
-    "more ids than there are": ({"draft_vocab_size": 400}, ModelLoadError, "draft_vocab_size must be from 1"),
+    "more ids than there are": (
+        {"draft_vocab_size": 400},
+        ModelLoadError,
+        "draft_vocab_size must be an .* 300, not",
+    ),
+    "a width that is no number": (
+        {"target_hidden_size": "64"},
+        ModelLoadError,
+        "target_hidden_size must be an",
+    ),
     "two layers": ({"num_hidden_layers": 2}, UnsupportedModelError, "num_hidden_layers is 2"),
     "a layer that is not there": (
         {"eagle_aux_hidden_state_layer_ids": [0, 1, 4]},

@@ -271,6 +271,10 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
         {"tokenizer.ggml.token_type": [np.int32(9)] * 700},
         r"tokenizer\.ggml\.token_type has a type 9, which",
     ),
+    "no type": (
+        {"tokenizer.ggml.token_type": [np.int32(1)] * 699 + [np.int32(0)]},
+        r"tokenizer\.ggml\.token_type has a type 0, which",
+    ),
     "a token twice": (
         {"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": None},
         r"has 'a' twice, as 0 and 1",

@@ -49,12 +49,12 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "fewer experts than stored": ({"num_local_experts": 3, "num_experts_per_tok": 3}, "makes no use|has shape"),
     "wider experts": ({"moe_intermediate_size": 24}, "has shape"),
     "top_k": ({"num_experts_per_tok": 8}, "num_experts_per_tok=8 is more than the 7 experts"),
-    "no top_k": ({"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer of at least 1, not 0"),
+    "no top_k": ({"num_experts_per_tok": 0}, r"num_experts_per_tok must be an integer from 1 to \d+, not 0"),
     "dense layer": ({"mlp_only_layers": [1]}, "has no tensor .*mlp|makes no use"),
     "dense": ({"num_local_experts": 0}, "has no tensor .*mlp"),
     "step": ({"decoder_sparse_step": 2}, "has no tensor .*mlp"),
     "activation": ({"hidden_act": "gelu_pytorch_tanh"}, "mixture of experts with the activation 'gelu_tanh' is not"),
-    "no step": ({"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer of at least 1, not 0"),
+    "no step": ({"decoder_sparse_step": 0}, r"decoder_sparse_step must be an integer from 1 to \d+, not 0"),
 }
 
 

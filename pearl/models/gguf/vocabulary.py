@@ -92,9 +92,9 @@ class GgufVocabulary:
         if kinds is None:
             return [Kind.NORMAL] * len(self._tokens)
         known = set(Kind)
-        if wrong := next((kind for kind in kinds if kind not in known), None):
+        if unknown := [kind for kind in kinds if kind not in known]:
             raise ModelLoadError(
-                f"tokenizer.ggml.token_type has a type {wrong!r}, which there is not; known are 1 to 6"
+                f"tokenizer.ggml.token_type has a type {unknown[0]!r}, which there is not; known are 1 to 6"
             )
         return [int(kind) for kind in kinds]
 
