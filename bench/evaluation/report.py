@@ -102,8 +102,8 @@ def _about(found: Sequence[Summary]) -> Section:
     content: list[str | Table] = [
         f"Target `{settings['target']}`, draft `{settings['draft']}`, {settings['dtype']}; "
         f"{'chat template' if settings['chat_template'] else 'plain prompts'}, up to {settings['max_tokens']} "
-        f"tokens an answer. "
-        f"{host['cpu']}, {host['cores']} cores, {gpus}; target on {', '.join(settings['devices']['target'])} "
+        f"tokens an answer. {host['cpu']}, {host['cores']} cores, {gpus}; "
+        f"target on {', '.join(settings['devices']['target'])} "
         f"({threads['target']} CPU threads), draft on {settings['devices']['draft']} ({threads['draft']}). "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; commit {latest['commit']}.",
@@ -127,11 +127,9 @@ def _results(summary: Summary) -> Iterator[Table]:
 
 
 _COLUMNS_TEXT = (
-    "tok/s: answers' tokens over the medians of their times, prompts included. speedup: the median of an "
-    "answer's speed over "
-    "that of `autoregressive` just before or after it, and the middle half of these. holds: share of the drafted "
-    "tokens that were "
-    "tested. predicted: the model of the algorithm over what was measured, decoding alone."
+    "tok/s: answers' tokens over the medians of their times, prompts included. speedup: the median of an answer's "
+    "speed over that of `autoregressive` just before or after it, and the middle half of these. holds: share of the "
+    "drafted tokens that were tested. predicted: the model of the algorithm over what was measured, decoding alone."
 )
 
 
@@ -139,8 +137,7 @@ def _methods(summary: Summary) -> list[Section]:
     windows = summary.report["settings"]["windows"]
     searched = (
         f"Fixed windows are the best ones of a search: {windows['speculative']} for speculative decoding, "
-        f"{windows['pearl']} for "
-        "PEARL. " if windows else ""
+        f"{windows['pearl']} for PEARL. " if windows else ""
     )  # fmt: skip
     baselines = (
         f"`{REFERENCE}` has all cores for the target; `{SHARE}` those that PEARL leaves it beside a draft. "
@@ -189,8 +186,7 @@ def _anatomy(summary: Summary) -> list[Section]:
             content.append(Picture(
                 f"branches-{summary.name}-{len(content)}",
                 f"Prepared windows of {setup}: {hit} of {prepared} came true, {hit / max(1, rejections):.0%} of "
-                f"the rejections "
-                "found theirs.", partial(pictures.branches, found)))  # fmt: skip
+                "the rejections found theirs.", partial(pictures.branches, found)))  # fmt: skip
     return [Section("What rounds are made of", content)]
 
 
@@ -240,8 +236,7 @@ def _agreement(report: Mapping[str, Any]) -> Section:
     ]
     text = (
         f"In {report['settings']['dtype']}, as people run it; each engine beside its own plain greedy decoding of "
-        f"one prompt at "
-        f"a time. `{report['command']}`, {report['date']}."
+        f"one prompt at a time. `{report['command']}`, {report['date']}."
     )
     return Section(
         "Drafted and batched, beside plain", [text, Table(("engine", "way", "equal outputs", "equal tokens"), rows)]
@@ -251,8 +246,8 @@ def _agreement(report: Mapping[str, Any]) -> Section:
 def _equality(found: Sequence[Summary]) -> Section:
     content: list[str | Table] = [
         "Every greedy answer, and every coupled one at any temperature, beside plain decoding's, in every "
-        "repeat. Where they part, "
-        "the target was asked for the log-probabilities of both tokens: what bf16's rounding may turn is a tie."
+        "repeat. Where they part, the target was asked for the log-probabilities of both tokens: what bf16's "
+        "rounding may turn is a tie."
     ]
     for summary in found:
         rows = [(one["setup"], f"{one['equal']} of {one['answers']}") for one in summary.report["equal"]]

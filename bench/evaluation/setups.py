@@ -35,12 +35,6 @@ class Setup:
         """Whether its answers must be the base's, token for token."""
         return self.temperature == 0 or self.options.get("verification") == "coupled" or self.name == self.base
 
-    @property
-    def fixed_window(self) -> int | None:
-        """Where it drafts as many tokens in every round."""
-        window = self.options.get("window", "auto")
-        return None if window == "auto" or self.guesses else int(window)
-
 
 @dataclass(frozen=True)
 class Windows:

@@ -12,11 +12,11 @@ from pearl.models.packed_storage import AwqStorage, GptqStorage, PackedStorage
 from pearl.models.quantized_storage import Bits, Fp8Storage, Int8Storage, Scales, Storage
 
 Settings = Mapping[str, Any]
-SUPPORTED = (
-    "compressed-tensors (float-quantized, int-quantized, pack-quantized), fp8 (per tensor or in blocks), ModelOpt's "
-    "FP8, AWQ (gemm) and GPTQ (4 or 8 bits)"
+_ADVICE = (
+    "supported are compressed-tensors (float-quantized, int-quantized, pack-quantized), fp8 (per tensor or in blocks), "
+    "ModelOpt's FP8, AWQ (gemm) and GPTQ (4 or 8 bits); use one of these, or the unquantised checkpoint that it was "
+    "made from"
 )
-_ADVICE = f"supported are {SUPPORTED}; use one of these, or the unquantised checkpoint that it was made from"
 _ACTIVATIONS = "its activations were to be quantised to {}; here only its weights are"
 _KV_CACHE = "the scales of its KV cache are not used: keys and values are kept in full"
 
