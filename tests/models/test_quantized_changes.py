@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import SINGLE, assert_as_transformers, edit_config, rewrite, write
-from families import llama, load
+from families import llama, load, randomised
 from quantized_checkpoints import FORMATS, quantize
 from quantized_meaning import meant_tensors
 from safetensors.torch import load_file
@@ -46,12 +46,7 @@ TRIES = 3  # of each format
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(5)
-    model = llama(**SHAPE).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.1) if parameter.ndim > 1 else parameter.data.add_(
-            torch.randn_like(parameter) * 0.3
-        )
-    model.save_pretrained(folder)
+    randomised(llama(**SHAPE)).save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SINGLE, assert_as_transformers, edit_config, rewrite, write
-from families import build, llama, load
+from families import build, llama, load, randomised
 from quantized_checkpoints import FORMATS, quantize
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,12 +35,7 @@ KEPT = {  # bits that a decoder keeps of a layer's matrices on a CPU; 0: they ar
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(7)
-    model = llama(**SHAPE).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.3) if parameter.ndim == 1 else parameter.data.normal_(
-            std=0.1
-        )
-    model.save_pretrained(folder)
+    randomised(llama(**SHAPE)).save_pretrained(folder)
     return folder
 
 
