@@ -16,8 +16,8 @@ from bench.evaluation.entrants import Entrants
 from bench.evaluation.setups import Setup, at, plain
 from bench.roofline.generators import transformers_contenders
 from pearl.devices import cpu_cores
+from pearl.engine.model_loading import model_paths
 from pearl.llm import LLM
-from pearl.models import bundled_path
 
 Ids = list[list[int]]
 Way = Callable[[Ids], Ids]  # continuations, of all prompts
@@ -77,9 +77,7 @@ def ours(llm: LLM, setups: Sequence[Setup], batch: int, max_tokens: int) -> Engi
 
 def transformers(llm: LLM, max_tokens: int, batch: int) -> Engine:
     """``generate``, assisted by the draft model or by prompt lookup, and in padded batches."""
-    config = llm.config
-    target = config.target or str(bundled_path("target"))
-    draft = (config.draft or str(bundled_path("draft"))) if config.uses_draft_model else None
+    target, draft = model_paths(llm.config)
     plain_one, assisted = transformers_contenders(llm, target, draft, [cpu_cores()])
     name = "prompt lookup" if draft is None else "assisted"
     padded = PaddedBatches(target, llm, max_tokens, batch)

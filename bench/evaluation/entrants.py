@@ -19,9 +19,9 @@ from pearl.bench.measure import collect_garbage
 from pearl.config import EngineConfig
 from pearl.devices import cpu_cores
 from pearl.engine.judge import Judge
+from pearl.engine.model_loading import model_paths
 from pearl.engine.rounds import RoundRecord
 from pearl.llm import LLM
-from pearl.models import bundled_path
 from pearl.sampling_params import SamplingParams
 
 _WARM_UP = 24  # tokens: what is done for the first time, and the first choices of a pace
@@ -117,10 +117,7 @@ class Entrants:
 
     def _of_transformers(self, setup: Setup) -> Answer:
         if not self._transformers:
-            config = self._first.config
-            target = config.target or str(bundled_path("target"))
-            draft = (config.draft or str(bundled_path("draft"))) if config.uses_draft_model else None
-            self._transformers = transformers_contenders(self._first, target, draft, [cpu_cores()])
+            self._transformers = transformers_contenders(self._first, *model_paths(self._first.config), [cpu_cores()])
         plain, assisted = self._transformers
         contender = assisted if setup.engine == "transformers assisted" else plain
 

@@ -100,13 +100,18 @@ class Pair:
         )
 
 
+def model_paths(config: EngineConfig) -> tuple[str, str | None]:
+    """Of the target, and of the draft model or head, if there is one; the bundled ones where none is named."""
+    draft = (config.draft or str(bundled_path("draft"))) if config.uses_draft_model else None
+    return config.target or str(bundled_path("target")), draft
+
+
 def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> LoadedModels:
     """Load both models. Raises ConfigurationError (or a subclass), before any weight is read if it can.
 
     ``meter`` measures the GPUs' memory; None: with torch.
     """
-    target_path = config.target or str(bundled_path("target"))
-    draft_path = (config.draft or str(bundled_path("draft"))) if config.uses_draft_model else None
+    target_path, draft_path = model_paths(config)
     require_supported_gpus(config.resolve_target_devices())
     if config.uses_draft_model:
         require_supported_gpus([config.resolve_device("draft")])
