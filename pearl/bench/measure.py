@@ -96,9 +96,12 @@ def replay_alone(llm: LLM, rounds: Sequence[RoundRecord]) -> float:
 
 
 def seconds_alone(llm: LLM, record: RoundRecord) -> tuple[float, float]:
-    """What the target's and the draft's forward of a round take, each computed again while the other model rests."""
-    target = llm.engine.run_target(record.plan.target).busy.seconds
-    return target, llm.engine.run_draft(record.plan.draft).busy.seconds
+    """What the target's and the draft's forward of a round take, each computed again while the other model rests.
+
+    The draft's first: a head reads what the target left in the round before.
+    """
+    draft = llm.engine.run_draft(record.plan.draft).busy.seconds
+    return llm.engine.run_target(record.plan.target).busy.seconds, draft
 
 
 def compare(

@@ -247,11 +247,14 @@ class Engine:
         return worker.submit(self._drafter.propose, plan)
 
     def run_target(self, plan: TargetPlan) -> TargetOutput:
-        """Compute a plan on the target's worker while the draft rests: to measure a forward alone."""
+        """Compute a plan on the target's worker while the draft rests: to measure a forward alone. A drafter that reads
+        hidden states finds them in the next ``run_draft``, as in the next round.
+        """
         self.rest()
         reply = self._submit_target(plan)
         output = reply.result() if reply else TargetOutput(None)
         self._target_worker.rest()
+        self._states = TargetStates.of(plan, output)
         return output
 
     def run_draft(self, plan: DraftPlan) -> DraftProposal:

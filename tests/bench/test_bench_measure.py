@@ -154,7 +154,7 @@ def fake_llm(**changes: Any) -> FakeLLM:
 def test_a_replay_sums_the_longer_forward_of_each_round() -> None:
     llm = fake_llm()
     assert replay_alone(llm, ROUNDS) == 0.75 + 1.5 + 0.25  # type: ignore[arg-type]
-    assert llm.engine.replayed == [("target", 0), ("draft", 0), ("draft", 1), ("target", 2)]
+    assert llm.engine.replayed == [("draft", 0), ("target", 0), ("draft", 1), ("target", 2)]
 
 
 def test_a_replay_of_nothing_takes_no_time() -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from e2e_support import acceptance, assert_at_rest, token_ids
+from e2e_support import Rounds, acceptance, assert_at_rest, token_ids
 from head_checks import HeadCheck
 
 from pearl import LLM, SamplingParams
+from pearl.bench.measure import replay_alone
+from pearl.messages import Windows
 
 if TYPE_CHECKING:
     from conftest import Headed
@@ -114,6 +116,26 @@ def test_beside_requests_that_are_not_drafted_for(headed: dict[str, Headed], ope
     assert token_ids(outputs) == [own.pair.greedy(prompt, TOKENS) for prompt in own.batch]
     assert all((o.outputs[0].metrics.drafted > 0) == p.draft for o, p in zip(outputs, params, strict=True))
     assert_at_rest(llm)
+
+
+@both
+def test_rounds_that_a_benchmark_replays(headed: dict[str, Headed], open_llm: OpenLLM, kind: str) -> None:
+    """Each forward alone, in their order: a head reads the same states again, and drafts the same."""
+    own, rounds = headed[kind], Rounds()
+
+    def ids(windows: Windows) -> dict[int, list[int]]:
+        return {request_id: [drafted.token for drafted in window] for request_id, window in windows.items()}
+
+    llm = open_llm(own.pair, window=3, max_num_seqs=3, prefix_caching=False, observer=rounds)
+    llm.generate(own.batch, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
+    drafted = 0
+    for record in rounds:
+        again = llm.engine.run_draft(record.plan.draft).windows
+        assert ids(again) == ids(record.result.windows)
+        llm.engine.run_target(record.plan.target)
+        drafted += sum(map(len, again.values()))
+    assert drafted > 20
+    assert replay_alone(llm, rounds) > 0
 
 
 @both
