@@ -108,6 +108,7 @@ def _costs_of_models(models: ModelOptions) -> Costs:
     import torch
 
     from pearl.bench.shapes import SHAPES
+    from pearl.heads import HEAD_NAMES, lone_head
     from pearl.models import ModelConfig
     from pearl.models.weight_size import read_bytes, weight_bytes
     from pearl.planning import GPUS, costs_on
@@ -116,6 +117,12 @@ def _costs_of_models(models: ModelOptions) -> Costs:
     if gpu is None:
         raise ConfigurationError(f"--gpu {models.gpu}: known are {', '.join(GPUS)}")
     names = (models.target or "", models.draft or "")
+    for name in names:
+        if name not in SHAPES and (kind := lone_head(name)) is not None:
+            raise ConfigurationError(
+                f"{name!r} is {HEAD_NAMES[kind]}, whose steps are not planned from its size; give --target-ms and "
+                "--draft-ms as measured"
+            )
     target, draft = (SHAPES[name] if name in SHAPES else ModelConfig.from_pretrained(name) for name in names)
     sizes = [weight_bytes(config, torch.bfloat16) for config in (target, draft)]
     return costs_on(

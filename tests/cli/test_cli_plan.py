@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -48,3 +49,11 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[str, ...], message: 
     assert result.exit_code != 0
     assert isinstance(result.exception, ConfigurationError)
     assert message in str(result.exception)
+
+
+def test_heads_are_not_planned_as_models(tmp_path: Path) -> None:
+    fields = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    result = plan("--target", "8b", "--draft", str(tmp_path), "--gpu", "h200")
+    assert isinstance(result.exception, ConfigurationError)
+    assert "is an EAGLE-3 head, whose steps are not planned from its size" in str(result.exception)
