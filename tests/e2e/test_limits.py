@@ -142,9 +142,9 @@ def test_models_that_are_not_there(llama: Pair, tmp_path: Path, role: str) -> No
 def test_an_unknown_family_is_named(llama: Pair, tmp_path: Path) -> None:
     shutil.copytree(llama.target, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
-    changed = {**json.loads(config.read_text()), "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    changed = {**json.loads(config.read_text()), "model_type": "bloom", "architectures": ["BloomForCausalLM"]}
     config.write_text(json.dumps(changed))
-    with pytest.raises(UnsupportedModelError, match=r"(?i)gpt2"):
+    with pytest.raises(UnsupportedModelError, match=r"(?i)bloom"):
         llama.llm(target=str(tmp_path / "model"))
 
 
