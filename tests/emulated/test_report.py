@@ -369,15 +369,17 @@ def test_the_smallest_kernel_compiles_through_the_command_line(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_every_variant_of_triton_compiles_without_an_unexplained_spill(tmp_path: Path) -> None:
-    """For sm_90; for the others those in bf16, to save minutes. ``python -m pearl_kernels.report`` compiles all."""
+    """For sm_90; those in bf16 also for sm_80, which has the least shared memory. To save minutes: ``python -m
+    pearl_kernels.report`` compiles all for all.
+    """
     out, jobs = tmp_path / "report.json", triton_jobs(ARCHITECTURES)[0]
-    for pattern, archs in (("triton/*", [90]), ("triton/*bf16*", [arch for arch in ARCHITECTURES if arch != 90])):
-        options = [text for arch in archs for text in ("--arch", str(arch))]
-        result = report("--kernels", pattern, *options, "--csrc", str(tmp_path / "none"), "--json", str(out))
+    for pattern, arch in (("triton/*", 90), ("triton/*bf16*", 80)):
+        result = report(
+            "--kernels", pattern, "--arch", str(arch), "--csrc", str(tmp_path / "none"), "--json", str(out)
+        )  # fmt: skip
         assert result.returncode == 0, result.stdout + result.stderr
-        found = [(kernel["name"], kernel["arch"]) for kernel in json.loads(out.read_text())["kernels"]]
-        wanted = [(job.name, job.arch) for job in jobs if job.arch in archs and fnmatch(job.name, pattern)]
-        assert sorted(found) == sorted(wanted)
+        found = [kernel["name"] for kernel in json.loads(out.read_text())["kernels"]]
+        assert sorted(found) == sorted(job.name for job in jobs if job.arch == arch and fnmatch(job.name, pattern))
 
 
 @pytest.mark.slow
