@@ -384,9 +384,11 @@ def test_every_variant_of_triton_compiles_without_an_unexplained_spill(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="needs nvcc")
-def test_every_cuda_source_compiles_everywhere_without_an_unexplained_spill(tmp_path: Path) -> None:
-    out = tmp_path / "report.json"
-    result = report("--kernels", "cuda/*", "--json", str(out))
+def test_every_cuda_source_compiles_without_an_unexplained_spill(tmp_path: Path) -> None:
+    """For sm_80 and sm_90, as above."""
+    out, archs = tmp_path / "report.json", (80, 90)
+    options = [text for arch in archs for text in ("--arch", str(arch))]
+    result = report("--kernels", "cuda/*", *options, "--json", str(out))
     assert result.returncode == 0, result.stdout + result.stderr
     names = {(kernel["name"].split("/")[1], kernel["arch"]) for kernel in json.loads(out.read_text())["kernels"]}
-    assert names == {(source.stem, arch) for source in SOURCES.glob("cuda/*.cu") for arch in ARCHITECTURES}
+    assert names == {(source.stem, arch) for source in SOURCES.glob("cuda/*.cu") for arch in archs}
