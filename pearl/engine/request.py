@@ -74,6 +74,16 @@ class Request:
         return self.max_tokens + self.prompt_length - len(self.tokens)
 
     @property
+    def target_lags(self) -> bool:
+        """Whether the target still computes the prompt (or, after a preemption, the text)."""
+        return len(self.tokens) - self.target_computed > 1
+
+    @property
+    def draft_lags(self) -> bool:
+        """Likewise the draft, which after a bonus token is two tokens behind."""
+        return len(self.tokens) + len(self.pending) - self.draft_computed > 2
+
+    @property
     def reusable(self) -> Sequence[int]:
         """Tokens, of which all but the last may be found in the target's prefix cache: a row of logits that is wanted
         must be computed.

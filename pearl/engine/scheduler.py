@@ -9,50 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from pearl.engine.branches import Branches, Drafting, DraftParts
+from pearl.engine.branches import Branches, Drafting
+from pearl.engine.draft_sides import DraftSide, OwnTokens, TargetStates
 from pearl.engine.prompt_budget import share
 from pearl.engine.request import Request, Status
+from pearl.engine.round_plan import RoundPlan
 from pearl.engine.shared_prompts import Behind, find_waiting
 from pearl.errors import InvalidRequestError, QueueFullError
-from pearl.kv import KVCacheManager, OutOfPages, PageCopy, Shifted
-from pearl.messages import (
-    DraftWork,
-    ForwardWork,
-    PromptRows,
-    SchedulerOutput,
-    TargetPlan,
-    VerifyResult,
-    VerifyWork,
-)
-from pearl.methods import METHODS, PLAIN, Intent, Progress, plain_intent
+from pearl.kv import KVCacheManager, OutOfPages, PageCopy
+from pearl.messages import DraftWork, ForwardWork, SchedulerOutput, VerifyResult, VerifyWork
+from pearl.methods import METHODS, Intent, Progress, plain_intent
 from pearl.pace import Load, Pace, PacePolicy
-
-
-class _Round:
-    """The plan being built; becomes an immutable SchedulerOutput."""
-
-    def __init__(self, pace: Pace, load: Load | None) -> None:
-        self.pace, self.load = pace, load
-        # Tokens that a model may compute of what it lacks, by request id; without an entry, none.
-        self.target_shares: dict[int, int] = {}
-        self.draft_shares: dict[int, int] = {}
-        self.target: list[ForwardWork] = []
-        self.draft = DraftParts()
-        self.verify: list[VerifyWork] = []
-        self.target_copies: list[PageCopy] = []
-        self.prompts: list[PromptRows] = []
-        self.drafting: list[Drafting] = []
-        self.preempted: list[int] = []
-
-    def freeze(self) -> SchedulerOutput:
-        return SchedulerOutput(
-            TargetPlan(tuple(self.target), tuple(self.target_copies), tuple(self.prompts)),
-            self.draft.freeze(),
-            tuple(self.verify),
-            tuple(self.preempted),
-            self.pace,
-            self.load,
-        )
 
 
 class Scheduler:
@@ -60,9 +27,7 @@ class Scheduler:
 
     draft_kv is None where the drafter keeps no KV. branches: None where it prepares no windows. max_logit_rows: of a
     forward of the target, verdicts' and prompts' together; but verdicts are never held back by it.
-
-    drafter_reads_states: it computes from the target's hidden states, those of each round in the next one that is
-    planned, whatever the pace says; so it never lags, and while the target computes a prompt there is no draft.
+    drafter_reads_states: it computes from the target's hidden states (``TargetStates``).
     """
 
     def __init__(
@@ -85,7 +50,7 @@ class Scheduler:
         self._max_num_batched_tokens, self._max_waiting = max_num_batched_tokens, max_waiting
         self._max_logit_rows, self._prefill_chunk = max_logit_rows, prefill_chunk or max_num_batched_tokens
         self._drafter_reads_history, self.branches = drafter_reads_history, branches
-        self._drafter_reads_states = drafter_reads_states
+        self._draft: DraftSide = TargetStates(draft_kv) if drafter_reads_states else OwnTokens(draft_kv)
         self._free_lanes = list(range(max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -128,15 +93,14 @@ class Scheduler:
                 plan.preempted = preempted
                 return plan.freeze()
 
-    def _plan_batch(self) -> _Round:
+    def _plan_batch(self) -> RoundPlan:
         batch = list(self.running)
         drafted = [r for r in batch if r.params.draft]
         pace, load, intents = self._decide(drafted)
-        plan, windows = _Round(pace, load), list(pace.windows)
+        plan, windows = RoundPlan(pace, load), list(pace.windows)
         if len(drafted) < len(batch):
             intents, windows = _beside_plain(batch, pace, intents)
-        if self._drafter_reads_states:
-            intents = [i if _has_state(r) else PLAIN for r, i in zip(batch, intents, strict=True)]
+        intents = self._draft.intents(batch, intents)
         lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch, intents)
@@ -160,17 +124,17 @@ class Scheduler:
             intents = [i.pinned(p) if r.pinned else i for r, i, p in zip(drafted, intents, progress, strict=True)]
         return pace, load, intents
 
-    def _share_budget(self, plan: _Round, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
+    def _share_budget(self, plan: RoundPlan, batch: Sequence[Request], intents: Sequence[Intent]) -> None:
         """Decoding rows are never held back by prompts; prompts share what is left of the budget, beside requests that
         decode a chunk at most, and at least a page.
         """
         self._extend(batch, intents)
-        on_target = [r for r in batch if _target_lags(r)]
-        on_draft = [r for r, intent in zip(batch, intents, strict=True) if self._draft_is_behind(r, intent)]
+        on_target = [r for r in batch if r.target_lags]
+        on_draft = [r for r, intent in zip(batch, intents, strict=True) if self._draft.is_behind(r, intent)]
         decodes = len({r.id for r in (*on_target, *on_draft)}) < len(batch)
-        target_rows = sum(len(r.pending) + 1 for r in batch if not _target_lags(r))
-        draft_rows = sum(not _draft_lags(r) for r in batch)
-        sharing = [Behind(r.id, r.tokens, r.reusable) for r in on_target if not self._reads_states(r)]
+        target_rows = sum(len(r.pending) + 1 for r in batch if not r.target_lags)
+        draft_rows = sum(not r.draft_lags for r in batch)
+        sharing = [Behind(r.id, r.tokens, r.reusable) for r in on_target if self._draft.leaves_pages(r)]
         waiting = find_waiting(self.target_kv, sharing)
         target = {r.id: r.length + len(r.pending) - r.target_computed for r in on_target if r.id not in waiting}
         self._cut_to_rows(target, batch)
@@ -184,9 +148,9 @@ class Scheduler:
         """What has been computed for others since a request began need not be computed again."""
         for request, intent in zip(batch, intents, strict=True):
             target = draft = 0
-            if _target_lags(request) and not self._reads_states(request):
+            if request.target_lags and self._draft.leaves_pages(request):
                 target = self.target_kv.extend(request.id, request.reusable)
-            if self.draft_kv is not None and self._draft_is_behind(request, intent):
+            if self.draft_kv is not None and self._draft.is_behind(request, intent):
                 draft = self.draft_kv.extend(request.id, request.tokens)
             if target or draft:
                 request.find(target, draft)
@@ -212,44 +176,26 @@ class Scheduler:
 
     def _lags(self, request: Request, intent: Intent) -> bool:
         """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
-        return _target_lags(request) or self._draft_is_behind(request, intent)
+        return request.target_lags or self._draft.is_behind(request, intent)
 
-    def _draft_is_behind(self, request: Request, intent: Intent) -> bool:
-        if not intent.draft or self.draft_kv is None or self._drafter_reads_states:
-            return False
-        return _draft_lags(request)
-
-    def _plan_request(self, plan: _Round, request: Request, intent: Intent, window: int, lags: bool) -> None:
+    def _plan_request(self, plan: RoundPlan, request: Request, intent: Intent, window: int, lags: bool) -> None:
         length, k, remaining = len(request.tokens), len(request.pending), request.remaining
         num_draft = min(window, remaining - k) if intent.draft else 0
         # Rows the target judges: the pending tokens and one more, never past max_tokens.
         rows = min(k + intent.bonus, remaining) if intent.verify or (intent.draft and not num_draft) else 0
         target_end = length + rows - 1 if rows else request.target_computed
-        draft_end = self._draft_end(request, num_draft)
+        draft_end = self._draft.end(request, num_draft)
         if lags and (chunks := self._chunks(plan, request, target_end, draft_end)):
             rows = num_draft = 0
             target_end, draft_end = chunks
-        written = draft_end
-        if num_draft:  # the last drafted token is not computed
-            written = length + k + num_draft - 1 - self._drafter_reads_states
-        if self._reserve(plan, request, target_end, written):
+        if self._reserve(
+            plan, request, target_end, self._draft.written(request, num_draft) if num_draft else draft_end
+        ):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
             if rows and num_draft and not request.rekeys:
                 plan.drafting.append(Drafting(request, len(plan.draft.work) - 1, window, late=rows > k))
 
-    def _reads_states(self, request: Request) -> bool:
-        """Whether the target's hidden states of all its tokens are read: then the target computes them for it alone,
-        but for what ``_reuse`` found.
-        """
-        return self._drafter_reads_states and request.params.draft
-
-    def _draft_end(self, request: Request, num_draft: int) -> int:
-        """Where the draft's forward ends: of one that reads the target's states, where these do."""
-        if self._drafter_reads_states:
-            return max(request.draft_computed, request.target_computed if request.params.draft else 0)
-        return request.length + len(request.pending) if num_draft and self.draft_kv else request.draft_computed
-
-    def _chunks(self, plan: _Round, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
+    def _chunks(self, plan: RoundPlan, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
         """Where both forwards end instead, if a model cannot come as far as the method wants; None if both can.
 
         One model still computes the prompt. The other waits when it is done: then every token is decided in the same
@@ -258,16 +204,14 @@ class Scheduler:
         target_lag, draft_lag = target_end - request.target_computed, draft_end - request.draft_computed
         target_share, draft_share = plan.target_shares.get(request.id, 0), plan.draft_shares.get(request.id, 0)
         target_ready = target_lag <= max(target_share, len(request.pending) + 1)
-        reads_states = self._drafter_reads_states
-        draft_ready = reads_states or draft_lag <= max(draft_share, 2)
+        draft_ready, draft_chunk = self._draft.progress(draft_lag, draft_share)
         if target_ready and draft_ready:
             return None
         target_chunk = 0 if target_ready else target_share
-        draft_chunk = draft_lag if reads_states else 0 if draft_ready else draft_share
         # Never into the last committed token or the pending ones: the target computes those only to judge them.
         return min(request.target_computed + target_chunk, request.length - 1), request.draft_computed + draft_chunk
 
-    def _reserve(self, plan: _Round, request: Request, target_end: int, draft_end: int) -> bool:
+    def _reserve(self, plan: RoundPlan, request: Request, target_end: int, draft_end: int) -> bool:
         """Reserve pages for both models, preempting later requests as needed; False: the request itself had to go."""
         target_copies: tuple[PageCopy, ...] = ()
         draft_copies: tuple[PageCopy, ...] = ()
@@ -287,7 +231,9 @@ class Scheduler:
                 return True
         return False
 
-    def _emit(self, plan: _Round, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int) -> None:
+    def _emit(
+        self, plan: RoundPlan, request: Request, rows: int, num_draft: int, target_end: int, draft_end: int
+    ) -> None:
         state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)
         start = request.target_computed
         if target_end > start:
@@ -301,10 +247,7 @@ class Scheduler:
         start = request.draft_computed
         if num_draft or draft_end > start:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
-            shift, pending = 0, None
-            if self._drafter_reads_states:
-                shift, pending = 1, tuple([drafted.token for drafted in request.pending])
-            tokens = request.token_range(start + shift, draft_end + shift)
+            tokens, pending = self._draft.tokens(request, start, draft_end)
             forward = ForwardWork(state, tokens, start, 1 if num_draft else 0, table)
             plan.draft.work.append(DraftWork(forward, num_draft, pending=pending))
 
@@ -317,24 +260,10 @@ class Scheduler:
             needed = -(-(request.length + 1) // self.target_kv.page_size)
             if self.running and any(kv.num_free_pages < needed for kv in pools):
                 return
-            target_cached, draft_cached = self._reuse(request)
+            target_cached, draft_cached = self._draft.begin(request, self.target_kv)
             self.waiting.popleft()
             request.start_running(self._free_lanes.pop(), target_cached, draft_cached)
             self.running.append(request)
-
-    def _reuse(self, request: Request) -> tuple[int, int]:
-        """Tokens of both models that are found in their prefix caches. A drafter that reads the target's states finds
-        none of what the target does not compute: so this one takes over no more than that one.
-        """
-        drafted: Sequence[int] = request.tokens if request.params.draft else ()
-        if not self._reads_states(request):
-            target_cached = self.target_kv.begin(request.id, request.reusable)
-            return target_cached, self.draft_kv.begin(request.id, drafted) if self.draft_kv else 0
-        if self.draft_kv is None:  # the state before the last token is wanted all the same: a window begins with it
-            cached = self.target_kv.begin(request.id, request.reusable[: request.length - 1])
-            return cached, cached
-        draft_cached = self.draft_kv.begin(request.id, Shifted(drafted))
-        return self.target_kv.begin(request.id, request.reusable[: draft_cached + 1]), draft_cached
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
@@ -360,16 +289,8 @@ class Scheduler:
             request.prompt_logprobs.add(found)
         committed = request.apply(target, draft, window, decision, ahead)
         self.target_kv.settle(request_id, request.tokens, request.target_computed)
-        if self.draft_kv is not None:
-            self._settle_draft(self.draft_kv, request)
+        self._draft.settle(request)
         return committed
-
-    def _settle_draft(self, kv: KVCacheManager, request: Request) -> None:
-        if not self._drafter_reads_states:
-            kv.settle(request.id, request.tokens, request.draft_computed)
-            return
-        drafted = request.length + len(request.pending) - 1 if request.pending else 0
-        kv.settle(request.id, Shifted(request.tokens), request.draft_computed, drafted)
 
     def finish(self, request_id: int) -> Request:
         """Remove a request in any state (finished, aborted, failed) and free what it holds."""
@@ -400,18 +321,3 @@ def require_room(count: int, free_lanes: int, waiting: int, max_waiting: int) ->
         f"{count} requests at once, but there is room for {room}: {free_lanes} lanes are free, and {max_waiting} may "
         "wait (max_waiting); bring fewer at a time or raise max_waiting"
     )
-
-
-def _target_lags(request: Request) -> bool:
-    """Whether the target still computes the prompt (or, after a preemption, the text)."""
-    return request.length - request.target_computed > 1
-
-
-def _has_state(request: Request) -> bool:
-    """Whether the target has computed what a window is drafted from: all but the last token, and one at least."""
-    return request.target_computed > 0 and not _target_lags(request)
-
-
-def _draft_lags(request: Request) -> bool:
-    """Likewise the draft, which after a bonus token is two tokens behind."""
-    return request.length + len(request.pending) - request.draft_computed > 2
