@@ -58,5 +58,31 @@ def assert_close(actual: Tensor, wanted: Tensor) -> None:
     assert (actual - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
+def check_prefill_of_ragged_sequences(judge: PreTrainedModel, model: CausalModel) -> None:
+    texts = [tokens_of(i, length) for i, length in enumerate((1, 37, 8))]
+    harness = Harness(model, [len(text) for text in texts])
+    for logits, text in zip(harness.forward([(i, t, 0) for i, t in enumerate(texts)]), texts, strict=True):
+        assert_close(logits, expected(judge, text))
+
+
+def check_chunks_decoding_and_a_rolled_back_window(judge: PreTrainedModel, model: CausalModel) -> None:
+    text, other = tokens_of(11, 41), tokens_of(12, 23)
+    harness = Harness(model, [len(text), len(other)])
+    wanted, wanted_other = expected(judge, text), expected(judge, other)
+
+    assert harness.forward([(0, text[:13], 0)], num_logits=0)[0].shape == (0, model.config.vocab_size)
+    first, second = harness.forward([(0, text[13:30], 13), (1, other[:9], 0)])  # a chunk beside a prompt
+    assert_close(first, wanted[13:30])
+    assert_close(second, wanted_other[:9])
+
+    wrong = [(token + 1) % 131 for token in text[31:36]]
+    harness.forward([(0, [text[30], *wrong], 30), (1, [other[9]], 9)])  # a window that will be rejected
+    window, single = harness.forward([(0, text[31:38], 31), (1, [other[10]], 10)])  # truncated, then rewritten
+    assert_close(window, wanted[31:38])
+    assert_close(single, wanted_other[10:11])
+    for position in range(38, 41):
+        assert_close(harness.forward([(0, [text[position]], position)], 1)[0], wanted[position : position + 1])
+
+
 def tokens_of(seed: int, length: int) -> list[int]:
     return torch.randint(0, 131, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

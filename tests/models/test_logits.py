@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, build, load
-from paged_harness import Harness, assert_close, expected, tokens_of
+from paged_harness import (
+    Harness,
+    assert_close,
+    check_chunks_decoding_and_a_rolled_back_window,
+    check_prefill_of_ragged_sequences,
+    expected,
+    tokens_of,
+)
 from transformers import PreTrainedModel
 
 from pearl.models import Decoder
@@ -21,31 +28,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_prefill_of_ragged_sequences(pair: tuple[PreTrainedModel, Decoder]) -> None:
-    model, decoder = pair
-    texts = [tokens_of(i, length) for i, length in enumerate((1, 37, 8))]
-    harness = Harness(decoder, [len(text) for text in texts])
-    for logits, text in zip(harness.forward([(i, t, 0) for i, t in enumerate(texts)]), texts, strict=True):
-        assert_close(logits, expected(model, text))
+    check_prefill_of_ragged_sequences(*pair)
 
 
 def test_chunks_then_decoding_then_a_window_over_rolled_back_positions(pair: tuple[PreTrainedModel, Decoder]) -> None:
-    model, decoder = pair
-    text, other = tokens_of(11, 41), tokens_of(12, 23)
-    harness = Harness(decoder, [len(text), len(other)])
-    wanted, wanted_other = expected(model, text), expected(model, other)
-
-    assert harness.forward([(0, text[:13], 0)], num_logits=0)[0].shape[0] == 0  # a chunk without logits
-    first, second = harness.forward([(0, text[13:30], 13), (1, other[:9], 0)])  # a chunk beside a prompt
-    assert_close(first, wanted[13:30])
-    assert_close(second, wanted_other[:9])
-
-    wrong = [(token + 1) % 131 for token in text[31:36]]
-    harness.forward([(0, [text[30], *wrong], 30), (1, [other[9]], 9)])  # a window that will be rejected
-    window, single = harness.forward([(0, text[31:38], 31), (1, [other[10]], 10)])  # truncated, then rewritten
-    assert_close(window, wanted[31:38])
-    assert_close(single, wanted_other[10:11])
-    for position in range(38, 41):
-        assert_close(harness.forward([(0, [text[position]], position)])[0], wanted[position : position + 1])
+    check_chunks_decoding_and_a_rolled_back_window(*pair)
 
 
 def test_last_rows_only(pair: tuple[PreTrainedModel, Decoder]) -> None:
