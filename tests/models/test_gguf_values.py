@@ -18,7 +18,7 @@ from gguf_files import GgufFile, encoded
 from pearl.errors import ConfigurationError, UnsupportedModelError
 from pearl.models.gguf import values
 from pearl.models.gguf.header import StoredTensor, read_header
-from pearl.models.gguf.package import require_decodable, tensor_type
+from pearl.models.gguf.package import decode, require_decodable, tensor_type
 from pearl.models.gguf.values import TensorValues
 from pearl_kernels.reference import dequantize
 
@@ -84,6 +84,8 @@ def test_a_type_that_cannot_be_decoded(tmp_path: Path) -> None:
     assert kind is not None
     with pytest.raises(UnsupportedModelError, match=r"'blk\.0\.ffn_up\.weight' is stored as Q8_K, which cannot"):
         require_decodable(kind, "blk.0.ffn_up.weight")
+    with pytest.raises(UnsupportedModelError, match=r"^stored as Q8_K, which cannot be decoded"):
+        decode(np.zeros((1, kind.size), np.uint8), kind)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,20 +37,24 @@ def tensor_type(code: int) -> TensorType | None:
 
 
 def require_decodable(kind: TensorType, tensor: str) -> None:
-    """UnsupportedModelError unless ``decode`` can."""
+    """UnsupportedModelError with the tensor's name unless ``decode`` can."""
     try:
         decode(np.zeros((1, kind.size), np.uint8), kind)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(
-            f"{tensor!r} is stored as {kind.name}, which cannot be decoded; take a file of another type, such as "
-            "Q8_0, Q4_K_M or BF16"
-        ) from error
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{tensor!r} is {error}") from error
 
 
 def decode(rows: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
-    """The numbers of rows of blocks ``[R, bytes]``, fp32 ``[R, N]``. NotImplementedError: the package cannot."""
+    """The numbers of rows of blocks ``[R, bytes]``, fp32 ``[R, N]``. UnsupportedModelError: the package cannot."""
     package = _package()
-    numbers: NDArray[np.float32] = package.quants.dequantize(rows, package.constants.GGMLQuantizationType(kind.code))
+    try:
+        numbers: NDArray[np.float32] = package.quants.dequantize(
+            rows, package.constants.GGMLQuantizationType(kind.code)
+        )
+    except NotImplementedError as error:  # a type of which the package has no Python code
+        raise UnsupportedModelError(
+            f"stored as {kind.name}, which cannot be decoded; take a file of another type, such as Q8_0, Q4_K_M or BF16"
+        ) from error
     return numbers
 
 
