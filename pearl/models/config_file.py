@@ -52,14 +52,14 @@ def read_config(path: str, folder: Path) -> tuple[Mapping[str, Any], PretrainedC
 
 
 @contextmanager
-def made_by_transformers() -> Iterator[None]:
-    """What transformers raises over a configuration becomes a ModelLoadError in a sentence."""
+def made_by_transformers(kind: type[ModelLoadError | UnsupportedModelError] = ModelLoadError) -> Iterator[None]:
+    """What transformers raises over a configuration becomes an error of a kind, in a sentence."""
     try:
         yield
     except PearlError:
         raise
     except Exception as error:  # transformers' validation raises whatever a wrong value runs into
-        raise ModelLoadError(f"transformers refuses it: {_reason(error)}") from error
+        raise kind(f"transformers refuses it: {_reason(error)}") from error
 
 
 @contextmanager

@@ -107,6 +107,20 @@ def test_a_family_that_nobody_knows_has_both_reasons(tmp_path: Path) -> None:
         describe_model(folder, "transformers")
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": "wide"}, r"config\.json: transformers refuses it: Field 'hidden_size' expected int, got str"),
+        ({"layer_types": ["x", "y"]}, r"refuses it: The `layer_types` entries are not all known: \['x', 'y'\]"),
+    ],
+)
+def test_what_a_validation_of_several_lines_says(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    config_of("phi").save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        describe(str(tmp_path))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     build("gpt_neox-partial-rotary").save_pretrained(tmp_path)

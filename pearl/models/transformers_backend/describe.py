@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
-from pearl.models.config_file import naming_config
+from pearl.models.config_file import made_by_transformers, naming_config
 from pearl.models.hub import fetch_description
 from pearl.models.model_dtype import checkpoint_dtype
 from pearl.models.model_files import first_line, is_gguf, read_json
@@ -65,14 +65,15 @@ def read(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
-    except Exception as error:  # transformers' validation raises whatever a wrong value runs into
+        with made_by_transformers(UnsupportedModelError):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+    except UnsupportedModelError as error:
         if read_json(folder / CONFIG).get("auto_map"):
             raise UnsupportedModelError(
                 "transformers does not have this model; it is defined by Python code in the model's folder (auto_map), "
                 "and this engine never runs code from there"
             ) from error
-        raise UnsupportedModelError(f"transformers refuses it: {first_line(error)}") from error
+        raise
 
 
 def _refuse_by_configuration(config: Any) -> None:
