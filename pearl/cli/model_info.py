@@ -49,11 +49,11 @@ def model_table(path: str, device: str, dtype: torch.dtype | None) -> Table:
 
 def _quantised(config: ModelConfig, device: str) -> str:
     """The method, and in how many bits matrices stay."""
-    from pearl.models.weight_size import kept_matrices
+    from pearl.models.kept_matrices import kept_matrices, packer_on
 
     assert config.quantization is not None
-    kept = kept_matrices(config, device)
-    bits = sorted({storage.keeps_bits for storage in kept.values()})
+    kept = kept_matrices(config, packer_on(device, config.dtype))
+    bits = sorted({form.bits for form in kept.values()})
     held = f"{len(kept)} matrices stay in {' and '.join(map(str, bits))} bits" if kept else "matrices are decoded"
     return f"with {config.quantization.method.name}; on {device} {held}"
 

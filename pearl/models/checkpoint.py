@@ -59,7 +59,7 @@ class Checkpoint:
         self._quantized: QuantizedTensors | None = None
         if quantization is not None and not quantization.storages:
             self._quantized = QuantizedTensors(folder, quantization, self._stored, self._table)
-            quantization = replace(quantization, matrices=self._quantized.matrices)
+            quantization = replace(quantization, matrices=self._quantized.matrices, shuffled=self._quantized.shuffled)
         dtypes = {name: slice_.get_dtype() for name, slice_ in self._stored.items()}
         refuse_quantized_tensors(folder, dtypes, own, quantization)
         self._require_shapes()
@@ -84,15 +84,14 @@ class Checkpoint:
         tensor: Tensor = self._stored[name][part or ...]
         return tensor
 
-    def read_quantized(self, name: str) -> QuantizedMatrix | None:
-        """The whole matrix ``name`` as it is stored; None if it is plain, or can only be read decoded."""
-        quantization = self.config.quantization
-        if quantization is None or quantization.storage_of(name.removesuffix(_WEIGHT)) is None:
-            return None
-        if self._quantized is None:
-            return self._source.quantized(self._stored[name])
-        matrix = self._quantized.read(name.removesuffix(_WEIGHT))
-        return None if isinstance(matrix, Tensor) else matrix
+    def read_quantized(self, name: str) -> QuantizedMatrix:
+        """The whole matrix ``name`` as it is stored, of which ``config.quantization`` knows ``few_bits``."""
+        stored = self._quantized
+        matrix = (
+            self._source.quantized(self._stored[name]) if stored is None else stored.read(name.removesuffix(_WEIGHT))
+        )
+        assert isinstance(matrix, QuantizedMatrix)  # with groups in order
+        return matrix
 
     def _is_quantized(self, name: str) -> bool:
         return self._quantized is not None and name.removesuffix(_WEIGHT) in self._quantized.matrices

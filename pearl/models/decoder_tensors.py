@@ -72,6 +72,11 @@ def matrix_shapes(table: Mapping[str, StoredTensor]) -> Mapping[str, tuple[int, 
     }
 
 
+def is_router(module: str) -> bool:
+    """A choice has no small errors: routers are computed in full, however they are stored."""
+    return module.endswith((".mlp.gate", ".mlp.shared_expert_gate"))
+
+
 def canonical_name(stored: str, table: Container[str]) -> str:
     """The decoder's name of a tensor: base models are saved without ``model.``, wrapped ones with one too many, and
     Mixtral's experts under names of their own.

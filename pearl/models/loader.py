@@ -13,7 +13,8 @@ from torch import Tensor
 from pearl.models.checkpoint import Checkpoint
 from pearl.models.collective import Collective
 from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights, MixtureWeights
-from pearl.models.decoder_tensors import EMBEDDING, EXPERTS, HEAD, LAYER_NORMS, NORM, layer_prefix
+from pearl.models.decoder_tensors import EMBEDDING, HEAD, LAYER_NORMS, NORM, layer_prefix
+from pearl.models.kept_matrices import kept_matrices
 from pearl.models.mixture import Mixture
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_source import source_of
@@ -22,8 +23,8 @@ from pearl.models.rope_tables import lane_order, rope_tables
 from pearl.models.sharding import Sharding, Span, shard
 from pearl.models.weight_memory import WeightMemory
 from pearl.models.widening import bias_of_missing, widen, widen_embedding
-from pearl_kernels import ExpertWeights, KernelSet, LinearWeight, QuantizedMatrix
-from pearl_kernels.reference import alike, stack_outputs, take_outputs
+from pearl_kernels import ExpertWeights, KernelSet, LinearWeight
+from pearl_kernels.reference import stack_outputs, take_outputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class _Assembler:
         self._checkpoint, self._sharding = checkpoint, sharding
         self._dtype, self._device, self._kernels = dtype, device, kernels
         self._memory = WeightMemory(device)
+        self._kept = kept_matrices(checkpoint.config, kernels.providers["pack_quantized"], sharding.ranks)
         self._rows_by_lanes = self._turned(lane_order(checkpoint.config))
 
     def decoder(self) -> DecoderWeights:
@@ -230,18 +232,12 @@ class _Assembler:
         return packed
 
     def _quantized(self, parts: list[_Part], rows: Tensor | None = None) -> LinearWeight | None:
-        """Projections of one input that are stored quantised in one way, as one matrix; None: they are to be decoded,
-        as all are of which a rank has a part, and experts that a GPU's kernels are to multiply.
+        """Projections of one input, as one matrix in its few bits; None: they are to be decoded, as a head is that is
+        widened.
         """
-        if self._sharding.ranks > 1 or (EXPERTS in parts[0][0] and self._device.type != "cpu"):
+        if any(name not in self._kept or span.end - span.begin != span.size for name, span in parts):
             return None
-        matrices: list[QuantizedMatrix] = []
-        for name, span in parts:
-            matrix = self._checkpoint.read_quantized(name + ".weight")
-            if matrix is None or matrix.values.shape[0] != span.size or (matrices and not alike(matrix, matrices[0])):
-                return None
-            matrices.append(matrix)
-        merged = stack_outputs(matrices)
+        merged = stack_outputs([self._checkpoint.read_quantized(name + ".weight") for name, _ in parts])
         if rows is not None:
             merged = take_outputs(merged, rows)
         packed: LinearWeight = self._kernels.pack_quantized(merged.to(self._device), self._dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pearl.errors import ModelLoadError
-from pearl.models.quantized_storage import ACTIVATION_SCALES, FLOATS, Bits, Part, Scales
+from pearl.models.quantized_storage import ACTIVATION_SCALES, FLOATS, Bits, FewBits, Part, Scales
 from pearl_kernels import QuantizedMatrix
 from pearl_kernels.reference import dequantize
 
@@ -31,26 +31,17 @@ class PackedStorage:
     scales: Scales
     symmetric: bool
     ordered: bool
-    is_fp8: bool = False
-
-    @property
-    def keeps_bits(self) -> int:
-        return 0 if self.ordered else self.bits
-
-    @property
-    def offsets(self) -> bool:
-        return not self.symmetric
 
     @property
     def names(self) -> frozenset[str]:
         own = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
         return ACTIVATION_SCALES | own
 
-    def group_of(self, inputs: int) -> int:
-        return self.scales.group_of(inputs)
+    def few_bits(self, inputs: int) -> FewBits:
+        return FewBits(self.bits, self.scales.group_of(inputs), offsets=not self.symmetric)
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
-        groups = -(-inputs // self.group_of(inputs))
+        groups = -(-inputs // self.scales.group_of(inputs))
         parts = {
             "weight_packed": Part(((outputs, -(-inputs * self.bits // _WORD)),), _INT32),
             "weight_scale": Part(self.scales.shapes(outputs, inputs), FLOATS),
@@ -70,7 +61,7 @@ class PackedStorage:
         zero = None
         if not self.symmetric:
             zero = unpack(tensors["weight_zero_point"].T, self.bits)[:, :outputs].T
-        return _with_zeros(values, scale, zero, self.group_of(inputs), self.bits, tensors.get("weight_g_idx"))
+        return _with_zeros(values, scale, zero, self.scales.group_of(inputs), self.bits, tensors.get("weight_g_idx"))
 
 
 @dataclass(frozen=True)
@@ -84,25 +75,16 @@ class GptqStorage:
     symmetric: bool
     ordered: bool
     zero_shift: int
-    is_fp8: bool = False
-
-    @property
-    def keeps_bits(self) -> int:
-        return 0 if self.ordered else self.bits
-
-    @property
-    def offsets(self) -> bool:
-        return not self.symmetric
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
-    def group_of(self, inputs: int) -> int:
-        return inputs if self.group == -1 else self.group
+    def few_bits(self, inputs: int) -> FewBits:
+        return FewBits(self.bits, _group(self.group, inputs), offsets=not self.symmetric)
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
-        words, groups = _WORD // self.bits, -(-inputs // self.group_of(inputs))
+        words, groups = _WORD // self.bits, -(-inputs // _group(self.group, inputs))
         return {
             "qweight": Part(((-(-inputs // words), outputs),), _INT32),
             "qzeros": Part(((groups, -(-outputs // words)),), _INT32),
@@ -114,7 +96,7 @@ class GptqStorage:
         values = unpack(tensors["qweight"].T, self.bits)[:, :inputs]
         zero = unpack(tensors["qzeros"], self.bits)[:, :outputs].T + self.zero_shift & (1 << self.bits) - 1
         scale = tensors["scales"].float().T.contiguous()
-        return _with_zeros(values, scale, zero, self.group_of(inputs), self.bits, tensors.get("g_idx"))
+        return _with_zeros(values, scale, zero, _group(self.group, inputs), self.bits, tensors.get("g_idx"))
 
 
 @dataclass(frozen=True)
@@ -122,19 +104,17 @@ class AwqStorage:
     """4 bits with zero points; words pack outputs, in an order of their own."""
 
     group: int
-    keeps_bits: int = 4
-    is_fp8: bool = False
-    offsets: bool = True
+    ordered: bool = False
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset({"qweight", "qzeros", "scales"})
 
-    def group_of(self, inputs: int) -> int:
-        return inputs if self.group == -1 else self.group
+    def few_bits(self, inputs: int) -> FewBits:
+        return FewBits(4, _group(self.group, inputs), offsets=True)
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
-        groups = -(-inputs // self.group_of(inputs))
+        groups = -(-inputs // _group(self.group, inputs))
         return {
             "qweight": Part(((inputs, -(-outputs // 8)),), _INT32),
             "qzeros": Part(((groups, -(-outputs // 8)),), _INT32),
@@ -144,7 +124,16 @@ class AwqStorage:
     def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> QuantizedMatrix | Tensor:
         values, zero = (_in_order(unpack(tensors[name], 4))[:, :outputs].T for name in ("qweight", "qzeros"))
         scale = tensors["scales"].float().T.contiguous()
-        return _with_zeros(values, scale, zero, self.group_of(inputs), 4, None)
+        return _with_zeros(values, scale, zero, _group(self.group, inputs), 4, None)
+
+
+def in_order(group_index: Tensor, group: int) -> bool:
+    """Whether each input's group is the one that its place says."""
+    return torch.equal(group_index.long(), torch.arange(len(group_index)) // group)
+
+
+def _group(setting: int, inputs: int) -> int:
+    return inputs if setting == -1 else setting
 
 
 def unpack(words: Tensor, bits: Bits) -> Tensor:
@@ -170,8 +159,7 @@ def _with_zeros(
     offset = None if zero is None else (middle - zero.float()) * scale
     if offset is not None and not offset.any():
         offset = None
-    inputs = centred.shape[1]
-    if group_index is None or torch.equal(group_index.long(), torch.arange(inputs) // group):
+    if group_index is None or in_order(group_index, group):
         return QuantizedMatrix(centred, scale, offset, group, bits)
     if not 0 <= int(group_index.min()) <= int(group_index.max()) < scale.shape[1]:
         raise ModelLoadError(f"an input's group (g_idx) is not from 0 to {scale.shape[1] - 1}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models.model_files import read_json_if_there
 from pearl.models.quantization_methods import Method, method_of
-from pearl.models.quantized_storage import FLOATS, Storage
+from pearl.models.quantized_storage import FLOATS, FewBits, Storage
 from pearl.models.weight_files import CONFIG
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's
@@ -33,18 +33,29 @@ class Quantization:
     """How a model's matrices are quantised. ``matrices``: which ones, by the names of their modules; None: not known
     before its files are: all in its layers but those that the settings leave out.
 
-    ``storages``: of a method that stores each matrix in a way of its own, by module.
+    ``storages``: of a method that stores each matrix in a way of its own, by module. ``shuffled``: those in which an
+    input's group is another than its place says; None: not known, all that may be by the settings.
     """
 
     method: Method
     matrices: frozenset[str] | None = None
     storages: Mapping[str, Storage] = field(default_factory=dict, hash=False)
+    shuffled: frozenset[str] | None = None
 
     def storage_of(self, module: str) -> Storage | None:
         """None: its matrix is plain."""
         if self.storages:
             return self.storages.get(module)
         return self.method.storage if self.holds(module) else None
+
+    def few_bits(self, module: str, inputs: int) -> FewBits | None:
+        """None: its matrix is plain, or can only be decoded: its groups are no runs of inputs."""
+        storage = self.storage_of(module)
+        if storage is None:
+            return None
+        held = storage.few_bits(inputs)
+        shuffled = storage.ordered if self.shuffled is None else module in self.shuffled
+        return None if shuffled and held.group < inputs else held
 
     def holds(self, module: str) -> bool:
         """Whether a layer's or the head's matrix is one of them, as far as it is known."""

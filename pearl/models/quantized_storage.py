@@ -32,26 +32,34 @@ class Part(NamedTuple):
     required: bool = True
 
 
+class FewBits(NamedTuple):
+    """A matrix as a kernel may hold it. ``group``: inputs that share a scale; ``offsets``: and an offset beside it."""
+
+    bits: Bits
+    group: int
+    offsets: bool
+    fp8: bool = False
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """Numbers, and an fp32 scale and maybe an offset for each group; padding aside."""
+        groups = -(-inputs // self.group)
+        return outputs * inputs * self.bits // 8 + 4 * outputs * groups * (2 if self.offsets else 1)
+
+
 class Storage(Protocol):
-    """``keeps_bits``: those that a kernel may hold a weight in; 0: matrices are decoded to plain numbers."""
+    """``ordered``: whether inputs may belong to any group, by the settings."""
 
     @property
-    def keeps_bits(self) -> int: ...
+    def ordered(self) -> bool: ...
 
-    @property
-    def is_fp8(self) -> bool: ...
-
-    @property
-    def offsets(self) -> bool:
-        """Whether a group has an offset beside its scale."""
+    def few_bits(self, inputs: int) -> FewBits:
+        """How a matrix can be held whose groups are runs of inputs."""
         ...
 
     @property
     def names(self) -> frozenset[str]:
         """Last parts of the names of the tensors that a matrix may have."""
         ...
-
-    def group_of(self, inputs: int) -> int: ...
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
         """What a matrix must or may have by its last names, given those that are there."""
@@ -95,16 +103,14 @@ class Fp8Storage:
 
     scales: Scales
     scale_names: tuple[str, ...]
-    keeps_bits: int = 8
-    is_fp8: bool = True
-    offsets: bool = False
+    ordered: bool = False
 
     @property
     def names(self) -> frozenset[str]:
         return ACTIVATION_SCALES | {WEIGHT, *self.scale_names}
 
-    def group_of(self, inputs: int) -> int:
-        return self.scales.group_of(inputs)
+    def few_bits(self, inputs: int) -> FewBits:
+        return FewBits(8, self.scales.group_of(inputs), offsets=False, fp8=True)
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
         scale = next((name for name in self.scale_names if name in stored), self.scale_names[0])
@@ -116,7 +122,7 @@ class Fp8Storage:
     def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> QuantizedMatrix | Tensor:
         scale = next(tensors[name] for name in self.scale_names if name in tensors)
         of_rows = self.scales.of_rows(scale, outputs)
-        return QuantizedMatrix(tensors[WEIGHT], of_rows, None, self.group_of(inputs), 8)
+        return QuantizedMatrix(tensors[WEIGHT], of_rows, None, self.scales.group_of(inputs), 8)
 
 
 @dataclass(frozen=True)
@@ -125,19 +131,14 @@ class Int8Storage:
 
     scales: Scales
     symmetric: bool
-    keeps_bits: int = 8
-    is_fp8: bool = False
-
-    @property
-    def offsets(self) -> bool:
-        return not self.symmetric
+    ordered: bool = False
 
     @property
     def names(self) -> frozenset[str]:
         return ACTIVATION_SCALES | {WEIGHT, "weight_scale", "weight_zero_point"}
 
-    def group_of(self, inputs: int) -> int:
-        return self.scales.group_of(inputs)
+    def few_bits(self, inputs: int) -> FewBits:
+        return FewBits(8, self.scales.group_of(inputs), offsets=not self.symmetric)
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
         shapes = self.scales.shapes(outputs, inputs)
@@ -147,6 +148,5 @@ class Int8Storage:
     def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> QuantizedMatrix | Tensor:
         scale = self.scales.of_rows(tensors["weight_scale"], outputs)
         zero = None if self.symmetric else self.scales.of_rows(tensors["weight_zero_point"], outputs)
-        return QuantizedMatrix(
-            tensors[WEIGHT], scale, None if zero is None else -zero * scale, self.group_of(inputs), 8
-        )
+        offset = None if zero is None else -zero * scale
+        return QuantizedMatrix(tensors[WEIGHT], scale, offset, self.scales.group_of(inputs), 8)

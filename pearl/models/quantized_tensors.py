@@ -10,12 +10,14 @@ from torch import Tensor
 
 from pearl.errors import ModelLoadError
 from pearl.models.decoder_tensors import StoredTensor, matrix_shapes
+from pearl.models.packed_storage import in_order
 from pearl.models.quantization import Quantization, require_quantized
 from pearl.models.quantized_storage import ACTIVATION_SCALES, WEIGHT, Storage
 from pearl_kernels import QuantizedMatrix
 from pearl_kernels.reference import dequantize
 
 _SUFFIX = f".{WEIGHT}"
+_INDICES = {"g_idx", "weight_g_idx"}  # of inputs' groups
 
 
 def quantized_names(quantization: Quantization | None, table: Mapping[str, StoredTensor]) -> set[str]:
@@ -53,6 +55,11 @@ class QuantizedTensors:
         """Names of modules."""
         return frozenset(self._found)
 
+    @property
+    def shuffled(self) -> frozenset[str]:
+        """Those in which an input's group is another than its place says. Reads the numbers of groups."""
+        return frozenset(module for module in self._found if self._is_shuffled(module))
+
     def read(self, module: str) -> QuantizedMatrix | Tensor:
         """As stored, or fp32 numbers where no kernel takes its groups. Raises ModelLoadError."""
         tensors = {name: part[...] for name, part in self._found[module].items() if name not in ACTIVATION_SCALES}
@@ -69,6 +76,12 @@ class QuantizedTensors:
     @property
     def _storage(self) -> Storage:
         return self._method.storage
+
+    def _is_shuffled(self, module: str) -> bool:
+        group = self._storage.few_bits(self._shapes[module][1]).group
+        return not all(
+            in_order(self._found[module][name][...], group) for name in _INDICES & self._found[module].keys()
+        )
 
     def _check(self, module: str, outputs: int, inputs: int) -> None:
         found, method = self._found[module], self._method.name

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 import torch
 
 from pearl.models.decoder_tensors import EXPERTS, LAYER_NORMS, decoder_tensors, matrix_shapes
+from pearl.models.kept_matrices import kept_matrices, packer_on
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_shape import ModelShape
-from pearl.models.quantized_storage import Storage
 from pearl.models.sharding import shard
 from pearl.models.transformers_backend import TransformersConfig
 
@@ -20,8 +20,7 @@ def weight_bytes(
     """Bytes of what ``load_model`` holds of a model, or of one tensor-parallel rank's part, as the provider for GPUs
     keeps it: matrices unpacked, a tied head that is the embedding itself. Raises ConfigurationError as ``shard``.
 
-    ``device``: torch's type of it; quantised matrices are kept as its providers can (padding aside). A rank decodes
-    them.
+    ``device``: torch's type of it; quantised matrices are kept as ``kept_matrices`` says (padding aside).
     """
     if isinstance(config, TransformersConfig):
         return config.parameters * dtype.itemsize
@@ -32,7 +31,7 @@ def weight_bytes(
     head = 0 if shares_embedding else sharding.vocab.size * config.hidden
     layers = _layers_elements(sharding.config, sharding.is_first)
     plain = (embedding + layers + config.hidden + head) * dtype.itemsize
-    return plain - (_saved_bytes(config, dtype, device) if ranks == 1 else 0)
+    return plain - _saved_bytes(config, dtype, device, ranks)
 
 
 def read_bytes(config: ModelShape, dtype: torch.dtype, rows: float = 1, device: str = "cuda") -> int:
@@ -42,45 +41,20 @@ def read_bytes(config: ModelShape, dtype: torch.dtype, rows: float = 1, device: 
     held = weight_bytes(config, dtype, device=device)
     if not isinstance(config, ModelConfig) or config.mixture is None:
         return held
-    shapes = matrix_shapes(decoder_tensors(config))
-    experts = sum(_kept_bytes(config, name, shapes[name], dtype, device) for name in shapes if EXPERTS in name)
+    shapes = {name: shape for name, shape in matrix_shapes(decoder_tensors(config)).items() if EXPERTS in name}
+    kept = kept_matrices(config, packer_on(device, dtype))
+    experts = sum(
+        kept[name].nbytes(*shape) if name in kept else math.prod(shape) * dtype.itemsize
+        for name, shape in shapes.items()
+    )
     return held - round(experts * (1 - config.mixture.expected_experts(rows) / config.mixture.experts))
 
 
-def _saved_bytes(config: ModelConfig, dtype: torch.dtype, device: str) -> int:
+def _saved_bytes(config: ModelConfig, dtype: torch.dtype, device: str, ranks: int) -> int:
     """What quantised matrices take less than plain ones."""
-    if config.quantization is None:
-        return 0
-    return sum(
-        outputs * inputs * dtype.itemsize - _kept_bytes(config, name, (outputs, inputs), dtype, device)
-        for name, (outputs, inputs) in matrix_shapes(decoder_tensors(config)).items()
-    )
-
-
-def _kept_bytes(config: ModelConfig, name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> int:
-    """Of one matrix."""
-    storage = _kept_storage(config, name, device)
-    return shape[0] * shape[1] * dtype.itemsize if storage is None else _quantized_bytes(storage, *shape)
-
-
-def _kept_storage(config: ModelConfig, name: str, device: str) -> Storage | None:
-    """How a quantised matrix is stored that need not be decoded on a device of this type."""
-    storage = None if config.quantization is None else config.quantization.storage_of(name)
-    if storage is None or storage.keeps_bits == 0 or (storage.is_fp8 if device == "cpu" else EXPERTS in name):
-        return None
-    return storage
-
-
-def kept_matrices(config: ModelConfig, device: str) -> Mapping[str, Storage]:
-    """How the quantised matrices are stored that need not be decoded on a device of this type, by their modules."""
-    stored = {name: _kept_storage(config, name, device) for name in matrix_shapes(decoder_tensors(config))}
-    return {name: storage for name, storage in stored.items() if storage is not None}
-
-
-def _quantized_bytes(storage: Storage, outputs: int, inputs: int) -> int:
-    """Numbers, and an fp32 scale and maybe an offset for each group."""
-    groups = -(-inputs // storage.group_of(inputs))
-    return outputs * inputs * storage.keeps_bits // 8 + 4 * outputs * groups * (2 if storage.offsets else 1)
+    shapes = matrix_shapes(decoder_tensors(config))
+    kept = kept_matrices(config, packer_on(device, dtype), ranks)
+    return sum(math.prod(shapes[name]) * dtype.itemsize - form.nbytes(*shapes[name]) for name, form in kept.items())
 
 
 def _layers_elements(config: ModelConfig, is_first: bool) -> int:

@@ -52,8 +52,10 @@ def alike(one: QuantizedMatrix, other: QuantizedMatrix) -> bool:
 
 
 def stack_outputs(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """Matrices that are alike, one's outputs after the other's."""
+    """One's outputs after the other's. Raises ValueError unless all are alike."""
     first = matrices[0]
+    if not all(alike(first, matrix) for matrix in matrices):
+        raise ValueError("matrices of other inputs, groups or numbers cannot be one")
     offset = None
     if any(matrix.offset is not None for matrix in matrices):
         offset = torch.cat([torch.zeros_like(m.scale) if m.offset is None else m.offset for m in matrices])

@@ -85,6 +85,22 @@ def test_matrices_that_are_loaded_as_one_are_kept_together(tmp_path: Path) -> No
     assert_logits(path, judge)
 
 
+def test_offsets_of_one_are_held_for_all_that_it_is_merged_with(tmp_path: Path) -> None:
+    """Q4_0 and Q4_1 are groups of the same bits; the one's matrix has offsets of 0 in the other's."""
+    kinds = {"blk.0.attn_k.weight": "Q4_1", "blk.1.ffn_up.weight": "Q4_1"}
+    file, judge = gguf_of(model(), lambda name: kinds.get(name, "Q4_0"))
+    path = Path(file.write(tmp_path / "model.gguf"))
+    decoder = load(path)
+    assert [weight.offset is not None for weight in weights_of(decoder)] == [True, *[False] * 5, True, False, False]
+    config = ModelConfig.from_pretrained(str(path), torch.float32)
+    plain, kept = (
+        weight_bytes(each, torch.float32, device="cpu") for each in (replace(config, quantization=None), config)
+    )
+    elements = sum(weight.out_features * weight.in_features for weight in weights_of(decoder))
+    assert plain - kept == elements * 4 - nbytes(decoder)
+    assert_logits(path, judge)
+
+
 def test_files_without_few_bits_are_plain(tmp_path: Path) -> None:
     for kind in ("F16", "Q6_K"):
         file, _ = gguf_of(model(), kind)

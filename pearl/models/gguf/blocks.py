@@ -13,17 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pearl.models.merged_storage import stored_alike
 from pearl.models.quantization import Quantization
 from pearl.models.quantization_methods import Method
-from pearl.models.quantized_storage import WEIGHT, Bits, Part, Shape
+from pearl.models.quantized_storage import WEIGHT, Bits, FewBits, Part, Shape
 from pearl_kernels import QuantizedMatrix
 
 _GROUP = 32
 _BITS: Mapping[str, Bits] = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
 KEPT = _BITS.keys()
 _HEAD = "lm_head"
-# Of one input, and so loaded as one matrix: they are kept only if all of them can be, in as many bits.
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,14 @@ class BlockStorage:
     """See ``Storage``. A matrix is one tensor, whose rows of blocks are ``[M, bytes]``, uint8."""
 
     kind: str
-    is_fp8: bool = False
-
-    @property
-    def keeps_bits(self) -> Bits:
-        return _BITS[self.kind]
-
-    @property
-    def offsets(self) -> bool:
-        return self.kind in ("Q4_1", "Q4_K")
+    ordered: bool = False
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset({WEIGHT})
 
-    def group_of(self, inputs: int) -> int:
-        return _GROUP
+    def few_bits(self, inputs: int) -> FewBits:
+        return FewBits(_BITS[self.kind], _GROUP, offsets=self.kind in ("Q4_1", "Q4_K"))
 
     def parts(self, outputs: int, inputs: int, stored: Collection[str]) -> Mapping[str, Part]:
         shapes: tuple[Shape, ...] = ((outputs, inputs),)
@@ -54,36 +45,28 @@ class BlockStorage:
 
     def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> QuantizedMatrix:
         rows = tensors[WEIGHT].numpy()
-        values, scale, offset = {"Q8_0": _q8_0, "Q4_0": _q4, "Q4_1": _q4, "Q4_K": _q4_k}[self.kind](rows, self.offsets)
+        kept = self.few_bits(inputs)
+        values, scale, offset = {"Q8_0": _q8_0, "Q4_0": _q4, "Q4_1": _q4, "Q4_K": _q4_k}[self.kind](rows, kept.offsets)
         groups = (outputs, inputs // _GROUP)
         return QuantizedMatrix(
             torch.from_numpy(values).view(outputs, inputs),
             torch.from_numpy(scale).view(groups),
             None if offset is None else torch.from_numpy(offset).view(groups),
             _GROUP,
-            self.keeps_bits,
+            kept.bits,
         )
 
 
-def kept_matrices(kinds: Mapping[str, str]) -> Quantization | None:
-    """kinds: of all tensors, by the names of their modules. None: no matrix is kept in few bits."""
-    bits = {module: _BITS.get(kind) for module, kind in kinds.items() if module.endswith("_proj") or module == _HEAD}
-    storages = {
-        module: BlockStorage(kinds[module])
-        for module, own in bits.items()
-        if own is not None and all(bits.get(each) == own for each in _partners(module))
-    }
+def block_quantization(kinds: Mapping[str, str]) -> Quantization | None:
+    """kinds: of all tensors, by the names of their modules. None: no matrix can be kept in few bits."""
+    matrices = [module for module in kinds if module.endswith("_proj") or module == _HEAD]
+    found = {module: BlockStorage(kinds[module]) for module in matrices if kinds[module] in KEPT}
+    kept = stored_alike({module: found[module].few_bits(0) if module in found else None for module in matrices})
+    storages = {module: found[module] for module in kept}
     if not storages:
         return None
     name = f"GGUF ({', '.join(sorted({storage.kind for storage in storages.values()}))})"
     return Quantization(Method(name, next(iter(storages.values()))), frozenset(storages), storages)
-
-
-def _partners(module: str) -> list[str]:
-    """All that are loaded as one matrix with it."""
-    prefix, _, last = module.rpartition(".")
-    together = next((group for group in _TOGETHER if last in group), (last,))
-    return [f"{prefix}.{each}" for each in together] if prefix else [module]
 
 
 _Parts = tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32] | None]

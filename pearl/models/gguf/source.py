@@ -22,7 +22,7 @@ from pearl.models.gguf.architectures import (
     architecture_of,
     configuration_fields,
 )
-from pearl.models.gguf.blocks import kept_matrices
+from pearl.models.gguf.blocks import block_quantization
 from pearl.models.gguf.header import StoredTensor
 from pearl.models.gguf.metadata import Metadata
 from pearl.models.gguf.package import require_decodable
@@ -65,7 +65,9 @@ class GgufSource:
         """Of matrices that are kept in few bits. Others are decoded as they are read, or refused in ``open``."""
         with self.naming():
             theirs = {self._architecture.names.theirs(name): tensor.kind.name for name, tensor in self._tensors.items()}
-        return kept_matrices({name.removesuffix(".weight"): kind for name, kind in theirs.items() if name is not None})
+        return block_quantization(
+            {name.removesuffix(".weight"): kind for name, kind in theirs.items() if name is not None}
+        )
 
     def quantized(self, values: Any) -> QuantizedMatrix | None:
         matrix: QuantizedMatrix | None = values.quantized()
