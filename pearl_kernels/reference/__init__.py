@@ -26,7 +26,7 @@ from pearl_kernels.reference.layers import (
     weight_rows,
 )
 from pearl_kernels.reference.philox import Stream
-from pearl_kernels.reference.quantized import QuantizedMatrix, alike, dequantize, stack_outputs, take_outputs
+from pearl_kernels.reference.quantized import QuantizedMatrix, dequantize, stack_outputs, take_outputs
 from pearl_kernels.reference.sampling import MOST_ALTERNATIVES, Alternatives, Sampled, SamplingTensors, sample
 from pearl_kernels.reference.verification import Rule, Verdict, verify
 
@@ -45,7 +45,6 @@ __all__ = [
     "Verdict",
     "WeightFormat",
     "add_rms_norm",
-    "alike",
     "copy_blocks",
     "dequantize",
     "expert_weight",

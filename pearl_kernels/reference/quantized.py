@@ -44,7 +44,7 @@ class QuantizedMatrix:
         return QuantizedMatrix(self.values.to(device), self.scale.to(device), offset, self.group, self.bits)
 
 
-def alike(one: QuantizedMatrix, other: QuantizedMatrix) -> bool:
+def _alike(one: QuantizedMatrix, other: QuantizedMatrix) -> bool:
     """Whether they can be one matrix: inputs, groups and numbers of one kind."""
     return (one.values.shape[1], one.group, one.bits, one.values.dtype) == (
         other.values.shape[1], other.group, other.bits, other.values.dtype,
@@ -54,7 +54,7 @@ def alike(one: QuantizedMatrix, other: QuantizedMatrix) -> bool:
 def stack_outputs(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """One's outputs after the other's. Raises ValueError unless all are alike."""
     first = matrices[0]
-    if not all(alike(first, matrix) for matrix in matrices):
+    if not all(_alike(first, matrix) for matrix in matrices):
         raise ValueError("matrices of other inputs, groups or numbers cannot be one")
     offset = None
     if any(matrix.offset is not None for matrix in matrices):
