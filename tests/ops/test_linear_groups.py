@@ -12,7 +12,7 @@ from ops_support import assert_rounds_to, both_dtypes, strided_rows
 from pearl_kernels import LinearWeight, QuantizedMatrix, Situation, reference, select
 from pearl_kernels.cpu import _core
 from pearl_kernels.cpu.linear import ThreadedLinear, linear, pack_linear, pack_quantized, weight_format, weight_rows
-from pearl_kernels.reference import dequantize
+from pearl_kernels.reference import dequantize, stack_outputs
 
 Bits = Literal[4, 8]
 # (outputs, inputs, group): below and above a panel, odd inputs, a last group that is not whole, one group for all,
@@ -185,3 +185,11 @@ def test_every_worker_can_pack_one() -> None:
         kernels = select(Situation(), prefer)
         exact = (x.double() @ dequantize(matrix).double().T).float()
         assert_rounds_to(kernels.linear(x, kernels.pack_quantized(matrix, torch.float32)), exact, tolerance=1e-4)
+
+
+def test_matrices_that_are_not_alike_are_not_one() -> None:
+    first = matrix_of(8, 64, 32, 4, False)
+    assert stack_outputs([first, matrix_of(5, 64, 32, 4, True)]).values.shape == (13, 64)
+    for other in (matrix_of(8, 64, 16, 4, False), matrix_of(8, 64, 32, 8, False), matrix_of(8, 32, 32, 4, False)):
+        with pytest.raises(ValueError, match="matrices of other inputs, groups or numbers cannot be one"):
+            stack_outputs([first, other])
