@@ -237,7 +237,8 @@ class _Assembler:
         """
         if any(name not in self._kept or span.end - span.begin != span.size for name, span in parts):
             return None
-        merged = stack_outputs([self._checkpoint.read_quantized(name + ".weight") for name, _ in parts])
+        matrices = [self._checkpoint.read_quantized(name + ".weight") for name, _ in parts]
+        merged = stack_outputs(matrices, self._kept[parts[0][0]].offsets)
         if rows is not None:
             merged = take_outputs(merged, rows)
         packed: LinearWeight = self._kernels.pack_quantized(merged.to(self._device), self._dtype)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pearl.errors import ModelLoadError
 from pearl_kernels import LinearWeight
 
 _HUGE_PAGE = 2 << 20
@@ -48,7 +49,7 @@ class WeightMemory:
 
     def keep_stack(self, weights: Iterable[LinearWeight], count: int) -> LinearWeight:
         """``count`` packed matrices of one shape, as ``stack_weights`` joins them; one of them is in memory beside the
-        stack.
+        stack. Raises ModelLoadError if some have offsets and others none.
         """
         stack: LinearWeight | None = None
         for index, weight in enumerate(weights):
@@ -57,6 +58,11 @@ class WeightMemory:
             if stack is None:
                 rooms: dict[str, Any] = {n: self._room((count, *t.shape), t.dtype) for n, t in tensors.items()}
                 stack = replace(weight, **rooms)
+            if tensors.keys() != rooms.keys():
+                raise ModelLoadError(
+                    "some experts of a layer have zero points and others none, against quantization_config (sym, "
+                    "symmetric); correct it there, or take the unquantised checkpoint"
+                )
             for name, tensor in tensors.items():
                 getattr(stack, name)[index].copy_(tensor)
         assert stack is not None  # there is at least one

@@ -51,13 +51,13 @@ def _alike(one: QuantizedMatrix, other: QuantizedMatrix) -> bool:
     )  # fmt: skip
 
 
-def stack_outputs(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """One's outputs after the other's. Raises ValueError unless all are alike."""
+def stack_outputs(matrices: Sequence[QuantizedMatrix], offsets: bool = False) -> QuantizedMatrix:
+    """One's outputs after the other's, with offsets where one has them, or always. ValueError unless all are alike."""
     first = matrices[0]
     if not all(_alike(first, matrix) for matrix in matrices):
         raise ValueError("matrices of other inputs, groups or numbers cannot be one")
     offset = None
-    if any(matrix.offset is not None for matrix in matrices):
+    if offsets or any(matrix.offset is not None for matrix in matrices):
         offset = torch.cat([torch.zeros_like(m.scale) if m.offset is None else m.offset for m in matrices])
     values, scale = (torch.cat([getattr(m, name) for m in matrices]) for name in ("values", "scale"))
     return QuantizedMatrix(values, scale, offset, first.group, first.bits)

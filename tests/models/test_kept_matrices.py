@@ -14,6 +14,7 @@ from quantized_checkpoints import FORMATS, Format, compressed, gptq, packed, qua
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pearl.errors import ModelLoadError
 from pearl.models import Decoder, ModelConfig, load_model
 from pearl.models.checkpoint import stored_config
 from pearl.models.kept_matrices import kept_matrices, packer_on
@@ -140,3 +141,30 @@ def test_groups_that_one_matrix_has_in_another_order(source: Path, tmp_path: Pat
     assert assert_promised(folder, "cpu") == 11
     unread = ModelConfig.from_pretrained(str(folder), torch.float32)
     assert not kept_matrices(unread, "cpu")  # settings alone promise nothing of them
+
+
+def test_offsets_that_are_needless(source: Path, tmp_path: Path) -> None:
+    """Are held as promised: what zero points are is not known before they are read."""
+    folder = tmp_path / "quantized"
+    quantize(source, folder, "gptq-4-32-zeros")
+    name = "model.layers.1.self_attn.o_proj.qzeros"
+    rewrite(folder, {name: torch.full_like(load_file(folder / SINGLE)[name], 0x77777777)})
+    assert assert_promised(folder, "cpu") == 14
+
+
+@pytest.mark.parametrize("expert", [0, 3])
+def test_an_expert_whose_zero_points_are_all_in_the_middle(expert: int, tmp_path: Path) -> None:
+    """It needs no offsets, but has them, of 0, beside those of others. Refused where the settings know of none."""
+    folder, source = tmp_path / "quantized", tmp_path / "source"
+    build("qwen2-moe").save_pretrained(source)
+    quantize(source, folder, "gptq-4-32-zeros")
+    name = f"model.layers.1.mlp.experts.{expert}.down_proj.qzeros"
+    rewrite(folder, {name: torch.full_like(load_file(folder / SINGLE)[name], 0x77777777)})  # 8, stored less 1
+    mixture = loaded(folder, "cpu").weights.layers[1].mixture
+    assert mixture is not None
+    offset = mixture.experts.down.offset
+    assert offset is not None
+    assert [bool(of_expert.any()) for of_expert in offset] == [index != expert for index in range(7)]
+    edit_config(folder, quantization_config={**FORMATS["gptq-4-32-zeros"].settings, "sym": True})
+    with pytest.raises(ModelLoadError, match=r"some experts of a layer have zero points and others none.*sym"):
+        loaded(folder, "cpu")
