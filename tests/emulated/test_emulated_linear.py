@@ -47,8 +47,8 @@ def test_the_product_of_the_numbers_that_are_meant(kind: str, dtype: torch.dtype
             assert out.dtype == dtype
             unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
             size = x.double().abs() @ numbers.abs().T
-            # Decoded for many rows, each weight is rounded to the dtype; a row of few is rounded once.
-            rounding = exact.abs() * unit if n <= FEW_ROWS else size * unit * 2
+            # The result is rounded once, bias and all. Decoded for many rows: so are weights, and the product.
+            rounding = exact.abs() * unit + (0.0 if n <= FEW_ROWS else size * unit * 2)
             assert ((out.double() - exact).abs() <= rounding + 4e-6 * size + 1e-5).all()
             if 1 < n <= FEW_ROWS:
                 assert torch.equal(linear(x[n - 1 :], weight, bias)[0], out[n - 1])
