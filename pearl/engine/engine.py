@@ -155,7 +155,7 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
             return None
-        self._states = TargetStates.of(plan.target, target)
+        self._states = TargetStates.of(plan.target, target.hidden)
         wanted = self._commit(plan, result)
         whole: Interval = Busy(flight.begin, time.perf_counter() - flight.begin)
         if self._left is not None:  # the step before this one began it
@@ -254,7 +254,7 @@ class Engine:
         reply = self._submit_target(plan)
         output = reply.result() if reply else TargetOutput(None)
         self._target_worker.rest()
-        self._states = TargetStates.of(plan, output)
+        self._states = TargetStates.of(plan, output.hidden)
         return output
 
     def run_draft(self, plan: DraftPlan) -> DraftProposal:

@@ -24,7 +24,8 @@ from pearl.sampling_params import SamplingParams
 CLASSES = [
     value
     for _, value in inspect.getmembers(messages, inspect.isclass)
-    if value.__module__ == messages.__name__ and (dataclasses.is_dataclass(value) or issubclass(value, tuple))
+    if value.__module__.startswith(f"{messages.__name__}.")
+    and (dataclasses.is_dataclass(value) or issubclass(value, tuple))
 ]
 STATE = sequence_state(SamplingParams())
 
