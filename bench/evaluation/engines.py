@@ -16,7 +16,7 @@ from bench.evaluation.entrants import Entrants
 from bench.evaluation.setups import Setup, at, plain
 from bench.roofline.generators import transformers_contenders
 from pearl.devices import cpu_cores
-from pearl.engine.model_loading import model_paths
+from pearl.engine.model_pair import model_paths
 from pearl.llm import LLM
 
 Ids = list[list[int]]

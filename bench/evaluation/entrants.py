@@ -19,7 +19,7 @@ from pearl.bench.measure import collect_garbage
 from pearl.config import EngineConfig
 from pearl.devices import cpu_cores
 from pearl.engine.judge import Judge
-from pearl.engine.model_loading import model_paths
+from pearl.engine.model_pair import model_paths
 from pearl.engine.rounds import RoundRecord
 from pearl.llm import LLM
 from pearl.sampling_params import SamplingParams

@@ -12,7 +12,8 @@ from torch import Tensor
 from pearl.config import EngineConfig, Role
 from pearl.devices import require_supported_gpus
 from pearl.engine.memory import CudaMeter, Share, explaining_out_of_memory, require_room_for_weights, shares_of
-from pearl.engine.model_loading import LoadedModels, Pair, assemble
+from pearl.engine.model_loading import LoadedModels, assemble
+from pearl.engine.model_pair import Pair
 from pearl.engine.runners import kernels_for
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.models import Decoder, KVCache, ModelConfig, Tokenizer

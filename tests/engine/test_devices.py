@@ -9,7 +9,7 @@ import torch
 
 from pearl.config import EngineConfig
 from pearl.devices import check_device, require_supported_gpus
-from pearl.engine import model_loading
+from pearl.engine import model_pair
 from pearl.engine.model_loading import load_models
 from pearl.errors import ConfigurationError
 
@@ -106,7 +106,7 @@ def test_a_gpu_older_than_the_kernels() -> None:
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("options", [{"target_device": "cuda:1"}, {"draft_device": "cuda:1"}, {"target_parallel": 2}])
 def test_it_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    monkeypatch.setattr(model_loading, "describe_model", None)
+    monkeypatch.setattr(model_pair, "describe_model", None)
     with pytest.raises(ConfigurationError, match=r"cuda:1 .* compute capability 7\.5"):
         load_models(EngineConfig(**{"device": "cuda", **options}))
 

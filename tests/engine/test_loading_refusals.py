@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pearl.config import EngineConfig
 from pearl.engine import model_loading
-from pearl.engine.model_loading import _check_pair, load_models
+from pearl.engine.model_loading import load_models
+from pearl.engine.model_pair import check_pair
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import Decoder, bundled_path
 from pearl.models.model_folder import ModelFolder
@@ -106,6 +107,6 @@ def test_tokens_that_a_draft_has_no_row_for_may_be_others(tmp_path: Path) -> Non
             words, values["model"]["merges"] = values["model"]["vocab"], []
             values["model"]["vocab"] = {word if i < 4090 else f"<other {i}>": i for word, i in words.items()}
         (tmp_path / name).write_text(json.dumps(values), "utf-8")
-    pair = _check_pair(EngineConfig(), str(bundled_path("target")), str(tmp_path))
+    pair = check_pair(EngineConfig(), str(bundled_path("target")), str(tmp_path))
     assert pair.draft is not None
     assert (pair.vocab_size, pair.draft.vocab_size) == (4096, 4090)
