@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -19,15 +16,14 @@ from pearl.driver import Driver, Reader
 from pearl.engine.builder import connect
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels, load_models
-from pearl.engine.output_processor import OutputProcessor
-from pearl.engine.prompt_logprobs import PromptProgress
 from pearl.engine.request import Request
 from pearl.engine.rounds import RoundRecord
 from pearl.errors import ConfigurationError, InvalidRequestError
 from pearl.gate import Gate, Turn
 from pearl.grammars import Grammar
-from pearl.outputs import CompletionOutput, OutputDelta, RequestMetrics, RequestOutput
+from pearl.outputs import CompletionOutput, OutputDelta, RequestOutput
 from pearl.prompts import AnyPrompts, ReadPrompt, read_prompts
+from pearl.request_factory import RequestFactory
 from pearl.sampling_params import SamplingParams
 from pearl.stream import Stream
 from pearl.user_values import shown
@@ -101,7 +97,7 @@ class LLM:
         self.tokenizer, self.max_model_len = models.tokenizer, models.max_model_len
         self._driver = Driver(self.engine, gate)
         self._admission = Admission(models.tokenizer, models.vocab_size, models.max_model_len)
-        self._next_id = 0
+        self._factory = RequestFactory(config, models)
 
     def variant(
         self,
@@ -157,7 +153,7 @@ class LLM:
             try:
                 requests: list[Request] = []
                 for prompt, ids, one in zip(batch, encoded, every, strict=True):
-                    mine = self._requests(ids, one, grammars[id(one)])
+                    mine = self._factory.requests(ids, one, grammars[id(one)])
                     own = [CompletionOutput(index, metrics=request.metrics) for index, request in enumerate(mine)]
                     outputs.append(RequestOutput(prompt.text, ids, own))
                     completions.update(zip((request.id for request in mine), own, strict=True))
@@ -210,7 +206,7 @@ class LLM:
         (one,) = params_for(1, params)
         self._admission.check(one)
         ids = self.encode(prompt)
-        return Stream(self._driver, partial(self._requests, ids, one, self._admission.grammar(one)))
+        return Stream(self._driver, partial(self._factory.requests, ids, one, self._admission.grammar(one)))
 
     def stream_chat(
         self,
@@ -250,51 +246,9 @@ class LLM:
         """
         (one,) = params_for(1, params)
         self._admission.check(one)
-        requests = self._requests(self.encode(prompt), one, grammar or self._admission.grammar(one), shown)
+        requests = self._factory.requests(self.encode(prompt), one, grammar or self._admission.grammar(one), shown)
         self.engine.scheduler.require_fits(requests[0])
         return requests
-
-    def _requests(
-        self, ids: list[int], params: SamplingParams, grammar: Grammar | None, shown: Collection[int] = ()
-    ) -> list[Request]:
-        """One for each output of a prompt."""
-        if self.models.head is not None and self._is_pinned(params):
-            # What a head drafts depends on how far the target was. The target's own draws are those of ``coupled``.
-            params = replace(params, draft=False)
-        seed = self._seed(params)
-        requests = [self._request(ids, params, seed + index, grammar, shown) for index in range(params.n)]
-        if params.prompt_logprobs is not None:
-            requests[0].prompt_logprobs = PromptProgress(ids, params.prompt_logprobs)
-        return requests
-
-    def _request(
-        self, ids: list[int], params: SamplingParams, seed: int, grammar: Grammar | None, shown: Collection[int]
-    ) -> Request:
-        max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        tokenizer = self.tokenizer
-        hidden = tokenizer.special_texts
-        if shown:
-            hidden = {token: text for token, text in hidden.items() if token not in shown}
-        detokenizer = tokenizer.detokenizer(ids, shown)
-        output = OutputProcessor(detokenizer, params, max_tokens, tokenizer.eos_ids, hidden)
-        metrics = RequestMetrics(arrival=time.monotonic())
-        self._next_id += 1
-        pinned = self._is_pinned(params)
-        rekeys = self.config.verification == "block" and params.temperature > 0 and not pinned
-        return Request(
-            self._next_id, params, seed, list(ids), len(ids), max_tokens, output, metrics, pinned, rekeys, grammar
-        )
-
-    def _is_pinned(self, params: SamplingParams) -> bool:
-        """Whether a seed must give an output again, whose draws depend on how each token is decided."""
-        seeded = params.seed is not None or self.config.seed is not None
-        return seeded and params.draft and params.temperature > 0 and self.config.verification != "coupled"
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        # Requests without a seed differ from each other, and between runs unless the engine has one.
-        return secrets.randbits(63) if self.config.seed is None else self.config.seed + (self._next_id << 20)
 
     def close(self) -> None:
         """End what runs, the workers and their threads; streams are told so. Idempotent, and nothing in a fork.

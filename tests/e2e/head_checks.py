@@ -31,7 +31,7 @@ class HeadCheck:
 
     def watch(self, llm: LLM, prompts: Sequence[Sequence[int]]) -> None:
         """Before these are generated, one output each."""
-        first = llm._next_id + 1
+        first = llm._factory.made + 1
         self._texts = {first + index: list(prompt) for index, prompt in enumerate(prompts)}
         drawing: Any = llm.engine._drafter._drawing  # type: ignore[union-attr]
         draw = Drawing.draw.__get__(drawing)

@@ -70,7 +70,7 @@ def test_stop_token_at_every_offset(llama: Pair, open_llm: OpenLLM, setting: str
         asked += [(prompt, token, at) for token, at in first_occurrences(continuation).items()]
     rounds = Rounds()
     llm = open_llm(llama, **ALL_SETTINGS[setting], max_num_seqs=6, observer=rounds)
-    first_id = llm._next_id + 1
+    first_id = llm._factory.made + 1
     outputs = llm.generate(
         [prompt for prompt, _, _ in asked],
         [SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=[token]) for _, token, _ in asked],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from pearl.admission import Admission
 from pearl.messages import TokenLogprobs
 from pearl.models import Tokenizer
 from pearl.outputs import FinishReason, RequestMetrics, StreamChunk
+from pearl.request_factory import RequestFactory
 
 TEMPLATE = """
 {%- if tools %}Answer, or write <tool_call>{name, arguments}</tool_call>, with one of
@@ -66,7 +68,9 @@ def talker(llm: LLM, template: str | None = TEMPLATE, special: Sequence[str] = (
     changed = copy.copy(llm)
     changed.tokenizer = Tokenizer(tokenizer, frozenset())
     changed.max_model_len = _CONTEXT
+    changed.models = dataclasses.replace(llm.models, tokenizer=changed.tokenizer, max_model_len=_CONTEXT)
     changed._admission = Admission(changed.tokenizer, llm.models.vocab_size, _CONTEXT)
+    changed._factory = RequestFactory(llm.config, changed.models)
     return changed
 
 
