@@ -22,7 +22,8 @@ class MethodResult:
     """One row of the report. ``tokens`` are returned tokens of one run; ``seconds`` the median of ``runs``.
 
     spread: of the runs' tokens per second, the interquartile range over the median; None of a single run. modes: the
-    share of the rounds that each mode had (``pearl.methods``), the most frequent one first.
+    share of the rounds that each mode had (``pearl.methods``), the most frequent one first. speeds: the runs' tok_s, in
+    the order of the repeats, in each of which all contenders ran in turns.
     """
 
     method: str  # or a contender's name: pearl@4
@@ -44,6 +45,7 @@ class MethodResult:
     prepared: int = 0  # windows drafted ahead for a verdict that might come,
     prepared_hits: int = 0  # those whose verdict came,
     prepared_accepted: float = 0.0  # and the share of all accepted tokens that these drafted
+    speeds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def _summarise(contender: _Contender, batch: int, baseline: float | None) -> Met
         prepared=sum(m.prepared for m in metrics),
         prepared_hits=sum(m.prepared_hits for m in metrics),
         prepared_accepted=sum(m.prepared_accepted for m in metrics) / accepted if accepted else 0.0,
+        speeds=speeds,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from pearl.bench.best_of_others import share_of_best
 from pearl.bench.measure import MethodResult
 from pearl.devices import cpu_cores
 
@@ -88,14 +89,23 @@ def table(results: Sequence[MethodResult], title: str) -> Table:
 
 
 def _choices(results: Sequence[MethodResult]) -> Iterator[str]:
-    """Lines about modes, where a method's own was not the only one, and about prepared windows."""
+    """Lines about modes, where a method's own was not the only one, what that reaches, and about prepared windows."""
     for r in results:
+        if "@" not in r.method and r.method != "autoregressive":
+            yield from _of_best(r, [other for other in results if other.batch == r.batch and other is not r])
         if set(r.modes) - {r.method.partition("@")[0]}:
             shares = ", ".join(f"{mode} {share:.0%}" for mode, share in r.modes.items())
             yield f"rounds of {r.method} at batch {r.batch}: {shares}"
         if r.prepared:
             shares = f"{r.prepared_hits / r.prepared:.0%} hit, {r.prepared_accepted:.0%} of accepted tokens"
             yield f"prepared by {r.method} at batch {r.batch}: {shares}"
+
+
+def _of_best(chooser: MethodResult, others: Sequence[MethodResult]) -> Iterator[str]:
+    share = share_of_best(chooser.speeds, {other.method: other.speeds for other in others})
+    if share is not None:
+        middle = f"{share.median:.2f} ({share.low:.2f}-{share.high:.2f})"
+        yield f"{chooser.method} at batch {chooser.batch}: {middle} of the best by other repeats, {share.best}"
 
 
 @dataclass(frozen=True)

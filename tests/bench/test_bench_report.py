@@ -81,6 +81,13 @@ def test_what_a_pace_chose_is_told_where_it_left_the_method_s_own_mode() -> None
     assert told == ["rounds of pearl at batch 64: autoregressive 90%, pearl 10%"]
 
 
+def test_what_a_pace_reaches_is_told_beside_the_others_of_its_batch() -> None:
+    auto, fixed = replace(PEARL, speeds=[95.0, 99.0]), replace(PEARL, method="pearl@4", speeds=[100.0, 100.0])
+    rows = [replace(AUTOREGRESSIVE, speeds=[50.0, 50.0]), fixed, auto, replace(fixed, batch=4, speeds=[900.0, 900.0])]
+    told = [line for line in printed(*rows, width=80) if "of the best" in line]
+    assert told == ["pearl at batch 1: 0.97 (0.96-0.98) of the best by other repeats, pearl@4"]
+
+
 def test_the_table_fits_a_terminal_of_80_columns() -> None:
     """Nothing is cut: what it prints is copied into documents and logs."""
     fast = replace(

@@ -45,6 +45,7 @@ RESULT_KEYS = (
     "prepared",
     "prepared_hits",
     "prepared_accepted",
+    "speeds",
 )
 Script = Callable[..., Finished]
 SCRIPT = "throughput.py"
