@@ -28,7 +28,13 @@ from pearl.messages import TokenLogprobs
 from pearl.outputs import CompletionOutput
 from pearl.sampling_params import SamplingParams
 
-METHODS = ("autoregressive", "speculative", "pearl")
+METHODS: dict[str, dict[str, Any]] = {
+    "autoregressive": {"method": "autoregressive"},
+    "speculative": {"method": "speculative"},
+    "pearl": {"method": "pearl"},
+    "pearl@5+6": {"method": "pearl", "window": 5, "prepared_windows": 6},  # branches in every round
+}
+BASELINE = "autoregressive"
 # Largest gap of two log-probabilities that rounding may close. bf16: one unit in the last place of a logit of 16 to 32,
 # which the hidden states' rounding does not exceed by much; fp32: some hundred, because sums come in another order.
 TIES = {"float32": 1e-3, "bfloat16": 0.125}
@@ -147,7 +153,7 @@ def generate(device: str, dtype: str, methods: Sequence[str], prompts: Sequence[
     runs = []
     with LLM(device=device, dtype=dtype, prefix_caching=False, max_num_seqs=len(prompts)) as first:
         for method in methods:
-            with first.variant(method=method) as llm:
+            with first.variant(**METHODS[method]) as llm:
                 outputs = [output.outputs[0] for output in llm.generate(list(prompts), params)]
             runs.append(Run(f"{device} {dtype} {method}", dtype, outputs))
     return runs
@@ -180,9 +186,9 @@ def greedy_agreement(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = load_prompts(BUILT_IN, prompts)
     report = Report({"device": device, "prompts": len(texts), "max_tokens": max_tokens})
-    (truth,) = generate("cpu", "float32", METHODS[:1], texts, max_tokens)
+    (truth,) = generate("cpu", "float32", [BASELINE], texts, max_tokens)
     for dtype in TIES:
-        runs = generate(device, dtype, METHODS, texts, max_tokens)
+        runs = generate(device, dtype, list(METHODS), texts, max_tokens)
         beside_truth = [] if runs[0].name == truth.name else [(truth, run) for run in runs]
         for expected, run in (*beside_truth, *((runs[0], run) for run in runs[1:])):
             comparison = compare(expected, run)

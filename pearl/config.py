@@ -248,8 +248,8 @@ class EngineConfig:
 
     @property
     def most_prepared(self) -> int:
-        """Windows that a round may prepare. Only a draft model on a CPU does; of its own accord the automatic pace."""
-        if not self.uses_draft_model or self.resolve_device("draft").type != "cpu":
+        """Windows that a round may prepare. Only a draft model does; of its own accord the automatic pace."""
+        if not self.uses_draft_model:
             return 0
         if self.prepared_windows != "auto":
             return self.prepared_windows

@@ -36,7 +36,7 @@ class PhraseDrafter:
         proposal = self._drafter.propose(replace(plan, work=tuple(shorter)))
         windows = dict(proposal.windows)
         if proposal.on_device is not None:
-            windows |= proposal.on_device.read()
+            windows |= proposal.on_device.read()[0]
         phrases = {item.forward.state.request_id: self._phrase(item, windows) for item in plan.work}
         proposal = self._compute(plan, replace(proposal, windows=windows, on_device=None), phrases)
         longer = {

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from pearl.drafting.draft_rows import DraftRow, draft_rows
 from pearl.drafting.host_window import DraftedWindows
-from pearl.drafting.logits_ring import LogitsRing, keeps_logits
-from pearl.messages import Branch, Drafted, DraftPlan, DraftWork, ForwardWork, Ranked
+from pearl.drafting.logits_ring import LogitsRing
+from pearl.messages import Drafted, DraftPlan, Ranked
 from pearl.models import FusedDecoder
 from pearl.sampling_batch import SamplingBatches
 from pearl.workers import ModelRunner
@@ -25,17 +26,6 @@ _CPU = torch.device("cpu")
 def can_fuse_windows(kernels: KernelSet) -> bool:
     """Whether the C++ provider also draws tokens; the forward is ``can_fuse``'s matter."""
     return kernels.providers["sample"] == "cpu"
-
-
-class _Row(NamedTuple):
-    """A sequence that is drafted. Of a late branch the first forward computes nothing, and its own token counts."""
-
-    forward: ForwardWork
-    wanted: int
-    ring_base: int  # -1: no q is kept
-    ring_size: int
-    branch: Branch | None = None
-    parent: int = -1  # the row whose first token a late branch hangs on
 
 
 class _Drawn(NamedTuple):
@@ -68,35 +58,14 @@ class FusedWindows:
         """Windows of those that draft, and of their branches. No token's logits may depend on the host, and block
         tables reach to the windows' ends. Raises ValueError, with nothing written, if an index is out of range.
         """
-        rows = self._rows(plan.work)
+        rows = draft_rows(plan.work, self._ring, self._rule)
         params = self._batches.tensors([row.forward.state for row in rows])
         windows = list(map(self._window, rows, *self._draw(rows, params, plan)))
         main = {item.forward.state.request_id: windows[index] for index, item in enumerate(plan.work) if item.num_draft}
         prepared = {row.branch.id: window for row, window in zip(rows, windows, strict=True) if row.branch is not None}
         return DraftedWindows(main, prepared, max(1, *(row.wanted for row in rows)))
 
-    def _rows(self, work: Sequence[DraftWork]) -> list[_Row]:
-        """Items, then early branches, which take part in the first forward, then late ones."""
-        ring = self._ring
-        keeps = [keeps_logits(item.forward.state.params, self._rule) for item in work]
-        rows = [
-            _Row(item.forward, item.num_draft, ring.base(item.forward.state.lane) if kept else -1, ring.size)
-            for item, kept in zip(work, keeps, strict=True)
-        ]
-        late: list[_Row] = []
-        for index, item in enumerate(work):
-            for branch in item.branches:
-                base = ring.branch_base(branch.slot) if keeps[index] else -1
-                state, table = item.forward.state, branch.block_table
-                if branch.token is None:
-                    forward = ForwardWork(state, (), branch.start, 0, table)
-                    late.append(_Row(forward, branch.num_draft + 1, base, ring.window, branch, index))
-                else:
-                    forward = ForwardWork(state, (branch.token,), branch.start, 1, table)
-                    rows.append(_Row(forward, branch.num_draft, base, ring.window, branch))
-        return rows + late
-
-    def _draw(self, rows: Sequence[_Row], params: SamplingTensors, plan: DraftPlan) -> _Drawn:
+    def _draw(self, rows: Sequence[DraftRow], params: SamplingTensors, plan: DraftPlan) -> _Drawn:
         """Drafted tokens, their log q, and alternatives if any are wanted: a list for each row."""
         if params.layout != (_CPU, len(rows)):
             raise ValueError(f"draft_window: parameters for {len(rows)} requests on cpu, not {params.layout}")
@@ -115,23 +84,21 @@ class FusedWindows:
             0 if ring is None else ring.data_ptr(),
             0 if ring is None else ring.shape[0],
             plan.alternatives,
-            [(row.parent, row.branch.rank) for row in rows if row.branch is not None and row.branch.token is None],
+            [(row.parent, row.branch.rank) for row in rows if row.branch is not None and row.is_late],
             [(copy.source, copy.destination) for copy in plan.late_copies],
         )
         return _Drawn(tokens, logprobs, ranked or [[]] * len(rows))
 
     @staticmethod
     def _window(
-        row: _Row,
+        row: DraftRow,
         tokens: list[int],
         logprobs: list[float],
         ranked: list[tuple[float, tuple[int, ...], tuple[float, ...]]],
     ) -> tuple[Drafted, ...]:
         """A branch's begins with its own token, which is not drawn."""
-        begin, base, size = row.forward.end, row.ring_base, row.ring_size
-        places = [base + (begin + step) % size for step in range(len(tokens))] if base >= 0 else [-1] * len(tokens)
         every = map(Ranked._make, ranked) if ranked else [None] * len(tokens)
-        window = tuple(map(Drafted, tokens, logprobs, places, every))
+        window = tuple(map(Drafted, tokens, logprobs, row.places(len(tokens)), every))
         if row.branch is None:
             return window
         if row.branch.token is None:

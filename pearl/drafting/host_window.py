@@ -50,7 +50,8 @@ class HostWindows:
                 self._runner.copy_pages(plan.late_copies)
                 for item, branch in late:
                     first = main[item.forward.state.request_id].window[0]
-                    prepared[branch.id] = self._branch(item, branch, _alternative(first, branch.rank))
+                    own = first.ranked.of_rank(branch.rank) if first.ranked is not None else None
+                    prepared[branch.id] = self._branch(item, branch, own)
                     active.append(prepared[branch.id])
         while active := [line for line in active if line.left]:
             logits = self._runner.decode(
@@ -75,8 +76,3 @@ def _first_work(item: DraftWork, branch: Branch) -> ForwardWork:
     """What an early branch computes beside the items."""
     assert branch.token is not None
     return ForwardWork(item.forward.state, (branch.token,), branch.start, 1, branch.block_table)
-
-
-def _alternative(first: Drafted, rank: int) -> int | None:
-    ranked = first.ranked
-    return ranked.tokens[rank] if ranked is not None and rank < len(ranked.tokens) else None

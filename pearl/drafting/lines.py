@@ -86,7 +86,7 @@ class Drawing:
         if ranked is None:
             return [Drafted(token, logprob, -1) for token, logprob in zip(*columns, strict=True)]
         return [
-            Drafted(token, logprob, -1, _ranked(score, tokens, scores))
+            Drafted(token, logprob, -1, Ranked.of(score, tokens, scores))
             for token, logprob, tokens, scores, score in zip(*columns, strict=True)
         ]
 
@@ -107,8 +107,3 @@ class Drawing:
 
 def windows_of(lines: Mapping[int, Line]) -> Windows:
     return {key: tuple(line.window) for key, line in lines.items()}
-
-
-def _ranked(drawn: float, tokens: list[int], scores: list[float]) -> Ranked:
-    there = tokens.index(-1) if tokens[-1] < 0 else len(tokens)
-    return Ranked(drawn, tuple(tokens[:there]), tuple(scores[:there]))

@@ -34,6 +34,11 @@ class LogitsRing:
     def spare_row(self) -> int:
         return self.lanes * self.size + self.slots * self.window
 
+    @property
+    def most_branches(self) -> int:
+        """Of a round: beside them each lane may keep one that came true."""
+        return max(0, self.slots - self.lanes)
+
     def base(self, lane: int) -> int:
         """The first row of a lane."""
         return lane * self.size

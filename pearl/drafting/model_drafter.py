@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 from pearl.drafting.fused_window import FusedWindows, can_fuse_windows
 from pearl.drafting.host_window import DraftedWindows, HostWindows
@@ -17,6 +16,7 @@ from pearl_kernels import Rule, Stream
 class ModelDrafter:
     reads_history = False
     hidden_layers: tuple[int, ...] = ()
+    prepares = True
     most_behind = 2
 
     def __init__(
@@ -33,11 +33,6 @@ class ModelDrafter:
             self._graphs = WindowGraphs(runner, rule, vocab_size, ring, stream)
         elif runner.fused is not None and can_fuse_windows(runner.kernels):
             self._fused = FusedWindows(runner, runner.fused, rule, vocab_size, ring, stream)
-
-    @property
-    def prepares(self) -> bool:
-        """Captured windows do not branch."""
-        return self._graphs is None
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if not plan.work:
@@ -62,9 +57,9 @@ class ModelDrafter:
     def _draft(self, plan: DraftPlan) -> tuple[DraftedWindows, DeviceWindows | None]:
         """Windows, and those that a device still drafts."""
         if self._graphs is not None:
-            on_host, on_device = divide(plan.work)
-            drafted = self._draft_on_host(replace(plan, work=on_host)) if on_host else DraftedWindows({}, {}, 0)
-            late = self._graphs.draft(on_device) if on_device else None
+            on_host, on_device = divide(plan)
+            drafted = self._draft_on_host(on_host) if on_host.work else DraftedWindows({}, {}, 0)
+            late = self._graphs.draft(on_device) if on_device.work else None
             return drafted._replace(steps=drafted.steps + (late.steps if late is not None else 0)), late
         if self._fused is None or any(item.forward.state.params.changes_logits for item in plan.work):
             return self._draft_on_host(plan), None

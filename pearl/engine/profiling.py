@@ -19,7 +19,7 @@ _ESTIMATE_FACTOR = 2  # over the tensors that a forward surely holds: attention'
 @dataclass(frozen=True)
 class Largest:
     """The largest batches that the scheduler makes of one model: ``tokens`` of prompts, or ``window`` tokens of each of
-    ``sequences``, in contexts of ``context`` tokens; ``rows`` of them with logits.
+    ``sequences``, and one of each of ``branches``, in contexts of ``context`` tokens; ``rows`` of them with logits.
     """
 
     tokens: int
@@ -28,22 +28,24 @@ class Largest:
     rows: int
     context: int
     page_size: int
+    branches: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, role: Role, max_model_len: int) -> Largest:
-        sequences = config.max_num_seqs
+        sequences, branches = config.max_num_seqs, config.most_prepared if role == "draft" else 0
         window = min(config.most_judged if role == "target" else 2, max_model_len)  # a draft may lag by two tokens
         # Decoding rows are never held back by prompts, which get a page at least (Scheduler._plan_batch).
         tokens = max(config.max_num_batched_tokens, sequences * window + config.page_size)
-        tokens = min(tokens, sequences * max_model_len)
-        rows = min(config.max_logit_rows, tokens) if role == "target" else sequences
-        return cls(tokens, sequences, window, rows, max_model_len, config.page_size)
+        tokens = min(tokens, sequences * max_model_len) + branches
+        rows = min(config.max_logit_rows, tokens) if role == "target" else sequences + branches
+        return cls(tokens, sequences, window, rows, max_model_len, config.page_size, branches)
 
     @property
     def batches(self) -> tuple[list[int], list[int]]:
-        """The tokens of each sequence: chunks of as few prompts as can have them, and windows."""
-        whole, rest = divmod(self.tokens, self.context)
-        return [self.context] * whole + [rest] * (rest > 0), [self.window] * self.sequences
+        """The tokens of each sequence: chunks of as few prompts as can have them, and windows; branches beside both."""
+        whole, rest = divmod(self.tokens - self.branches, self.context)
+        branches = [1] * self.branches
+        return [self.context] * whole + [rest] * (rest > 0) + branches, [self.window] * self.sequences + branches
 
 
 @torch.inference_mode()
@@ -78,11 +80,12 @@ def verdict_bytes(config: EngineConfig, role: Role, share: Share, draft: Share |
     if draft is not None and config.verification != "coupled":
         rows = (2 * config.max_num_seqs + config.prepared_slots) * config.largest_window + 1
         ring = rows * draft.vocab_size * draft.dtype.itemsize
-    processed = 0 if share.dtype is torch.float32 else config.max_num_seqs * share.vocab_size * 4
+    row = share.vocab_size * 4
+    processed = 0 if share.dtype is torch.float32 else row
     if role == "draft":
-        return ring + processed
-    logprobs = (config.max_num_seqs + 2) * share.vocab_size * 4
-    return (logprobs + processed) * config.most_judged + (
+        return ring + processed * (config.max_num_seqs + config.most_prepared)
+    logprobs = (config.max_num_seqs + 2) * row
+    return (logprobs + processed * config.max_num_seqs) * config.most_judged + (
         ring if draft is not None and draft.device != share.device else 0
     )
 

@@ -187,4 +187,7 @@ def _reads_tokens(plan: SchedulerOutput) -> bool:
 def _read(proposal: DraftProposal) -> DraftProposal:
     """With the windows on the host."""
     late = proposal.on_device
-    return proposal if late is None else replace(proposal, windows=proposal.windows | late.read(), on_device=None)
+    if late is None:
+        return proposal
+    windows, prepared = late.read()
+    return replace(proposal, windows=proposal.windows | windows, prepared=proposal.prepared | prepared, on_device=None)

@@ -6,7 +6,8 @@ Notation: a request has L committed tokens and k pending ones (drafted, not yet 
 """
 
 from pearl.messages.answers import DraftProposal, TargetOutput
-from pearl.messages.drafted import DeviceWindows, Drafted, DrawnTokens, Ranked, Windows
+from pearl.messages.device_windows import DeviceBranch, DeviceWindows, DrawnTokens
+from pearl.messages.drafted import Drafted, Ranked, Windows
 from pearl.messages.plan import (
     Branch,
     DraftPlan,
@@ -28,6 +29,7 @@ __all__ = [
     "Branch",
     "Busy",
     "Decision",
+    "DeviceBranch",
     "DeviceWindows",
     "DraftPlan",
     "DraftProposal",

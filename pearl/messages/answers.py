@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pearl.messages.drafted import DeviceWindows, Windows
+from pearl.messages.device_windows import DeviceWindows
+from pearl.messages.drafted import Windows
 from pearl.messages.timing import NOT_BUSY, Interval, Mark
 
 

@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "autoregressive": {"method": "autoregressive"},
     "speculative": {"method": "speculative", "window": 3},
     "pearl": {"window": 4},
+    "pearl-prepared": {"window": 4, "prepared_windows": 6},
     "pearl-auto": {},
 }
 
@@ -42,7 +43,7 @@ def test_greedy_fp32_equals_transformers(pairs: dict[str, Pair], open_llm: OpenL
 
 
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])
-@pytest.mark.parametrize("method", ["speculative", "pearl"])
+@pytest.mark.parametrize("method", ["speculative", "pearl", "pearl-prepared"])
 def test_graphs_draw_what_eager_mode_draws(llama: Pair, open_llm: OpenLLM, method: str, verification: str) -> None:
     batch = prompts(LENGTHS, seed=3)
     params = [
@@ -55,12 +56,17 @@ def test_graphs_draw_what_eager_mode_draws(llama: Pair, open_llm: OpenLLM, metho
         runs.append(llm.generate(batch, params))
     assert token_ids(runs[0]) == token_ids(runs[1])
     assert acceptance(runs[0]) == acceptance(runs[1])
+    hits = [sum(output.metrics.prepared_hits for output in outputs) for outputs in runs]
+    assert hits[0] == hits[1]
+    assert (hits[0] > 0) == (method == "pearl-prepared")
 
 
-def test_nothing_is_captured_after_the_warm_up(llama: Pair, open_llm: OpenLLM) -> None:
+@pytest.mark.parametrize("prepared", [0, 5])
+def test_nothing_is_captured_after_the_warm_up(llama: Pair, open_llm: OpenLLM, prepared: int) -> None:
     batch = prompts(LENGTHS, seed=3)
     params = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=24, ignore_eos=True) for i in range(6)]
-    llm = open_llm(llama, device="cuda", window=3, max_num_seqs=3, capture_seconds=120)
+    options = {"window": 3, "max_num_seqs": 3, "prepared_windows": prepared}
+    llm = open_llm(llama, device="cuda", capture_seconds=120, **options)
     queues = [runner.queue for runner in (llm.models.target, llm.models.draft) if runner]
     captured = [queue.captured for queue in queues]
     assert min(captured) > 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,9 +19,13 @@ from pearl.pace import MeasuredRound
 
 
 def test_a_serving_mix_captures_nothing_after_the_warm_up(llama: Pair, open_graphed: OpenGraphed) -> None:
-    """Prompts of 1 to 400 tokens, greedy, sampled and penalised, more than run at once."""
-    options = {"window": 8, "max_num_seqs": 12, "max_num_batched_tokens": 96}
+    """Prompts of 1 to 400 tokens, greedy, sampled and penalised, more than run at once; in some rounds windows are
+    prepared."""
+    options = {"window": 8, "max_num_seqs": 12, "max_num_batched_tokens": 96, "prepared_windows": 9}
     graphed = open_graphed(llama, most_rows=108, most=(12, 9), capture_seconds=3600, **options)
+    numbers = itertools.cycle((9, 0, 9, 3))
+    decide = graphed.llm.engine.scheduler._pace.decide
+    graphed.llm.engine.scheduler._pace.decide = lambda *of: decide(*of)._replace(branches=next(numbers))  # type: ignore[method-assign]
     made = [queue.captured for queue in graphed.queues]
     assert min(made) > 9
     chance = random.Random(3)
@@ -42,6 +47,9 @@ def test_a_serving_mix_captures_nothing_after_the_warm_up(llama: Pair, open_grap
     assert sum(queue.replayed for queue in graphed.queues) > stats.rounds
     rows = {sum(len(work.tokens) for work in record.plan.target.work) for record in graphed.rounds}
     assert len(rows) > 12
+    assert sum(output.metrics.prepared_hits for output in outputs) > 9
+    late = [record.proposal.on_device for record in graphed.rounds if record.proposal.on_device]
+    assert {(windows.alternatives, len(windows.branches) > 2) for windows in late} >= {(8, True), (3, True), (0, False)}
 
 
 def test_an_engine_around_the_same_models_captures_nothing_of_them_again(

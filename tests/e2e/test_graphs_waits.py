@@ -36,14 +36,14 @@ def test_the_host_waits_once_a_round_and_captures_only_what_is_new(
     assert sum(queue.replayed for queue in graphed.queues) - replays >= rounds - 2
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
-@pytest.mark.parametrize("on", ["target draft", "target draft apart"])
+@pytest.mark.parametrize("prepared", [0, 5])
+@pytest.mark.parametrize(("on", "rule"), [("target draft", "coupled"), ("target draft apart", "rejection")])
 def test_a_verdict_waits_for_the_windows_first_tokens_only(
-    llama: Pair, open_graphed: OpenGraphed, on: str, rule: str
+    llama: Pair, open_graphed: OpenGraphed, on: str, rule: str, prepared: int
 ) -> None:
-    """And for their q, also of another device. The recording device does what is behind a mark only when somebody
-    waits for it."""
-    graphed = open_graphed(llama, on, window=4, verification=rule)
+    """And for their q, also of another device; not for branches that join. The recording device does what is behind a
+    mark only when somebody waits for it."""
+    graphed = open_graphed(llama, on, window=4, verification=rule, prepared_windows=prepared)
     assert graphed.draft
     assert graphed.target
     params = SamplingParams(max_tokens=40, temperature=0.7, seed=5, ignore_eos=True)
@@ -56,13 +56,17 @@ def test_a_verdict_waits_for_the_windows_first_tokens_only(
     for windows in late:
         assert isinstance(windows.first_ready, CountedMark)
         assert isinstance(windows.ready, CountedMark)
-        assert windows.ready.behind - windows.first_ready.behind == windows.steps - 1
+        joins = any(branch.token is None for branch, *_ in windows.branches)
+        assert joins <= bool(prepared)
+        assert windows.ready.behind - windows.first_ready.behind == windows.steps - 1 + joins
         assert id(windows.first_ready) in followed
         assert id(windows.ready) not in followed
     assert max(windows.steps for windows in late) == 4
     firsts = {id(windows.first_ready) for windows in late}
     draft_s = [m for m in graphed.target.followed if isinstance(m, CountedMark) and m.queue is graphed.draft]
     assert {id(mark) for mark in draft_s} <= firsts
+    windows = sum(record.proposal.on_device is not None for record in graphed.rounds)
+    assert graphed.draft.waits + graphed.target.waits == len(graphed.rounds) + windows
 
 
 def test_an_engine_that_nobody_closes_waits_for_its_round_in_flight(llama: Pair) -> None:

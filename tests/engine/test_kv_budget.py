@@ -225,6 +225,7 @@ def test_the_profiled_batches_are_the_largest_and_can_be_computed() -> None:
         ({}, "target", 512, 64, [4] * 10),  # prompts may have more rows of logits than verdicts, these may not
         ({"max_num_seqs": 20}, "target", 512, 80, [4] * 20),
         ({}, "draft", 512, 10, [2] * 10),
+        ({"prepared_windows": 3}, "draft", 515, 13, [2] * 10 + [1] * 3),  # branches come with windows and with prompts
         ({"method": "autoregressive"}, "target", 512, 64, [1] * 10),
         ({"max_num_batched_tokens": 8}, "target", 56, 56, [4] * 10),  # decoding rows, and a page of a prompt
         ({"max_num_seqs": 1, "max_num_batched_tokens": 900}, "target", 120, 64, [4]),  # as long as a sequence can be
