@@ -40,7 +40,7 @@ def draft_rows(work: Sequence[DraftWork], ring: LogitsRing, rule: Rule) -> list[
     for index, item in enumerate(work):
         for branch in item.branches:
             base = ring.branch_base(branch.slot) if keeps[index] else -1
-            state, table = item.forward.state, branch.block_table
+            state, table = item.state_of(branch), branch.block_table
             if branch.token is None:
                 forward = ForwardWork(state, (), branch.start, 0, table)
                 late.append(DraftRow(forward, branch.num_draft + 1, base, ring.window, branch, index))

@@ -65,7 +65,7 @@ class HostWindows:
 
     def _branch(self, item: DraftWork, branch: Branch, token: int | None) -> Line:
         """Without a token there is nothing to draft."""
-        state, rows = item.forward.state, self._ring.branch_rows(item, branch, self._rule)
+        state, rows = item.state_of(branch), self._ring.branch_rows(item, branch, self._rule)
         history = None if state.history is None else state.history[: branch.start]
         window = [] if token is None else [Drafted(token, 0.0, -1)]
         left = 0 if token is None else branch.num_draft

@@ -124,7 +124,7 @@ class Branches:
                 parts.copies.append(PageCopy(origin.get(copy.source, copy.source), copy.destination))
         self._free_slots.pop()
         token = None if late else _alternative(request.pending[held], rank)
-        request.branches += (Branch(slot, held, rank, token, start, window, table),)
+        request.branches += (Branch(slot, held, rank, token, start, window, table, request.seed_after(held)),)
         request.metrics.prepared += 1
         self.counts.tried[Kind(held, late, rank)] += 1
 

@@ -121,6 +121,10 @@ class Request:
         seed = self.seed if self._noise_seed is None else self._noise_seed
         return SequenceState(self.id, self.lane, self.params, seed, self.prompt_length, history, self.grammar)
 
+    def seed_after(self, held: int) -> int | None:
+        """Of draws behind a correction, if ``held`` of the tokens that are tested hold; None: the same as now."""
+        return _rekeyed(self.seed, len(self.tokens) + held + 1) if self.rekeys else None
+
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions [start, end) of the committed and then the pending tokens."""
         length = len(self.tokens)

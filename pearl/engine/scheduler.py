@@ -192,7 +192,7 @@ class Scheduler:
             plan, request, target_end, self._draft.written(request, num_draft) if num_draft else draft_end
         ):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
-            if rows and num_draft and not request.rekeys:
+            if rows and num_draft:
                 plan.drafting.append(Drafting(request, len(plan.draft.work) - 1, window, late=rows > k))
 
     def _chunks(self, plan: RoundPlan, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:

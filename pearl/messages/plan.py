@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,6 +60,7 @@ class Branch(NamedTuple):
     start: int
     num_draft: int
     block_table: tuple[int, ...]
+    seed: int | None = None  # of what is drawn behind the token, where a rejection changes keys; None: the request's
 
     @property
     def id(self) -> int:
@@ -79,6 +80,11 @@ class DraftWork(NamedTuple):
     num_draft: int
     branches: tuple[Branch, ...] = ()
     pending: tuple[int, ...] | None = None  # None: of another drafter, whose ``forward`` has them
+
+    def state_of(self, branch: Branch) -> SequenceState:
+        """With the keys that draws have behind a branch's token, should the branch be the verdict."""
+        state = self.forward.state
+        return state if branch.seed is None else replace(state, seed=branch.seed)
 
     @property
     def position(self) -> int:

@@ -15,7 +15,7 @@ import pytest
 from e2e_support import Pair, Rounds, acceptance, token_ids
 from joint_frequencies import ALARM, DEPTH, PROMPT, PROOF, SAMPLES, exact_joint, params_of, small_pair, smallest_p
 
-import pearl.llm
+import pearl.request_factory
 from pearl import LLM, SamplingParams
 from pearl.engine import request as request_module
 
@@ -31,7 +31,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def counted_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of prompts; their n outputs have the seeds that follow."""
     counter = itertools.count(1)
-    monkeypatch.setattr(pearl.llm.secrets, "randbits", lambda bits: next(counter) << 32)
+    monkeypatch.setattr(pearl.request_factory.secrets, "randbits", lambda bits: next(counter) << 32)
 
 
 def seedless(**values: Any) -> SamplingParams:
@@ -47,6 +47,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "speculative-4": ({"window": 4, "method": "speculative"}, {}),
     "ngram speculative": ({"window": 3, "draft": "ngram", "method": "speculative"}, {}),
     "greedy draft": ({"window": 3}, {"draft_temperature": 0.0}),
+    "prepared": ({"window": 3, "prepared_windows": 64 * 4}, {}),
+    "prepared, few": ({"window": 5, "prepared_windows": 24}, {"draft_temperature": 1.6}),
+    "prepared, auto window": ({"prepared_windows": 64}, {}),
+    "prepared, no pre-verify": ({"window": 3, "pre_verify": False, "prepared_windows": 64}, {}),
     "top-k, top-p, other draft temperature": (
         {"window": 3},
         {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "draft_temperature": 0.7},
@@ -66,6 +70,8 @@ def test_joint_frequencies_are_the_targets(small: Pair, open_llm: OpenLLM, case:
     outputs = llm.generate([PROMPT], params)
     assert smallest_p(token_ids(outputs), exact_joint(small, params)) > ALARM
     assert 0.1 < acceptance(outputs) < 0.98
+    if "prepared_windows" in options and "window" in options:  # the pace may decide for none
+        assert sum(completion.metrics.prepared_hits for output in outputs for completion in output.outputs) > 100
 
 
 def test_more_tokens_are_accepted_than_one_by_one(small: Pair, open_llm: OpenLLM) -> None:

@@ -9,7 +9,7 @@ import pytest
 from e2e_support import ALL_SETTINGS, KNOWN, Pair, acceptance, assert_at_rest, poison_ring, prompts, token_ids
 from graphed_llm import OpenGraphed
 
-import pearl.llm
+import pearl.request_factory
 from pearl import SamplingParams
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 40, 70)
@@ -79,7 +79,7 @@ def test_blocks_equal_eager_mode(
     made = []
     for build in (lambda: llama.llm(**options), lambda: open_graphed(llama, on, **options).llm):
         seeds = itertools.count(5)
-        monkeypatch.setattr(pearl.llm.secrets, "randbits", lambda bits, seeds=seeds: next(seeds))
+        monkeypatch.setattr(pearl.request_factory.secrets, "randbits", lambda bits, seeds=seeds: next(seeds))
         with build() as llm:
             outputs = llm.generate(batch, params)
         made.append((token_ids(outputs), [(o.metrics.rounds, o.metrics.accepted) for o in outputs]))

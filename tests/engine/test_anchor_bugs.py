@@ -7,6 +7,7 @@ first token after prefill (6) and unverified pages in the prefix cache (8) are i
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -25,7 +26,9 @@ from torch import Tensor
 import pearl
 import pearl_kernels
 from pearl.drafting.logits_ring import LogitsRing
+from pearl.engine.branches import is_hit
 from pearl.pace import AutoPace, BalancedPace, Load
+from pearl.sampling_batch import _signed
 from pearl.workers import ThreadWorker
 from pearl.workers.model_runner import build_batch
 from pearl_kernels.reference import sampling as reference_sampling
@@ -33,6 +36,7 @@ from pearl_kernels.reference import verification as reference_verification
 from pearl_kernels.reference.philox import Stream, to_uniform
 
 DRAFTING = [name for name in METHODS if name not in ("autoregressive", "switching")]
+PREPARING = ("pearl", "whole-windows", "pre-verify-only")  # where both models work in one round
 
 
 # 1: the same random number used for two tests ---------------------------------------------------------------------
@@ -73,6 +77,34 @@ def test_1_no_random_number_is_examined_twice(method: str, monkeypatch: pytest.M
         for s, position, stream in verdicts:
             assert stream is not Stream.RESIDUAL or (s, position, Stream.ACCEPT) in verdicts
     assert {stream for _, _, stream in verdicts} >= {Stream.ACCEPT, Stream.RESIDUAL}
+
+
+@pytest.mark.parametrize("branch_seed", [None, 0])
+@pytest.mark.parametrize("method", PREPARING)
+def test_1_in_blocks_a_prepared_window_has_the_keys_of_the_rejection_before_it(
+    method: str, branch_seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that is pending was drawn with the very keys that it would have been drawn with a round later; and no
+    verdict looks at noise that an earlier one has looked at.
+    """
+    log = RandomLog(monkeypatch)
+    toy = Toy(method, "block", blur=1.0, branches=12, branch_seed=branch_seed)
+    toy.generate([1, 2, 3], [4, 5], temperature=1.0, max_tokens=40)
+    assert all(count == 1 for (_, _, stream), count in log.drawn.items() if stream is not Stream.DRAFT)
+    checked = 0
+    for record, after in itertools.pairwise(toy.records):
+        states = {work.state.request_id: work.state for work in after.plan.target.work}
+        for item in record.plan.draft.work:
+            now = item.forward.state
+            for branch in item.branches:
+                window = record.result.prepared[branch.id]
+                if is_hit(branch, window, record.result.decisions[now.request_id]) and now.request_id in states:
+                    assert branch.seed == states[now.request_id].seed != now.seed
+                    drawn = range(branch.start + 1, branch.start + len(window))
+                    assert branch.seed is not None
+                    assert all(log.drawn[_signed(branch.seed), position, Stream.DRAFT] for position in drawn)
+                    checked += 1
+    assert checked
 
 
 @pytest.mark.parametrize("method", DRAFTING)

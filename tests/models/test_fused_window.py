@@ -159,7 +159,7 @@ def test_branches_are_the_same_bits_too(folder: Path, dtype: torch.dtype, rule: 
         assert found.steps == 6
         for one in work:
             for branch in one.branches:
-                window, state = found.prepared[branch.id], one.forward.state
+                window, state = found.prepared[branch.id], one.state_of(branch)
                 assert len(window) == 1 + branch.num_draft
                 ranked = found.windows[state.request_id][0].ranked
                 assert ranked is not None

@@ -103,9 +103,9 @@ def assert_same_memory(one: Drafting, other: Drafting) -> None:
 
 def branching(params: SamplingParams) -> tuple[DraftWork, ...]:
     """After texts of 8 and 9 tokens: branches at positions in the middle of a page, at its begin, and late."""
-    early = Branch(0, 1, 0, 17, 6, 5, (5, 18, 19)), Branch(2, 0, 0, 90, 4, 3, (5, 22))
+    early = Branch(0, 1, 0, 17, 6, 5, (5, 18, 19)), Branch(2, 0, 0, 90, 4, 3, (5, 22), 77)
     late = Branch(1, 3, 1, None, 9, 4, (5, 2, 23, 8)), Branch(4, 3, 0, None, 9, 2, (5, 2, 10))
-    other = Branch(3, 1, 2, None, 10, 5, (1, 14, 11, 13))
+    other = Branch(3, 1, 2, None, 10, 5, (1, 14, 11, 13), 78)
     return (
         item(0, 8, 1, 5, params)._replace(branches=(late[0], *early, late[1])),
         item(2, 0, 3, 0),
