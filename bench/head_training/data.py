@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+import typer
 from rich.console import Console
-from torch import Tensor
 
 from pearl import LLM, SamplingParams
 from pearl.models import Tokenizer
 
 _HELD_OUT = 20  # of so many texts one is
+_SHORTEST = 8  # tokens of an answer; a rollout is no longer
+_AT_ONCE = 256  # prompts that the target is given together
+_SEQUENCES = 64  # that it writes at a time
+_CONTENT = "\x00content\x00"  # of a turn, to find where it begins
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,11 @@ class Text:
     begin: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    ids: Tensor  # int64 [B, T], padded with 0
-    counts: Tensor  # bool [B, T], tokens to be predicted
-
-
 class Texts:
     def __init__(self, texts: Iterable[Text], length: int) -> None:
-        """Longer ones are cut to ``length`` tokens."""
-        cut = [Text(text.ids[:length], text.begin) for text in texts if len(text.ids) > 8 and text.begin < length - 4]
+        """Longer ones are cut to ``length`` tokens; those with an answer of a few tokens are left out."""
+        cut = [Text(text.ids[:length], text.begin) for text in texts]
+        cut = [text for text in cut if len(text.ids) - text.begin > _SHORTEST]
         self.train = [text for index, text in enumerate(cut) if index % _HELD_OUT]
         self.held_out = [text for index, text in enumerate(cut) if not index % _HELD_OUT]
 
@@ -47,24 +45,8 @@ class Texts:
             counts.update(text.ids[text.begin :])
         return counts
 
-    def sample(self, rng: np.random.Generator, rows: int) -> Batch:
-        return _batch([self.train[index] for index in rng.integers(0, len(self.train), rows)])
-
-    def held_out_batches(self, rows: int, most: int) -> Iterator[Batch]:
-        for begin in range(0, min(most, len(self.held_out)), rows):
-            yield _batch(self.held_out[begin : begin + rows])
-
-
-def _batch(texts: Sequence[Text]) -> Batch:
-    longest = max(len(text.ids) for text in texts)
-    ids, counts = (
-        torch.zeros(len(texts), longest, dtype=torch.int64),
-        torch.zeros(len(texts), longest, dtype=torch.bool),
-    )
-    for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        counts[row, text.begin : len(text.ids)] = True
-    return Batch(ids, counts)
+    def sample(self, rng: np.random.Generator, rows: int) -> list[Text]:
+        return [self.train[index] for index in rng.integers(0, len(self.train), rows)]
 
 
 def read_questions(path: Path) -> list[str]:
@@ -87,19 +69,58 @@ def cut_into_texts(tokenizer: Tokenizer, files: Sequence[str], length: int) -> l
     return pieces
 
 
+def own_questions(
+    target: str, tokenizer: Tokenizer, file: Path, count: int, tokens: int, console: Console
+) -> list[str]:
+    """What the target itself writes where a user's turn begins: questions of the kind that it was trained to answer
+    (Magpie, arXiv 2406.08464). Drawn at temperature 1; those that do not end within ``tokens``, and repeated ones, are
+    left out. ``file`` keeps them, and goes on where it was.
+    """
+    known = file.read_text("utf-8").splitlines() if file.exists() else []
+    found = list(dict.fromkeys(json.loads(line)["question"] for line in known))
+    if len(found) < count:
+        text = tokenizer.chat_text([{"role": "user", "content": _CONTENT}])
+        opening = tokenizer.encode_chat(text[: text.index(_CONTENT)])
+        if not opening:
+            raise typer.BadParameter("the chat template has nothing before a user's words; give --prompts")
+        console.print(f"{len(found)} of {count} questions are there; the target writes the others")
+        with (
+            LLM(target=target, method="autoregressive", max_num_seqs=_SEQUENCES, seed=len(known)) as llm,
+            file.open("a", encoding="utf-8") as out,
+        ):
+            while len(found) < count:
+                asked = [opening] * _AT_ONCE
+                outputs = llm.generate(asked, SamplingParams(temperature=1.0, max_tokens=tokens))
+                texts = [o.outputs[0].text.strip() for o in outputs if o.outputs[0].finish_reason == "stop"]
+                new = [text for text in dict.fromkeys(texts) if text and text not in found]
+                if not new:
+                    raise typer.BadParameter("the target writes no questions of its own; give --prompts")
+                out.writelines(json.dumps({"question": text}) + "\n" for text in new)
+                out.flush()
+                found += new
+                console.print(f"{len(found)} of {count} questions")
+    return found[:count]
+
+
 def answers(
     target: str, prompts: Sequence[Sequence[int]], file: Path, tokens: int, temperature: float, console: Console
 ) -> list[Text]:
-    """The target's to each prompt, of ``tokens`` at most. ``file`` keeps those that there are already."""
+    """The target's to each prompt, of ``tokens`` at most: every other one greedy, as answers mostly are asked for, the
+    others at ``temperature``. ``file`` keeps those that there are already.
+    """
     known = file.read_text("utf-8").splitlines() if file.exists() else []
     texts = [Text(tuple(fields["ids"]), fields["begin"]) for fields in map(json.loads, known)]
     if len(texts) < len(prompts):
         console.print(f"{len(texts)} of {len(prompts)} answers are there; the target writes the others")
-        with LLM(target=target, method="autoregressive", seed=1) as llm, file.open("a", encoding="utf-8") as out:
-            for begin in range(len(texts), len(prompts), 64):
-                part = [list(prompt) for prompt in prompts[begin : begin + 64]]
-                outputs = llm.generate(part, SamplingParams(temperature=temperature, max_tokens=tokens))
-                for prompt, output in zip(part, outputs, strict=True):
+        with (
+            LLM(target=target, method="autoregressive", max_num_seqs=_SEQUENCES, seed=len(texts)) as llm,
+            file.open("a", encoding="utf-8") as out,
+        ):
+            for begin in range(len(texts), len(prompts), _AT_ONCE):
+                part = [list(prompt) for prompt in prompts[begin : begin + _AT_ONCE]]
+                heats = [temperature * (place % 2) for place in range(begin, begin + len(part))]
+                params = [SamplingParams(temperature=heat, max_tokens=tokens) for heat in heats]
+                for prompt, output in zip(part, llm.generate(part, params), strict=True):
                     texts.append(Text((*prompt, *output.outputs[0].token_ids), len(prompt)))
                     out.write(json.dumps({"ids": texts[-1].ids, "begin": len(prompt)}) + "\n")
                 out.flush()

@@ -83,47 +83,78 @@ class TrainedHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         self.kept: Tensor
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
-        with torch.no_grad():  # what it draws from comes to be like what the target draws from
-            self.lm_head.weight.copy_(target.get_output_embeddings().weight[self.kept])  # type: ignore[no-untyped-call]
+        self._begin_as(target)
 
-    def rollout(self, states: Tensor, embedded: Tensor, steps: int) -> list[Tensor]:
-        """Training-time test (arXiv 2503.01840): logits ``[B, n, Vd]`` of each of ``steps`` tokens behind position t.
+    @torch.no_grad()
+    def _begin_as(self, target: PreTrainedModel) -> None:
+        """As far as the shapes allow it: the target's last layer, on the last of the features, and its vocabulary."""
+        d = self.shape["hidden_size"]
+        self.lm_head.weight.copy_(target.get_output_embeddings().weight[self.kept])  # type: ignore[no-untyped-call]
+        self.fc.weight[:, -d:] += torch.eye(d)
+        if (norm := getattr(target.base_model, "norm", None)) is not None:
+            self.norm.weight.copy_(norm.weight)
+        last = dict(target.base_model.get_submodule(f"layers.{target.config.num_hidden_layers - 1}").named_parameters())
+        for name, own in self.midlayer.named_parameters():
+            theirs = last.get({"hidden_norm.weight": "input_layernorm.weight"}.get(name, name))
+            if theirs is None or name == "input_layernorm.weight":
+                continue
+            if theirs.shape == own.shape:
+                own.copy_(theirs)
+            elif own.ndim == 2 and own.shape == (theirs.shape[0], 2 * theirs.shape[1]):
+                own[:, d:].copy_(theirs)  # the token's half stays small
+
+    def rollout(self, states: Tensor, embedded: Tensor, steps: int, begin: int = 0) -> list[Tensor]:
+        """``lm_head`` of ``outputs``: logits ``[B, n, Vd]``."""
+        return [self.lm_head(output) for output in self.outputs(states, embedded, steps, begin)]
+
+    def outputs(self, states: Tensor, embedded: Tensor, steps: int, begin: int = 0) -> list[Tensor]:
+        """Training-time test (arXiv 2503.01840): what ``lm_head`` reads, ``[B, n, D]``, for each of ``steps`` tokens
+        behind position t, for t from ``begin`` on.
 
         states: the target's ``[B, T, 3 D]``; embedded: tokens ``[B, T, D]``. Step s, at t, is of what step s - 1 made
         there, and of the token at t + 1 + s; it sees the target's features up to t, and the steps before it at t alone,
-        as a window does. n = T - steps - 1.
+        as a window does. n = T - steps - 1 - begin.
         """
         layer, count = self.midlayer, states.shape[1] - steps - 1
         features, found = self.fc(states[:, :count]), []
-        before: list[tuple[Tensor, Tensor]] = []
+        past = self._inputs(embedded[:, 1 : 1 + count], features)  # what is before begin is only looked at
+        features, x = features[:, begin:], past[:, begin:]
+        before = [self._keys_values(past, torch.arange(count, device=x.device))]
+        positions = torch.arange(begin, count, device=x.device)
         for step in range(steps):
-            tokens = layer.input_layernorm(embedded[:, 1 + step : 1 + step + count])
-            x = torch.cat((tokens, layer.hidden_norm(features)), -1)
-            attended, keys_values = self._attend(x, before, step)
-            before.append(keys_values)
-            features = features + attended
+            if step:
+                x = self._inputs(embedded[:, 1 + step + begin : 1 + step + count], features)
+                before.append(self._keys_values(x, positions + step))
+            features = features + self._attend(x, before, positions, step)
             x = layer.post_attention_layernorm(features)
             features = features + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
-            found.append(self.lm_head(self.norm(features)))
+            found.append(self.norm(features))
         return found
 
-    def _attend(
-        self, x: Tensor, before: Sequence[tuple[Tensor, Tensor]], step: int
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _inputs(self, embedded: Tensor, features: Tensor) -> Tensor:
+        return torch.cat((self.midlayer.input_layernorm(embedded), self.midlayer.hidden_norm(features)), -1)
+
+    def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         own, shape = self.midlayer.self_attn, self.shape
-        size, group = shape["head_dim"], shape["num_attention_heads"] // shape["num_key_value_heads"]
-        positions = torch.arange(x.shape[1], device=x.device)
-        q, k, v = (p(x).unflatten(-1, (-1, size)).transpose(1, 2) for p in (own.q_proj, own.k_proj, own.v_proj))
-        q, k = self._rotate(q, positions + step), self._rotate(k, positions + step)
-        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-        every = [*before, (k, v)]
-        scores = (q @ every[0][0].transpose(-1, -2)).masked_fill(positions[None, :] > positions[:, None], -torch.inf)
-        along = [(q * keys).sum(-1, keepdim=True) for keys, _ in every[1:]]
-        weights = (torch.cat((scores, *along), -1) * size**-0.5).softmax(-1)
-        attended = weights[..., : x.shape[1]] @ every[0][1]
-        for place, (_, values) in enumerate(every[1:]):
-            attended = attended + weights[..., x.shape[1] + place, None] * values
-        return own.o_proj(attended.transpose(1, 2).flatten(2)), (k, v)
+        group = shape["num_attention_heads"] // shape["num_key_value_heads"]
+        k, v = (self._heads(p(x)) for p in (own.k_proj, own.v_proj))
+        return self._rotate(k, positions).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.shape["head_dim"]).transpose(1, 2)
+
+    def _attend(self, x: Tensor, before: Sequence[tuple[Tensor, Tensor]], positions: Tensor, step: int) -> Tensor:
+        own, (past, past_values) = self.midlayer.self_attn, before[0]
+        q = self._rotate(self._heads(own.q_proj(x)), positions + step)
+        later = torch.arange(past.shape[2], device=x.device) > positions[:, None]
+        scores = (q @ past.transpose(-1, -2)).masked_fill(later, -torch.inf)
+        along = [(q * keys).sum(-1, keepdim=True) for keys, _ in before[1:]]
+        weights = (torch.cat((scores, *along), -1) * self.shape["head_dim"] ** -0.5).softmax(-1)
+        attended = weights[..., : past.shape[2]] @ past_values
+        for place, (_, values) in enumerate(before[1:]):
+            attended = attended + weights[..., past.shape[2] + place, None] * values
+        projected: Tensor = own.o_proj(attended.transpose(1, 2).flatten(2))
+        return projected
 
     def _rotate(self, t: Tensor, positions: Tensor) -> Tensor:
         half = torch.arange(0, t.shape[-1], 2, device=t.device) / t.shape[-1]

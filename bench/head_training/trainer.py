@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +17,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from bench.head_training.data import Batch, Texts
+from bench.head_training.data import Text, Texts
 from bench.head_training.model import TrainedHead
+from bench.head_training.states import StateFile
+from pearl.devices import cpu_cores
 
+T = TypeVar("T")
 _DECAY = 0.8  # of a step's weight, from one to the next
+_APART = 3.0  # weight of a feature's distance from the target's, as in EAGLE-1: it tells more of a text than tokens do
 _SAVED_EVERY = 120.0  # seconds
 _STALLED = 30.0  # seconds of a step: the process was suspended, which is not training time
 
@@ -44,12 +50,29 @@ class Worth:
     sampled: tuple[float, ...]
 
 
+class _Step(NamedTuple):
+    """Of each position ``[n]``: the loss; how far what the head's last matrix reads is from what the target's reads;
+    whether the likeliest token is the target's; the probability that both give alike, of the target's likeliest tokens.
+    """
+
+    losses: Tensor
+    apart: Tensor
+    same: Tensor
+    shared: Tensor
+
+
 class HeadTrainer:
-    def __init__(self, head: TrainedHead, target: PreTrainedModel, texts: Texts, out: Path, options: Options) -> None:
+    def __init__(
+        self, head: TrainedHead, embeddings: Tensor, states: StateFile, texts: Texts, out: Path, options: Options
+    ) -> None:
+        """``embeddings`` ``[V, D]``: the target's."""
         self.head, self.options = head.to(options.device), options
-        self._target, self._texts = target.to(options.device).eval().requires_grad_(False), texts  # type: ignore[arg-type]
-        self._layers = head.shape["eagle_aux_hidden_state_layer_ids"]
-        self._optimizer = torch.optim.AdamW(head.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self._embeddings, self._states, self._texts = embeddings.detach().to(options.device), states, texts
+        kept = self.head.kept
+        self._own_ids = torch.full((len(embeddings),), -1, device=kept.device)  # the head's id of each of the target's
+        self._own_ids[kept] = torch.arange(len(kept), device=kept.device)
+        learnt = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(learnt, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self._file, self._rng = out / "checkpoint.pt", np.random.default_rng(1)
         self.step, self.elapsed = 0, 0.0
 
@@ -70,9 +93,9 @@ class HeadTrainer:
         state = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict(), "step": self.step,
                  "rng": self._rng.bit_generator.state, "elapsed": self.elapsed, "shape": self.head.shape,
                  "kept": self.head.kept}  # fmt: skip
-        partial = self._file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self._file)  # an interruption never leaves a torn checkpoint
+        unfinished = self._file.with_suffix(".partial")
+        torch.save(state, unfinished)
+        unfinished.replace(self._file)  # an interruption never leaves a torn checkpoint
 
     def fit(self, minutes: float, console: Console, most_steps: int = 0) -> None:
         """Until ``minutes`` of training are spent, restarts included, or so many steps made (0: any)."""
@@ -98,52 +121,66 @@ class HeadTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self.options.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
         self.head.train()
-        losses, _ = self._rollout(self._texts.sample(self._rng, self.options.rows))
-        loss = sum(_DECAY**step * one for step, one in enumerate(losses)) / sum(_DECAY**s for s in range(len(losses)))
-        assert isinstance(loss, Tensor)
+        texts = self._texts.sample(self._rng, self.options.rows)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        # The first token of a window first: it is cheapest to learn, and the others stand on it.
+        steps = min(self.options.steps, 1 + int(progress * self.options.steps))
+        # One by one: nothing is padded, and what is before the answer is only looked at.
+        total = sum(self._each(partial(self._descend, steps=steps), texts)) / len(texts)
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self._optimizer.step()
         self.step += 1
+        return total
+
+    def _descend(self, text: Text, steps: int) -> float:
+        """Add a text's gradient. The threads' are added one after the other: autograd's own lock sees to it."""
+        weights = [_DECAY**step for step in range(steps)]
+        found = zip(weights, self._rollout(text, steps), strict=True)
+        loss = sum(weight * (one.losses + _APART * one.apart).mean() for weight, one in found) / sum(weights)
+        assert isinstance(loss, Tensor)
+        (loss / self.options.rows).backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
-    @torch.no_grad()
+    def _each(self, work: Callable[[Text], T], texts: Sequence[Text]) -> list[T]:
+        """On CPU a thread for each core, each with texts of its own: small products gain little from two cores, and
+        where others run too, wait for the one that was held up.
+        """
+        if self.options.device != "cpu":
+            return [work(text) for text in texts]
+        with ThreadPoolExecutor(cpu_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, texts))
+
     def worth(self) -> Worth:
         self.head.eval()
-        losses, same, overlap, count = 0.0, *(torch.zeros(self.options.steps) for _ in range(3))
-        for batch in self._texts.held_out_batches(self.options.rows, self.options.held_out):
-            found, rows = self._rollout(batch)
-            for step, (one, (likeliest, shared, wanted)) in enumerate(zip(found, rows, strict=True)):
-                losses += one.item() * wanted.sum().item() / self.options.steps
-                same[step] += likeliest[wanted].sum().item()
-                overlap[step] += shared[wanted].sum().item()
-                count[step] += wanted.sum().item()
-        if not count[0]:
+        found = self._each(self._judge, self._texts.held_out[: self.options.held_out])
+        if not sum(len(one[0].same) for one in found):
             raise typer.BadParameter("no text is held out; give more texts or answers")
-        return Worth(losses / count[0].item(), tuple((same / count).tolist()), tuple((overlap / count).tolist()))
+        steps = [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*found, strict=True)]
+        losses, _, same, shared = ([row[place].float().mean().item() for row in steps] for place in range(4))
+        return Worth(sum(losses) / len(losses), tuple(same), tuple(shared))
 
-    def _rollout(self, batch: Batch) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-        """Of each step: the loss; and of each position whether the likeliest token is the target's, the probability
-        that both give alike, and whether it counts.
-        """
-        ids, counts = batch.ids.to(self.options.device), batch.counts.to(self.options.device)
-        with torch.no_grad():
-            given = self._target(ids, output_hidden_states=True, use_cache=False)
-            states = torch.cat([given.hidden_states[layer] for layer in self._layers], -1).float()
-            embedded, target = self._target.get_input_embeddings()(ids).float(), given.logits.float()
-        losses, rows = [], []
-        for step, logits in enumerate(self.head.rollout(states, embedded, self.options.steps)):
-            n = logits.shape[1]
-            row = target[:, step + 1 : step + 1 + n]  # of the token at t + 2 + step
-            wanted = counts[:, step + 2 : step + 2 + n]
-            log_q = logits.log_softmax(-1)
-            own = row[..., self.head.kept]
+    @torch.no_grad()
+    def _judge(self, text: Text) -> list[_Step]:
+        return self._rollout(text, self.options.steps)
+
+    def _rollout(self, text: Text, steps: int) -> list[_Step]:
+        """Of each step, at the positions whose next but one token is of the answer."""
+        device, begin = self.options.device, max(0, text.begin - 2)
+        given = self._states.read(text)
+        ids = torch.tensor([text.ids], device=device)
+        read, last = given.states[None].to(device).tensor_split([self.head.fc.in_features], -1)
+        found = self.head.outputs(read, self._embeddings[ids], steps, begin)
+        every = []
+        for step, (output,) in enumerate(found):
+            rows = slice(begin + 1 + step, begin + 1 + step + len(output))  # of the token at t + 2 + step
+            logits, wanted = self.head.lm_head(output), last[0, rows]
+            tokens, p = given.tokens[rows].to(device), given.probabilities[rows].to(device)
+            own = self._own_ids[tokens]
+            p = p * (own >= 0)
+            log_q = logits.gather(-1, own.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
             # What the head cannot draft it cannot learn; where the target would say that, nothing is learnt.
-            can = wanted & (own.amax(-1) >= row.amax(-1))
-            loss = -(own.softmax(-1) * log_q).sum(-1)
-            losses.append((loss * can).sum() / can.sum().clamp(min=1))
-            shared = torch.minimum(row.softmax(-1)[..., self.head.kept], log_q.exp()).sum(-1)
-            likeliest = self.head.kept[logits.argmax(-1)] == row.argmax(-1)
-            rows.append((likeliest, shared, wanted))
-        return losses, rows
+            losses = -(p * log_q).sum(-1) / p.sum(-1).clamp(min=1e-6) * (own[:, 0] >= 0)
+            apart = (output - wanted).square().sum(-1) / wanted.square().sum(-1)
+            likeliest = self.head.kept[logits.argmax(-1)] == tokens[:, 0]
+            every.append(_Step(losses, apart, likeliest, torch.minimum(p, log_q.exp()).sum(-1)))
+        return every

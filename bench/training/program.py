@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,19 +13,13 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from bench.shared.malloc import restart_for_training
 from bench.training.corpus import Corpus, encode, read_files, train_tokenizer
 from bench.training.models import Shape, agreement, export, load_init
 from bench.training.trainer import Options, Trainer
 
 # A code completer has no turns: chatting with it continues the text of the messages.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-# glibc's default returns every large activation to the kernel; page faults then cost 4/5 of a CPU training step.
-CPU_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
-    "MALLOC_TOP_PAD_": str(1 << 30),
-    "OMP_WAIT_POLICY": "passive",
-}
 
 
 def main(
@@ -49,8 +41,7 @@ def main(
     """Train a target, distil a draft from it, and export both in Hugging Face layout."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and any(os.environ.get(k) != v for k, v in CPU_ENVIRONMENT.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | CPU_ENVIRONMENT)  # malloc reads it at start
+    restart_for_training()
     options = Options(device, sequence, micro_batch, accumulate, compile)
     target_shape, draft_shape = Shape.parse(target), Shape.parse(draft)
     if init is not None and not (init / "target" / "tokenizer.json").exists():

@@ -12,6 +12,7 @@ import typer
 
 from pearl.cli.bench import PASSES_ON, bench
 from pearl.cli.chat import chat
+from pearl.cli.demo import demo
 from pearl.cli.generate import generate
 from pearl.cli.info import DISTRIBUTION, info, installed
 from pearl.cli.plan import plan
@@ -43,7 +44,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(options)
-    for command in (generate, chat, serve, plan, info):
+    for command in (generate, chat, demo, serve, plan, info):
         app.command()(command)
     app.command(context_settings=PASSES_ON)(bench)
     return app

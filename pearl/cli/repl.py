@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from pearl.cli.answer import TextDisplay, generate_answer
+from pearl.cli.comparison import Exchange
 from pearl.cli.conversation import Conversation
 from pearl.cli.line_reader import LineReader
 from pearl.cli.summary import Summary
@@ -26,6 +27,7 @@ class Repl:
         self._conversation = Conversation(llm.tokenizer.render_chat, llm.max_model_len - room, system)
         self._conversation.ask("?")  # a model that cannot chat is refused now, not after the first message
         self._total = Summary()
+        self.exchanges: list[Exchange] = []  # all of them, also those that were forgotten
         self._open = True
         self._lines = LineReader("> ", bold=terminal.colored)
         self._commands: dict[str, tuple[str, Callable[[], None]]] = {
@@ -76,6 +78,7 @@ class Repl:
         display = TextDisplay(self._terminal, self._llm, prompt.token_ids, end_lines=True)
         answer = generate_answer(self._llm, prompt.token_ids, self._params, display)
         self._total += answer.summary
+        self.exchanges.append(Exchange(prompt.token_ids, answer.outputs[0].token_ids, answer.summary))
         if text := answer.outputs[0].text:
             self._conversation.add(question, text)
         self._terminal.note(answer.closing_line(self._method))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.head_training.data import Text, Texts, read_questions
+from bench.head_training.data import Text, Texts, own_questions, read_questions
 from bench.head_training.model import TrainedHead, shape_of
-from bench.head_training.program import main
+from bench.head_training.program import _drafted_ids, main
+from bench.head_training.states import StateFile
 from pearl import LLM, SamplingParams
 from pearl.heads import EagleHead, load_head, read_head
 from pearl.messages import ForwardWork, SequenceState
-from pearl.models import KVCache, ModelConfig
+from pearl.models import KVCache, ModelConfig, Tokenizer, bundled_path
 from pearl.workers.model_runner import build_batch
 from pearl_kernels import Situation, select
 
@@ -45,7 +48,10 @@ def test_rollouts_are_what_windows_will_be(tmp_path: Path) -> None:
         ids = torch.randint(60, (1, 14))
         hidden = target(ids, output_hidden_states=True).hidden_states
         states = torch.stack([hidden[layer] for layer in shape["eagle_aux_hidden_state_layer_ids"]], 2)
-        rolled = trained.rollout(states.flatten(2), target.get_input_embeddings()(ids), steps)
+        given = states.flatten(2), target.get_input_embeddings()(ids), steps
+        rolled, late = trained.rollout(*given), trained.rollout(*given, begin=4)
+    for whole, part in zip(rolled, late, strict=True):
+        assert torch.allclose(whole[:, 4:], part, rtol=1e-4, atol=1e-5), "what is before is only looked at"
     trained.save(tmp_path / "head")
     config = read_head(str(tmp_path / "head"), ModelConfig.from_pretrained(str(tmp_path / "target")))
     kernels, embed = select(Situation("cpu", torch.float32, 8)), target.get_input_embeddings()
@@ -89,13 +95,82 @@ def test_a_short_run_is_worth_something_and_goes_on(tmp_path: Path) -> None:
     assert outputs[0].metrics.drafted > 0
 
 
+def test_a_head_begins_as_the_targets_last_layer() -> None:
+    target = tiny_target()
+    head = TrainedHead(shape_of(target, draft_vocab=20, ffn=40), target, list(range(0, 60, 3)))
+    last, own = target.model.layers[-1], head.midlayer
+    assert torch.equal(own.self_attn.q_proj.weight[:, 32:], last.self_attn.q_proj.weight)
+    assert torch.equal(own.self_attn.o_proj.weight, last.self_attn.o_proj.weight)
+    assert own.mlp.up_proj.weight.shape == (40, 32), "of another width: its own"
+    assert torch.equal(head.lm_head.weight, target.lm_head.weight[::3])
+    assert (head.fc.weight[:, -32:] - torch.eye(32)).abs().max() < 0.2 < head.fc.weight[:, -32:].diagonal().min()
+
+
+def test_states_are_computed_once(tmp_path: Path) -> None:
+    """Those of texts of several threads; a text that an interruption tore is computed again."""
+    target, layers = tiny_target(), [2, 3, 7]
+    texts = [Text(tuple(range(index, index + 12 + index)), 3) for index in range(4)]
+    file = StateFile(tmp_path, target, layers)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(file.read, texts))
+    index, data = tmp_path / "states.jsonl", tmp_path / "states.bin"
+    kept = index.read_bytes(), data.read_bytes()
+    index.write_bytes(kept[0][:-9])
+    data.write_bytes(kept[1][:-9])
+    again = StateFile(tmp_path, target, layers)
+    for text in texts:
+        found, given = again.read(text), target(torch.tensor([text.ids]), output_hidden_states=True)
+        wanted = torch.cat([given.hidden_states[layer][0] for layer in layers], -1)
+        assert torch.equal(found.states, wanted.bfloat16().float())
+        p = given.logits[0].softmax(-1)
+        assert torch.allclose(p.gather(-1, found.tokens), found.probabilities, atol=1e-3)
+        assert torch.equal(found.tokens[:, 0], p.argmax(-1))
+    assert len(index.read_text().splitlines()) == 5
+    assert data.read_bytes() == kept[1]
+    with pytest.raises(typer.BadParameter, match="is of another target"):
+        StateFile(tmp_path, target, [2, 3, 6])
+
+
+def test_a_chat_model_asks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled target, as if a line were a turn. What there is stays, and is asked for only once."""
+    monkeypatch.setattr("bench.head_training.data._AT_ONCE", 8)
+    for file in bundled_path("target").iterdir():
+        if file.name not in ("chat_template.jinja", "generation_config.json"):
+            (tmp_path / file.name).symlink_to(file)
+    path, line = str(tmp_path), Tokenizer.from_pretrained(str(bundled_path("target"))).encode("\n")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *line]}))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}# {{ m['content'] }}\n{% endfor %}")
+    file, console = tmp_path / "questions.jsonl", Console(quiet=True)
+    found = own_questions(path, Tokenizer.from_pretrained(path), file, 3, 24, console)
+    assert len(set(found)) == 3
+    assert all(text and "\n" not in text for text in found)
+    kept = file.read_text()
+    assert own_questions("nowhere", Tokenizer.from_pretrained(path), file, 2, 24, console) == found[:2]
+    more = own_questions(path, Tokenizer.from_pretrained(path), file, len(kept.splitlines()) + 1, 24, console)
+    assert more[:3] == found
+    assert len(set(more)) == len(kept.splitlines()) + 1
+    assert file.read_text().startswith(kept)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    with pytest.raises(typer.BadParameter, match="nothing before a user's words"):
+        own_questions(path, Tokenizer.from_pretrained(path), tmp_path / "new.jsonl", 3, 24, console)
+
+
+def test_ids_that_are_drafted() -> None:
+    tokenizer = Tokenizer.from_pretrained(str(bundled_path("target")))
+    texts = Texts((Text((0, *[700 + place % 5 for place in range(30)], 900 + index), 1) for index in range(21)), 64)
+    frequencies = texts.frequencies()
+    assert _drafted_ids(texts, tokenizer, 3) == sorted(token for token, _ in frequencies.most_common(3))
+    assert _drafted_ids(texts, tokenizer, 40) == sorted([*frequencies, *range(40 - len(frequencies))])
+    assert _drafted_ids(texts, tokenizer, 1 << 20) == list(range(tokenizer.vocab_size))
+
+
 def test_texts_are_held_out_and_cut(tmp_path: Path) -> None:
     texts = Texts((Text(tuple(range(index, index + 30)), 5) for index in range(60)), length=20)
     assert (len(texts.train), len(texts.held_out)) == (57, 3)
     assert not {text.ids for text in texts.train} & {text.ids for text in texts.held_out}
-    batch = texts.sample(np.random.default_rng(0), 3)
-    assert batch.ids.shape == (3, 20)
-    assert batch.counts.sum(1).tolist() == [15] * 3
+    sampled = texts.sample(np.random.default_rng(0), 3)
+    assert [(len(text.ids), text.begin) for text in sampled] == [(20, 5)] * 3
+    assert Texts([Text(tuple(range(20)), 12)], 40).held_out == [], "an answer of a few tokens"
     assert 1 not in texts.frequencies()  # of the first text's prompt alone
     file = tmp_path / "questions.jsonl"
     file.write_text('{"question": "a"}\n\n{"turns": ["b", "c"]}\n{"prompt": "d"}\n{"other": 1}\n')

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from bench.shared.malloc import CPU_ENVIRONMENT
 from bench.training import program, trainer
 from bench.training.corpus import Corpus, read_files
 from bench.training.models import Shape, load_init
@@ -65,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> TrainingClock:
     """A few small files to read, the CPU, and a clock of the training's own."""
     monkeypatch.setattr(program, "read_files", lambda: (sources(6), {"held/out.py": sources(8)["m7.py"]}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, value in program.CPU_ENVIRONMENT.items():  # otherwise the script starts itself again
+    for name, value in CPU_ENVIRONMENT.items():  # otherwise the script starts itself again
         monkeypatch.setenv(name, value)
     return set_clock(monkeypatch)
 
