@@ -133,7 +133,7 @@ def test_states_are_computed_once(tmp_path: Path) -> None:
 
 def test_a_chat_model_asks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled target, as if a line were a turn. What there is stays, and is asked for only once."""
-    monkeypatch.setattr("bench.head_training.data._AT_ONCE", 8)
+    monkeypatch.setattr("bench.head_training.data._AT_ONCE", 40)
     for file in bundled_path("target").iterdir():
         if file.name not in ("chat_template.jinja", "generation_config.json"):
             (tmp_path / file.name).symlink_to(file)
