@@ -32,12 +32,14 @@ def verify_attention(
     window: int = 0,
     softcap: float = 0.0,
     most_rows: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As ``pearl_kernels.reference.verify_attention``; q and the caches are of one dtype, bf16 or fp16.
 
     Probabilities are rounded to that dtype before they meet the values, so the result is less exact than our own
     kernels'. Raises ValueError for inputs that it cannot take.
     """
+    packaged_attention.refuse_sinks("flash-attn", sinks)
     sizes = packaged_attention.checked_sizes(q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
     if sizes.page_size % PAGE_SIZE:
         raise ValueError(

@@ -75,6 +75,7 @@ def check_attention(
     query_start: Tensor,
     context_lens: Tensor,
     most_rows: int = 0,
+    sinks: Tensor | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> AttentionSizes:
     """``cache_dtype``: what the caches must be of; None: any that the provider computes."""
@@ -97,6 +98,7 @@ def check_attention(
     call.rows(op, "block_tables", block_tables, torch.int32, (sequences, table_width))
     call.contiguous(op, "query_start", query_start, torch.int32, (sequences + 1,))
     call.contiguous(op, "context_lens", context_lens, torch.int32, (sequences,))
+    call.optional(op, "sinks", sinks, torch.float32, (query_heads,))
     return AttentionSizes(n, query_heads, kv_heads, head_dim, pages, page_size, sequences, table_width)
 
 

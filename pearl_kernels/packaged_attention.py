@@ -32,6 +32,11 @@ def checked_sizes(
     return check_attention(checks, q, k_cache, v_cache, *index, most_rows, cache_dtype=q.dtype)
 
 
+def refuse_sinks(package: str, sinks: Tensor | None) -> None:
+    if sinks is not None:
+        raise ValueError(f"verify_attention: {package} as it is called here has no attention sinks")
+
+
 @functools.cache
 def _checks(device: str) -> Checks:
     return Checks(device, DTYPES)
@@ -45,6 +50,8 @@ def refuses(package: str, situation: Situation) -> str | None:
         return f"runs on cuda, not on {situation.device}"
     if situation.dtype not in DTYPES:
         return f"computes bfloat16 and float16, not {situation.dtype}"
+    if situation.sinks:
+        return "its attention, as it is called here, has no sinks"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or more"
     return None

@@ -22,6 +22,7 @@ class Situation:
     page_size: int = 16  # tokens of a KV page
     weights: WeightFormat = "full"  # what pack_linear makes of a matrix
     rule: Rule = "rejection"  # that verify is called with
+    sinks: bool = False  # verify_attention is called with some
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,15 @@ inline void attend_tile(const AttentionParams& p, AttentionBlock& block, KeyRang
                              [&](int64_t i, auto rows) { attend_rows<V, decltype(rows)::kCount>(p, block, i, tile); });
 }
 
+/// What turns row i's sums into its result: 1 over the mass of its keys and of its head's sink, relative to the peak.
+inline Vec normaliser(const AttentionParams& p, const AttentionBlock& block, int64_t i, int64_t query_head) {
+  const Vec one = broadcast(1.0f), mass = broadcast(reduce_add(load(block.mass + i * kLanes)));
+  if (p.sinks == nullptr) return one / mass;
+  const float sink = p.sinks[query_head], top = sink > block.peak[i] ? sink : block.peak[i];
+  const Vec factor = exp(broadcast(block.peak[i] - top));
+  return factor / (mass * factor + exp(broadcast(sink - top)));
+}
+
 template <class Q>
 inline void store_outputs(const AttentionParams& p, int64_t begin, int64_t head, int64_t first,
                           const AttentionBlock& block) {
@@ -182,7 +191,7 @@ inline void store_outputs(const AttentionParams& p, int64_t begin, int64_t head,
   for (int64_t i = 0; i < block.rows; ++i) {
     const int64_t row = begin + (first + i) / group, query_head = head * group + (first + i) % group;
     Q* out = static_cast<Q*>(p.out) + (row * p.query_heads + query_head) * p.head_dim;
-    const Vec inverse = broadcast(1.0f / reduce_add(load(block.mass + i * kLanes)));
+    const Vec inverse = normaliser(p, block, i, query_head);
     for_each_vector(p.head_dim, [&](int64_t d, int64_t n) {
       store_some(out + d, load(block.sum + i * block.width + d) * inverse, n);
     });

@@ -337,6 +337,7 @@ AttentionParams Decoder::attention_params(const DecoderLayer& layer, const Decod
   p.scale = s.scale;
   p.softcap = s.softcap;
   p.window = layer.window;
+  p.sinks = layer.sinks;
   return p;
 }
 

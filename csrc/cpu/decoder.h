@@ -52,7 +52,8 @@ struct DecoderLayer {
   const float* cos_sin;             // [max_position, head_dim]
   void* k_cache;                    // [pages, page_size, kv_heads, head_dim]
   void* v_cache;
-  int64_t window;  // 0: all keys
+  int64_t window;      // 0: all keys
+  const float* sinks;  // [query_heads], of the attention's softmax; null: none
   std::optional<DecoderMixture> mixture;
 };
 

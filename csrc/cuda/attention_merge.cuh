@@ -100,7 +100,7 @@ __device__ __forceinline__ void add_to_group(const AttentionTask& task, const Bl
   }
   merged.add(make_float2(peak, mass), sum);
   if (split + 1 == own.end && within(splits, in_group)) {
-    store_result(task, rows, row, kv_head, column, merged.sum, merged.mass);
+    store_result(task, rows, row, kv_head, column, merged.sum, merged.peak, merged.mass);
   } else {
     store_partial(task, slot, column, merged);
   }
@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_row(const AttentionTask& task, const Block
   const KeyRange keys = row_keys(task, rows, row), range = split_range(task, rows, split), both = overlap(keys, range);
   if (both.begin >= both.end) return;
   if (within(keys, range)) {
-    store_result(task, rows, row, kv_head, column, sum, mass);
+    store_result(task, rows, row, kv_head, column, sum, peak, mass);
   } else if (task.walk == 1) {
     const int64_t slot = partial_slots(task, rows, row, kv_head) + split;
     store_partial(task, slot, column, {peak, mass, {sum[0], sum[1], sum[2], sum[3]}});
@@ -135,7 +135,7 @@ __device__ __forceinline__ void merge_group(const AttentionTask& task, const Blo
     if (splits.end - splits.begin == 1 || own.begin >= own.end) continue;
     MergedSum merged = merge_slots(task, partial_slots(task, rows, row, kv_head), own, column);
     if (within(splits, splits_of_group(group))) {
-      store_result(task, rows, row, kv_head, column, merged.sum, merged.mass);
+      store_result(task, rows, row, kv_head, column, merged.sum, merged.peak, merged.mass);
     } else {
       store_partial(task, partial_slots(task, rows, row, kv_head) + task.group_slot + group, column, merged);
     }
@@ -154,7 +154,7 @@ __device__ __forceinline__ void merge_groups(const AttentionTask& task, const Bl
     if (groups.end - groups.begin == 1) continue;
     const KeyRange slots = {task.group_slot + groups.begin, task.group_slot + groups.end};
     MergedSum merged = merge_slots(task, partial_slots(task, rows, row, kv_head), slots, column);
-    store_result(task, rows, row, kv_head, column, merged.sum, merged.mass);
+    store_result(task, rows, row, kv_head, column, merged.sum, merged.peak, merged.mass);
   }
 }
 

@@ -146,11 +146,21 @@ __device__ __forceinline__ void store_output(const AttentionParams& p, int64_t i
   }
 }
 
-/// Columns [column, column + kCount) of a row's result: its sums over all keys that it sees, divided by their mass.
+/// What turns a row's sums over all keys that it sees into its result: 1 over their mass, relative to 2^peak, and over
+/// that of the head's sink, which joins here alone, once for all splits.
+__device__ __forceinline__ float normaliser(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
+                                            float peak, float mass) {
+  if (task.p.sinks == nullptr) return 1.0f / mass;
+  const float sink = task.p.sinks[kv_head * task.group + (rows.first + row) % task.group] * kLog2e;
+  const float top = fmaxf(peak, sink), factor = exp2_fast(peak - top);
+  return factor / fmaf(mass, factor, exp2_fast(sink - top));
+}
+
+/// Columns [column, column + kCount) of a row's result, of its sums, relative to 2^peak, over all keys that it sees.
 template <int kCount>
 __device__ __forceinline__ void store_result(const AttentionTask& task, const BlockRows& rows, int row, int kv_head,
-                                             int column, float (&sum)[kCount], float mass) {
-  const float inverse = 1.0f / mass;
+                                             int column, float (&sum)[kCount], float peak, float mass) {
+  const float inverse = normaliser(task, rows, row, kv_head, peak, mass);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum[i] *= inverse;
   store_output(task.p, output_row(task, rows, row, kv_head) * task.p.head_dim + column, sum);

@@ -30,7 +30,7 @@ struct LayerArgument : pearl::DecoderLayer {
   LayerArgument(Address input_norm, const MatrixArgument& qkv, Address q_norm, Address k_norm,
                 const MatrixArgument& output, Address attention_post_norm, Address mlp_norm,
                 const MatrixArgument& gate_up, const MatrixArgument& down, Address mlp_post_norm, Address cos_sin,
-                Address k_cache, Address v_cache, int64_t window, const MixtureArgument* mixture)
+                Address k_cache, Address v_cache, int64_t window, Address sinks, const MixtureArgument* mixture)
       : DecoderLayer{pointer<const void>(input_norm),
                      qkv,
                      pointer<const void>(q_norm),
@@ -45,6 +45,7 @@ struct LayerArgument : pearl::DecoderLayer {
                      pointer<void>(k_cache),
                      pointer<void>(v_cache),
                      window,
+                     pointer<const float>(sinks),
                      mixture == nullptr ? std::nullopt : std::optional<pearl::DecoderMixture>(*mixture)} {}
 };
 
@@ -197,7 +198,7 @@ void bind_decoder(py::module_& m) {
       .def(py::init<const MatrixArgument&, const ExpertLayerArgument&, const MatrixArgument&, int64_t, bool>());
   py::class_<LayerArgument>(m, "Layer")
       .def(py::init<Address, const MatrixArgument&, Address, Address, const MatrixArgument&, Address, Address,
-                    const MatrixArgument&, const MatrixArgument&, Address, Address, Address, Address, int64_t,
+                    const MatrixArgument&, const MatrixArgument&, Address, Address, Address, Address, int64_t, Address,
                     const MixtureArgument*>());
   py::class_<ShapeArgument>(m, "Shape")
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,

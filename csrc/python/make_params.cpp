@@ -82,7 +82,7 @@ AttentionParams make_verify_attention(int q_dtype, int cache_dtype, int64_t sequ
                                       int64_t page_size, Address q, int64_t q_stride, Address k_cache, Address v_cache,
                                       Address block_tables, int64_t table_width, int64_t table_stride,
                                       Address query_start, Address context_lens, Address out, float scale,
-                                      int64_t window, float softcap, int64_t most_rows, Address counters,
+                                      int64_t window, float softcap, Address sinks, int64_t most_rows, Address counters,
                                       int64_t counter_count) {
   AttentionParams p = {};
   p.q_dtype = static_cast<DType>(q_dtype);
@@ -107,6 +107,7 @@ AttentionParams make_verify_attention(int q_dtype, int cache_dtype, int64_t sequ
   p.scale = scale;
   p.window = window;
   p.softcap = softcap;
+  p.sinks = pointer<const float>(sinks);
   p.most_rows = most_rows;
   p.counters = pointer<uint32_t>(counters);
   p.counter_count = counter_count;

@@ -22,6 +22,7 @@ class MixtureWeights:
 
     router: LinearWeight  # [E, D]
     experts: ExpertWeights
+    router_bias: Tensor | None = None  # [E]
     shared_gate: LinearWeight | None = None  # [1, D], of what all tokens meet
 
 
@@ -46,6 +47,7 @@ class LayerWeights:
     down_bias: Tensor | None = None
     attention_post_norm: Tensor | None = None  # [D], of what the attention adds to the residual; None: as it is
     mlp_post_norm: Tensor | None = None
+    sinks: Tensor | None = None  # fp32 [Hq], of the attention's softmax
     mixture: MixtureWeights | None = None
 
 
@@ -149,7 +151,8 @@ class Decoder:
     def _mix(self, layer: LayerWeights, weights: MixtureWeights, x: Tensor) -> Tensor:
         kernels, mixture = self.kernels, self.config.mixture
         assert mixture is not None
-        routing = kernels.route(kernels.linear(x, weights.router), mixture.top_k, mixture.renormalise)
+        logits = kernels.linear(x, weights.router, weights.router_bias)
+        routing = kernels.route(logits, mixture.top_k, mixture.renormalise)
         shared, gate = None, None
         if weights.shared_gate is not None:
             shared, gate = self._dense(layer, x), kernels.linear(x, weights.shared_gate)
@@ -193,6 +196,6 @@ class Decoder:
         )
         attended = kernels.verify_attention(
             q, keys, values, batch.block_tables, batch.query_start, batch.context_lens,
-            config.attention_scale, config.windows[index], config.attention_softcap, batch.most_rows,
+            config.attention_scale, config.windows[index], config.attention_softcap, batch.most_rows, layer.sinks,
         )  # fmt: skip
         return self._add_up(kernels.linear(attended.view(x.shape[0], -1), layer.output, layer.output_bias))

@@ -144,6 +144,7 @@ def _layer(
         _address(keys),
         _address(values),
         window,
+        _address(layer.sinks),
         mixture,
     )
 
@@ -155,8 +156,8 @@ def _mixture(shape: Mixture | None, weights: MixtureWeights | None) -> _core.Mix
     from pearl_kernels.cpu.experts import native_experts
 
     return _core.Mixture(
-        _matrix(weights.router, None), native_experts(weights.experts), _matrix(weights.shared_gate, None),
-        shape.top_k, shape.renormalise,
+        _matrix(weights.router, weights.router_bias), native_experts(weights.experts),
+        _matrix(weights.shared_gate, None), shape.top_k, shape.renormalise,
     )  # fmt: skip
 
 

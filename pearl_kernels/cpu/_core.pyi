@@ -98,6 +98,10 @@ def verify_attention(
     scale: float,
     window: int,
     softcap: float,
+    sinks: int,
+    most_rows: int,
+    counters: int,
+    counter_count: int,
     where: None,
     /,
 ) -> None: ...
@@ -222,6 +226,7 @@ class Layer:
         k_cache: int,
         v_cache: int,
         window: int,
+        sinks: int,
         mixture: Mixture | None,
         /,
     ) -> None: ...

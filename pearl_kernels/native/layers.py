@@ -129,8 +129,11 @@ class NativeLayers(NativeModule):
         window: int = 0,
         softcap: float = 0.0,
         most_rows: int = 0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        sizes = check_attention(self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
+        sizes = check_attention(
+            self.checks, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows, sinks
+        )
         counters = self.counters and self.counters(q)
         out = q.new_empty((sizes.rows, sizes.query_heads, sizes.head_dim))
         arguments = (
@@ -155,6 +158,7 @@ class NativeLayers(NativeModule):
             scale,
             window,
             softcap,
+            0 if sinks is None else sinks.data_ptr(),
             most_rows,
             *((0, 0) if counters is None else (counters.data_ptr(), counters.numel())),
         )

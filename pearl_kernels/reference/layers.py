@@ -190,6 +190,7 @@ def verify_attention(
     window: int = 0,
     softcap: float = 0.0,
     most_rows: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged query rows over the paged KV cache, which already holds the queries' own keys.
 
@@ -205,6 +206,9 @@ def verify_attention(
         softcap: > 0 replaces scores s by ``softcap * tanh(s / softcap)``.
         most_rows: rows of the sequence that has most, as far as the host knows; 0: unknown. A hint to kernels, which
             may be wrong: no result depends on it.
+        sinks: fp32 ``[Hq]``: a logit of each query head that joins the softmax of each of its rows as one more key
+            would, neither scaled nor capped, in every window, and that has no value: only the denominator knows of it,
+            so that a row's probabilities add up to less than 1 (gpt-oss). -inf is as good as none.
     Returns: ``[N, Hq, D]`` in q's dtype.
     """
     page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -220,7 +224,10 @@ def verify_attention(
         key = torch.arange(length, device=q.device)
         row = torch.arange(length - (end - begin), length, device=q.device)[:, None]
         visible = (key <= row) if window <= 0 else (key <= row) & (key > row - window)
-        probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - begin, 1)), -1)
+        probabilities = scores.softmax(-1)[..., :length]
         out[begin:end] = torch.einsum("hqk,khd->qhd", probabilities, v).to(q.dtype)
     return out
 

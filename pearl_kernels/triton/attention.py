@@ -47,16 +47,17 @@ def verify_attention(
     window: int = 0,
     softcap: float = 0.0,
     most_rows: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The values of the index tensors are not checked: that would wait for the device. Nothing is made of most_rows."""
-    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows)
+    sizes = check_attention(CHECKS, q, k_cache, v_cache, block_tables, query_start, context_lens, most_rows, sinks)
     n, query_heads, kv_heads, head_dim = sizes[:4]
     if n == 0 or sizes.sequences == 0:
         return q.new_empty((n, query_heads, head_dim))
     dtype, capacity = compute_dtype(q, k_cache), sizes.table_width * sizes.page_size
     group, gpu = query_heads // kv_heads, _gpu(q.device)
     cut = plan(n, sizes.sequences, group, kv_heads, head_dim, dtype, capacity, gpu)
-    return attend(q, k_cache, v_cache, block_tables, query_start, context_lens, scale, window, softcap, cut)
+    return attend(q, k_cache, v_cache, block_tables, query_start, context_lens, scale, window, softcap, cut, sinks)
 
 
 def compute_dtype(q: Tensor, cache: Tensor) -> torch.dtype:
@@ -82,6 +83,7 @@ def attend(
     window: int,
     softcap: float,
     cut: Plan,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """``verify_attention`` of tensors that were checked, with at least one row, cut in this way."""
     n, query_heads, head_dim = q.shape
@@ -102,6 +104,7 @@ def attend(
             block_tables,
             query_start,
             context_lens,
+            sinks,
             out,
             sums,
             peaks,
@@ -132,6 +135,7 @@ def attend(
                 peaks,
                 query_start,
                 context_lens,
+                sinks,
                 out,
                 sequences,
                 capacity,
@@ -198,10 +202,13 @@ def _attend_variant(
     prompts: bool = False,
     windowed: bool = False,
     spills: str | None = None,
+    sinks: bool = False,
 ) -> Variant:
     tile, pointer = plan_tile(prompts, head_dim, dtype, _REPORTED_SHARED), f"*{_TYPES[dtype]}"
     constants = _constants(tile, split_keys_of(8), 8, group, head_dim, 16, windowed, False, not prompts)
+    constants |= {} if sinks else {"sinks": None}
     pointers = dict.fromkeys(("q", "k_cache", "v_cache"), pointer) | dict.fromkeys(_INTEGERS, "*i32")
+    pointers |= {"sinks": "*fp32"} if sinks else {}
     pointers |= {"out": pointer, "sums": "*fp32", "peaks": "*fp32"}
     integers = dict.fromkeys(("q_stride", "table_stride"), "i32") | _PASS
     scalars = {"scale": "fp32", "window": "i32", "softcap": "fp32"}
@@ -211,6 +218,7 @@ def _attend_variant(
             + ["prompt" if prompts else "split"]
             + [f"g{group}"] * (group != 4)
             + ["window"] * windowed
+            + ["sinks"] * sinks
         ),
         kernel=attend_kernel,
         signature=pointers | integers | scalars | dict.fromkeys(constants, "constexpr"),
@@ -222,12 +230,14 @@ def _attend_variant(
     )
 
 
-def _merge_variant(dtype: torch.dtype, head_dim: int) -> Variant:
+def _merge_variant(dtype: torch.dtype, head_dim: int, sinks: bool = False) -> Variant:
     constants = _merge_constants(split_keys_of(8), 32, head_dim, windowed=False)
+    constants |= {} if sinks else {"sinks": None}
     pointers = {"sums": "*fp32", "peaks": "*fp32", "query_start": "*i32", "context_lens": "*i32"}
+    pointers |= {"sinks": "*fp32"} if sinks else {}
     pointers["out"] = f"*{_TYPES[dtype]}"
     return Variant(
-        name=f"merge-{_TYPES[dtype]}-d{head_dim}",
+        name=f"merge-{_TYPES[dtype]}-d{head_dim}" + "-sinks" * sinks,
         kernel=merge_kernel,
         signature=pointers | _PASS | {"window": "i32"} | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
@@ -247,6 +257,8 @@ VARIANTS = (
     _attend_variant(_BF16, 128, prompts=True, windowed=True, spills=_FULL),
     _attend_variant(_BF16, 64),
     _attend_variant(_BF16, 64, prompts=True),
+    *(_attend_variant(_BF16, 64, 8, windowed=windowed, sinks=True) for windowed in (False, True)),  # gpt-oss
+    _attend_variant(_BF16, 64, 8, prompts=True, windowed=True, sinks=True),
     _attend_variant(_BF16, 256),
     _attend_variant(_BF16, 256, prompts=True),
     _attend_variant(_FP16, 128),
@@ -254,5 +266,6 @@ VARIANTS = (
     _attend_variant(torch.float32, 128, prompts=True),
     _merge_variant(_BF16, 128),
     _merge_variant(_BF16, 64),
+    _merge_variant(_BF16, 64, sinks=True),
     _merge_variant(_FP16, 128),
 )

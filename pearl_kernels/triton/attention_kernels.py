@@ -23,6 +23,7 @@ import triton.language as tl
 # no key so far is no special case.
 _LOWEST = tl.constexpr(-3.0e38)
 _SEARCHED = tl.constexpr(128)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -67,6 +68,15 @@ def _attend_tile(q, k, v, visible, peak, mass, total, scale, softcap, CAPPED: tl
 
 
 @triton.jit
+def _inverse_mass(sink, peak, mass):
+    """1 over the mass of all keys that a row sees and of its head's sink, relative to 2^peak. Once for all splits."""
+    sink = sink * _LOG2E
+    top = tl.maximum(peak, sink)
+    factor = tl.exp2(peak - top)
+    return factor / (mass * factor + tl.exp2(sink - top))
+
+
+@triton.jit
 def _splits_seen(position, capacity, window, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr):
     """The first and the last split of which a row at this position sees keys."""
     first_key = tl.maximum(position + 1 - window, 0) if WINDOWED else position * 0
@@ -79,13 +89,15 @@ _COUNTS = ["sequences", "capacity", "first_split", "end_split", "slots", "by_seq
 
 @triton.jit(do_not_specialize=[*_COUNTS, "table_stride"])
 def attend_kernel(
-    q, k_cache, v_cache, block_tables, query_start, context_lens, out, sums, peaks,
+    q, k_cache, v_cache, block_tables, query_start, context_lens, sinks, out, sums, peaks,
     q_stride, table_stride, sequences, capacity, first_split, end_split, slots, by_sequence, scale, window, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT_KEYS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, KV heads, programs of a block): the block's rows over the keys. Scores are in units of exp2.
+
+    ``sinks``: fp32 ``[Hq]``, or None.
 
     Not SPLIT: rows of sequences with more than WINDOW_ROWS rows; results go to out ``[N, Hq, D]``. SPLIT: rows of the
     others, over the splits of ``[first_split, end_split)``, each program over every so many-th. Rows that see keys of
@@ -158,7 +170,7 @@ def attend_kernel(
             )
 
         _store_rows(
-            out, sums, peaks, query_start, block, sequence, rows, past, head, split, peak, mass, total,
+            sinks, out, sums, peaks, query_start, block, sequence, rows, past, head, split, peak, mass, total,
             capacity, first_split, slots, by_sequence, window,
             KV_HEADS, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, SPLIT_KEYS, WINDOW_ROWS, WINDOWED, SPLIT,
         )  # fmt: skip
@@ -166,7 +178,7 @@ def attend_kernel(
 
 @triton.jit
 def _store_rows(
-    out, sums, peaks, query_start, block, sequence, rows, past, head, split, peak, mass, total,
+    sinks, out, sums, peaks, query_start, block, sequence, rows, past, head, split, peak, mass, total,
     capacity, first_split, slots, by_sequence, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, WINDOW_ROWS: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr,
@@ -195,14 +207,18 @@ def _store_rows(
         held = partial[:, None] & (lane < HEAD_DIM)[None, :]
         tl.store(sums + place[:, None] * HEAD_DIM + lane[None, :], total, mask=held)
         live = live & (first_seen == last_seen) & (last_seen == split)
-    result = (total / mass[:, None]).to(out.dtype.element_ty)
+    if sinks is not None:
+        sink = tl.load(sinks + column, mask=live, other=0.0)
+        result = (total * _inverse_mass(sink, peak, mass)[:, None]).to(out.dtype.element_ty)
+    else:
+        result = (total / mass[:, None]).to(out.dtype.element_ty)
     held = live[:, None] & (lane < HEAD_DIM)[None, :]
     tl.store(out + row[:, None] * HEAD_DIM + lane[None, :], result, mask=held)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def merge_kernel(
-    sums, peaks, query_start, context_lens, out,
+    sums, peaks, query_start, context_lens, sinks, out,
     sequences, capacity, first_split, end_split, slots, by_sequence, window,
     QUERY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, WINDOW_ROWS: tl.constexpr, WINDOWED: tl.constexpr,
@@ -254,7 +270,8 @@ def merge_kernel(
         peak = higher
     if last < end_split:
         row = token.to(tl.int64) * QUERY_HEADS + head
-        tl.store(out + row * HEAD_DIM + lane, (total / mass).to(out.dtype.element_ty), mask=lane < HEAD_DIM)
+        result = total / mass if sinks is None else total * _inverse_mass(tl.load(sinks + head), peak, mass)
+        tl.store(out + row * HEAD_DIM + lane, result.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
     else:
         tl.store(peaks + before * 2, peak)
         tl.store(peaks + before * 2 + 1, mass)

@@ -27,7 +27,7 @@ def inputs(
 
 
 def run(
-    function: Callable[..., Any], q: Tensor, cache: Paged, window: int = 0, softcap: float = 0.0, **how: int
+    function: Callable[..., Any], q: Tensor, cache: Paged, window: int = 0, softcap: float = 0.0, **how: Any
 ) -> Tensor:
     index = (cache.block_tables, cache.query_start, cache.context_lens)
     result = function(q, cache.k_cache, cache.v_cache, *index, q.shape[2] ** -0.5, window, softcap, **how)
@@ -35,10 +35,10 @@ def run(
     return result
 
 
-def exact(q: Tensor, cache: Paged, window: int = 0, softcap: float = 0.0) -> Tensor:
+def exact(q: Tensor, cache: Paged, window: int = 0, softcap: float = 0.0, **how: Any) -> Tensor:
     index = (cache.block_tables, cache.query_start, cache.context_lens)
     wide = Paged(cache.k_cache.float(), cache.v_cache.float(), *index)
-    return run(reference.verify_attention, q.float(), wide, window, softcap)
+    return run(reference.verify_attention, q.float(), wide, window, softcap, **how)
 
 
 def only(q: Tensor, cache: Paged, chosen: Sequence[int]) -> tuple[Tensor, Paged]:
@@ -62,4 +62,4 @@ def arguments(q: Tensor, cache: Paged, out: Tensor, most_rows: int = 0, counters
     ranges = [cache.query_start.data_ptr(), cache.context_lens.data_ptr()]
     codes = [{FP32: 0, BF16: 1, FP16: 2}[t.dtype] for t in (q, cache.k_cache)]
     given = [*codes, *sizes, q.data_ptr(), q.stride(0), *caches, *index, *ranges, out.data_ptr(), 0.125, 0, 0.0]
-    return [*given, most_rows, *((0, 0) if counters is None else (counters.data_ptr(), counters.numel()))]
+    return [*given, 0, most_rows, *((0, 0) if counters is None else (counters.data_ptr(), counters.numel()))]

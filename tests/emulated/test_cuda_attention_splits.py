@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_attention import BF16, FP32, HALF_ULPS, arguments, attention, exact, inputs, only, run
 from cuda_emu import build
-from ops_support import Paged, assert_rounds_to, strided_rows
+from ops_support import Paged, assert_rounds_to, some_sinks, strided_rows
 from torch import Tensor
 
 from pearl_kernels.checks import Checks
@@ -41,7 +41,7 @@ def test_a_row_s_bits_are_the_same_alone_and_in_any_batch(dtype: torch.dtype) ->
 @pytest.mark.parametrize(("dtype", "window"), [(FP32, 0), (BF16, 0), (BF16, 1900)])
 def test_a_block_that_walks_over_a_group_s_splits_gives_the_same_bits(dtype: torch.dtype, window: int) -> None:
     """Tables for a million keys: the partial results of all splits would take more than 256 MiB."""
-    q, cache = inputs(MIXED, (4, 1), 64, dtype)
+    q, cache, sinks = *inputs(MIXED, (4, 1), 64, dtype), some_sinks(4)
     missing = (1 << 20) // 16 - cache.block_tables.shape[1]
     tables = torch.nn.functional.pad(cache.block_tables, (0, missing), value=-(2**31))
     wide = Paged(cache.k_cache, cache.v_cache, tables, cache.query_start, cache.context_lens)
@@ -49,6 +49,9 @@ def test_a_block_that_walks_over_a_group_s_splits_gives_the_same_bits(dtype: tor
     slots, blocks = (1 << 20) // 256 // 8, (59 * 4 // 16 if dtype is FP32 else 59 * 4 // 32) + 8
     assert size == 59 * 4 * slots * (64 + 2 * 64 // 4) * 4 + blocks * 4
     assert torch.equal(run(attention, q, wide, window), run(attention, q, cache, window))
+    sunk = run(attention, q, wide, window, sinks=sinks)
+    assert torch.equal(sunk, run(attention, q, cache, window, sinks=sinks))
+    assert_rounds_to(sunk, exact(q, cache, window, sinks=sinks), HALF_ULPS[dtype], tolerance=2e-5)
 
 
 def test_with_more_heads_splits_are_longer_and_as_independent() -> None:

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from ops_support import ULPS, Implementation, Paged, assert_rounds_to, emulated, paged, strided_rows, triton_function
+from ops_support import (
+    ULPS,
+    Implementation,
+    Paged,
+    assert_close_by_head,
+    assert_rounds_to,
+    emulated,
+    paged,
+    some_sinks,
+    strided_rows,
+    triton_function,
+)
 from torch import Tensor
 
 from pearl_kernels import reference
@@ -48,7 +59,7 @@ def arguments(q: Tensor, cache: Paged) -> tuple[Tensor, ...]:
     return q, cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start, cache.context_lens
 
 
-def exactly(q: Tensor, cache: Paged, *how: float) -> Tensor:
+def exactly(q: Tensor, cache: Paged, *how: Any) -> Tensor:
     index = (cache.block_tables, cache.query_start, cache.context_lens)
     return reference.verify_attention(q.float(), cache.k_cache.float(), cache.v_cache.float(), *index, *how)
 
@@ -64,14 +75,15 @@ def check(
     window: int = 0,
     softcap: float = 0.0,
     q_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     q, cache = inputs(sequences, heads, head_dim, dtype, page_size)
     q = q.to(q_dtype or dtype)
     with new_memory_is_nan():
-        out = attention(*arguments(q, cache), scale, window, softcap)
+        out = attention(*arguments(q, cache), scale, window, softcap, 0, sinks)
     assert out.dtype == q.dtype
     assert out.is_contiguous()
-    assert_rounds_to(out, exactly(q, cache, scale, window, softcap), ULPS[q.dtype], tolerance=2e-5)
+    assert_rounds_to(out, exactly(q, cache, scale, window, softcap, 0, sinks), ULPS[q.dtype], tolerance=2e-5)
 
 
 @attention
@@ -112,6 +124,35 @@ def test_windows_match_reference(attention: Implementation, window: int) -> None
 def test_softcap_matches_reference(attention: Implementation, softcap: float, dtype: torch.dtype) -> None:
     check(attention, MIXED, (2, 1), 16, dtype, softcap=softcap)
     check(attention, [(5, 67)], (2, 1), 16, dtype, softcap=softcap, window=20)
+
+
+@attention
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap"), [(torch.bfloat16, 0, 0.0), (torch.float16, 20, 2.0), (torch.float32, 9, 0.0)]
+)
+def test_sinks_match_reference(attention: Implementation, window: int, softcap: float, dtype: torch.dtype) -> None:
+    """Of windows and, in two-byte types, of a prompt."""
+    sequences = [(5, 67), (0, 9), (1, 1)] + ([(40, 50)] if dtype.itemsize == 2 else [])
+    check(attention, sequences, (7, 1), 16, dtype, window=window, softcap=softcap, sinks=some_sinks(7))
+
+
+@attention
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_sink_joins_once_whatever_the_splits(attention: Implementation, window: int) -> None:
+    """Contexts of one split of 256 keys, of several, and of more than are merged at once."""
+    sinks = torch.tensor([3.0, 8.0, -1.0, 30.0])
+    check(attention, [(1, 200), (2, 700), (1, 2200)], (4, 1), 16, torch.bfloat16, window=window, sinks=sinks)
+
+
+@attention
+def test_what_a_large_sink_leaves_is_exact(attention: Implementation) -> None:
+    q, cache = inputs([(1, 300), (1, 30)], (4, 2), 16, torch.float32, 16)
+    sinks = torch.tensor([60.0, -torch.inf, -200.0, 5.0])
+    out = attention(*arguments(q, cache), 0.25, 0, 0.0, 0, sinks)
+    assert_close_by_head(out, exactly(q, cache, 0.25, 0, 0.0, 0, sinks))
+    assert_close_by_head(out[:, 1:3], attention(*arguments(q, cache), 0.25)[:, 1:3])
+    with pytest.raises(ValueError, match="verify_attention: sinks must be"):
+        attention(*arguments(q, cache), 0.25, 0, 0.0, 0, sinks[:2])
 
 
 @attention

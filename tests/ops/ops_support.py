@@ -162,6 +162,17 @@ def assert_rounds_to(actual: Tensor, exact: Tensor, ulps: float = 0.5, tolerance
     assert (error <= allowed).all(), f"largest excess {(error - allowed).max().item():.3g}"
 
 
+def some_sinks(heads: int) -> Tensor:
+    """Of attention, fp32 ``[heads]``: about as large as scores, far larger, as good as none, none."""
+    return torch.tensor([1.5, 30.0, -30.0, -torch.inf, 0.0, 4.0, -3.0]).repeat(-(-heads // 7))[:heads]
+
+
+def assert_close_by_head(actual: Tensor, wanted: Tensor) -> None:
+    """``[N, heads, D]``; errors are of the size of a head's largest result, however small that is."""
+    largest = wanted.abs().amax((0, 2))
+    assert ((actual - wanted).abs().amax((0, 2)) <= 1e-5 * largest).all()
+
+
 def strided_rows(x: Tensor) -> Tensor:
     """The same values as a view of a wider tensor: rows are contiguous but lie apart, with NaN between."""
     flat = x.flatten(1)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_support import Implementation, assert_rounds_to, both_dtypes, implementations, paged, strided_rows
+from ops_support import (
+    Implementation,
+    assert_close_by_head,
+    assert_rounds_to,
+    both_dtypes,
+    implementations,
+    paged,
+    some_sinks,
+    strided_rows,
+)
 from torch import Tensor
 
 from pearl_kernels import reference
@@ -26,11 +35,12 @@ def check(
     window: int = 0,
     softcap: float = 0.0,
     q_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     queries, contexts = zip(*sequences, strict=True)
     cache = paged(queries, contexts, heads[1], head_dim, page_size, dtype)
     q = strided_rows((torch.randn(sum(queries), heads[0], head_dim) * 2).to(q_dtype or dtype))
-    index = (cache.block_tables, cache.query_start, cache.context_lens, head_dim**-0.5, window, softcap)
+    index = (cache.block_tables, cache.query_start, cache.context_lens, head_dim**-0.5, window, softcap, 0, sinks)
     out = attention(q, cache.k_cache, cache.v_cache, *index)
     assert out.dtype == q.dtype
     exact = reference.verify_attention(q.float(), cache.k_cache.float(), cache.v_cache.float(), *index)
@@ -71,6 +81,39 @@ def test_windows_match_reference(attention: Implementation, window: int, dtype: 
 def test_softcap_matches_reference(attention: Implementation, softcap: float, dtype: torch.dtype) -> None:
     check(attention, MIXED, (2, 1), 64, dtype, softcap=softcap)
     check(attention, MIXED, (2, 1), 64, dtype, softcap=softcap, window=20)
+
+
+@attention
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (20, 0.0), (5, 2.0)])
+@both_dtypes
+def test_sinks_match_reference(attention: Implementation, window: int, softcap: float, dtype: torch.dtype) -> None:
+    for heads in ((7, 1), (8, 4)):
+        check(attention, MIXED, heads, 24, dtype, window=window, softcap=softcap, sinks=some_sinks(heads[0]))
+
+
+@attention
+def test_what_a_large_sink_leaves_is_exact_and_what_none_leaves_unchanged(attention: Implementation) -> None:
+    """Of a head whose sink has nearly all of the mass; and a row has the same bits in whatever window."""
+    cache = paged([3, 1], [150, 70], 2, 32, 16, torch.float32)
+    q, sinks = torch.randn(4, 4, 32), torch.tensor([60.0, -torch.inf, -200.0, 5.0])
+    call = (q, cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start, cache.context_lens, 0.3, 0, 0.0, 0)
+    out, plain = attention(*call, sinks), attention(*call)
+    assert_close_by_head(out, reference.verify_attention(*call, sinks))
+    assert 0 < out[:, 0].abs().max() < 1e-15
+    assert_close_by_head(out[:, 1:3], plain[:, 1:3])
+    start, length = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([149], dtype=torch.int32)
+    alone = attention(q[1:2], *call[1:3], cache.block_tables[:1], start, length, *call[6:], sinks)
+    assert torch.equal(alone[0], out[1])
+
+
+@attention
+def test_sinks_that_do_not_fit_are_refused(attention: Implementation) -> None:
+    cache = paged([1], [9], 2, 16, 16, torch.float32)
+    call = (torch.randn(1, 4, 16), cache.k_cache, cache.v_cache, cache.block_tables, cache.query_start)
+    if attention is not reference.verify_attention:
+        for sinks in (torch.zeros(2), torch.zeros(4).double(), torch.zeros(8)[::2]):
+            with pytest.raises(ValueError, match="verify_attention: sinks must be"):
+                attention(*call, cache.context_lens, 0.2, 0, 0.0, 0, sinks)
 
 
 @attention
@@ -154,6 +197,20 @@ def test_reference_is_masked_attention(window: int) -> None:
         rows = q[begin : begin + count].transpose(0, 1)
         plain = F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(out[begin : begin + count], plain.transpose(0, 1))
+
+
+def test_a_sink_of_the_reference_is_a_key_without_a_value() -> None:
+    cache = paged([4], [19], 2, 16, 8, torch.float32)
+    q, sinks = torch.randn(4, 6, 16), some_sinks(6)
+    index = (cache.block_tables, cache.query_start, cache.context_lens, 0.3, 7, 0.0, 0)
+    out = reference.verify_attention(q, cache.k_cache, cache.v_cache, *index, sinks)
+    keys, values = (F.pad(gather(c, cache.block_tables[0], 19), (0, 0, 0, 1)) for c in (cache.k_cache, cache.v_cache))
+    position, key = torch.arange(15, 19)[:, None], torch.arange(19)[None]
+    added = torch.zeros(6, 4, 20)
+    added[..., :19].masked_fill_((key > position) | (key <= position - 7), -torch.inf)
+    added[..., 19] = sinks[:, None]
+    plain = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, attn_mask=added, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(out, plain.transpose(0, 1))
 
 
 def gather(cache: Tensor, table: Tensor, length: int) -> Tensor:

@@ -111,6 +111,13 @@ def test_flashinfer_takes_any_page_size(attentions: dict[str, Callable[..., Tens
 
 
 @both_adapters
+def test_sinks_are_refused(attentions: dict[str, Callable[..., Tensor]], name: str) -> None:
+    q, cache = inputs([(2, 9)])
+    with pytest.raises(ValueError, match="as it is called here has no attention sinks"):
+        attentions[name](*arguments(q, cache), 1.0, 0, 0.0, 0, torch.zeros(q.shape[1]))
+
+
+@both_adapters
 def test_no_rows_at_all(attentions: dict[str, Callable[..., Tensor]], name: str) -> None:
     q, cache = inputs([(0, 0), (0, 17)])
     assert attentions[name](*arguments(q, cache), 1.0).shape == (0, GROUP * KV_HEADS, HEAD_DIM)
@@ -213,6 +220,8 @@ def test_flash_attn_refuses_small_pages(flash_attn: FakeFlashAttn) -> None:
         ("flash_attn", replace(FLASH, page_size=16), "needs a page_size that is a multiple of 256, not 16"),
         ("flashinfer", replace(FLASHINFER, device="cpu"), "runs on cuda, not on cpu"),
         ("flashinfer", replace(FLASHINFER, dtype=torch.float32), "computes bfloat16 and float16, not torch.float32"),
+        ("flash_attn", replace(FLASH, sinks=True), "its attention, as it is called here, has no sinks"),
+        ("flashinfer", replace(FLASHINFER, sinks=True), "its attention, as it is called here, has no sinks"),
         ("flashinfer", replace(FLASHINFER, head_dim=96), "has kernels for a head_dim of 64, 128, 256, not 96"),
     ],
     ids=str,

@@ -159,6 +159,7 @@ struct AttentionParams {
   float scale;
   int64_t window;      // keys a row sees, its own included; 0: all
   float softcap;       // 0: none
+  const float* sinks;  // [query_heads]: a key's score without its value, neither scaled nor capped; null: none
   int64_t most_rows;   // of one sequence, as far as the caller knows; 0: unknown. A hint: no result depends on it
   uint32_t* counters;  // GPU: zero, and zero again afterwards, used by no other kernel meanwhile; null: none
   int64_t counter_count;
