@@ -55,6 +55,40 @@ def quantize(source: Path, folder: Path, name: str, leave: tuple[str, ...] = ("l
     return meant
 
 
+# As gpt-oss is published.
+MXFP4: Mapping[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def random_blocks(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """MXFP4's of matrices ``[..., outputs, inputs]``: bytes of two numbers, and exponents of about 2^-5."""
+    generator = torch.Generator().manual_seed(seed)
+    *outer, inputs = shape
+    blocks = torch.randint(256, (*outer, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    return blocks, torch.randint(119, 125, (*outer, inputs // 32), dtype=torch.uint8, generator=generator)
+
+
+def in_mxfp4(source: Path, folder: Path) -> Path:
+    """``source``, a gpt-oss, with random numbers in MXFP4 for the matrices of its experts; returns ``folder``."""
+    tensors = load_file(source / SINGLE)
+    for index, name in enumerate(sorted(tensors)):
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = tensors.pop(name).shape
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = random_blocks(experts, outputs, inputs, seed=index)
+    folder.mkdir()
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    describe(folder, Format(MXFP4, lambda matrix: ({}, matrix)))
+    return folder
+
+
 def describe(folder: Path, form: Format) -> None:
     path = folder / form.file
     values = json.loads(path.read_text()) if path.exists() else {}

@@ -23,7 +23,8 @@ def kernels_for(config: EngineConfig, role: Role, model: ModelShape) -> KernelSe
     dtype = config.torch_dtype or model.dtype
     device = config.resolve_device(role)
     rule = config.verification
-    return select(Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights, rule))
+    situation = Situation(device.type, dtype, model.head_dim, threads, config.page_size, weights, rule, model.sinks)
+    return select(situation)
 
 
 def make_runner(

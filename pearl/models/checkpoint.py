@@ -19,7 +19,7 @@ from pearl.models.model_source import ModelSource, StoredValues, source_of
 from pearl.models.quantization import refuse_quantized_tensors
 from pearl.models.quantized_tensors import QuantizedTensors, quantized_names
 from pearl.models.sharding import Span
-from pearl.models.stored_experts import each_expert
+from pearl.models.stored_forms import own_tensors
 from pearl_kernels import QuantizedMatrix
 
 _WEIGHT = ".weight"
@@ -54,7 +54,7 @@ class Checkpoint:
         self._table = decoder_tensors(config)
         quantization = config.quantization
         known = self._table.keys() | quantized_names(quantization, self._table)
-        self._stored, others = _open(folder, self._source, known, stack)
+        self._stored, others = _open(folder, self._source, known, config, stack)
         own = sorted(name for name in others if is_decoders(name))
         self._quantized: QuantizedTensors | None = None
         if quantization is not None and not quantization.storages:
@@ -140,13 +140,13 @@ class Checkpoint:
 
 
 def _open(
-    folder: Path, source: ModelSource, table: Container[str], stack: ExitStack
+    folder: Path, source: ModelSource, table: Container[str], config: ModelConfig, stack: ExitStack
 ) -> tuple[dict[str, StoredValues], list[str]]:
     """The decoder's tensors by its names, and the names of all other tensors. Reads the files' headers."""
     stored: dict[str, StoredValues] = {}
     names_of: dict[str, str] = {}
     others: list[str] = []
-    for name, values in (part for tensor in source.open(stack) for part in each_expert(*tensor)):
+    for name, values in (part for tensor in source.open(stack) for part in own_tensors(*tensor, config)):
         known = canonical_name(name, table)
         if known not in table:
             others.append(name)

@@ -32,7 +32,8 @@ _READ = {
     "no_rope_layer_interval", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping",
     "qkv_bias", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
     "shared_expert_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-    "final_logit_softcapping", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "swiglu_alpha", "swiglu_limit", "final_logit_softcapping", "embedding_multiplier", "residual_multiplier",
+    "logits_scaling",
 }  # fmt: skip
 # and those that change no logits: of training, and of what lies around the model.
 _HARMLESS = {

@@ -13,6 +13,7 @@ import torch
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.config_features import require_one_for_each_layer
 from pearl.models.families import family_of
+from pearl.models.foreign_config import foreign_config
 from pearl.models.model_files import checked_integer, read_json
 from pearl.models.plain_files import PlainConfig, plain_config
 from pearl.models.rope import check_parameters
@@ -47,6 +48,8 @@ def read_config(path: str, folder: Path) -> tuple[Mapping[str, Any], PretrainedC
     with naming_config(path), made_by_transformers():
         fields = PretrainedConfig.get_config_dict(folder)[0]
         _check(fields)
+        if (foreign := foreign_config(fields)) is not None:
+            return fields, foreign
         # A dtype that is given is the only one that transformers does not refuse for its name.
         return fields, AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
 

@@ -74,7 +74,7 @@ def matrix_shapes(table: Mapping[str, StoredTensor]) -> Mapping[str, tuple[int, 
 
 def is_router(module: str) -> bool:
     """A choice has no small errors: routers are computed in full, however they are stored."""
-    return module.endswith((".mlp.gate", ".mlp.shared_expert_gate"))
+    return module.endswith(("mlp.gate", "mlp.shared_expert_gate"))
 
 
 def canonical_name(stored: str, table: Container[str]) -> str:
@@ -113,8 +113,10 @@ def _layer(config: ModelConfig, mixture: Mixture | None) -> Iterator[tuple[str, 
     feed_forward = _dense(config) if mixture is None else _sparse(config, mixture)
     for name, outputs, inputs, biased in (*_attention(config), *feed_forward):
         yield f"{name}.weight", StoredTensor((outputs, inputs))
-        if biased:
-            yield f"{name}.bias", StoredTensor((outputs,), 0.0)
+        if biased:  # a router's transformers fills with random numbers
+            yield f"{name}.bias", StoredTensor((outputs,), None if is_router(name) else 0.0)
+    if config.sinks:
+        yield "self_attn.sinks", StoredTensor((config.heads,))
     if config.qk_norm != "none":
         of_heads = config.qk_norm == "projection"
         yield "self_attn.q_norm.weight", _norm(config, q if of_heads else config.head_dim)
@@ -143,13 +145,13 @@ def _dense(config: ModelConfig) -> Iterator[_Projection]:
 
 
 def _sparse(config: ModelConfig, mixture: Mixture) -> Iterator[_Projection]:
-    d = config.hidden
-    yield "mlp.gate", mixture.experts, d, False
+    d, biased = config.hidden, mixture.biases
+    yield "mlp.gate", mixture.experts, d, biased
     widths = {f"mlp.experts.{expert}": mixture.hidden for expert in range(mixture.experts)}
     if mixture.shared:
         yield "mlp.shared_expert_gate", 1, d, False
         widths["mlp.shared_expert"] = mixture.shared
     for module, f in widths.items():
-        yield f"{module}.gate_proj", f, d, False
-        yield f"{module}.up_proj", f, d, False
-        yield f"{module}.down_proj", d, f, False
+        yield f"{module}.gate_proj", f, d, biased
+        yield f"{module}.up_proj", f, d, biased
+        yield f"{module}.down_proj", d, f, biased

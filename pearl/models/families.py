@@ -32,6 +32,8 @@ class Family:
     norms: Norms = "before"
     norm_offset: float = 0.0
     merged_projections: bool = False  # q, k and v are stored as one matrix, and so are gate and up
+    grouped_qkv: bool = False  # q, k and v are stored as one, in which each KV head has its queries, key and value
+    stored_names: Mapping[str, str] = field(default_factory=dict)  # Llama's, in place of what matches in a tensor's
     attention_bias: str = "attention_bias"  # the configuration's field of that meaning
     mixture: MixtureFields | None = None  # of experts
     partial_rotary: bool = False  # partial_rotary_factor counts, for the class and for us
@@ -43,6 +45,7 @@ class Family:
     scales_embeddings: bool = False  # by the root of the model's width, rounded to its dtype
     multipliers: bool = False  # Granite's embedding_multiplier, residual_multiplier and logits_scaling
     layers_without_rope: bool = False  # no_rope_layers counts
+    sinks: bool = False  # each query head has a logit that takes part in the softmax of its scores
     local_rope: bool = False  # layers with a window have rope parameters of their own
     # Fields that the class reads and we do not, with the values that change nothing.
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -51,6 +54,18 @@ class Family:
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
 _GEMMA: dict[str, Any] = {"mlp_bias": False, "norm_offset": 1.0, "scales_embeddings": True}
+
+_INTERNLM2_NAMES = {
+    r"(^|\.)tok_embeddings\.": r"\1embed_tokens.",
+    r"^output\.": "lm_head.",
+    r"\.attention\.wqkv\.": ".self_attn.qkv_proj.",
+    r"\.attention\.wo\.": ".self_attn.o_proj.",
+    r"\.attention_norm\.": ".input_layernorm.",
+    r"\.ffn_norm\.": ".post_attention_layernorm.",
+    r"\.feed_forward\.w1\.": ".mlp.gate_proj.",
+    r"\.feed_forward\.w3\.": ".mlp.up_proj.",
+    r"\.feed_forward\.w2\.": ".mlp.down_proj.",
+}
 
 # CodeLlama and DeepSeek-Coder are Llama shapes. Llama has no window, whatever keys a configuration carries along.
 FAMILIES: Mapping[str, Family] = {
@@ -78,7 +93,17 @@ FAMILIES: Mapping[str, Family] = {
         local_rope=True,
         neutral={**_CAUSAL, "attn_logit_softcapping": (None,)},  # the class does not look at it, unlike Gemma 2's
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        "by layer",
+        mlp_bias=False,
+        sinks=True,
+        mixture=MixtureFields(hidden="intermediate_size", renormalise="", clamped=True, biases=True, interleaved=True),
+    ),
     "granite": Family("GraniteForCausalLM", "none", query_scale="attention_multiplier", multipliers=True),
+    "internlm2": Family(
+        "InternLM2ForCausalLM", "none", mlp_bias=False, grouped_qkv=True, stored_names=_INTERNLM2_NAMES
+    ),
     "llama": Family("LlamaForCausalLM", "none"),
     "ministral": Family("MinistralForCausalLM", "by layer", qkv_bias=False, output_bias=False, mlp_bias=False),
     "mistral": Family("MistralForCausalLM", "all", qkv_bias=False, output_bias=False, mlp_bias=False),

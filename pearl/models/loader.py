@@ -113,6 +113,7 @@ class _Assembler:
             k_norm=self._norm(attention + "k_norm.weight") if config.qk_norm != "none" else None,
             output=self._rows(attention + "o_proj", config.hidden, q_span),
             output_bias=self._read(attention + "o_proj.bias") if has_bias else None,
+            sinks=self._sinks(attention) if config.sinks else None,
             attention_post_norm=self._layer_norm(prefix, norms.attention_post),
             mlp_norm=self._layer_norm(prefix, norms.mlp),
             mlp_post_norm=self._layer_norm(prefix, norms.mlp_post),
@@ -135,25 +136,37 @@ class _Assembler:
         gate_ups = (self._expert_gates(name, mixture.hidden) for name in names)
         downs = (self._expert_down(name, mixture.hidden) for name in names)
         keep, stack = self._memory.keep_matrix, self._memory.keep_stack
-        experts = ExpertWeights(stack(gate_ups, mixture.experts), stack(downs, mixture.experts))
-        shared = mlp + "shared_expert"
+        biases = self._expert_biases(names, mixture) if mixture.biases else (None, None)
+        experts = ExpertWeights(
+            stack(gate_ups, mixture.experts), stack(downs, mixture.experts), *biases, unit=mixture.unit
+        )
+        shared, router = mlp + "shared_expert", mlp + "gate"
+        router_bias = self._read(router + ".bias") if mixture.biases else None
         if not mixture.shared:
-            return replace(layer, mixture=MixtureWeights(self._router(mlp + "gate"), experts))
+            return replace(layer, mixture=MixtureWeights(self._router(router), experts, router_bias))
         return replace(
             layer,
             gate_up=keep(self._expert_gates(shared, mixture.shared)),
             down=keep(self._expert_down(shared, mixture.shared)),
-            mixture=MixtureWeights(self._router(mlp + "gate"), experts, self._router(mlp + "shared_expert_gate")),
+            mixture=MixtureWeights(
+                self._router(router), experts, router_bias, self._router(mlp + "shared_expert_gate")
+            ),
         )
 
     def _expert_gates(self, expert: str, width: int) -> LinearWeight:
-        return self._outputs(
-            [(f"{expert}.{name}", Span(0, width, width)) for name in ("gate_proj", "up_proj")],
-            self._checkpoint.config.hidden,
-        )
+        return self._outputs(self._expert_parts(expert, width), self._checkpoint.config.hidden)
+
+    def _expert_parts(self, expert: str, width: int) -> list[_Part]:
+        return [(f"{expert}.{name}", Span(0, width, width)) for name in ("gate_proj", "up_proj")]
 
     def _expert_down(self, expert: str, width: int) -> LinearWeight:
         return self._inputs(f"{expert}.down_proj", self._checkpoint.config.hidden, Span(0, width, width))
+
+    def _expert_biases(self, names: list[str], mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Of gates and ups ``[E, 2F]``, and of what an expert puts out ``[E, D]``."""
+        gate_ups = [self._stack(self._expert_parts(name, mixture.hidden), ".bias") for name in names]
+        downs = [self._stored(f"{name}.down_proj.bias") for name in names]
+        return self._memory.keep(torch.stack(gate_ups)), self._memory.keep(torch.stack(downs))
 
     def _router(self, name: str) -> LinearWeight:
         return self._memory.keep_matrix(self._kernels.pack_linear(self._stored(name + ".weight"), weights="full"))
@@ -187,6 +200,10 @@ class _Assembler:
         rows = torch.arange((queries + 2 * keys) * len(lanes)).view(-1, len(lanes))
         rows[: queries + keys] = rows[: queries + keys, lanes]
         return rows.flatten()
+
+    def _sinks(self, attention: str) -> Tensor:
+        """fp32, of numbers of the model's dtype."""
+        return self._memory.keep(self._stack([(attention + "sinks", self._sharding.heads)], "").float())
 
     def _layer_norm(self, prefix: str, name: str | None) -> Tensor | None:
         return None if name is None else self._norm(prefix + name)

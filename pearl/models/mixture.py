@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pearl.errors import ModelLoadError
 from pearl.models.model_files import checked_integer
+from pearl_kernels import GatedUnit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from pearl.models.plain_files import PlainConfig
+
+
+SWIGLU = GatedUnit()
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class MixtureFields:
     renormalise: str = "norm_topk_prob"  # "": weights always add up to 1
     shared: str = ""
     dense_layers: bool = False  # decoder_sparse_step and mlp_only_layers count
+    clamped: bool = False  # swiglu_alpha and swiglu_limit count, and 1 is added to the up part
+    biases: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,9 @@ class Mixture:
     ``sparse``: for each layer, whether it is one of them; others have the model's own feed-forward layer.
     ``shared``: width of the expert that all tokens meet, scaled by a gate of its own; 0: there is none.
     ``renormalise``: whether the weights of a token's experts add up to 1.
+    ``unit``: what makes one of an expert's gate and up parts.
+    ``biases``: whether routers and experts have some.
+    ``interleaved``: stacks of all experts hold gates and ups in turns (``stored_experts``).
     """
 
     experts: int
@@ -39,6 +50,9 @@ class Mixture:
     sparse: tuple[bool, ...]
     renormalise: bool = True
     shared: int = 0
+    unit: GatedUnit = SWIGLU
+    biases: bool = False
+    interleaved: bool = False
 
     @property
     def layers(self) -> int:
@@ -70,6 +84,9 @@ def read_mixture(config: PretrainedConfig | PlainConfig, fields: MixtureFields) 
         sparse=sparse,
         renormalise=not fields.renormalise or bool(getattr(config, fields.renormalise)),
         shared=_number(config, fields.shared, 1) if fields.shared else 0,
+        unit=_clamped_unit(config) if fields.clamped else SWIGLU,
+        biases=fields.biases,
+        interleaved=fields.interleaved,
     )
 
 
@@ -79,6 +96,18 @@ def _sparse_layers(config: Any, layers: int) -> tuple[bool, ...]:
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise ModelLoadError(f"mlp_only_layers must be a list of numbers of layers, not {dense!r}")
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+
+
+def _clamped_unit(config: Any) -> GatedUnit:
+    """gpt-oss's; what older configurations leave out are its class's constants."""
+    return GatedUnit(_positive(config, "swiglu_alpha", 1.702), _positive(config, "swiglu_limit", 7.0), 1.0)
+
+
+def _positive(config: Any, name: str, default: float) -> float:
+    value = getattr(config, name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelLoadError(f"{name} must be a finite number above 0, not {value!r}")
+    return float(value)
 
 
 def _number(config: Any, name: str, least: int) -> int:

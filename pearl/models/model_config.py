@@ -59,12 +59,15 @@ class ModelConfig:
     norms: Norms = "before"
     norm_offset: float = 0.0  # joins the stored weights of norms when they are loaded
     merged_projections: bool = False  # as they are stored
+    grouped_qkv: bool = False  # so too: see Family
+    stored_names: Mapping[str, str] = field(default_factory=dict, hash=False)
     mixture: Mixture | None = None  # of experts; None: all layers are dense
     unrotated: int = 0  # the last so many lanes of a head pass the rotation by
     # One for each layer, where they differ; None: the layer is not rotated.
     layer_ropes: tuple[Mapping[str, Any] | None, ...] = field(default=(), hash=False)
     query_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     attention_softcap: float = 0.0  # 0: none
+    sinks: bool = False  # of attention: a logit of each query head that only the denominators know of
     activation: Activation = "silu"
     logits_scale: float = 1.0
     logits_softcap: float = 0.0  # 0: none
@@ -120,6 +123,11 @@ class ModelConfig:
         config = source.config()
         with source.naming():
             shape = cls.from_transformers(config)
+            if shape.grouped_qkv and quantization is not None:
+                raise UnsupportedModelError(
+                    f"a quantised {shape.architecture} ({quantization.method.name}) is not supported: its queries, "
+                    "keys and values are one matrix, whose bits are not taken apart; take the unquantised checkpoint"
+                )
             return replace(shape, dtype=dtype or source.dtype(), quantization=quantization)
 
     @classmethod
@@ -161,11 +169,14 @@ class ModelConfig:
             norms=family.norms,
             norm_offset=family.norm_offset,
             merged_projections=family.merged_projections,
+            grouped_qkv=family.grouped_qkv,
+            stored_names=family.stored_names,
             mixture=None if family.mixture is None else read_mixture(config, family.mixture),
             unrotated=head_dim - features.rotary_dim(rope, family, head_dim),
             layer_ropes=features.layer_ropes(config, family),
             query_scale=features.query_scale(config, family),
             attention_softcap=features.softcap(config, "attn_logit_softcapping", family.attention_softcap),
+            sinks=family.sinks,
             activation=features.activation(config, family),
             logits_scale=multipliers.logits,
             logits_softcap=features.softcap(config, "final_logit_softcapping", family.softcaps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -47,6 +48,8 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         yield f"attention scores times {config.query_scale:.6g}"
     if config.attention_softcap:
         yield f"attention scores capped at {config.attention_softcap:g}"
+    if config.sinks:
+        yield "attention sinks"
 
 
 def _mixture(config: ModelConfig) -> Iterator[str]:
@@ -56,6 +59,10 @@ def _mixture(config: ModelConfig) -> Iterator[str]:
     shared = f" and a shared one of width {mixture.shared}" if mixture.shared else ""
     where = _some(mixture.layers, config)
     yield f"{mixture.top_k} of {mixture.experts} experts of width {mixture.hidden}{shared} for a token in {where}"
+    if mixture.biases:
+        yield "biases: routers, experts"
+    if math.isfinite(mixture.unit.limit):
+        yield f"experts' gates and ups clamped at {mixture.unit.limit:g}, gain {mixture.unit.gain:g}"
     yield f"weights of experts {'add up to 1' if mixture.renormalise else 'are their probabilities among all'}"
 
 

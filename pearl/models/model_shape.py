@@ -10,7 +10,7 @@ import torch
 class ModelShape(Protocol):
     """Known before a weight is read: sizes of logits and KV pages, and how long a text may be.
 
-    ``vocab_size`` may include padding. ``dtype``: that it computes in.
+    ``vocab_size`` may include padding. ``dtype``: that it computes in. ``sinks``: whether attention has some.
     """
 
     @property
@@ -23,6 +23,8 @@ class ModelShape(Protocol):
     def kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def sinks(self) -> bool: ...
     @property
     def max_position_embeddings(self) -> int: ...
     @property

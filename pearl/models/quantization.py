@@ -24,6 +24,8 @@ _COMPANIONS = {
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_packed", "weight_shape",
     "weight_g_idx", "input_scale", "activation_scale", "qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format",
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", "codebooks", "codes",
+    "weight_blocks", "weight_scales", "gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks",
+    "down_proj_scales",
 }  # fmt: skip
 _HEAD = "lm_head"
 

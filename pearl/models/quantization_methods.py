@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pearl.errors import ModelLoadError, UnsupportedModelError
+from pearl.models.mxfp4_storage import Mxfp4Storage
 from pearl.models.packed_storage import AwqStorage, GptqStorage, PackedStorage
 from pearl.models.quantized_storage import Bits, Fp8Storage, Int8Storage, Scales, Storage
 
 Settings = Mapping[str, Any]
 _ADVICE = (
     "supported are compressed-tensors (float-quantized, int-quantized, pack-quantized), fp8 (per tensor or in blocks), "
-    "ModelOpt's FP8, AWQ (gemm) and GPTQ (4 or 8 bits); use one of these, or the unquantised checkpoint that it was "
-    "made from"
+    "ModelOpt's FP8, AWQ (gemm), GPTQ (4 or 8 bits) and gpt-oss's MXFP4; use one of these, or the unquantised "
+    "checkpoint that it was made from"
 )
 _ACTIVATIONS = "its activations were to be quantised to {}; here only its weights are"
 _KV_CACHE = "the scales of its KV cache are not used: keys and values are kept in full"
@@ -189,12 +190,19 @@ def _gptq(settings: Settings) -> Method:
     return Method("", storage, ignored + _strings(settings, "modules_in_block_to_ignore"))
 
 
+def _mxfp4(settings: Settings) -> Method:
+    """Experts' matrices, whatever else the settings do not name."""
+    plain = ("self_attn", "mlp.gate", "lm_head", *_strings(settings, "modules_to_not_convert"))
+    return Method("", Mxfp4Storage(), plain)
+
+
 _PARSERS: Mapping[str, Callable[[Settings], Method]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "modelopt": _modelopt,
     "awq": _awq,
     "gptq": _gptq,
+    "mxfp4": _mxfp4,
 }
 
 

@@ -31,7 +31,8 @@ def weight_bytes(
     head = 0 if shares_embedding else sharding.vocab.size * config.hidden
     layers = _layers_elements(sharding.config, sharding.is_first)
     plain = (embedding + layers + config.hidden + head) * dtype.itemsize
-    return plain - _saved_bytes(config, dtype, device, ranks)
+    sinks = config.layers * sharding.heads.size * torch.float32.itemsize if config.sinks else 0
+    return plain + sinks - _saved_bytes(config, dtype, device, ranks)
 
 
 def read_bytes(config: ModelShape, dtype: torch.dtype, rows: float = 1, device: str = "cuda") -> int:
@@ -47,6 +48,9 @@ def read_bytes(config: ModelShape, dtype: torch.dtype, rows: float = 1, device: 
         kept[name].nbytes(*shape) if name in kept else math.prod(shape) * dtype.itemsize
         for name, shape in shapes.items()
     )
+    if config.mixture.biases:
+        of_layer = config.mixture.experts * (2 * config.mixture.hidden + config.hidden)
+        experts += config.mixture.layers * of_layer * dtype.itemsize
     return held - round(experts * (1 - config.mixture.expected_experts(rows) / config.mixture.experts))
 
 
@@ -68,5 +72,6 @@ def _layers_elements(config: ModelConfig, is_first: bool) -> int:
     if mixture is None:
         return config.layers * (norms + attention + dense)
     shared = 3 * d * mixture.shared + d if mixture.shared else 0
-    sparse = mixture.experts * (3 * d * mixture.hidden + d) + shared
+    biases = mixture.experts * (2 * mixture.hidden + d + 1) if mixture.biases else 0
+    sparse = mixture.experts * (3 * d * mixture.hidden + d) + shared + biases
     return config.layers * (norms + attention) + mixture.layers * sparse + (config.layers - mixture.layers) * dense

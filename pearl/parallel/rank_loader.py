@@ -40,7 +40,9 @@ def load_rank(spec: RankSpec, group: Group) -> tuple[Decoder, KVCache]:
     whole = ModelConfig.from_pretrained(spec.path, spec.dtype)
     sharding = shard(whole, spec.rank, spec.ranks)
     device = torch.device(spec.device)
-    kernels = select(Situation(device.type, spec.dtype, whole.head_dim, spec.threads, spec.page_size))
+    kernels = select(
+        Situation(device.type, spec.dtype, whole.head_dim, spec.threads, spec.page_size, sinks=whole.sinks)
+    )
     with torch.inference_mode():
         model = load_model(
             spec.path,

@@ -23,6 +23,7 @@ from e2e_support import (
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     MixtralConfig,
     Olmo2Config,
@@ -39,6 +40,8 @@ LENGTHS, TOKENS = (1, 17, 40, 70), 20
 SETTINGS = ("autoregressive", "speculative-3", "pearl-3", "prepared-2", "pearl-neither-4")
 _PARTIAL = {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75,
             "short_factor": [1.0, 1.1, 1.3, 1.5, 2.5, 4.0], "long_factor": [9.0] * 6}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+         "truncate": False, "original_max_position_embeddings": 64}  # fmt: skip
 FAMILIES: dict[str, Any] = {
     "gemma2": Gemma2Config(
         **{**SHAPE, "tie_word_embeddings": True}, query_pre_attn_scalar=24, attn_logit_softcapping=20.0,
@@ -50,6 +53,10 @@ FAMILIES: dict[str, Any] = {
     ),
     "granite": GraniteConfig(
         **SHAPE, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=4.0
+    ),
+    "gpt-oss": GptOssConfig(
+        **SHAPE, num_local_experts=6, num_experts_per_tok=3, sliding_window=24, swiglu_limit=1.5,
+        rope_parameters=_YARN,
     ),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
     "qwen2-moe": Qwen2MoeConfig(

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -116,10 +118,30 @@ QWEN_MOE: dict[str, Any] = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 20,
 }
+# Windows in every other layer, YaRN whose bounds are not rounded; a limit that these small numbers reach.
+GPT_OSS: dict[str, Any] = {
+    **SHAPE,
+    "head_dim": 8,
+    "intermediate_size": 36,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 9,
+    "swiglu_limit": 1.0,
+    **rope("yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=32),
+}
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**{**SHAPE, "intermediate_size": 36}, num_local_experts=4)),
     "mixtral-window": lambda: MixtralForCausalLM(
         MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=4, head_dim=8, sliding_window=11)
+    ),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**GPT_OSS)),
+    "gpt-oss-32": lambda: GptOssForCausalLM(  # widths that MXFP4's groups divide
+        GptOssConfig(**{**GPT_OSS, "hidden_size": 64, "intermediate_size": 32})
+    ),
+    "gpt-oss-odd": lambda: GptOssForCausalLM(
+        GptOssConfig(**{**GPT_OSS, "intermediate_size": 20, "layer_types": ["full_attention"] * 3,
+                        "attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.2,
+                        "swiglu_limit": 0.4, **rope("default")})
     ),
     "qwen2-moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(**QWEN_MOE, shared_expert_intermediate_size=56, norm_topk_prob=False)

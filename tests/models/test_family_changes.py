@@ -31,7 +31,7 @@ from pearl.workers.model_runner import build_batch
 NAMES = (
     "llama", "mistral-window", "ministral-layers", "qwen2-sliding-layers", "qwen3", "gemma", "gemma2", "gemma3-cap",
     "granite", "olmo2", "phi3-window", "phi3-partial-longrope", "smollm3-windows", "mixtral", "qwen2-moe-layers",
-    "qwen3-moe-steps",
+    "qwen3-moe-steps", "gpt-oss",
 )  # fmt: skip
 CHANGES = 8
 # Of what lies around the model; architectures does not name the family, model_type does.

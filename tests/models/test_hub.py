@@ -97,9 +97,9 @@ def test_a_file_that_the_configuration_names(there: FakeHub) -> None:
 @pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json"])
 def test_a_quantised_model_is_refused_before_its_weights_are_fetched(name: str, there: FakeHub) -> None:
     save("llama", there.repository)
-    settings = {"quantization_config": {"quant_method": "mxfp4"}, "quantization": {"quant_algo": "NVFP4"}}
+    settings = {"quantization_config": {"quant_method": "aqlm"}, "quantization": {"quant_algo": "NVFP4"}}
     there.add(name, json.dumps(settings))
-    with pytest.raises(UnsupportedModelError, match=r"quantised with .*(mxfp4|NVFP4)"):
+    with pytest.raises(UnsupportedModelError, match=r"quantised with .*(aqlm|NVFP4)"):
         load(Path("org/model"))
     assert SINGLE not in there.fetched()
 

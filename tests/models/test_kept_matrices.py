@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import SINGLE, edit_config, rewrite
 from families import build, llama, randomised
-from quantized_checkpoints import FORMATS, Format, compressed, gptq, packed, quantize
+from quantized_checkpoints import FORMATS, Format, compressed, gptq, in_mxfp4, packed, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -128,6 +128,14 @@ def test_experts_and_routers(left: str, device: str, tmp_path: Path) -> None:
     gate_up, down = 2 * 7, 7
     per_layer = 4 + 3 + (0 if device == "cuda" else down + (gate_up if left == "none" else 0))
     assert assert_promised(tmp_path / "quantized", device) == 3 * per_layer
+
+
+@every_device
+def test_experts_in_mxfp4(device: str, tmp_path: Path) -> None:
+    """As integers of 8 bits; whatever holds biases and sinks."""
+    build("gpt-oss-32").save_pretrained(tmp_path / "source")
+    folder = in_mxfp4(tmp_path / "source", tmp_path / "published")
+    assert assert_promised(folder, device) == (0 if device == "cuda" else 3 * 3 * 5)
 
 
 def test_groups_that_one_matrix_has_in_another_order(source: Path, tmp_path: Path) -> None:

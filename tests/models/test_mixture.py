@@ -12,7 +12,6 @@ import torch
 from checkpoints import SINGLE, assert_as_transformers, edit_config, rewrite, save, write
 from families import MIXTURES, build, load
 from safetensors.torch import load_file
-from torch import Tensor
 
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.messages import ForwardWork, SequenceState
@@ -20,7 +19,7 @@ from pearl.models import Decoder, FusedDecoder, KVCache, ModelConfig, load_model
 from pearl.models.mixture import Mixture
 from pearl.models.sharding import shard
 from pearl.sampling_params import SamplingParams
-from pearl_kernels import Situation, select
+from pearl_kernels import GatedUnit, Situation, select
 
 CPU = torch.device("cpu")
 both_forms = pytest.mark.parametrize("original", [True, False], ids=["each expert", "stacked"])
@@ -123,7 +122,7 @@ def cache_of(model: Decoder, dtype: torch.dtype) -> KVCache:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"])
 def test_a_window_beside_others_has_the_bits_of_decoding_alone(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Which experts are read, and with how many rows each, differs between the two: no row's result may."""
     save(name, tmp_path)
@@ -163,14 +162,18 @@ def test_quirks_of_the_configurations_are_read(tmp_path: Path) -> None:
     for name in MIXTURES:
         model = build(name)
         model.save_pretrained(tmp_path)
-        assert json.loads((tmp_path / "config.json").read_text())["model_type"] in ("mixtral", "qwen2_moe", "qwen3_moe")
+        model_type = json.loads((tmp_path / "config.json").read_text())["model_type"]
+        assert model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
         config = ModelConfig.from_pretrained(str(tmp_path))
         mixture = config.mixture
         assert mixture is not None
-        routers = [n for n, _ in model.named_modules() if re.search(r"mlp\.gate$", n)]
+        routers = [n for n, _ in model.named_modules() if re.search(r"mlp\.(gate|router)$", n)]
         assert [int(n.split(".")[2]) for n in routers] == [i for i, sparse in enumerate(mixture.sparse) if sparse]
         router: Any = model.get_submodule(routers[0])
         assert (mixture.experts, mixture.top_k) == (router.num_experts, router.top_k)
         assert mixture.renormalise == getattr(router, "norm_topk_prob", True)
-        weight: Tensor = model.get_parameter(f"{routers[0].removesuffix('.gate')}.experts.down_proj")
-        assert weight.shape[2] == mixture.hidden
+        experts: Any = model.get_submodule(f"{routers[0].rpartition('.')[0]}.experts")
+        assert experts.down_proj.shape[1 if mixture.interleaved else 2] == mixture.hidden
+        unit = GatedUnit(experts.alpha, experts.limit, 1.0) if hasattr(experts, "alpha") else GatedUnit()
+        assert mixture.unit == unit
+        assert mixture.biases == hasattr(experts, "down_proj_bias")

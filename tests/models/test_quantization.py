@@ -31,7 +31,6 @@ def compressed(weights: dict[str, Any], form: str = "pack-quantized", **more: An
 REFUSED: list[tuple[Any, str]] = [
     ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, r"bitsandbytes \(8 bits\)"),
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, r"bitsandbytes \(nf4, 4 bits\)"),
-    ({"quant_method": "mxfp4"}, "mxfp4"),
     ({"quant_method": "aqlm", "nbits_per_codebook": 8}, "aqlm"),
     ({"quant_method": "eetq"}, "eetq"),
     ({"quant_method": "hqq"}, "hqq"),
@@ -177,6 +176,8 @@ def test_what_lies_beside_a_matrix_gives_it_away(companion: str, tmp_path: Path)
     [
         "weight_scale_2", "weight_zero_point", "weight_shape", "input_scale", "activation_scale", "qzeros", "scales",
         "g_idx", "weight_format", "quant_map", "nested_absmax", "nested_quant_map", "codebooks", "codes",
+        "weight_blocks", "weight_scales", "gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks",
+        "down_proj_scales",
     ],
 )  # fmt: skip
 def test_so_do_the_companions_of_other_methods(companion: str, tmp_path: Path) -> None:
