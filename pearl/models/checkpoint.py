@@ -146,14 +146,15 @@ def _open(
     stored: dict[str, StoredValues] = {}
     names_of: dict[str, str] = {}
     others: list[str] = []
-    for name, values in (part for tensor in source.open(stack) for part in own_tensors(*tensor, config)):
-        known = canonical_name(name, table)
-        if known not in table:
-            others.append(name)
-        elif names_of.setdefault(known, name) != name:
-            raise ModelLoadError(f"{folder} holds {names_of[known]!r} and {name!r}, which are the same tensor")
-        else:
-            stored[known] = values
+    for whole, tensor in source.open(stack):
+        for name, values in own_tensors(whole, tensor, config):
+            known = canonical_name(name, table)
+            if known not in table:
+                others.append(name)
+            elif names_of.setdefault(known, whole) != whole:
+                raise ModelLoadError(f"{folder} holds {names_of[known]!r} and {whole!r}, which are the same tensor")
+            else:
+                stored[known] = values
     return stored, others
 
 

@@ -31,7 +31,7 @@ def add_code(folder: Path, name: str, trace: Path) -> None:
     (folder / f"{name}.py").write_text(
         f"open({str(trace)!r}, 'w').close()\n"
         "from transformers import LlamaConfig, PreTrainedTokenizerFast\n"
-        "class Config(LlamaConfig):\n    model_type = 'internlm2'\n"
+        "class Config(LlamaConfig):\n    model_type = 'words'\n"
         "class Model: pass\nclass Words(PreTrainedTokenizerFast): pass\n"
     )
 
@@ -42,8 +42,8 @@ def test_a_model_made_of_code_is_refused_at_once(tmp_path: Path) -> None:
     shutil.copytree(bundled_path("target"), folder)
     add_code(folder, "code", trace)
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    write_config(folder, model_type="internlm2", auto_map=auto_map)
-    with pytest.raises(UnsupportedModelError, match=r"'internlm2' is defined by Python code .* never runs code"):
+    write_config(folder, model_type="words", auto_map=auto_map)
+    with pytest.raises(UnsupportedModelError, match=r"'words' is defined by Python code .* never runs code"):
         LLM(target=str(folder), draft="ngram", device="cpu")
     assert not trace.exists()
 

@@ -39,6 +39,7 @@ class TransformersConfig:
     max_position_embeddings: int
     dtype: torch.dtype
     parameters: int
+    sinks: bool = False  # such attention is refused (``trace``)
 
     @property
     def longest(self) -> int:
