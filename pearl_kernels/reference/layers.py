@@ -226,7 +226,7 @@ def verify_attention(
         visible = (key <= row) if window <= 0 else (key <= row) & (key > row - window)
         scores = scores.masked_fill(~visible, -torch.inf)
         if sinks is not None:
-            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - begin, 1)), -1)
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), -1)
         probabilities = scores.softmax(-1)[..., :length]
         out[begin:end] = torch.einsum("hqk,khd->qhd", probabilities, v).to(q.dtype)
     return out
