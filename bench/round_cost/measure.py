@@ -82,9 +82,9 @@ def _put_in(llm: LLM, load: Load, watch: Stopwatch) -> None:
     """Instant models into an engine, and the stopwatch around its parts."""
     engine, page = llm.engine, llm.config.page_size
     text = Text(llm.models.vocab_size, torch.bfloat16, load.acceptance)
-    engine._target = InstantTarget(text, page, watch)  # type: ignore[assignment]
-    if engine._drafter is not None:
-        engine._drafter = InstantDrafter(text, page, load.temperature > 0)
+    engine.workers.target = InstantTarget(text, page, watch)  # type: ignore[assignment]
+    if engine.workers.drafter is not None:
+        engine.workers.drafter = InstantDrafter(text, page, load.temperature > 0)
     verifier = engine._verifier
     kernels = verifier._kernels  # type: ignore[attr-defined]
     timed_kernels = replace(kernels, verify_numbers=watch.timed(MODELS, kernels.verify_numbers))
@@ -92,8 +92,8 @@ def _put_in(llm: LLM, load: Load, watch: Stopwatch) -> None:
     for owner, method, part in (
         (engine.scheduler, "schedule", "schedule"),
         (verifier, "verify", "verify"),
-        (engine, "_submit", "draft"),
-        (engine, "_await", "draft"),
+        (engine.workers, "submit", "draft"),
+        (engine.workers, "collect", "draft"),
         (engine, "_commit", "commit"),
         (engine._outbox, "write", "outputs"),
     ):

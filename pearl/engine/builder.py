@@ -14,6 +14,7 @@ from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
 from pearl.engine.judge import Judge
 from pearl.engine.model_loading import LoadedModels
+from pearl.engine.model_workers import ModelWorkers
 from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
 from pearl.engine.verifier import Verifier
@@ -24,7 +25,7 @@ from pearl.heads.runner import HeadRunner
 from pearl.kv import KVCacheManager
 from pearl.methods import METHODS, Mode
 from pearl.pace import AutoPace, BalancedPace, FixedPace, PacePolicy, PreparingPace, Sizes
-from pearl.workers import HostQueue, InlineWorker, ModelRunner, TargetRunner, ThreadWorker, Worker
+from pearl.workers import DeviceQueue, HostQueue, InlineWorker, ModelRunner, TargetRunner, ThreadWorker, Worker
 
 
 def connect(
@@ -41,24 +42,51 @@ def connect(
     """
     # One that the model has no row for can never be drawn, nor its logit be changed.
     eos_ids = frozenset(token for token in models.tokenizer.eos_ids if 0 <= token < models.vocab_size)
-    drafter: Drafter | None = None
-    draft_kv: KVCacheManager | None = None
-    if config.uses_draft_model:
-        drafter = _model_drafter(config, models, eos_ids)
-        if not isinstance(drafter, MedusaDrafter):  # which keep no KV
-            draft_kv = KVCacheManager(models.num_pages, config.page_size, config.prefix_caching)
-    elif config.uses_draft:
-        drafter = NGramDrafter()
+    drafter = _drafter(config, models, eos_ids)
+    keeps_kv = config.uses_draft_model and not isinstance(drafter, MedusaDrafter)
     if drafter is not None and wrap_drafter is not None:
         drafter = wrap_drafter(drafter)
     most_prepared = config.most_prepared if drafter is not None and drafter.prepares else 0
     pace = build_pace(config, Sizes(max(1, models.target_bytes), models.draft_bytes), most_prepared)
+    scheduler = _scheduler(config, models.num_pages, pace, drafter, keeps_kv, most_prepared)
+    verifier = _verifier(config, models, eos_ids)
+    if wrap_verifier is not None:
+        verifier = wrap_verifier(verifier)
+    workers = _workers(config, models, drafter)
+    if config.capture_seconds:
+        _warm_up(config, models, workers)
+    runners = [runner for runner in (models.target, models.draft or models.head) if runner is not None]
+    engine = Engine(scheduler, workers, verifier, pace, observer, _preparations(runners))
+    _rest_at_the_end(engine, models)
+    return engine
+
+
+def _drafter(config: EngineConfig, models: LoadedModels, eos_ids: frozenset[int]) -> Drafter | None:
+    if config.uses_draft_model:
+        return _model_drafter(config, models, eos_ids)
+    return NGramDrafter() if config.uses_draft else None
+
+
+def _scheduler(
+    config: EngineConfig,
+    num_pages: int,
+    pace: PacePolicy,
+    drafter: Drafter | None,
+    drafter_keeps_kv: bool,
+    most_prepared: int,
+) -> Scheduler:
+    """With the bookkeeping of both models' KV, and of the windows that the drafter prepares, if it may any."""
+
+    def pages() -> KVCacheManager:
+        return KVCacheManager(num_pages, config.page_size, config.prefix_caching)
+
+    draft_kv = pages() if drafter_keeps_kv else None
     branches: Branches | None = None
     if most_prepared:
         branches = Branches(draft_kv, config.max_num_seqs, most_prepared, config.verification)
-    scheduler = Scheduler(
+    return Scheduler(
         pace,
-        KVCacheManager(models.num_pages, config.page_size, config.prefix_caching),
+        pages(),
         draft_kv,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -69,13 +97,22 @@ def connect(
         drafter_reads_states=drafter is not None and bool(drafter.hidden_layers),
         branches=branches,
     )
-    kernels, queue = models.target.kernels, models.target.queue
-    draft = models.draft or models.head
-    draft_queue = draft.queue if draft else None
+
+
+def _verifier(config: EngineConfig, models: LoadedModels, eos_ids: frozenset[int]) -> Judge:
+    draft_queue = _draft_queue(models)
     sends = draft_queue.aside("sends") if draft_queue else None
-    verifier: Judge = Verifier(kernels, config.verification, models.vocab_size, eos_ids, queue, sends)
-    if wrap_verifier is not None:
-        verifier = wrap_verifier(verifier)
+    target = models.target
+    return Verifier(target.kernels, config.verification, models.vocab_size, eos_ids, target.queue, sends)
+
+
+def _draft_queue(models: LoadedModels) -> DeviceQueue | None:
+    draft = models.draft or models.head
+    return draft.queue if draft else None
+
+
+def _workers(config: EngineConfig, models: LoadedModels, drafter: Drafter | None) -> ModelWorkers:
+    queue, draft_queue = models.target.queue, _draft_queue(models)
     draft_threads, _ = config.resolve_threads()
     inline = models.target.fused is not None or queue.asynchronous
     target_worker = InlineWorker(queue) if inline else ThreadWorker("target", config.target_torch_threads)
@@ -87,26 +124,25 @@ def connect(
         draft_worker = ThreadWorker("draft", draft_threads)
         # Nothing of it depends on the thread it runs on; and where the target's forwards do not keep this one busy, it
         # has something to do meanwhile.
-        if target_worker.blocks and (draft is None or (models.draft is not None and models.draft.fused is not None)):
+        fused = draft_queue is None or (models.draft is not None and models.draft.fused is not None)
+        if target_worker.blocks and fused:
             draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
-    if config.capture_seconds:
-        sides = [Side(target_worker, queue.device, models.target.captures())]
-        if isinstance(drafter, ModelDrafter) and draft_worker is not None and draft_queue is not None:
-            sides.append(Side(draft_worker, draft_queue.device, drafter.captures()))
-        _warm_up(config, sides)
-    target = TargetRunner(models.target)
-    prepared = _preparations([runner for runner in (models.target, draft) if runner is not None])
-    engine = Engine(
-        scheduler, target, target_worker, drafter, draft_worker, verifier, pace, observer, draft_alone, prepared
-    )
-    for worker, there in ((draft_worker, draft_queue), (target_worker, queue)):
-        if worker is not None and there is not None and there.asynchronous:
-            # An engine that nobody closed may leave a round in flight: its memory must not become another's before.
+    return ModelWorkers(TargetRunner(models.target), target_worker, drafter, draft_worker, draft_alone)
+
+
+def _rest_at_the_end(engine: Engine, models: LoadedModels) -> None:
+    """An engine that nobody closed may leave a round in flight: its memory must not become another's before."""
+    workers = engine.workers
+    for worker, queue in ((workers.draft_worker, _draft_queue(models)), (workers.target_worker, models.target.queue)):
+        if worker is not None and queue is not None and queue.asynchronous:
             weakref.finalize(engine, worker.rest).atexit = False
-    return engine
 
 
-def _warm_up(config: EngineConfig, sides: Sequence[Side]) -> None:
+def _warm_up(config: EngineConfig, models: LoadedModels, workers: ModelWorkers) -> None:
+    sides = [Side(workers.target_worker, models.target.queue.device, models.target.captures())]
+    drafter, draft_queue = workers.drafter, _draft_queue(models)
+    if isinstance(drafter, ModelDrafter) and workers.draft_worker is not None and draft_queue is not None:
+        sides.append(Side(workers.draft_worker, draft_queue.device, drafter.captures()))
     try:
         warm_up(sides, config.capture_seconds)
     except torch.OutOfMemoryError as error:

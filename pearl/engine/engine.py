@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
-from pearl.drafting import Drafter
 from pearl.engine.failures import ends_engine
 from pearl.engine.judge import Judge
+from pearl.engine.model_workers import ModelWorkers
 from pearl.engine.outbox import Outbox, sentence
 from pearl.engine.request import Request, Status
 from pearl.engine.rounds import EngineStats, InFlight, RoundInterval, RoundRecord, measured
@@ -23,12 +21,10 @@ from pearl.messages import (
     SchedulerOutput,
     TargetOutput,
     TargetPlan,
-    TargetStates,
     VerifyResult,
 )
 from pearl.outputs import OutputDelta
 from pearl.pace import PacePolicy
-from pearl.workers import Reply, TargetRunner, Worker
 
 _CUT_IN_TWO = "a round was cut in two, so that this engine cannot go on; close it and build a new one"
 _CLOSED = "the engine was closed before this output had ended"
@@ -49,24 +45,15 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler,
-        target: TargetRunner,
-        target_worker: Worker,
-        drafter: Drafter | None,
-        draft_worker: Worker | None,
+        workers: ModelWorkers,
         verifier: Judge,
         pace: PacePolicy,
         observer: Callable[[RoundRecord], None] | None = None,
-        draft_alone: Worker | None = None,
         preparations: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``draft_alone``: where the draft works in rounds without the target; None: where it always does.
-        ``preparations``: how many graphs were captured and kernels compiled so far; asked between rounds.
-        """
-        self.scheduler = scheduler
+        """``preparations``: how many graphs were captured and kernels compiled so far; asked between rounds."""
+        self.scheduler, self.workers = scheduler, workers
         self.observer = observer
-        self._target, self._target_worker = target, target_worker
-        self._drafter, self._draft_worker = drafter, draft_worker
-        self._draft_alone = draft_alone or draft_worker
         self._verifier, self._pace = verifier, pace
         self._closed = False
         self._broken: str | None = None  # why no round can follow
@@ -76,11 +63,6 @@ class Engine:
         self._outbox = Outbox(scheduler.finish)
         self._in_flight: InFlight | None = None
         self._left: float | None = None  # when a step left the round in flight, its observer apart; perf_counter()
-        workers = (target_worker, draft_worker, self._draft_alone)
-        self._may_overlap = not any(worker.blocks for worker in workers if worker is not None)
-        # Pending tokens may be judged in a round without drafting: their rows are those of the latest proposal.
-        self._latest = DraftProposal()
-        self._states: TargetStates | None = None  # of the round before, for a drafter that reads them
 
     def add(self, request: Request) -> None:
         if self._closed:
@@ -127,16 +109,14 @@ class Engine:
 
     def _can_overlap(self, plan: SchedulerOutput) -> bool:
         """Whether the next round runs by itself; it is taken to be of the same kind as ``plan``."""
-        if not self._may_overlap or self._broken is not None or not self.scheduler.has_work:
-            return False
-        return self._drafter is None or not self._drafter.waits(plan.draft)
+        return self._broken is None and self.scheduler.has_work and self.workers.can_overlap(plan)
 
     def _begin(self) -> None:
         """Plan a round and set both models to work on it. Where that fails its requests end, and none is in flight."""
         begin, plan, self._left = time.perf_counter(), None, None
         try:
             plan = self.scheduler.schedule()
-            self._in_flight = self._submit(plan, begin)
+            self._in_flight = self.workers.submit(plan, begin)
         except BaseException as error:
             self._fail(plan, error)
             if not isinstance(error, Exception):
@@ -146,16 +126,15 @@ class Engine:
         """Wait for the round in flight and commit its verdict; None if it failed, or all of its requests have ended."""
         plan, back = flight.plan, time.perf_counter()
         try:
-            proposal, target = self._await(flight)
+            proposal, target = self.workers.collect(flight)
             result = self._verifier.verify(plan, proposal, target)
-            self._target.check()
+            self.workers.target.check()
             self._in_flight = None
         except BaseException as error:  # nothing of the round was applied
             self._fail(plan, error)
             if not isinstance(error, Exception):
                 raise
             return None
-        self._states = TargetStates.of(plan.target, target.hidden)
         wanted = self._commit(plan, result)
         whole: Interval = Busy(flight.begin, time.perf_counter() - flight.begin)
         if self._left is not None:  # the step before this one began it
@@ -219,53 +198,17 @@ class Engine:
         self._broken = None
         return left
 
-    def _submit(self, plan: SchedulerOutput, begin: float) -> InFlight:
-        """Let both work. Whichever would keep this very thread busy comes last, or the other would begin after it."""
-        target_first = self._drafter is not None and not self._target_worker.blocks and self._drafter.waits(plan.draft)
-        target = self._submit_target(plan.target) if target_first else None
-        draft = self._submit_draft(plan.draft, self._draft_worker if plan.target.work else self._draft_alone)
-        return InFlight(plan, begin, draft, target or self._submit_target(plan.target))
-
-    def _await(self, flight: InFlight) -> tuple[DraftProposal, TargetOutput]:
-        try:
-            output = flight.target.result() if flight.target else TargetOutput(None)
-        finally:  # both must be at rest before anyone touches their KV again
-            proposal = flight.draft.result() if flight.draft else self._latest
-        self._latest = DraftProposal(logits=proposal.logits, stored=proposal.stored)
-        return proposal, output
-
-    def _submit_target(self, plan: TargetPlan) -> Reply[TargetOutput] | None:
-        return self._target_worker.submit(self._target.run, plan) if plan.work else None
-
-    def _submit_draft(self, plan: DraftPlan, worker: Worker | None) -> Reply[DraftProposal] | None:
-        if not plan.work:
-            return None
-        assert self._drafter is not None
-        assert worker is not None
-        if self._states is not None:
-            plan = replace(plan, states=self._states)
-        return worker.submit(self._drafter.propose, plan)
-
     def run_target(self, plan: TargetPlan) -> TargetOutput:
         """Compute a plan on the target's worker while the draft rests: to measure a forward alone. A drafter that reads
         hidden states finds them in the next ``run_draft``, as in the next round.
         """
         self.rest()
-        reply = self._submit_target(plan)
-        output = reply.result() if reply else TargetOutput(None)
-        self._target_worker.rest()
-        self._states = TargetStates.of(plan, output.hidden)
-        return output
+        return self.workers.run_target(plan)
 
     def run_draft(self, plan: DraftPlan) -> DraftProposal:
         """Compute a plan on the draft's worker while the target rests."""
         self.rest()
-        reply = self._submit_draft(plan, self._draft_worker)
-        if reply is None or self._draft_worker is None:
-            return DraftProposal()
-        proposal = reply.result()
-        self._draft_worker.rest()
-        return proposal
+        return self.workers.run_draft(plan)
 
     def _learn(self, record: RoundRecord) -> None:
         """From a round like those to come: without prompts, preemptions, and what is prepared only once."""
@@ -273,7 +216,7 @@ class Engine:
         if not self._pace.listens or plan.load is None:
             return
         decoding = all(len(w.tokens) == w.num_logits for w in plan.target.work)
-        most = self._drafter.most_behind if self._drafter is not None else 0
+        most = self.workers.most_behind
         if not decoding or plan.target.prompts or any(len(w.forward.tokens) > most for w in plan.draft.work):
             return
         if record.preparations or plan.preempted:
@@ -290,13 +233,9 @@ class Engine:
         are where no device can be trusted any more.
         """
         self._write()
-        self._broken, self._in_flight, self._states = _CUT_IN_TWO, None, None
-        fatal = error if ends_engine(error) else None
-        for worker in filter(None, (self._target_worker, self._draft_worker)):
-            try:
-                worker.rest()
-            except Exception as again:  # a device that failed for good raises at every wait
-                fatal = fatal or again
+        self._broken, self._in_flight = _CUT_IN_TWO, None
+        again = self.workers.give_up()
+        fatal = error if ends_engine(error) else again
         if fatal is not None:
             self._end(fatal)
             return
@@ -331,8 +270,4 @@ class Engine:
         for request in list(self.scheduler.requests.values()):
             self._outbox.give_up(request, _CLOSED)
         flight, self._in_flight = self._in_flight, None
-        for worker in filter(None, (self._target_worker, self._draft_worker)):
-            if flight is not None:
-                with contextlib.suppress(Exception):  # nobody waits for what it computes
-                    worker.rest()
-            worker.close()
+        self.workers.close(flight is not None)

@@ -206,7 +206,7 @@ def assert_at_rest(llm: LLM) -> None:
 
 def poison_ring(llm: LLM) -> None:
     """NaN wherever drafted tokens' logits will be kept: what is not written must not be read."""
-    drafter = llm.engine._drafter
+    drafter = llm.engine.workers.drafter
     assert isinstance(drafter, ModelDrafter)
     model = drafter._runner.model
     drafter._ring.allocate(model.config.vocab_size, model.dtype, llm.models.target.queue.device).fill_(torch.nan)

@@ -33,7 +33,7 @@ class HeadCheck:
         """Before these are generated, one output each."""
         first = llm._factory.made + 1
         self._texts = {first + index: list(prompt) for index, prompt in enumerate(prompts)}
-        drawing: Any = llm.engine._drafter._drawing  # type: ignore[union-attr]
+        drawing: Any = llm.engine.workers.drafter._drawing  # type: ignore[union-attr]
         draw = Drawing.draw.__get__(drawing)
 
         def noted(lines: Sequence[Line], logits: Tensor, alternatives: int) -> None:

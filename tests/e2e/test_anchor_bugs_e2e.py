@@ -194,11 +194,11 @@ def test_13_draft_probabilities_are_kept_for_one_window_only(llama: Pair, open_l
     """Greedy and coupled requests keep none; sampled ones at most two windows for each place in the batch."""
     greedy, sampled = SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, temperature=1.0, seed=1, n=9)
     llm = open_llm(llama, window=4, max_num_seqs=3)
-    ring = llm.engine._drafter._ring
+    ring = llm.engine.workers.drafter._ring
     llm.generate("abc", greedy)
     assert ring.logits is None
     llm.generate("abc", sampled)
     assert ring.logits.shape[0] == 3 * 2 * 4 + 1  # and one that is nobody's
     coupled = open_llm(llama, window=4, verification="coupled")
     coupled.generate("abc", sampled)
-    assert coupled.engine._drafter._ring.logits is None
+    assert coupled.engine.workers.drafter._ring.logits is None

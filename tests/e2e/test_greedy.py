@@ -190,14 +190,14 @@ def test_a_draft_that_works_alone_does_so_on_the_engines_thread(
 ) -> None:
     for method, inline in (("speculative", True), ("pearl", False)):
         llm = open_llm(llama, method=method, window=3, **options)
-        propose, threads = llm.engine._drafter.propose, set()
+        propose, threads = llm.engine.workers.drafter.propose, set()
 
         def spy(plan: DraftPlan, propose: Any = propose, threads: set[bool] = threads) -> DraftProposal:
             threads.add(threading.current_thread() is threading.main_thread())
             result: DraftProposal = propose(plan)
             return result
 
-        llm.engine._drafter.propose = spy
+        llm.engine.workers.drafter.propose = spy
         prompt = prompts([9], seed=47)[0]
         assert token_ids(llm.generate([prompt], SamplingParams(max_tokens=16, ignore_eos=True))) == [
             llama.greedy(prompt, 16)

@@ -215,7 +215,7 @@ def test_a_failing_model_is_reported_and_survived(
 ) -> None:
     """A worker's exception ends the requests of its round with the reason; the next call works."""
     llm = open_llm(llama, window=3)
-    draft, target = (llm.engine._drafter._fused, "draft"), (llm.engine._target._runner, "forward")
+    draft, target = (llm.engine.workers.drafter._fused, "draft"), (llm.engine.workers.target._runner, "forward")
 
     def fail(work: object) -> None:
         raise RuntimeError("the cable came loose")

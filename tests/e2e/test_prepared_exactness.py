@@ -24,7 +24,7 @@ SAMPLED = [
 
 def poisoned(llm: LLM, seed: int | None = None) -> LLM:
     """NaN in all memory that a draft may read by mistake; with a seed branches are chosen at random."""
-    runner = llm.engine._drafter._runner  # type: ignore[union-attr]
+    runner = llm.engine.workers.drafter._runner  # type: ignore[union-attr]
     with torch.inference_mode():
         for tensor in chain.from_iterable(runner.cache.layers):
             tensor.fill_(torch.nan)

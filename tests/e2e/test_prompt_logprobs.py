@@ -203,7 +203,7 @@ def test_a_stream_tells_with_its_first_piece(llama: Pair, open_llm: OpenLLM) -> 
 def test_a_prompt_without_numbers_fails_alone(llama: Pair, open_llm: OpenLLM) -> None:
     """Rows of the prompt alone: of the verdict's it would be found anyway."""
     llm = open_llm(llama, method="autoregressive")
-    right = llm.engine._target.run
+    right = llm.engine.workers.target.run
 
     def poisoned(plan: TargetPlan) -> TargetOutput:
         output, row = right(plan), 0
@@ -214,7 +214,7 @@ def test_a_prompt_without_numbers_fails_alone(llama: Pair, open_llm: OpenLLM) ->
             row += work.num_logits
         return output
 
-    llm.engine._target.run = poisoned  # type: ignore[method-assign]
+    llm.engine.workers.target.run = poisoned  # type: ignore[method-assign]
     batch = prompts((20, 21), seed=13)
     bad, good = llm.generate(batch, TOLD)
     assert (bad.outputs[0].finish_reason, bad.prompt_logprobs) == ("abort", None)

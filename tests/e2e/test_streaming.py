@@ -125,8 +125,8 @@ def test_ctrl_c_in_the_middle_of_a_round(
     llm = open_llm(llama, window=3)
     engine = llm.engine
     owner, name = {
-        "draft": (engine._drafter, "propose"),
-        "target": (engine._target, "run"),
+        "draft": (engine.workers.drafter, "propose"),
+        "target": (engine.workers.target, "run"),
         "verdict": (engine._verifier, "verify"),
     }[where]
     right, calls = getattr(owner, name), []

@@ -168,7 +168,7 @@ def test_the_draft_is_masked_too(llama: Pair, open_llm: OpenLLM) -> None:
     batch, params = prompts((3, 9, 14, 5, 21, 8), seed=9), SamplingParams(structured={"choice": CHOICES})
     llm = open_llm(llama, window=3)
     assert acceptance(llm.generate(batch, params)) > 0.5
-    llm.engine._drafter._on_host._drawing._grammars.apply = lambda logits, rows: None
+    llm.engine.workers.drafter._on_host._drawing._grammars.apply = lambda logits, rows: None
     assert acceptance(llm.generate(batch, params)) < 0.2
 
 

@@ -10,6 +10,7 @@ from engine_requests import drafted, request_of
 from simulated_models import SimulatedVerifier
 
 from pearl.engine.engine import Engine
+from pearl.engine.model_workers import ModelWorkers
 from pearl.engine.rounds import RoundRecord
 from pearl.engine.scheduler import Scheduler
 from pearl.kv import KVCacheManager
@@ -107,14 +108,10 @@ class Rig:
         )
         self.engine = Engine(
             self.scheduler,
-            self.target,  # type: ignore[arg-type]
-            self.workers[0],
-            self.drafter,
-            self.workers[1],
+            ModelWorkers(self.target, self.workers[0], self.drafter, self.workers[1], draft_alone),  # type: ignore[arg-type]
             self.verifier,  # type: ignore[arg-type]
             self.pace,
             self.records.append,
-            draft_alone,
             lambda: self.prepared,
         )
 

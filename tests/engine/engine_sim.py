@@ -15,6 +15,7 @@ from simulated_models import SimulatedDrafter, SimulatedTarget, SimulatedVerifie
 
 from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
+from pearl.engine.model_workers import ModelWorkers
 from pearl.engine.odds import choose
 from pearl.engine.request import Request, Status
 from pearl.engine.rounds import RoundRecord
@@ -157,10 +158,7 @@ def simulate(
         workers = list(scheduler.workers)
     engine = Engine(
         scheduler,
-        SimulatedTarget(PagedMemory(page_size), truth),  # type: ignore[arg-type]
-        workers[0],
-        drafter,
-        workers[1],
+        ModelWorkers(SimulatedTarget(PagedMemory(page_size), truth), workers[0], drafter, workers[1]),  # type: ignore[arg-type]
         SimulatedVerifier(),  # type: ignore[arg-type]
         pace,
         records.append,

@@ -18,6 +18,7 @@ from pearl.drafting import Drafter, ModelDrafter, NGramDrafter
 from pearl.drafting.logits_ring import LogitsRing
 from pearl.engine.branches import Branches
 from pearl.engine.engine import Engine
+from pearl.engine.model_workers import ModelWorkers
 from pearl.engine.odds import choose
 from pearl.engine.rounds import RoundRecord
 from pearl.engine.verifier import Verifier
@@ -128,10 +129,7 @@ class Toy:
         self.records: list[RoundRecord] = []
         self.engine = Engine(
             self.scheduler,
-            TargetRunner(self.target),  # type: ignore[arg-type]
-            worker(),
-            drafter,
-            worker(),
+            ModelWorkers(TargetRunner(self.target), worker(), drafter, worker()),  # type: ignore[arg-type]
             Verifier(kernels, rule, VOCAB, (), QUEUE),
             pace,
             self.records.append,

@@ -129,8 +129,8 @@ def test_1_the_draft_never_draws_from_the_targets_numbers_under_rejection(
     log = RandomLog(monkeypatch)
     monkeypatch.setattr(toy.engine._verifier, "verify", lambda *args: pytest.fail("not reached"))
     toy.engine.add(request_of(1, [1, 2, 3], 8, params=pearl.SamplingParams(temperature=1.0)))
-    assert toy.engine._drafter is not None
-    toy.engine._drafter.propose(toy.scheduler.schedule().draft)
+    assert toy.engine.workers.drafter is not None
+    toy.engine.workers.drafter.propose(toy.scheduler.schedule().draft)
     assert [(p, stream) for _, p, stream in log.drawn] == [(p, Stream.DRAFT) for p in (3, 4, 5)]
 
 

@@ -105,7 +105,7 @@ def test_a_device_that_fails_behind_the_verdict_ends_the_engine_when_its_times_a
 
 def test_an_interruption_that_finds_a_failed_device_passes_through(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     error = accelerator_error("unspecified launch failure", 719)
-    monkeypatch.setattr(rig.engine, "_await", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(rig.engine.workers, "collect", raising(KeyboardInterrupt()))
     monkeypatch.setattr(rig.workers[0], "rest", raising(error))
     with pytest.raises(KeyboardInterrupt):
         rig.engine.step()

@@ -27,12 +27,12 @@ def failing_once(owner: object, name: str, error: BaseException) -> None:
 def parts(simulation: Simulation) -> dict[str, tuple[object, str]]:
     engine = simulation.engine
     return {
-        "target": (engine._target_worker, "work"),
-        "drafter": (engine._draft_worker, "work"),
+        "target": (engine.workers.target_worker, "work"),
+        "drafter": (engine.workers.draft_worker, "work"),
         "verifier": (engine._verifier, "verify"),
-        "check": (engine._target, "check"),
+        "check": (engine.workers.target, "check"),
         "plan": (simulation.scheduler, "schedule"),
-        "submit": (engine, "_submit"),
+        "submit": (engine.workers, "submit"),
     }
 
 
@@ -79,7 +79,7 @@ def test_an_error_ends_those_that_are_left_of_a_round() -> None:
     simulation = overlapping()
     simulation.add(request(1, stopping(1, 4)), request(2))
     until_ended(simulation, 1)
-    failing_once(simulation.engine._target_worker, "work", RuntimeError("out of luck"))
+    failing_once(simulation.engine.workers.target_worker, "work", RuntimeError("out of luck"))
     assert [(d.request_id, d.error) for d in simulation.engine.step()] == [(2, "RuntimeError: out of luck")]
     simulation.check_empty()
 
@@ -93,7 +93,7 @@ def test_a_device_that_is_lost_in_flight_ends_the_engine(alone: bool) -> None:
     if alone:
         simulation.engine.abort(1)
         simulation.engine.take()
-    failing_once(simulation.engine._target_worker, "work", RankError("rank 1 is gone"))
+    failing_once(simulation.engine.workers.target_worker, "work", RankError("rank 1 is gone"))
     ended = simulation.engine.step()
     assert {d.request_id: d.error for d in ended} == dict.fromkeys(
         [2] if alone else [1, 2], "RankError: rank 1 is gone"

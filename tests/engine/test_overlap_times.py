@@ -17,13 +17,13 @@ def test_what_is_prepared_for_the_next_round_is_not_charged_to_the_last() -> Non
     simulation = overlapping()
     prepared = [0]
     simulation.engine._preparations = lambda: prepared[0]
-    submit, news = simulation.engine._submit, iter([0, 2, 0, 3, 0])
+    submit, news = simulation.engine.workers.submit, iter([0, 2, 0, 3, 0])
 
     def capturing(*args: Any) -> Any:
         prepared[0] += next(news)
         return submit(*args)
 
-    simulation.engine._submit = capturing  # type: ignore[method-assign]
+    simulation.engine.workers.submit = capturing  # type: ignore[method-assign]
     simulation.add(request(1))
     for _ in range(4):
         simulation.step()
@@ -82,7 +82,8 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Clock, simulation: Simulat
     """A target that works so long from its submission on, a verdict of a quarter of a second, and outputs."""
     monkeypatch.setattr("pearl.engine.engine.time", clock)
     engine = simulation.engine
-    run, verify, submit, write = engine._target.run, engine._verifier.verify, engine._submit, engine._outbox.write
+    run, submit = engine.workers.target.run, engine.workers.submit
+    verify, write = engine._verifier.verify, engine._outbox.write
     begun: list[float] = []
 
     def submitted(*args: Any) -> Any:
@@ -101,5 +102,5 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Clock, simulation: Simulat
         advance(clock, text)
         write()
 
-    engine._target.run, engine._verifier.verify = target, verdict  # type: ignore[method-assign]
-    engine._submit, engine._outbox.write = submitted, written  # type: ignore[method-assign]
+    engine.workers.target.run, engine._verifier.verify = target, verdict  # type: ignore[method-assign]
+    engine.workers.submit, engine._outbox.write = submitted, written  # type: ignore[method-assign]

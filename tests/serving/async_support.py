@@ -113,8 +113,8 @@ class Hook:
 
 def hooked_llm(**options: Any) -> tuple[LLM, Hook]:
     llm = bundled(**options)
-    hook = Hook(llm.engine._target.run)
-    llm.engine._target.run = hook  # type: ignore[method-assign]
+    hook = Hook(llm.engine.workers.target.run)
+    llm.engine.workers.target.run = hook  # type: ignore[method-assign]
     return llm, hook
 
 

@@ -112,18 +112,18 @@ def broken_learning(engine: AsyncEngine) -> None:
 
 
 def broken_device(engine: AsyncEngine) -> None:
-    engine.llm.engine._target.run = raising(CaptureError("no graph"))  # type: ignore[method-assign]
+    engine.llm.engine.workers.target.run = raising(CaptureError("no graph"))  # type: ignore[method-assign]
 
 
 def closed_worker(engine: AsyncEngine) -> None:
-    worker = engine.llm.engine._draft_worker
+    worker = engine.llm.engine.workers.draft_worker
     assert worker is not None
     worker.close()
 
 
 def ended_worker(engine: AsyncEngine) -> None:
     """As by a library that ends threads."""
-    engine.llm.engine._drafter.propose = raising(SystemExit("enough"))  # type: ignore[method-assign, union-attr]
+    engine.llm.engine.workers.drafter.propose = raising(SystemExit("enough"))  # type: ignore[method-assign, union-attr]
 
 
 @pytest.mark.parametrize(

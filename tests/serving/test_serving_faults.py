@@ -96,7 +96,7 @@ def test_a_request_without_numbers_is_told_and_others_go_on() -> None:
         engine = server.engine.llm.engine
         expected, length = asked(server, PROMPT, 40), len(server.engine.llm.encode(sick))
         assert length != len(server.engine.llm.encode(PROMPT))
-        engine._target.run = Hook(engine._target.run, after=poisoning(length))  # type: ignore[method-assign]
+        engine.workers.target.run = Hook(engine.workers.target.run, after=poisoning(length))  # type: ignore[method-assign]
         with ThreadPoolExecutor(3) as threads:
             found = list(threads.map(lambda prompt: streamed(server.url, prompt, 40), (PROMPT, sick, PROMPT)))
         assert found[0] == found[2] == (expected, None)
@@ -138,7 +138,7 @@ def test_a_worker_that_ends_is_told_to_everyone() -> None:
         wait_until(lambda: server.engine.load.running == 2)
         waiting = [threads.submit(server.post, PATH, **BODY, prompt=PROMPT, max_tokens=LONG) for _ in range(2)]
         wait_until(lambda: server.engine.load.waiting == 2)
-        worker = server.engine.llm.engine._draft_worker
+        worker = server.engine.llm.engine.workers.draft_worker
         assert worker is not None
         worker.close()
         for each in asking:
