@@ -34,48 +34,59 @@ def draw_timeline(runs: Mapping[str, Sequence[RoundRecord]], path: Path, millise
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     figure, panels = pyplot.subplots(len(runs), 1, figsize=(10, 1.5 * len(runs) + 0.9), sharex=True, squeeze=False)
     for axis, (name, rounds) in zip(panels[:, 0], runs.items(), strict=True):
-        start = rounds[0].whole.begin
-        tokens, ahead = 0, dict[int, int]()  # by request: tokens of the prepared window that it went on with
-        for record in rounds:
-            end = (record.whole.begin + record.whole.seconds - start) * 1e3
-            if end > milliseconds:
-                break
-            for lane, busy, colour in ((1, record.target, TARGET_COLOUR), (0, record.proposal.busy, DRAFT_COLOUR)):
-                if busy.seconds:
-                    span = ((busy.begin - start) * 1e3, busy.seconds * 1e3)
-                    axis.broken_barh([span], (lane - 0.32, 0.64), facecolors=colour, edgecolor="white", linewidth=0.4)
-                    if lane == 0 and any(item.branches for item in record.plan.draft.work):
-                        axis.broken_barh([span], (-0.5, 0.16), facecolors=PREPARED_COLOUR)
-            for request_id, decision in record.result.decisions.items():
-                prepared = min(decision.accepted, ahead.pop(request_id, 0))
-                for index in range(len(decision.committed)):
-                    colour = ACCEPTED_COLOUR if index < decision.accepted else OWN_COLOUR
-                    colour = PREPARED_COLOUR if index < prepared else colour
-                    axis.plot(end, 1.65 + 0.28 * index, "o", color=colour, markersize=3.2)
-                tokens += len(decision.committed)
-            ahead |= hits(record)
-        axis.set_yticks([0, 1], ["draft", "target"])
-        axis.set_ylim(-0.6, 4.2)
-        axis.set_title(f"{name}: {tokens} tokens", loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_run(axis, name, rounds, milliseconds)
     panels[-1, 0].set_xlim(0, milliseconds)
     panels[-1, 0].set_xlabel("milliseconds")
-    dots = [
-        Line2D([], [], marker="o", linestyle="", color=ACCEPTED_COLOUR, label="token: drafted, accepted"),
-        Line2D([], [], marker="o", linestyle="", color=PREPARED_COLOUR, label="in a prepared window"),
-        Line2D([], [], marker="o", linestyle="", color=OWN_COLOUR, label="token: the target's own"),
-    ]
-    bars = [Patch(color=TARGET_COLOUR, label="target works"), Patch(color=DRAFT_COLOUR, label="draft works")]
-    bars.append(Patch(color=PREPARED_COLOUR, label="also ahead"))
-    figure.legend(handles=[*bars, *dots], loc="upper right", ncols=6, fontsize=8, frameon=False)
+    figure.legend(handles=_legend(), loc="upper right", ncols=6, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _draw_run(axis: Any, name: str, rounds: Sequence[RoundRecord], milliseconds: float) -> None:
+    start = rounds[0].whole.begin
+    tokens, ahead = 0, dict[int, int]()  # by request: tokens of the prepared window that it went on with
+    for record in rounds:
+        end = (record.whole.begin + record.whole.seconds - start) * 1e3
+        if end > milliseconds:
+            break
+        for lane, busy, colour in ((1, record.target, TARGET_COLOUR), (0, record.proposal.busy, DRAFT_COLOUR)):
+            if busy.seconds:
+                span = ((busy.begin - start) * 1e3, busy.seconds * 1e3)
+                axis.broken_barh([span], (lane - 0.32, 0.64), facecolors=colour, edgecolor="white", linewidth=0.4)
+                if lane == 0 and any(item.branches for item in record.plan.draft.work):
+                    axis.broken_barh([span], (-0.5, 0.16), facecolors=PREPARED_COLOUR)
+        for request_id, decision in record.result.decisions.items():
+            prepared = min(decision.accepted, ahead.pop(request_id, 0))
+            for index in range(len(decision.committed)):
+                colour = ACCEPTED_COLOUR if index < decision.accepted else OWN_COLOUR
+                colour = PREPARED_COLOUR if index < prepared else colour
+                axis.plot(end, 1.65 + 0.28 * index, "o", color=colour, markersize=3.2)
+            tokens += len(decision.committed)
+        ahead |= hits(record)
+    axis.set_yticks([0, 1], ["draft", "target"])
+    axis.set_ylim(-0.6, 4.2)
+    axis.set_title(f"{name}: {tokens} tokens", loc="left", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    bars = {"target works": TARGET_COLOUR, "draft works": DRAFT_COLOUR, "also ahead": PREPARED_COLOUR}
+    dots = {
+        "token: drafted, accepted": ACCEPTED_COLOUR,
+        "in a prepared window": PREPARED_COLOUR,
+        "token: the target's own": OWN_COLOUR,
+    }
+    return [
+        *(Patch(color=colour, label=label) for label, colour in bars.items()),
+        *(Line2D([], [], marker="o", linestyle="", color=colour, label=label) for label, colour in dots.items()),
+    ]
 
 
 def main(

@@ -24,15 +24,16 @@ _STUDIES = ("methods", "windows", "ablation", "batches", "temperatures", "anatom
 _AGREEMENT = "agreement"
 _SETS = ("humaneval", "gsm8k", "mt_bench", "mgsm")
 
+_Data = Annotated[Path | None, typer.Option(help="Folder with humaneval.jsonl, ...; else $PEARL_DATA, the hub")]
+_CheckAnswers = Annotated[bool, typer.Option("--check-answers", help="Mark the answers: pass@1, exact match")]
+
 
 def suite(
     study: Annotated[str, typer.Argument(help=f"{', '.join(_STUDIES)}, {_AGREEMENT}, or {_REPORT}")] = "methods",
     out: Annotated[Path, typer.Option(help="Folder; a run that was killed goes on in it")] = Path("suite"),
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help='Path or hub id, or "ngram"')] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with humaneval.jsonl, ...; else $PEARL_DATA, the hub")
-    ] = None,
+    data: _Data = None,
     data_sets: Annotated[str, typer.Option(help=f"Of {', '.join(_SETS)}")] = ",".join(_SETS),
     questions: Annotated[int, typer.Option(min=1, help="Of each data set; of MGSM, languages in turn")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer")] = 96,
@@ -44,9 +45,7 @@ def suite(
     temperatures: Annotated[str, typer.Option(help="Of the study")] = "0,0.25,0.5,0.75,1,1.25,1.5",
     plain_prompts: Annotated[bool, typer.Option("--plain", help="No chat template, though there is one")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end of text")] = False,
-    check_answers: Annotated[
-        bool, typer.Option("--check-answers", help="Mark the answers: pass@1, exact match")
-    ] = False,
+    check_answers: _CheckAnswers = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
     draft_device: Annotated[str | None, typer.Option(help="The draft's, where it differs")] = None,
     target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
@@ -58,11 +57,7 @@ def suite(
 
     agreement: whether what engines draft, or compute in batches, is what they decode plainly.
     """
-    if study not in (*_STUDIES, _AGREEMENT, _REPORT):
-        known = ", ".join((*_STUDIES, _AGREEMENT))
-        raise ConfigurationError(f"{shown(study)} is no study; there are {known}, and {_REPORT}")
-    if setups is not None and study != "methods":
-        raise ConfigurationError("--setups is for the study of methods; the others have their own")
+    _check_study(study, setups)
     names = _names("--data-sets", data_sets, _SETS)
     asked: dict[str, Any] = {
         "target": target, "draft": draft, "data_sets": names, "questions": questions, "max_tokens": max_tokens,
@@ -78,7 +73,19 @@ def suite(
     if data is not None and not data.is_dir():
         raise ConfigurationError(f"--data: {data} is no folder; it is to hold humaneval.jsonl, ...")
     check_output("--out", out / "x" if out.exists() else out)
-    # What follows needs torch, for which --help and the refusals above do not wait.
+    _measure(study, out, asked, options, data)
+
+
+def _check_study(study: str, setups: str | None) -> None:
+    if study not in (*_STUDIES, _AGREEMENT, _REPORT):
+        known = ", ".join((*_STUDIES, _AGREEMENT))
+        raise ConfigurationError(f"{shown(study)} is no study; there are {known}, and {_REPORT}")
+    if setups is not None and study != "methods":
+        raise ConfigurationError("--setups is for the study of methods; the others have their own")
+
+
+def _measure(study: str, out: Path, asked: dict[str, Any], options: dict[str, Any], data: Path | None) -> None:
+    # What follows needs torch, for which --help and the refusals before do not wait.
     from rich.console import Console
 
     from bench.evaluation.measuring import measure, measure_agreement

@@ -77,12 +77,16 @@ def serve_load(
         if plot is not None and cells:
             draw(cells, f"pearl serve on loopback, answers of {max_tokens} tokens", plot)
             console.print(f"drawn to {plot}")
-        bad = {cell.contender: (cell.wrong, cell.errors[:1]) for cell in cells if cell.wrong or cell.errors}
-        if bad:
-            raise RoundError(f"wrong answers, errors: {bad}")
+        _require_right(cells)
         console.print("every answer was the reference's" if cells else "nothing was measured")
         if guard.requested:
             raise typer.Exit(INTERRUPTED)
+
+
+def _require_right(cells: Sequence[Cell]) -> None:
+    bad = {cell.contender: (cell.wrong, cell.errors[:1]) for cell in cells if cell.wrong or cell.errors}
+    if bad:
+        raise RoundError(f"wrong answers, errors: {bad}")
 
 
 def _options(contender: Contender) -> Iterator[str]:

@@ -51,14 +51,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
-    train, heldout = read_files()
-    (out / "heldout.txt").write_text("".join(f"{name}\n" for name in heldout))
-    tokenizer = _tokenizer(out, init, list(train.values()), vocab)
-    rng = np.random.default_rng(0)
-    corpus = Corpus(encode(tokenizer, list(train.values()), rng), encode(tokenizer, list(heldout.values()), rng))
-    console.print(f"{len(train)} files, {len(corpus.train) / 1e6:.2f}M tokens; {len(heldout)} files held out, "
-                  f"{len(corpus.heldout) / 1e6:.2f}M tokens; {device}")  # fmt: skip
-
+    tokenizer, corpus = _read_corpus(out, init, vocab, console, device)
     big = Trainer("target", load_init(init, "target", target_shape, len(tokenizer)), corpus, out, options, target_lr)
     big.restore()
     big.fit(target_minutes, console)
@@ -73,6 +66,20 @@ def main(
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     shutil.rmtree(out / "tokenizer", ignore_errors=True)
     console.print(report)
+
+
+def _read_corpus(
+    out: Path, init: Path | None, vocab: int, console: Console, device: str
+) -> tuple[PreTrainedTokenizerFast, Corpus]:
+    """All files as tokens; which of them are held out is written into ``out``."""
+    train, heldout = read_files()
+    (out / "heldout.txt").write_text("".join(f"{name}\n" for name in heldout))
+    tokenizer = _tokenizer(out, init, list(train.values()), vocab)
+    rng = np.random.default_rng(0)
+    corpus = Corpus(encode(tokenizer, list(train.values()), rng), encode(tokenizer, list(heldout.values()), rng))
+    console.print(f"{len(train)} files, {len(corpus.train) / 1e6:.2f}M tokens; {len(heldout)} files held out, "
+                  f"{len(corpus.heldout) / 1e6:.2f}M tokens; {device}")  # fmt: skip
+    return tokenizer, corpus
 
 
 def _tokenizer(out: Path, init: Path | None, texts: list[str], vocab: int) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from pearl.bench.command import run_command
-from pearl.bench.contenders import FORMS, parse_contenders
+from pearl.bench.contenders import FORMS, Contender, parse_contenders
 from pearl.bench.options import (
     check_output,
     check_picture,
@@ -26,6 +26,29 @@ from pearl.user_values import shown
 
 _LONGEST_PROMPT = 1 << 20
 ALL_METHODS = ",".join(reversed(get_args(MethodName)))
+# Settings that are options of the engine too.
+_OF_ENGINE = (
+    "device", "dtype", "verification", "draft_device", "target_device", "enforce_eager", "draft_threads",
+    "target_threads", "backend",
+)  # fmt: skip
+
+_Window = Annotated[
+    str, typer.Option(help="Drafted tokens a round where --methods names none, or auto: as the pace decides")
+]
+_Shapes = Annotated[
+    str | None, typer.Option(help="TARGET:DRAFT, random weights of these shapes: " + ", ".join(get_args(ShapeName)))
+]
+_PromptTokens = Annotated[
+    int | None,
+    typer.Option(min=1, max=_LONGEST_PROMPT, help="With --shapes: length of each prompt, instead of the data set's"),
+]
+_Acceptance = Annotated[
+    float | None, typer.Option(help="Script the verdicts: each drafted token holds with this probability")
+]
+_Backend = Annotated[BackendName, typer.Option(help="native, or transformers: any other family; auto: either")]
+_DraftThreads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of the draft, in every method; default: as PEARL's")
+]
 
 
 def throughput(
@@ -35,37 +58,22 @@ def throughput(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest output")] = 96,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each method, interleaved")] = 5,
     batch: Annotated[str, typer.Option(help="Requests that run at once, max_num_seqs; several comma-separated")] = "1",
-    window: Annotated[
-        str, typer.Option(help="Drafted tokens a round where --methods names none, or auto: as the pace decides")
-    ] = "auto",
+    window: _Window = "auto",
     verification: Annotated[str, typer.Option(help="rejection | coupled | block")] = "rejection",
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at end of text")] = False,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help='Path or hub id, or "ngram"')] = None,
-    shapes: Annotated[
-        str | None, typer.Option(help="TARGET:DRAFT, random weights of these shapes: " + ", ".join(get_args(ShapeName)))
-    ] = None,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=_LONGEST_PROMPT, help="With --shapes: length of each prompt, instead of the data set's"
-        ),
-    ] = None,
-    synthetic_acceptance: Annotated[
-        float | None, typer.Option(help="Script the verdicts: each drafted token holds with this probability")
-    ] = None,
+    shapes: _Shapes = None,
+    prompt_tokens: _PromptTokens = None,
+    synthetic_acceptance: _Acceptance = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
     draft_device: Annotated[str | None, typer.Option(help="The draft's, where it differs")] = None,
     target_device: Annotated[str | None, typer.Option(help="The target's, where it differs")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="On CUDA: no CUDA graphs")] = False,
-    backend: Annotated[
-        BackendName, typer.Option(help="native, or transformers: any other family; auto: either")
-    ] = "auto",
+    backend: _Backend = "auto",
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
-    draft_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the draft, in every method; default: as PEARL's")
-    ] = None,
+    draft_threads: _DraftThreads = None,
     target_threads: Annotated[int | None, typer.Option(min=1, help="Likewise of the target")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the report here, anew after each run")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw tokens per second here, PNG or SVG")] = None,
@@ -87,27 +95,39 @@ def throughput(
     check_output("--json", json_out)
     check_picture("--plot", plot)
     pair = _check_shapes(settings)
-    options: dict[str, Any] = {
-        "target": target, "draft": draft, "device": device, "dtype": dtype, "verification": verification,
-        "draft_device": draft_device, "target_device": target_device, "enforce_eager": enforce_eager,
-        "draft_threads": draft_threads, "target_threads": target_threads, "backend": backend, "prefix_caching": False,
-    }  # fmt: skip
+    options = {name: settings[name] for name in _OF_ENGINE}
+    options |= {"target": target, "draft": draft, "prefix_caching": False}
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=0)
-    # What follows needs torch, for which --help and the refusals above do not wait.
+    _compare(contenders, batches, settings, options, params, pair, json_out, plot)
+
+
+def _compare(
+    contenders: list[Contender],
+    batches: list[int],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    params: SamplingParams,
+    pair: tuple[str, str] | None,
+    json_out: Path | None,
+    plot: Path | None,
+) -> None:
+    """Run the contenders, and print, write and draw what came out."""
+    # What follows needs torch, for which --help and the refusals before do not wait.
     from rich.console import Console
 
     from pearl.bench.contest import Contest, check_contenders, read_prompts
     from pearl.bench.report import JsonReport, table
 
     check_contenders(contenders, options, batches)
-    there = read_prompts(dataset, max(prompts, *batches), pair, prompt_tokens)
+    prompts, acceptance = settings["prompts"], settings["synthetic_acceptance"]
+    there = read_prompts(settings["dataset"], max(prompts, *batches), pair, settings["prompt_tokens"])
     settings["different_prompts"] = len(there)
-    contest = Contest(contenders, options, batches, there, prompts, params, repeats, pair, synthetic_acceptance)
+    contest = Contest(contenders, options, batches, there, prompts, params, settings["repeats"], pair, acceptance)
     console = Console()
     label = _label(settings)
     report = None if json_out is None else JsonReport(json_out, settings | {"label": label} if label else settings)
     results = contest.run(console, (lambda results: None) if report is None else report.write)
-    title = _title(label or dataset, [len(contest.prompts_of(size)) for size in batches], settings)
+    title = _title(label or settings["dataset"], [len(contest.prompts_of(size)) for size in batches], settings)
     console.print(table(results, title))
     if report is not None:
         report.write(results, complete=True)

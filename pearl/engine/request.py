@@ -148,19 +148,8 @@ class Request:
         Returns the newly committed tokens. Rollback happens here and is only this: ``*_computed`` never covers a
         token that was rejected.
         """
-        length, pending, metrics = len(self.tokens), self.pending, self.metrics
-        metrics.rounds += 1
-        if target is not None:
-            self.target_computed = target.end
-            metrics.target_forwards += 1
-        if draft is not None:
-            metrics.drafted += len(window)
-            if draft.forward.tokens:  # a drafter without KV computes nothing
-                # The window's last token is not computed; after an empty window neither is the token before it, so
-                # that the next draft has something to start from.
-                drafts = draft.num_draft and draft.pending is None
-                self.draft_computed = draft.forward.end + (len(window) - 1 if drafts else 0)
-                metrics.draft_forwards += len(window) or 1
+        length, pending = len(self.tokens), self.pending
+        self._compute(target, draft, window)
         self.judged_ahead = 0
         if decision is None:
             if draft is not None and draft.num_draft:
@@ -181,10 +170,27 @@ class Request:
             self._noise_seed, self._state = _rekeyed(self.seed, len(self.tokens)), None
         if ahead:
             self.pending, self.pending_ahead = ahead, True
-            metrics.drafted += len(ahead)
+            self.metrics.drafted += len(ahead)
             if self.draft_computed:  # a drafter that keeps KV
                 self.draft_computed = len(self.tokens) + len(ahead) - 1
         return committed
+
+    def _compute(self, target: ForwardWork | None, draft: DraftWork | None, window: tuple[Drafted, ...]) -> None:
+        """What both models have computed, as if all of it held."""
+        metrics = self.metrics
+        metrics.rounds += 1
+        if target is not None:
+            self.target_computed = target.end
+            metrics.target_forwards += 1
+        if draft is None:
+            return
+        metrics.drafted += len(window)
+        if draft.forward.tokens:  # a drafter without KV computes nothing
+            # The window's last token is not computed; after an empty window neither is the token before it, so that
+            # the next draft has something to start from.
+            drafts = draft.num_draft and draft.pending is None
+            self.draft_computed = draft.forward.end + (len(window) - 1 if drafts else 0)
+            metrics.draft_forwards += len(window) or 1
 
     def count(self, decision: Decision, kept: int) -> None:
         """Add to the metrics what of a verdict is returned: its first ``kept`` committed tokens."""
