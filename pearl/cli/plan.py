@@ -109,7 +109,7 @@ def _costs_of_models(models: ModelOptions) -> Costs:
 
     from pearl.bench.shapes import SHAPES
     from pearl.heads import HEAD_NAMES, lone_head
-    from pearl.models import ModelConfig
+    from pearl.models.backend import describe_model
     from pearl.models.weight_size import read_bytes, weight_bytes
     from pearl.planning import GPUS, costs_on
 
@@ -123,7 +123,7 @@ def _costs_of_models(models: ModelOptions) -> Costs:
                 f"{name!r} is {HEAD_NAMES[kind]}, whose steps are not planned from its size; give --target-ms and "
                 "--draft-ms as measured"
             )
-    target, draft = (SHAPES[name] if name in SHAPES else ModelConfig.from_pretrained(name) for name in names)
+    target, draft = (SHAPES[name] if name in SHAPES else describe_model(name, "auto") for name in names)
     sizes = [weight_bytes(config, torch.bfloat16) for config in (target, draft)]
     return costs_on(
         gpu, sizes[0], sizes[1], models.target_gpus, models.bandwidth_share,

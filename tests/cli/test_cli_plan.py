@@ -57,3 +57,13 @@ def test_heads_are_not_planned_as_models(tmp_path: Path) -> None:
     result = plan("--target", "8b", "--draft", str(tmp_path), "--gpu", "h200")
     assert isinstance(result.exception, ConfigurationError)
     assert "is an EAGLE-3 head, whose steps are not planned from its size" in str(result.exception)
+
+
+def test_models_of_both_backends_are_planned(tmp_path: Path) -> None:
+    """Of the second there is a configuration alone: 12 layers of 12 matrices of 768 x 768."""
+    shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    result = plan("--target", "8b", "--draft", str(tmp_path), "--gpu", "h200", "--json")
+    assert result.exit_code == 0
+    parameters = 12 * 12 * 768**2
+    assert json.loads(result.stdout)["ratio"] == pytest.approx(8.0e9 / parameters, rel=0.1)

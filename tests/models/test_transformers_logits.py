@@ -99,6 +99,18 @@ def test_bf16_weights_are_read_as_transformers_reads_them(tmp_path: Path) -> Non
     assert (logits - wanted).float().abs().max() < 0.1 * wanted.float().abs().max()
 
 
+def test_a_token_that_is_the_one_for_padding_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers recommends a mask where the first or the last token of a text is the one that would pad it."""
+    judge, warned = build("gpt2-scales-by-layer"), []
+    judge.save_pretrained(tmp_path)
+    model = load_from(tmp_path)
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", warned.append)
+    text = [judge.config.pad_token_id] * 5
+    logits = Harness(model, [len(text)]).forward([(0, text, 0)])[0]
+    assert warned == []
+    assert_close(logits, expected(judge, text))
+
+
 def test_models_of_one_process_and_a_users_own_do_not_meet(tmp_path: Path) -> None:
     """Interleaved, with transformers' modules of the same class and configuration between them."""
     names = ("phi", "cohere2-windows", "cohere2-windows")

@@ -39,11 +39,13 @@ class TransformersModel:
         """Compute all N tokens, write their keys and values, fill ``hidden``, and return logits ``[M, V]`` of
         batch.logits_rows.
         """
-        rows = batch.logits_rows
+        rows, ids = batch.logits_rows, self._known(batch.input_ids)[None]
         some = {"logits_to_keep": rows} if self._keeps_rows else {}
         with self._attention.over(batch, cache):
             output = self._module(
-                input_ids=self._known(batch.input_ids)[None],
+                input_ids=ids,
+                # Attention does not read it. Without it some modules look, on the host, whether ids are padding.
+                attention_mask=torch.ones_like(ids),
                 position_ids=batch.positions[None],
                 use_cache=False,
                 output_hidden_states=hidden is not None,
