@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pearl_kernels.cpu import _core
+
 HERE = Path(__file__).parent
 MODULES = (
     *("test_layers", "test_linear", "test_linear_int8", "test_linear_groups", "test_rope_and_cache", "test_attention"),
@@ -18,7 +20,7 @@ MODULES = (
 # Parametrised with the cpu provider on CPU tensors, or of the core alone: no reference, no other provider, no GPU.
 # Left out are the two dtypes of draft and target, which each instruction set loads with the same two functions.
 OF_THE_CORE = "(cpu-cpu or core) and not fp32-bf16 and not bf16-fp32"
-NEEDS = {  # flags of /proc/cpuinfo. Where avx512bf16, the widest, can run, it runs the tests of this process
+NEEDS = {  # flags of /proc/cpuinfo. The widest that can run, often avx512bf16, runs the tests of this process
     "scalar": (),
     "avx2": ("avx2", "fma"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -50,6 +52,8 @@ def test_the_operator_tests_pass_with(isa: str) -> None:
     if set(NEEDS[isa]) - cpu_flags():
         assert_refused(isa)
         return
+    if isa == _core.isa():
+        pytest.skip("the operator tests of this process run with it")
     modules = " ".join(f"tests/ops/{name}.py" for name in MODULES)
     done = python(RUN_TESTS, isa, PYTEST_ADDOPTS=f"-q -x -p no:cacheprovider -k '{OF_THE_CORE}' {modules}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
