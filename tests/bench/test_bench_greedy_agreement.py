@@ -146,11 +146,14 @@ def test_the_command_compares_dtypes_and_methods_and_writes_json(tmp_path: Path)
     assert pairs == [
         (["float32", "autoregressive"], ["float32", "speculative"]),
         (["float32", "autoregressive"], ["float32", "pearl"]),
+        (["float32", "autoregressive"], ["float32", "pearl@5+6"]),
         (["float32", "autoregressive"], ["bfloat16", "autoregressive"]),
         (["float32", "autoregressive"], ["bfloat16", "speculative"]),
         (["float32", "autoregressive"], ["bfloat16", "pearl"]),
+        (["float32", "autoregressive"], ["bfloat16", "pearl@5+6"]),
         (["bfloat16", "autoregressive"], ["bfloat16", "speculative"]),
         (["bfloat16", "autoregressive"], ["bfloat16", "pearl"]),
+        (["bfloat16", "autoregressive"], ["bfloat16", "pearl@5+6"]),
     ]
     assert all(math.isfinite(c["drift"]) for c in content["comparisons"])
     assert done.stdout.count(" against ") == 7

@@ -1,0 +1,1 @@
+"""What rounds would take, from traced token ranks and measured forwards."""
