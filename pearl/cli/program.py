@@ -26,6 +26,7 @@ def exit_code(work: Callable[[], object]) -> int:
         code = work()
     except (PearlError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        message = message.replace("Value error, ", "")  # pydantic's word, which typer passes on
         if message:  # `pearl` alone has shown its help instead
             Terminal.open().error(message)
         return FAILED if isinstance(error, (RoundError, RankError)) else REFUSED

@@ -54,6 +54,8 @@ def fetch_gguf(path: str) -> Path:
 
 
 def _fetch(path: str, names: Sequence[str], revision: str | None = None) -> Path:
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # no hub id begins so, or has two
+        raise ModelLoadError(f"there is no folder {path!r}: give one with a config.json, a GGUF file, or a hub id")
     from huggingface_hub import snapshot_download
 
     try:

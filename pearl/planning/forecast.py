@@ -6,6 +6,7 @@ independently of each other, with one chance for all. Real text comes in easy an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,9 +36,11 @@ class Costs:
     @classmethod
     def measured(cls, target: float, row: float, step: float, overhead: float = 0.0, beside: float = 1.0) -> Costs:
         """``target``: of one row, ``row``: of each further one. ConfigurationError."""
-        for name, value, least in (("target", target, 0), ("draft", step, 0), ("beside", beside, 1 - 1e-9)):
-            if not least < value < float("inf"):
-                raise ConfigurationError(f"the time of the {name} must be a number above {least:g}, not {value:g}")
+        for name, value in (("target", target), ("draft", step)):
+            if not 0 < value < math.inf:
+                raise ConfigurationError(f"the time of the {name} must be a number above 0, not {value * 1e3:g} ms")
+        if not 1 <= beside < math.inf:
+            raise ConfigurationError(f"beside each other forwards take at least as long as alone, not {beside:g} times")
         if min(row, overhead) < 0:
             raise ConfigurationError("times of rows and overheads must not be below 0")
         return cls(lambda rows: target + row * (rows - 1), step, overhead, beside)

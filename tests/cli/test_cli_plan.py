@@ -42,6 +42,7 @@ def test_a_gpu_and_two_shapes_give_json() -> None:
         (("--target", "70b", "--draft", "1b", "--gpu", "tpu"), "known are a10"),
         (("--target", "70b", "--draft", "1b", "--gpu", "a10"), "share the target"),
         (("--target-ms", "3", "--draft-ms", "1", "--acceptance", "1.5"), "acceptance"),
+        (("--target-ms", "-3", "--draft-ms", "1"), "the time of the target must be a number above 0, not -3 ms"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments: tuple[str, ...], message: str) -> None:

@@ -133,6 +133,13 @@ def test_a_repository_that_cannot_be_reached(there: FakeHub) -> None:
         fetch_weights("org/other")
 
 
+@pytest.mark.parametrize("path", ["/no/such/model", "./model", "../org/model", "~/model", "folder/of/models"])
+def test_what_can_be_no_hub_id_is_a_folder_that_is_not_there(there: FakeHub, path: str) -> None:
+    with pytest.raises(ModelLoadError, match=f"there is no folder '{path}': give one with a config.json"):
+        fetch_weights(path)
+    assert there.revisions == [], "the hub was asked"
+
+
 @pytest.fixture
 def with_gguf(there: FakeHub) -> FakeHub:
     """Two files of one model, of which one is in parts, and a folder with a third."""
