@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pearl.models.decoder_tensors import EXPERTS, decoder_tensors, is_router, matrix_shapes
+from pearl.models.decoder_tensors import decoder_tensors, is_router, matrix_shapes
 from pearl.models.merged_storage import stored_alike
 from pearl.models.model_config import ModelConfig
 from pearl.models.quantized_storage import FewBits
@@ -25,21 +25,20 @@ class _Packer:
 
     steps: Mapping[int, int]
     fp8: bool
-    experts: bool
     bytes_of_four: bool = False
 
-    def keeps(self, module: str, form: FewBits, inputs: int) -> bool:
+    def keeps(self, form: FewBits, inputs: int) -> bool:
         fits = form.group % self.steps[form.bits] == 0 or form.group >= inputs
-        return fits and (self.fp8 or not form.fp8) and (self.experts or EXPERTS not in module)
+        return fits and (self.fp8 or not form.fp8)
 
     def held(self, form: FewBits) -> FewBits:
         return form._replace(bits=8) if self.bytes_of_four else form
 
 
 _PACKERS = {  # by provider
-    "cpu": _Packer({4: 8, 8: 2}, fp8=False, experts=True),
-    "triton": _Packer({4: 32, 8: 32}, fp8=True, experts=False),
-    "reference": _Packer({4: 1, 8: 1}, fp8=True, experts=True, bytes_of_four=True),
+    "cpu": _Packer({4: 8, 8: 2}, fp8=False),
+    "triton": _Packer({4: 32, 8: 32}, fp8=True),
+    "reference": _Packer({4: 1, 8: 1}, fp8=True, bytes_of_four=True),
 }
 
 
@@ -62,4 +61,4 @@ def kept_matrices(config: ModelConfig, packer: str, ranks: int = 1) -> Mapping[s
     }
     alike = stored_alike({module: config.quantization.few_bits(module, shapes[module][1]) for module in shapes})
     own = _PACKERS[packer]
-    return {module: own.held(form) for module, form in alike.items() if own.keeps(module, form, shapes[module][1])}
+    return {module: own.held(form) for module, form in alike.items() if own.keeps(form, shapes[module][1])}

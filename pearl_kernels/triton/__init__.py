@@ -21,7 +21,7 @@ MODULES = {
     "silu_and_mul": "pearl_kernels.triton.activation",
     "gelu_and_mul": "pearl_kernels.triton.activation",
     "scale_and_cap": "pearl_kernels.triton.scaling",
-    "route": "pearl_kernels.triton.experts",
+    "route": "pearl_kernels.triton.routing",
     "experts": "pearl_kernels.triton.experts",
     "pack_linear": "pearl_kernels.triton.linear",
     "pack_quantized": "pearl_kernels.triton.linear",

@@ -126,7 +126,7 @@ def test_experts_and_routers(left: str, device: str, tmp_path: Path) -> None:
     build("qwen2-moe").save_pretrained(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "quantized", "ct-int8", ("lm_head", left))
     gate_up, down = 2 * 7, 7
-    per_layer = 4 + 3 + (0 if device == "cuda" else down + (gate_up if left == "none" else 0))
+    per_layer = 4 + 3 + down + (gate_up if left == "none" else 0)
     assert assert_promised(tmp_path / "quantized", device) == 3 * per_layer
 
 
