@@ -25,13 +25,22 @@ from torch import Tensor
 
 from bench.shared.bandwidth import last_level_cache, read_bandwidth
 from pearl.bench.report import machine
-from pearl_kernels import ExpertWeights, Routing, Situation, reference, stack_weights
+from pearl_kernels import (
+    ExpertWeights,
+    LinearWeight,
+    QuantizedMatrix,
+    Routing,
+    Situation,
+    reference,
+    stack_weights,
+)
 from pearl_kernels.provider import Provider
 from pearl_kernels.registry import PROVIDERS
 from pearl_kernels.triton import interpreting
 
 HEAD_DIM = 128  # of the shapes with heads
 Call = Callable[[], Any]
+Matrices = Tensor | Sequence[QuantizedMatrix]  # of all experts
 Prepare = Callable[..., Call]  # the operator's arguments -> a call without any; what it does is not timed
 
 _SECONDS = {"tiny": 0.01, "small": 0.2, "real": 0.5}  # of timing, each
@@ -86,16 +95,22 @@ def providers(op: str, device: str, dtype: torch.dtype, sizes: str) -> list[Cont
 
 
 def _prepare(op: str, provider: Provider) -> Prepare:
-    """Plain matrices are packed for the operators that read packed ones."""
+    """Matrices, plain or of few bits, are packed for the operators that read packed ones."""
     function = provider.operators[op]
-    pack = provider.operators.get("pack_linear", reference.pack_linear)  # who packs none reads the reference's
+    # Who packs none reads the reference's.
+    pack_plain = provider.operators.get("pack_linear", reference.pack_linear)
+    pack_few_bits = provider.operators.get("pack_quantized", reference.pack_quantized)
 
-    def prepare_linear(x: Tensor, weight: Tensor) -> Call:
-        packed = pack(weight)
+    def pack(matrix: Tensor | QuantizedMatrix, dtype: torch.dtype) -> LinearWeight:
+        packed: LinearWeight = pack_plain(matrix) if isinstance(matrix, Tensor) else pack_few_bits(matrix, dtype)
+        return packed
+
+    def prepare_linear(x: Tensor, weight: Tensor | QuantizedMatrix) -> Call:
+        packed = pack(weight, x.dtype)
         return lambda: function(x, packed)
 
-    def prepare_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Call:
-        gates, downs = (stack_weights([pack(matrix) for matrix in stack]) for stack in (gate_up, down))
+    def prepare_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrices, down: Matrices) -> Call:
+        gates, downs = (stack_weights([pack(matrix, x.dtype) for matrix in stack]) for stack in (gate_up, down))
         packed = ExpertWeights(gates, downs)
         return lambda: function(x, Routing(experts, weights), packed)
 
