@@ -7,7 +7,6 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.table import Table
 from pearl.bench.best_of_others import share_of_best
 from pearl.bench.measure import MethodResult
 from pearl.devices import cpu_cores
+from pearl.installed import DISTRIBUTION, installed_version
 
 
 def machine() -> dict[str, Any]:
@@ -31,13 +31,9 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("pearl-engine", "torch", "triton", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = (DISTRIBUTION, "torch", "triton", "transformers")
+    found = {package: version for package in packages if (version := installed_version(package)) is not None}
+    return {"python": platform.python_version(), **found}
 
 
 def commit() -> str | None:

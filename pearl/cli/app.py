@@ -14,10 +14,11 @@ from pearl.cli.bench import PASSES_ON, bench
 from pearl.cli.chat import chat
 from pearl.cli.demo import demo
 from pearl.cli.generate import generate
-from pearl.cli.info import DISTRIBUTION, info, installed
+from pearl.cli.info import info, installed
 from pearl.cli.plan import plan
 from pearl.cli.program import exit_code, run_and_leave
 from pearl.cli.serve import serve
+from pearl.installed import DISTRIBUTION
 
 
 def _print_version(wanted: bool) -> None:

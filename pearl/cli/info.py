@@ -10,24 +10,19 @@ import typer
 from pearl.cli.model_info import model_table
 from pearl.cli.resident import resident
 from pearl.cli.terminal import Terminal
+from pearl.installed import DISTRIBUTION, installed_version
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pearl.config import EngineConfig
 
-DISTRIBUTION = "pearl-engine"
 _LARGEST_HEAD = 1024
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
 def installed(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return installed_version(package) or "not installed"
 
 
 def info(

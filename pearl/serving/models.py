@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from pearl.installed import DISTRIBUTION, installed_version
 from pearl.serving.service import Service
 
 
@@ -51,7 +51,4 @@ def health(service: Service) -> Response:
 
 
 def server_version() -> dict[str, str]:
-    try:
-        return {"version": version("pearl-engine")}
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return {"version": "unknown"}
+    return {"version": installed_version(DISTRIBUTION) or "unknown"}
