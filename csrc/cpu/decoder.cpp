@@ -52,15 +52,27 @@ void read_packed_row(const void* packed, int64_t row, int64_t bytes, uint8_t* ou
   }
 }
 
+/// Each of `rows` rows of `own`, `columns` numbers wide, to the columns `ids` of a row of `out`; else that is -inf.
+template <class Bits>
+void spread(const void* own, int64_t rows, int64_t columns, const int64_t* ids, Bits minus_infinity, int64_t width,
+            void* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const Bits* from = static_cast<const Bits*>(own) + row * columns;
+    Bits* to = static_cast<Bits*>(out) + row * width;
+    std::fill_n(to, width, minus_infinity);
+    for (int64_t i = 0; i < columns; ++i) to[ids[i]] = from[i];
+  }
+}
+
 }  // namespace
 
-Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
-                 PackedMatrix head, int64_t threads)
+Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const Embedding& embedding,
+                 const DecoderHead& head, int64_t threads, std::optional<FeatureInput> features)
     : shape_(shape),
       layers_(std::move(layers)),
       embedding_(embedding),
-      norm_(norm),
       head_(head),
+      features_(features),
       pool_(threads),
       scratch_(pool_),
       experts_(pool_) {
@@ -77,10 +89,11 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, co
     most_experts_ = std::max(most_experts_, mixture.experts.gate_up.count);
     most_top_k_ = std::max(most_top_k_, mixture.top_k);
   }
-  count_weights(head_);
-  if (embedding_ == nullptr && head_.format != WeightFormat::kFull) {
+  count_weights(head_.matrix);
+  if (embedding_.table == nullptr && embedding_.packed.format != WeightFormat::kFull) {
     throw std::invalid_argument("decoder: a head of integers cannot be read as the embedding");
   }
+  if (head_.ids != nullptr) check_rows("ids of the head", head_.ids, head_.matrix.out_features, shape_.vocab_size);
 }
 
 void Decoder::count_weights(const PackedMatrix& matrix) {
@@ -89,16 +102,13 @@ void Decoder::count_weights(const PackedMatrix& matrix) {
 
 void Decoder::forward(const DecoderBatch& batch) {
   reserve(batch.tokens);
-  check_rows("input_ids", batch.input_ids, batch.tokens, shape_.vocab_size);
-  check_rows("logits_rows", batch.logits_rows, batch.num_logits, batch.tokens);
-  check_rows("hidden layers", batch.hidden.layers, batch.hidden.count, static_cast<int64_t>(layers_.size()) + 1);
-  check(rope_params(layers_[0], batch));
-  check(attention_params(layers_[0], batch));
+  check(batch);
   const bool long_enough = weight_bytes_ * std::max<int64_t>(1, batch.tokens / kFewRows) >= kWorthHelpers;
   threads_ = long_enough ? &pool_ : &alone_;
   embed(batch);
   for (const DecoderLayer& layer : layers_) {
-    const void* entered = enter(layer.input_norm, &layer != layers_.data(), batch.tokens);
+    const bool first = &layer == layers_.data();
+    const void* entered = first && features_ ? pair(batch) : enter(layer.input_norm, !first, batch.tokens);
     keep(&layer - layers_.data(), residual_.data(), shape_.residual_multiplier, batch);
     attend(layer, batch, entered);
     leave(layer.attention_post_norm, batch.tokens);
@@ -106,6 +116,18 @@ void Decoder::forward(const DecoderBatch& batch) {
     leave(layer.mlp_post_norm, batch.tokens);
   }
   write_logits(batch);
+}
+
+void Decoder::check(const DecoderBatch& batch) {
+  check_rows("input_ids", batch.input_ids, batch.tokens, shape_.vocab_size);
+  check_rows("logits_rows", batch.logits_rows, batch.num_logits, batch.tokens);
+  check_rows("hidden layers", batch.hidden.layers, batch.hidden.count, static_cast<int64_t>(layers_.size()) + 1);
+  if (batch.tokens > 0 && (batch.features != nullptr) != features_.has_value()) {
+    throw std::invalid_argument(features_ ? "decoder: a head needs a feature for each token"
+                                          : "decoder: features are for heads");
+  }
+  pearl::check(rope_params(layers_[0], batch));
+  pearl::check(attention_params(layers_[0], batch));
 }
 
 void Decoder::reserve(int64_t tokens) {
@@ -131,6 +153,7 @@ void Decoder::reserve(int64_t tokens) {
     normed_q_.resize(bytes * query_width);
     normed_k_.resize(bytes * kv_width);
   }
+  if (features_) pair_.resize(bytes * 2 * s.hidden);
   capacity_ = tokens;
 }
 
@@ -149,11 +172,11 @@ void Decoder::copy_pages(const int64_t* pairs, int64_t count) {
 /// The first residual: the tokens' embeddings.
 void Decoder::embed(const DecoderBatch& batch) {
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
-  const auto* table = static_cast<const uint8_t*>(embedding_);
+  const auto* table = static_cast<const uint8_t*>(embedding_.table);
   for (int64_t i = 0; i < batch.tokens; ++i) {
     uint8_t* out = residual_.data() + i * bytes;
     if (table == nullptr) {
-      read_packed_row(head_.weight, batch.input_ids[i], bytes, out);
+      read_packed_row(embedding_.packed.weight, batch.input_ids[i], bytes, out);
     } else {
       std::memcpy(out, table + batch.input_ids[i] * bytes, bytes);
     }
@@ -162,6 +185,24 @@ void Decoder::embed(const DecoderBatch& batch) {
     parallel::scale_and_cap(*threads_, {shape_.dtype, batch.tokens, shape_.hidden, residual_.data(), shape_.hidden,
                                         shape_.embedding_scale, 0.0f});
   }
+}
+
+/// What the first layer of a head reads, of tokens that are embedded; then the residual is what their features begin it
+/// with.
+const void* Decoder::pair(const DecoderBatch& batch) {
+  const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype);
+  const void* sources[] = {residual_.data(), batch.features};
+  const void* norms[] = {features_->token_norm, features_->feature_norm};
+  for (int64_t half = 0; half < 2; ++half) {
+    parallel::rms_norm(*threads_, {shape_.dtype, batch.tokens, shape_.hidden, sources[half], shape_.hidden, nullptr, 0,
+                                   norms[half], normed_.data(), shape_.residual_eps});
+    for (int64_t i = 0; i < batch.tokens; ++i) {
+      std::memcpy(pair_.data() + (2 * i + half) * bytes, normed_.data() + i * bytes, static_cast<size_t>(bytes));
+    }
+  }
+  const void* begin = features_->norm_before_residual ? normed_.data() : batch.features;
+  std::memcpy(residual_.data(), begin, static_cast<size_t>(batch.tokens * bytes));
+  return pair_.data();
 }
 
 /// What the next sublayer reads: the residual, normed where there is a norm. With `add` the last sublayer's output
@@ -233,14 +274,17 @@ void Decoder::mix(const DecoderLayer& layer, int64_t tokens, const void* x) {
                 shared ? shared_.data() : nullptr, shared ? shared_gate_.data() : nullptr, sublayer_.data()});
 }
 
-/// Rows without logits are dropped first, unless their last hidden states are wanted: those with logits move to the
-/// front.
+/// Rows without logits are dropped first, unless their last hidden states or outputs are wanted: those with logits move
+/// to the front.
 void Decoder::write_logits(const DecoderBatch& batch) {
   const int64_t bytes = shape_.hidden * bytes_of(shape_.dtype), last = static_cast<int64_t>(layers_.size());
-  const bool whole = keeps(last, batch);
+  const bool whole = keeps(last, batch) || batch.outputs != nullptr;
   if (whole) {
-    enter(norm_, true, batch.tokens);
+    enter(head_.norm, true, batch.tokens);
     keep(last, normed_.data(), 1.0f, batch);
+  }
+  if (batch.outputs != nullptr) {
+    std::memcpy(batch.outputs, residual_.data(), static_cast<size_t>(batch.tokens * bytes));
   }
   for (int64_t i = 0; i < batch.num_logits; ++i) {
     const int64_t row = batch.logits_rows[i];
@@ -250,11 +294,24 @@ void Decoder::write_logits(const DecoderBatch& batch) {
     }
   }
   if (batch.num_logits == 0) return;
-  if (!whole) enter(norm_, true, batch.num_logits);
-  project(head_, normed_.data(), batch.logits, batch.num_logits);
+  if (!whole) enter(head_.norm, true, batch.num_logits);
+  project_head(batch);
   if (shape_.logits_scale != 1.0f || shape_.logits_softcap > 0) {
     parallel::scale_and_cap(*threads_, {shape_.dtype, batch.num_logits, shape_.vocab_size, batch.logits,
                                         shape_.vocab_size, shape_.logits_scale, shape_.logits_softcap});
+  }
+}
+
+/// Of the normed rows at the front.
+void Decoder::project_head(const DecoderBatch& batch) {
+  const int64_t columns = head_.matrix.out_features, rows = batch.num_logits, width = shape_.vocab_size;
+  if (head_.ids == nullptr) return project(head_.matrix, normed_.data(), batch.logits, rows);
+  own_logits_.resize(static_cast<size_t>(rows * columns * bytes_of(shape_.dtype)));
+  project(head_.matrix, normed_.data(), own_logits_.data(), rows);
+  if (shape_.dtype == DType::kFloat32) {
+    spread<uint32_t>(own_logits_.data(), rows, columns, head_.ids, 0xFF800000, width, batch.logits);
+  } else {
+    spread<uint16_t>(own_logits_.data(), rows, columns, head_.ids, 0xFF80, width, batch.logits);
   }
 }
 

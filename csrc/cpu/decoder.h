@@ -57,6 +57,27 @@ struct DecoderLayer {
   std::optional<DecoderMixture> mixture;
 };
 
+/// What a decoder reads beside tokens if it is a head that drafts from a target's states (pearl/heads/eagle.py): a
+/// feature of each. The first layer's qkv is of both, normed, side by side: [.., 2 * hidden].
+struct FeatureInput {
+  const void* token_norm;     // [hidden], of the embedding
+  const void* feature_norm;   // [hidden]
+  bool norm_before_residual;  // the residual begins with the normed feature, else with the feature
+};
+
+/// Where the embeddings are.
+struct Embedding {
+  const void* table;    // [vocab_size, hidden]; null: they are the rows of `packed`, which is kFull then
+  PackedMatrix packed;  // [vocab_size, hidden]
+};
+
+/// The last layer's outputs, normed, to logits.
+struct DecoderHead {
+  const void* norm;     // [hidden]
+  PackedMatrix matrix;  // [vocab_size, hidden], or with ids as many rows as these
+  const int64_t* ids;   // the column of each row's logits, below vocab_size; all others are -inf. Null: its own
+};
+
 /// What a forward leaves of itself beside its logits, as in pearl/models/hidden_states.py.
 struct HiddenView {
   const int64_t* layers;  // [count], rising, from 0 to the number of layers: that is the final norm's output
@@ -76,13 +97,15 @@ struct DecoderBatch {
   const int64_t* logits_rows;   // [num_logits], below N
   void* logits;                 // [num_logits, vocab_size]
   HiddenView hidden = {};
+  const void* features = nullptr;  // [N, hidden], of a decoder that reads them
+  void* outputs = nullptr;         // [N, hidden]: of the last layer, before the final norm; null: they are not wanted
 };
 
 /// Belongs to one thread, which its pool's helpers help. The tensors behind the pointers must outlive it.
 class Decoder {
  public:
-  Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const void* embedding, const void* norm,
-          PackedMatrix head, int64_t threads);
+  Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const Embedding& embedding,
+          const DecoderHead& head, int64_t threads, std::optional<FeatureInput> features = std::nullopt);
 
   /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
   void forward(const DecoderBatch& batch);
@@ -91,11 +114,14 @@ class Decoder {
   void copy_pages(const int64_t* pairs, int64_t count);
 
   const DecoderShape& shape() const { return shape_; }
+  bool reads_features() const { return features_.has_value(); }
 
  private:
   void count_weights(const PackedMatrix& matrix);
   void reserve(int64_t tokens);
+  void check(const DecoderBatch& batch);
   void embed(const DecoderBatch& batch);
+  const void* pair(const DecoderBatch& batch);
   void attend(const DecoderLayer& layer, const DecoderBatch& batch, const void* x);
   void norm_projections(const DecoderLayer& layer, int64_t tokens);
   void feed_forward(const DecoderLayer& layer, int64_t tokens, const void* x);
@@ -105,6 +131,7 @@ class Decoder {
   void leave(const void* norm, int64_t tokens);
   void project(const PackedMatrix& matrix, const void* x, void* out, int64_t tokens);
   void write_logits(const DecoderBatch& batch);
+  void project_head(const DecoderBatch& batch);
   bool keeps(int64_t layer, const DecoderBatch& batch) const;
   void keep(int64_t layer, const uint8_t* states, float scale, const DecoderBatch& batch) const;
 
@@ -114,14 +141,15 @@ class Decoder {
 
   DecoderShape shape_;
   std::vector<DecoderLayer> layers_;
-  const void* embedding_;  // [vocab_size, hidden]; null: the rows of the head, which is kFull then
-  const void* norm_;       // [hidden]
-  PackedMatrix head_;      // [vocab_size, hidden]
+  Embedding embedding_;
+  DecoderHead head_;
+  std::optional<FeatureInput> features_;
 
   // Activations, as many rows as the largest batch so far.
   int64_t capacity_ = 0;
   std::vector<uint8_t> residual_, normed_, sublayer_, qkv_, attended_, gate_up_, activated_;
   std::vector<uint8_t> normed_q_, normed_k_;  // of a shape that norms projections
+  std::vector<uint8_t> pair_, own_logits_;    // of one that reads features; of a head with ids
 
   int64_t most_experts_ = 0, most_top_k_ = 0, ffn_ = 0;  // of any layer
   std::vector<uint8_t> router_logits_, shared_, shared_gate_;

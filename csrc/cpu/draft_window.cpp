@@ -35,10 +35,10 @@ bool are_first(const std::vector<int64_t>& sequences) {
 
 void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) {
   check(first, window);
-  decoder_.forward(first);
   drafting_.clear();
   for (int64_t sequence = 0; sequence < first.sequences; ++sequence) drafting_.push_back(sequence);
   drop_ended(first, window, 0);
+  compute(first, first, window, 0);
   if (drafting_.empty()) return;
   draw(first, window, 0);
   decoder_.copy_pages(window.late_copies, window.num_late_copies);
@@ -46,9 +46,36 @@ void WindowDrafter::draft(const DecoderBatch& first, const DraftWindow& window) 
   for (int64_t step = 1;; ++step) {
     drop_ended(first, window, step);
     if (drafting_.empty()) return;
-    decoder_.forward(next(first, window, step));
+    compute(next(first, window, step), first, window, step);
     draw(first, window, step);
   }
+}
+
+/// A forward, and the outputs that this step's tokens are drawn from to where they are kept.
+void WindowDrafter::compute(DecoderBatch batch, const DecoderBatch& first, const DraftWindow& window, int64_t step) {
+  const int64_t bytes = decoder_.shape().hidden * bytes_of(decoder_.shape().dtype);
+  const bool keeps = decoder_.reads_features();
+  if (keeps && batch.outputs == nullptr) {
+    outputs_.resize(static_cast<size_t>(batch.tokens * bytes));
+    batch.outputs = outputs_.data();
+  }
+  decoder_.forward(batch);
+  if (!keeps) return;
+  for (size_t i = 0; i < drafting_.size(); ++i) {
+    const auto* output = static_cast<const uint8_t*>(batch.outputs) + batch.logits_rows[i] * bytes;
+    std::memcpy(state_of(window, drafting_[i], token_position(first, drafting_[i], step)), output, bytes);
+  }
+}
+
+/// Of the token that a sequence draws in this step, in its text.
+int64_t WindowDrafter::token_position(const DecoderBatch& first, int64_t sequence, int64_t step) const {
+  return first.context_lens[sequence] + step + (decoder_.reads_features() ? 1 : 0);
+}
+
+/// Where the output is kept that the token at this position is drawn from.
+uint8_t* WindowDrafter::state_of(const DraftWindow& window, int64_t sequence, int64_t position) const {
+  const int64_t row = window.states.base[sequence] + position % window.states.size[sequence];
+  return static_cast<uint8_t*>(window.states.rows) + row * decoder_.shape().hidden * bytes_of(decoder_.shape().dtype);
 }
 
 void WindowDrafter::drop_ended(const DecoderBatch& first, const DraftWindow& window, int64_t step) {
@@ -64,11 +91,19 @@ void WindowDrafter::drop_ended(const DecoderBatch& first, const DraftWindow& win
 void WindowDrafter::begin_late(const DecoderBatch& first, const DraftWindow& window) {
   if (window.num_late == 0) return;
   const AlternativesView& all = window.alternatives;
+  const int64_t bytes = decoder_.shape().hidden * bytes_of(decoder_.shape().dtype);
   for (int64_t i = 0; i < window.num_late; ++i) {
-    const int64_t sequence = first.sequences + i, place = window.late[i].parent * window.longest;
-    const int64_t token = all.tokens[place * all.count + window.late[i].rank];
+    const LateBranch& late = window.late[i];
+    const int64_t sequence = first.sequences + i, place = late.parent * window.longest;
+    const int64_t token = late.token >= 0 ? late.token : all.tokens[place * all.count + late.rank];
     window.tokens[sequence * window.longest] = token;
-    if (token >= 0) drafting_.push_back(sequence);
+    if (token < 0) continue;
+    drafting_.push_back(sequence);
+    if (!decoder_.reads_features()) continue;
+    const int64_t position = token_position(first, sequence, 0);
+    const uint8_t* drawn_from = late.token >= 0 ? static_cast<const uint8_t*>(window.states.rows) + late.state * bytes
+                                                : state_of(window, late.parent, position);
+    std::memcpy(state_of(window, sequence, position), drawn_from, bytes);
   }
   gather_tables(first);
 }
@@ -95,7 +130,12 @@ void WindowDrafter::check_late(const DecoderBatch& first, const DraftWindow& win
     const int64_t sequence = first.sequences + i;
     check_range("a late branch's parent", window.late[i].parent, 0, first.sequences);
     if (window.num_draft[window.late[i].parent] == 0) refuse("a late branch's parent drafts nothing");
-    check_range("a late branch's rank", window.late[i].rank, 0, window.alternatives.count);
+    if (window.late[i].token < 0) {
+      check_range("a late branch's rank", window.late[i].rank, 0, window.alternatives.count);
+    } else {
+      check_range("a late branch's token", window.late[i].token, 0, decoder_.shape().vocab_size);
+      if (decoder_.reads_features()) check_range("a late branch's state", window.late[i].state, 0, window.states.count);
+    }
     check_range("num_draft", window.num_draft[sequence], 1, window.longest + 1);
     check_sequence(first, window, sequence);
   }
@@ -106,6 +146,7 @@ void WindowDrafter::check_late(const DecoderBatch& first, const DraftWindow& win
 
 void WindowDrafter::check_sequence(const DecoderBatch& first, const DraftWindow& window, int64_t sequence) const {
   const DecoderShape& shape = decoder_.shape();
+  if (decoder_.reads_features()) check_states(window, sequence);
   // The window's last token is drawn, not computed.
   const int64_t computed = first.context_lens[sequence] + window.num_draft[sequence] - 1;
   check_range("the end of a window", computed, 0, shape.max_position + 1);
@@ -117,6 +158,12 @@ void WindowDrafter::check_sequence(const DecoderBatch& first, const DraftWindow&
     check_range("ring_size", window.ring_size[sequence], 1, window.ring_rows + 1);
     check_range("ring_base", window.ring_base[sequence], 0, window.ring_rows - window.ring_size[sequence] + 1);
   }
+}
+
+void WindowDrafter::check_states(const DraftWindow& window, int64_t sequence) const {
+  const StatesView& states = window.states;
+  check_range("states' size", states.size[sequence], 1, states.count + 1);
+  check_range("states' base", states.base[sequence], 0, states.count - states.size[sequence] + 1);
 }
 
 /// The block tables of the sequences that go on, where these are not the batch's first ones.
@@ -139,7 +186,7 @@ void WindowDrafter::draw(const DecoderBatch& first, const DraftWindow& window, i
   gather(window.sampling.min_p, drafting_, min_p_);
   gather(window.sampling.seed, drafting_, seed_);
   positions_.clear();
-  for (const int64_t sequence : drafting_) positions_.push_back(first.context_lens[sequence] + step);
+  for (const int64_t sequence : drafting_) positions_.push_back(token_position(first, sequence, step));
   drawn_.resize(drafting_.size());
   logprobs_.resize(drafting_.size());
   const AlternativesView alternatives = alternatives_of(rows, window.alternatives.count);
@@ -195,7 +242,9 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
   slots_.clear();
   rows_.clear();
   contexts_.clear();
+  features_.clear();
   starts_.assign(1, 0);
+  const int64_t bytes = decoder_.shape().hidden * bytes_of(decoder_.shape().dtype);
   for (const int64_t sequence : drafting_) {
     const int32_t* table = first.block_tables + sequence * first.table_width;
     const int64_t position = first.context_lens[sequence] + step - 1;
@@ -205,6 +254,9 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
     rows_.push_back(static_cast<int64_t>(rows_.size()));
     contexts_.push_back(static_cast<int32_t>(position + 1));
     starts_.push_back(static_cast<int32_t>(rows_.size()));
+    if (!decoder_.reads_features()) continue;
+    const uint8_t* state = state_of(window, sequence, token_position(first, sequence, step - 1));
+    features_.insert(features_.end(), state, state + bytes);
   }
   const auto rows = static_cast<int64_t>(drafting_.size());
   return {rows,
@@ -218,7 +270,9 @@ DecoderBatch WindowDrafter::next(const DecoderBatch& first, const DraftWindow& w
           starts_.data(),
           contexts_.data(),
           rows_.data(),
-          first.logits};
+          first.logits,
+          {},
+          decoder_.reads_features() ? features_.data() : nullptr};
 }
 
 }  // namespace pearl

@@ -9,13 +9,26 @@
 
 namespace pearl {
 
-/// A sequence that begins when `parent` has drawn its first token: with the alternative of `rank` to that.
+/// A sequence that begins when `parent` has drawn its first token: with `token`, or, if that is negative, with the
+/// alternative of `rank` to what was drawn. `state`: the row of the states that its token was drawn from, of one whose
+/// token is known and whose decoder reads features.
 struct LateBranch {
-  int64_t parent, rank;
+  int64_t parent, rank, token, state;
+};
+
+/// Where the outputs that tokens were drawn from are kept by a decoder that reads features: they are those of the
+/// tokens' rows. The one of the token at position p is row base + p % size of `rows`.
+struct StatesView {
+  void* rows;  // [count, hidden]
+  int64_t count;
+  const int64_t* base;  // [R]
+  const int64_t* size;  // [R]
 };
 
 /// What is drafted after a forward, whose batch has F sequences. Late branches follow them: R = F + num_late sequences
 /// in all, for which the batch has block tables and context_lens, though the forward computes nothing of the late ones.
+/// Of a decoder that reads features, what it computes at position p is of the token at p + 1: positions of tokens are a
+/// place behind those of the batch.
 struct DraftWindow {
   const int64_t* num_draft;  // [R]; 0: the sequence only took part in the forward. A late one's own token counts
   int64_t longest;           // no num_draft is larger
@@ -33,6 +46,7 @@ struct DraftWindow {
   int64_t* tokens;  // [R, longest], written up to num_draft; a late one's first is its own, -1: there was none
   float* logprobs;  // [R, longest]
   AlternativesView alternatives;  // [R, longest, count] and [R, longest], written as drawn tokens are
+  StatesView states;              // of a decoder that reads features
 };
 
 /// Belongs to its decoder's thread. What it gives is, to the bit, what the decoder and `sample` give token by token.
@@ -51,6 +65,10 @@ class WindowDrafter {
   void check_late(const DecoderBatch& first, const DraftWindow& window) const;
   void drop_ended(const DecoderBatch& first, const DraftWindow& window, int64_t step);
   void begin_late(const DecoderBatch& first, const DraftWindow& window);
+  void compute(DecoderBatch batch, const DecoderBatch& first, const DraftWindow& window, int64_t step);
+  uint8_t* state_of(const DraftWindow& window, int64_t sequence, int64_t position) const;
+  void check_states(const DraftWindow& window, int64_t sequence) const;
+  int64_t token_position(const DecoderBatch& first, int64_t sequence, int64_t step) const;
   void gather_tables(const DecoderBatch& first);
   void draw(const DecoderBatch& first, const DraftWindow& window, int64_t step);
   AlternativesView alternatives_of(int64_t rows, int64_t count);
@@ -67,6 +85,7 @@ class WindowDrafter {
   std::vector<int64_t> alternative_tokens_;
   std::vector<float> alternative_scores_, drawn_scores_;
 
+  std::vector<uint8_t> outputs_, features_;  // of the latest forward; of the next one
   std::vector<int64_t> input_ids_, slots_, rows_;
   std::vector<int32_t> tables_, starts_, contexts_;
 };

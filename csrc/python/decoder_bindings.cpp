@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -76,10 +77,26 @@ struct ShapeArgument : pearl::DecoderShape {
                      residual_multiplier} {}
 };
 
-pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<LayerArgument>& layers, Address embedding,
-                             Address norm, const MatrixArgument& head, int64_t threads) {
-  return new pearl::Decoder(shape, {layers.begin(), layers.end()}, pointer<const void>(embedding),
-                            pointer<const void>(norm), head, threads);
+struct EmbeddingArgument : pearl::Embedding {
+  EmbeddingArgument(Address table, const MatrixArgument& packed)
+      : pearl::Embedding{pointer<const void>(table), packed} {}
+};
+
+struct HeadArgument : pearl::DecoderHead {
+  HeadArgument(Address norm, const MatrixArgument& matrix, Address ids)
+      : DecoderHead{pointer<const void>(norm), matrix, pointer<const int64_t>(ids)} {}
+};
+
+struct FeatureArgument : pearl::FeatureInput {
+  FeatureArgument(Address token_norm, Address feature_norm, bool norm_before_residual)
+      : FeatureInput{pointer<const void>(token_norm), pointer<const void>(feature_norm), norm_before_residual} {}
+};
+
+pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<LayerArgument>& layers,
+                             const EmbeddingArgument& embedding, const HeadArgument& head, int64_t threads,
+                             const FeatureArgument* features) {
+  return new pearl::Decoder(shape, {layers.begin(), layers.end()}, embedding, head, threads,
+                            features == nullptr ? std::nullopt : std::optional<pearl::FeatureInput>(*features));
 }
 
 /// As Python hands it over: sizes, then the addresses of pearl/models/forward_batch.py's tensors.
@@ -147,17 +164,39 @@ py::list list_alternatives(const pearl::AlternativesView& all, const std::vector
 
 using Pairs = std::vector<std::pair<int64_t, int64_t>>;
 
+/// What a decoder that reads features has beside its batch, as in cpu/decoder.h and cpu/draft_window.h.
+struct StatesArgument {
+  StatesArgument(Address features, Address outputs, Address rows, int64_t count, std::vector<int64_t> base,
+                 std::vector<int64_t> size)
+      : features(pointer<const void>(features)),
+        outputs(pointer<void>(outputs)),
+        rows(pointer<void>(rows)),
+        count(count),
+        base(std::move(base)),
+        size(std::move(size)) {}
+
+  pearl::StatesView view() const { return {rows, count, base.data(), size.data()}; }
+
+  const void* features;
+  void *outputs, *rows;
+  int64_t count;
+  std::vector<int64_t> base, size;
+};
+
 /// `batch` has a row for each sequence that num_draft has an entry for, the late branches last, of which it computes
-/// nothing; `late`: parent and rank of each. Returns tokens, log q, and alternatives if any are asked for; of each a
+/// nothing; `late`: parent, rank, token and state of each (cpu/draft_window.h). `states`: of a decoder that reads
+/// features; None of others. Returns tokens, log q, and alternatives if any are asked for; of each a
 /// list for each sequence. The first token of a late branch is its own, without log q and alternatives.
 py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch, Address logits,
                 const std::vector<int64_t>& num_draft, const std::vector<int64_t>& ring_base,
                 const std::vector<int64_t>& ring_size, const pearl::SamplingArgument& sampling, int64_t vocab_size,
-                uint32_t stream, Address ring, int64_t ring_rows, int64_t alternatives, const Pairs& late,
-                const Pairs& late_copies) {
+                uint32_t stream, Address ring, int64_t ring_rows, int64_t alternatives,
+                const std::vector<std::array<int64_t, 4>>& late, const Pairs& late_copies,
+                const StatesArgument* states) {
   const auto sequences = static_cast<size_t>(batch.sequences);
+  const bool fits = states == nullptr || (states->base.size() == sequences && states->size.size() == sequences);
   if (num_draft.size() != sequences || ring_base.size() != sequences || ring_size.size() != sequences ||
-      late.size() > sequences) {
+      late.size() > sequences || !fits) {
     throw std::invalid_argument("draft_window: num_draft, ring_base and ring_size need an entry for each sequence");
   }
   const int64_t longest = num_draft.empty() ? 0 : *std::max_element(num_draft.begin(), num_draft.end());
@@ -170,7 +209,7 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
   const pearl::AlternativesView all = {alternatives, alternative_tokens.data(), alternative_scores.data(),
                                        drawn_scores.data()};
   std::vector<pearl::LateBranch> branches;
-  for (const auto& [parent, rank] : late) branches.push_back({parent, rank});
+  for (const auto& [parent, rank, token, state] : late) branches.push_back({parent, rank, token, state});
   std::vector<int64_t> copies;
   for (const auto& [source, destination] : late_copies) copies.insert(copies.end(), {source, destination});
   std::vector<int64_t> counts = num_draft;
@@ -179,10 +218,14 @@ py::tuple draft(pearl::WindowDrafter& drafter, const pearl::DecoderBatch& batch,
     pearl::DecoderBatch first = batch;
     first.sequences -= static_cast<int64_t>(branches.size());
     first.logits = pointer<void>(logits);
-    drafter.draft(first,
-                  {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
-                   ring_base.data(), ring_size.data(), branches.data(), static_cast<int64_t>(branches.size()),
-                   copies.data(), static_cast<int64_t>(late_copies.size()), tokens.data(), logprobs.data(), all});
+    if (states != nullptr) {
+      first.features = states->features;
+      first.outputs = states->outputs;
+    }
+    drafter.draft(first, {num_draft.data(), longest, sampling, vocab_size, stream, pointer<void>(ring), ring_rows,
+                          ring_base.data(), ring_size.data(), branches.data(), static_cast<int64_t>(branches.size()),
+                          copies.data(), static_cast<int64_t>(late_copies.size()), tokens.data(), logprobs.data(), all,
+                          states == nullptr ? pearl::StatesView{} : states->view()});
     for (auto r = static_cast<size_t>(first.sequences); r < sequences; ++r) {
       if (tokens[r * static_cast<size_t>(longest)] < 0) counts[r] = 0;
     }
@@ -208,6 +251,11 @@ void bind_decoder(py::module_& m) {
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address,
                     Address>());
   py::class_<WorkBatch, pearl::DecoderBatch>(m, "WorkBatch").def(py::init<int64_t>()).def("set", &WorkBatch::set);
+  py::class_<EmbeddingArgument>(m, "Embedding").def(py::init<Address, const MatrixArgument&>());
+  py::class_<HeadArgument>(m, "Head").def(py::init<Address, const MatrixArgument&, Address>());
+  py::class_<FeatureArgument>(m, "FeatureInput").def(py::init<Address, Address, bool>());
+  py::class_<StatesArgument>(m, "States")
+      .def(py::init<Address, Address, Address, int64_t, std::vector<int64_t>, std::vector<int64_t>>());
   py::class_<pearl::Decoder>(m, "Decoder")
       .def(py::init(&make_decoder))
       .def("forward", &forward, py::call_guard<py::gil_scoped_release>());

@@ -19,6 +19,9 @@ class DraftRow(NamedTuple):
     ring_size: int
     branch: Branch | None = None
     parent: int = -1  # the row whose first token a late branch hangs on
+    token: int = -1  # of a late branch its own, where that is known before; else an alternative to its parent's first
+    state: int = -1  # of such a one of a head: where the state is kept that its token was drawn from
+    shift: int = 0  # by how much tokens lie behind what is computed of them
 
     @property
     def is_late(self) -> bool:
@@ -26,7 +29,7 @@ class DraftRow(NamedTuple):
 
     def places(self, count: int) -> list[int]:
         """``Drafted.row`` of its first tokens; what is none's of a late branch's own, which is not drawn."""
-        begin, base, size = self.forward.end, self.ring_base, self.ring_size
+        begin, base, size = self.forward.end + self.shift, self.ring_base, self.ring_size
         return [base + (begin + step) % size for step in range(count)] if base >= 0 else [-1] * count
 
 

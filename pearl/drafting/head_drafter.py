@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
-from pearl.drafting.lines import Drawing, Line, windows_of
+from pearl.drafting.host_window import DraftedWindows
+from pearl.drafting.lines import Drawing
 from pearl.drafting.logits_ring import LogitsRing
-from pearl.drafting.own_states import OwnStates
 from pearl.heads.runner import HeadRunner
 from pearl.messages import DraftPlan, DraftProposal, Mark
 from pearl_kernels import Rule, Stream
@@ -23,10 +23,9 @@ class HeadDrafter(ABC):
         self, runner: HeadRunner, rule: Rule, vocab_size: int, eos_ids: Collection[int], ring: LogitsRing
     ) -> None:
         config, queue = runner.model.config, runner.queue
-        stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
+        self._stream = Stream.SAMPLE if rule == "coupled" else Stream.DRAFT
         self._runner, self._ring = runner, ring
-        self._drawing = Drawing(runner.kernels, queue, rule, vocab_size, eos_ids, ring, stream)
-        self._states = OwnStates(ring.lanes, config.shape.hidden, config.shape.dtype, queue.device)
+        self._drawing = Drawing(runner.kernels, queue, rule, vocab_size, eos_ids, ring, self._stream)
         self._stored: Mark | None = None
         self.hidden_layers: tuple[int, ...] = config.hidden_layers
         self.most_behind = ring.window + 2
@@ -36,15 +35,18 @@ class HeadDrafter(ABC):
         stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         stopwatch.start()
-        lines, steps = self._draft(plan)
-        if lines:
+        drafted = self._draft(plan)
+        if drafted.windows:
             self._stored = queue.mark()
         queue.mark().wait()  # the target's states are its own memory: it may write others when this returns
-        return DraftProposal(windows_of(lines), self._ring.logits, steps, stopwatch.stop(), stored=self._stored)
+        busy = stopwatch.stop()
+        return DraftProposal(
+            drafted.windows, self._ring.logits, drafted.steps, busy, stored=self._stored, prepared=drafted.prepared
+        )
 
     def waits(self, plan: DraftPlan) -> bool:
         return self._runner.queue.asynchronous
 
     @abstractmethod
-    def _draft(self, plan: DraftPlan) -> tuple[Mapping[int, Line], int]:
-        """Windows by request, of the items that draft; and how many steps they took."""
+    def _draft(self, plan: DraftPlan) -> DraftedWindows:
+        """Windows of the items that draft, and of their branches."""

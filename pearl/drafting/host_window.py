@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from pearl.drafting.lines import Drawing, Line, windows_of
+from pearl.drafting.lines import Drawing, windows_of
 from pearl.drafting.logits_ring import LogitsRing
-from pearl.messages import Branch, Drafted, DraftPlan, DraftWork, ForwardWork, Windows
+from pearl.messages import Branch, DraftPlan, DraftWork, ForwardWork, Windows
 from pearl.workers import ModelRunner
 from pearl_kernels import Rule, Stream
 
@@ -41,7 +41,7 @@ class HostWindows:
         early = [(item, branch) for item in work for branch in item.branches if branch.token is not None]
         logits = self._runner.forward([item.forward for item in work] + [_first_work(*pair) for pair in early])
         main = {item.forward.state.request_id: self._drawing.line(item) for item in work if item.num_draft}
-        prepared = {branch.id: self._branch(item, branch, branch.token) for item, branch in early}
+        prepared = {branch.id: self._drawing.branch(item, branch) for item, branch in early}
         active = [*main.values(), *prepared.values()]
         steps = 1
         if active:
@@ -50,8 +50,7 @@ class HostWindows:
                 self._runner.copy_pages(plan.late_copies)
                 for item, branch in late:
                     first = main[item.forward.state.request_id].window[0]
-                    own = first.ranked.of_rank(branch.rank) if first.ranked is not None else None
-                    prepared[branch.id] = self._branch(item, branch, own)
+                    prepared[branch.id] = self._drawing.branch(item, branch, first)
                     active.append(prepared[branch.id])
         while active := [line for line in active if line.left]:
             logits = self._runner.decode(
@@ -62,14 +61,6 @@ class HostWindows:
             self._drawing.draw(active, logits, plan.alternatives)
             steps += 1
         return DraftedWindows(windows_of(main), windows_of(prepared), steps)
-
-    def _branch(self, item: DraftWork, branch: Branch, token: int | None) -> Line:
-        """Without a token there is nothing to draft."""
-        state, rows = item.state_of(branch), self._ring.branch_rows(item, branch, self._rule)
-        history = None if state.history is None else state.history[: branch.start]
-        window = [] if token is None else [Drafted(token, 0.0, -1)]
-        left = 0 if token is None else branch.num_draft
-        return Line(state, branch.block_table, window, branch.start + 1, left, iter(rows), history)
 
 
 def _first_work(item: DraftWork, branch: Branch) -> ForwardWork:

@@ -12,7 +12,7 @@ from pearl.drafting.logits_ring import LogitsRing, keeps_logits
 from pearl.engine.grammar_masks import GrammarMasks, MaskedRow
 from pearl.engine.logits_processing import process_row
 from pearl.host_tensors import from_numbers, start_download
-from pearl.messages import Drafted, DraftWork, Ranked, SequenceState, Windows
+from pearl.messages import Branch, Drafted, DraftWork, Ranked, SequenceState, Windows
 from pearl.sampling_batch import SamplingBatches
 from pearl.workers import DeviceQueue
 from pearl_kernels import KernelSet, Rule, Sampled, Stream
@@ -29,6 +29,7 @@ class Line:
     left: int  # tokens to draw
     rows: Iterator[int]  # of the ring, for those tokens
     history: tuple[int, ...] | None  # the text before the window
+    slot: int | None = None  # a branch's
 
     def masked(self, row: int) -> MaskedRow:
         """Its row of logits."""
@@ -64,17 +65,31 @@ class Drawing:
         state = forward.state
         return Line(state, forward.block_table, [], item.position, item.num_draft, iter(rows), state.history)
 
+    def branch(self, item: DraftWork, branch: Branch, first: Drafted | None = None) -> Line:
+        """The window that begins with a branch's own token, or with the alternative to ``first``, of its item's window.
+        Without a token there is nothing to draft.
+        """
+        state, rows = item.state_of(branch), self._ring.branch_rows(item, branch, self._rule)
+        history = None if state.history is None else state.history[: branch.start]
+        token = branch.token
+        if token is None and first is not None and first.ranked is not None:
+            token = first.ranked.of_rank(branch.rank)
+        window = [] if token is None else [Drafted(token, 0.0, -1)]
+        left = 0 if token is None else branch.num_draft
+        return Line(state, branch.block_table, window, branch.start + 1, left, iter(rows), history, branch.slot)
+
     def draw(self, lines: Sequence[Line], logits: Tensor, alternatives: int) -> None:
-        """One token for each line, from its row."""
+        """A token from each row, of the line beside it. A line whose logits do not depend on the text may come several
+        times, for tokens one after another.
+        """
         dtype = logits.dtype
         logits = self._process(lines, logits)
         params = self._batches.tensors([line.state for line in lines])
-        where = from_numbers([line.position for line in lines], torch.int64, self._queue.device)
+        where = from_numbers(positions_of(lines), torch.int64, self._queue.device)
         drawn = self._kernels.sample(logits, params, where, self._vocab_size, self._stream, alternatives)
-        for row, (line, drafted) in enumerate(zip(lines, self._read(drawn), strict=True)):
-            index = next(line.rows)
-            if index >= 0:
-                self._ring.store(index, logits[row].to(dtype))
+        indices = [next(line.rows) for line in lines]
+        self._ring.store(indices, logits.to(dtype))
+        for line, drafted, index in zip(lines, self._read(drawn), indices, strict=True):
             line.window.append(drafted._replace(row=index))
             line.position, line.left = line.position + 1, line.left - 1
 
@@ -103,6 +118,17 @@ class Drawing:
                 logits[row] = logits[row].to(dtype)
         self._grammars.apply(logits, [line.masked(row) for row, line in enumerate(lines) if line.state.grammar])
         return logits
+
+
+def positions_of(lines: Sequence[Line]) -> list[int]:
+    """Of the tokens that are drawn for them, in this order."""
+    drawn: dict[int, int] = {}
+    positions = []
+    for line in lines:
+        before = drawn.get(id(line), 0)
+        positions.append(line.position + before)
+        drawn[id(line)] = before + 1
+    return positions
 
 
 def windows_of(lines: Mapping[int, Line]) -> Windows:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from pearl.drafting.fused_window import FusedWindows, can_fuse_windows
+from pearl.drafting.fused_window import FusedWindows
 from pearl.drafting.host_window import DraftedWindows, HostWindows
 from pearl.drafting.logits_ring import LogitsRing
+from pearl.drafting.window_call import can_fuse_windows
 from pearl.drafting.window_graph import WindowGraphs, divide
 from pearl.messages import DeviceWindows, DraftPlan, DraftProposal, Mark
 from pearl.workers import GraphRunner, ModelRunner
@@ -32,7 +33,7 @@ class ModelDrafter:
         if isinstance(runner, GraphRunner):
             self._graphs = WindowGraphs(runner, rule, vocab_size, ring, stream)
         elif runner.fused is not None and can_fuse_windows(runner.kernels):
-            self._fused = FusedWindows(runner, runner.fused, rule, vocab_size, ring, stream)
+            self._fused = FusedWindows(runner.fused, rule, vocab_size, ring, stream)
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if not plan.work:

@@ -61,12 +61,22 @@ class DraftParts:
 
 class Branches:
     """Belongs to the scheduler. ``most``: branches of a round, at most; ``kv``: the draft's, if it keeps any.
+    ``shift``: by how much that lies behind the text; if it does, all branches begin when the first token of their
+    request's window is drawn.
 
     A branch takes a slot, which a hit keeps until its window is decided: each request has at most one of those.
     """
 
-    def __init__(self, kv: KVCacheManager | None, lanes: int, most: int, rule: Rule, chooser: Chooser = choose) -> None:
-        self._kv, self._most, self._rule, self._choose = kv, most, rule, chooser
+    def __init__(
+        self,
+        kv: KVCacheManager | None,
+        lanes: int,
+        most: int,
+        rule: Rule,
+        chooser: Chooser = choose,
+        shift: int = 0,
+    ) -> None:
+        self._kv, self._most, self._rule, self._choose, self._shift = kv, most, rule, chooser, shift
         self._free_slots = list(range(most + lanes))[::-1]
         self._odds = Odds(rule)
         self.counts = BranchCounts()
@@ -83,7 +93,7 @@ class Branches:
         origin = {copy.destination: copy.source for copy in parts.copies}
         for choice in self._choose(places, most):
             own = drafting[choice.request]
-            window = min(pace.branch_window or own.window, longest - choice.place.late)
+            window = min(pace.branch_window or own.window, longest - self._is_late(choice.place))
             window = min(window, own.request.remaining - choice.place.held - 1)
             if window <= 0:
                 continue
@@ -101,11 +111,12 @@ class Branches:
             request.confidence = self._odds.confidence()
         sampled = request.params.temperature > 0
         # Of an output that is drawn, and may be decided by tests or by the target alone, tests would be chosen by what
-        # was drawn.
-        blind = sampled and self._rule != "coupled" and mode_changes and not request.pinned
+        # was drawn. Likewise what q a token is drawn from by a head, which depends on when it is drawn.
+        blind = sampled and self._rule != "coupled" and ((mode_changes and not request.pinned) or self._shift > 0)
         places = self._odds.places(request.pending, request.confidence, sampled, blind, own.late)
         # A branch computes one token: what stands before it must have been computed.
-        first_new = item.forward.start - request.length if self._kv is not None else len(request.pending)
+        alone = self._kv is not None and not self._shift
+        first_new = item.forward.start - request.length if alone else len(request.pending)
         return [place for place in places if place.late or place.held <= first_new]
 
     def _begin(
@@ -116,9 +127,10 @@ class Branches:
         table: tuple[int, ...] = ()
         if self._kv is not None:
             branch_id = branch_of(slot)
-            copy = self._kv.branch(request.id, branch_id, start, start + window)
+            begin = start - self._shift
+            copy = self._kv.branch(request.id, branch_id, begin, begin + window)
             table = self._kv.branch_table(branch_id)
-            if copy is not None and late:
+            if copy is not None and self._is_late(choice.place):
                 parts.late_copies.append(copy)
             elif copy is not None:
                 parts.copies.append(PageCopy(origin.get(copy.source, copy.source), copy.destination))
@@ -127,6 +139,10 @@ class Branches:
         request.branches += (Branch(slot, held, rank, token, start, window, table, request.seed_after(held)),)
         request.metrics.prepared += 1
         self.counts.tried[Kind(held, late, rank)] += 1
+
+    def _is_late(self, place: Place) -> bool:
+        """Whether it begins a step after the window."""
+        return place.late or self._shift > 0
 
     def settle(self, request: Request, result: VerifyResult) -> tuple[Drafted, ...]:
         """End a request's branches, before the verdict is applied. Returns what was drafted behind the correction, if

@@ -83,7 +83,8 @@ def _scheduler(
     draft_kv = pages() if drafter_keeps_kv else None
     branches: Branches | None = None
     if most_prepared:
-        branches = Branches(draft_kv, config.max_num_seqs, most_prepared, config.verification)
+        shift = int(drafter is not None and bool(drafter.hidden_layers))
+        branches = Branches(draft_kv, config.max_num_seqs, most_prepared, config.verification, shift=shift)
     return Scheduler(
         pace,
         pages(),
@@ -124,8 +125,8 @@ def _workers(config: EngineConfig, models: LoadedModels, drafter: Drafter | None
         draft_worker = ThreadWorker("draft", draft_threads)
         # Nothing of it depends on the thread it runs on; and where the target's forwards do not keep this one busy, it
         # has something to do meanwhile.
-        fused = draft_queue is None or (models.draft is not None and models.draft.fused is not None)
-        if target_worker.blocks and fused:
+        own = models.draft or models.head
+        if target_worker.blocks and (own is None or own.fused is not None):
             draft_alone = InlineWorker(HostQueue(torch.device("cpu")))
     return ModelWorkers(TargetRunner(models.target), target_worker, drafter, draft_worker, draft_alone)
 

@@ -121,7 +121,8 @@ def _working_sets(
         forward = (
             measured_bytes(config, draft, shares.draft, largest, meter)
             if draft is not None
-            else estimated_bytes(config, shares.draft, largest)  # of a head
+            # A head's, which is loaded after a target's ranks.
+            else estimated_bytes(config, shares.draft, largest) + (shares.draft.weight_bytes if target is None else 0)
         )
         working[shares.draft] = forward + _kept(config, shares, shares.draft)
     largest = Largest.of(config, "target", max_model_len)

@@ -26,12 +26,13 @@ from pearl.heads import Head, HeadConfig, load_head
 from pearl.heads.runner import HeadRunner
 from pearl.models import (
     CausalModel,
+    Decoder,
     KVCache,
-    ModelConfig,
     Tokenizer,
     load_model,
     transformers_backend,
 )
+from pearl.models.fused_decoder import EmbeddingRows
 from pearl.models.transformers_backend import TransformersConfig
 from pearl.models.weight_memory import return_freed
 from pearl.models.weight_size import read_bytes
@@ -78,7 +79,7 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
         with explaining_out_of_memory(shares.draft, meter):
             draft = _load(config, "draft", draft_path, shares.draft, pair)
     if config.target_parallel > 1:
-        return _assemble_parallel(config, pair, target_path, draft, shares, meter)
+        return _assemble_parallel(config, pair, target_path, draft_path, draft, shares, meter)
     with explaining_out_of_memory(shares.target[0], meter):
         target = _load(config, "target", target_path, shares.target[0], pair)
     head = None
@@ -144,22 +145,24 @@ def _load_head(
     config: EngineConfig, path: str, share: Share, pair: Pair, head: HeadConfig, target: CausalModel
 ) -> Head:
     """With the target's embeddings where it has none of its own."""
-
-    assert isinstance(pair.target, ModelConfig)  # or the head was refused
-    there = config.resolve_device("target")
+    there, here = config.resolve_device("target"), share.device
 
     def embed(ids: Tensor) -> Tensor:
-        return target.embed(ids.to(there)).to(share.device, head.shape.dtype)
+        return target.embed(ids.to(there)).to(here, head.shape.dtype)
 
+    embeddings = None
+    if isinstance(target, Decoder) and there == here and target.dtype == head.shape.dtype:
+        embeddings = EmbeddingRows.of(target)
     with torch.inference_mode():
         return load_head(
             path,
             head,
-            device=share.device,
+            device=here,
             max_model_len=pair.max_model_len,
             kernels=kernels_for(config, "draft", head.shape),
             embed=embed,
-            embedding_width=pair.target.hidden,
+            embedding_width=target.embed(torch.zeros(1, dtype=torch.int64, device=there)).shape[1],
+            embeddings=embeddings,
         )
 
 
@@ -179,17 +182,34 @@ def _draft_runner(
 
 
 def _assemble_parallel(
-    config: EngineConfig, pair: Pair, path: str, draft: CausalModel | None, shares: Shares, meter: MemoryMeter
+    config: EngineConfig,
+    pair: Pair,
+    path: str,
+    draft_path: str | None,
+    draft: CausalModel | None,
+    shares: Shares,
+    meter: MemoryMeter,
 ) -> LoadedModels:
-    """As ``assemble``, with a target whose ranks load their own weights and make their own caches."""
+    """As ``assemble``, with a target whose ranks load their own weights and make their own caches. A head, which reads
+    the first rank's states and perhaps its embeddings, is loaded after it.
+    """
     num_pages = decide_pages(config, shares, None, draft, pair.max_model_len, meter)
     draft_runner = _draft_runner(config, draft, shares, num_pages, meter)
     first = shares.target[0]
     kv = f"its weights need {gib(first.weight_bytes)}, its KV cache {gib(num_pages * first.page_bytes)}"
-    # Last: nothing that fails after it would leave its processes behind.
+    hidden_layers = () if pair.head is None else pair.head.hidden_layers
     with explaining_out_of_memory(first, meter, kv):
-        target = make_parallel_runner(config, path, pair.target, pair.max_model_len, num_pages)
-    return _loaded(pair, target, draft_runner, num_pages)
+        target = make_parallel_runner(config, path, pair.target, pair.max_model_len, num_pages, hidden_layers)
+    head_runner = None
+    if draft_path is not None and shares.draft is not None and pair.head is not None:
+        try:
+            with explaining_out_of_memory(shares.draft, meter):
+                head = _load_head(config, draft_path, shares.draft, pair, pair.head, target.model)
+            head_runner = make_head_runner(config, head, _allocate(config, shares.draft, num_pages, meter))
+        except BaseException:
+            target.close()  # its processes would be left behind
+            raise
+    return _loaded(pair, target, draft_runner, num_pages, head_runner)
 
 
 def _loaded(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pearl.config import EngineConfig, Role
 from pearl.errors import ConfigurationError
 from pearl.heads import HEAD_NAMES, HeadConfig, head_kind, lone_head, read_head
-from pearl.models import ModelConfig, Tokenizer, bundled_path
+from pearl.models import Tokenizer, bundled_path
 from pearl.models.backend import DescribedModel, check_weights, describe_model
 from pearl.models.model_source import source_of
 from pearl.models.transformers_backend import TransformersConfig
@@ -71,13 +71,11 @@ def _read_head(config: EngineConfig, path: str, target: DescribedModel) -> HeadC
         raise ConfigurationError(
             f"draft_backend='transformers' is for draft models, and draft={path!r} is {HEAD_NAMES[kind]}; leave it out"
         )
-    why = None
-    if config.target_parallel > 1:
-        why = "a tensor-parallel target does not hand them over; use target_parallel=1"
-    elif not isinstance(target, ModelConfig):
-        why = "a target that runs through transformers does not hand them over"
-    if why is not None or not isinstance(target, ModelConfig):
-        raise ConfigurationError(f"draft={path!r} reads the target's hidden states: {why}, or choose a draft model")
+    if not target.hidden:
+        raise ConfigurationError(
+            f"draft={path!r} reads the target's hidden states, but transformers' {target.architecture} does not hand "
+            "over one for each layer; choose a draft model"
+        )
     return read_head(path, target)
 
 

@@ -171,7 +171,8 @@ class Request:
         if ahead:
             self.pending, self.pending_ahead = ahead, True
             self.metrics.drafted += len(ahead)
-            if self.draft_computed:  # a drafter that keeps KV
+            own_tokens = draft is not None and draft.pending is None
+            if self.draft_computed and own_tokens:  # of a drafter that keeps KV
                 self.draft_computed = len(self.tokens) + len(ahead) - 1
         return committed
 

@@ -50,11 +50,16 @@ def make_runner(
 
 
 def make_head_runner(config: EngineConfig, head: Head, cache: KVCache) -> HeadRunner:
-    return HeadRunner(head, cache, config.page_size, _queue(config, "draft"))
+    return HeadRunner(head, cache, config.page_size, _queue(config, "draft"), config.resolve_threads()[0])
 
 
 def make_parallel_runner(
-    config: EngineConfig, path: str, model: ModelShape, max_model_len: int, num_pages: int
+    config: EngineConfig,
+    path: str,
+    model: ModelShape,
+    max_model_len: int,
+    num_pages: int,
+    hidden_layers: tuple[int, ...] = (),
 ) -> ParallelRunner:
     """Of a target whose ranks load their own weights and make their own caches."""
     devices, queue = config.resolve_target_devices(), _queue(config, "target")
@@ -72,7 +77,7 @@ def make_parallel_runner(
         most_rows=_most_graph_rows(config, "target", kernels_for(config, "target", model), queue),
     )
     names = [str(device) for device in devices]
-    return start_parallel(spec, names, queue, config.max_num_seqs, _rows_per_sequence(config, "target"))
+    return start_parallel(spec, names, queue, config.max_num_seqs, _rows_per_sequence(config, "target"), hidden_layers)
 
 
 def _most_graph_rows(config: EngineConfig, role: Role, kernels: KernelSet, queue: DeviceQueue) -> int:

@@ -249,7 +249,7 @@ class Scheduler:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
             tokens, pending = self._draft.tokens(request, start, draft_end)
             forward = ForwardWork(state, tokens, start, 1 if num_draft else 0, table)
-            plan.draft.work.append(DraftWork(forward, num_draft, pending=pending))
+            plan.draft.work.append(DraftWork(forward, num_draft, pending=pending, slot=request.slot))
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:

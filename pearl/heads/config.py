@@ -10,6 +10,7 @@ import torch
 
 from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from pearl.models import ModelConfig
+from pearl.models.backend import DescribedModel
 from pearl.models.config_file import check_sizes, made_by_transformers, naming_config
 from pearl.models.hub import fetch_description
 from pearl.models.model_files import checked_integer, is_gguf, read_json_if_there
@@ -98,7 +99,7 @@ def _fields_and_kind(path: str) -> tuple[Mapping[str, Any], HeadKind | None]:
         return fields, _kind(fields)
 
 
-def read_head(path: str, target: ModelConfig) -> HeadConfig:
+def read_head(path: str, target: DescribedModel) -> HeadConfig:
     """The head of a folder that holds one, to be run in the target's dtype.
 
     Raises ModelLoadError or UnsupportedModelError for one that cannot be run, ConfigurationError for another target's.
@@ -135,7 +136,7 @@ def _kind(fields: Mapping[str, Any]) -> HeadKind | None:
     return None
 
 
-def _eagle(fields: Mapping[str, Any], target: ModelConfig) -> EagleConfig:
+def _eagle(fields: Mapping[str, Any], target: DescribedModel) -> EagleConfig:
     own = _object(fields, "eagle_config")
     if own.get("use_aux_hidden_state") is False or own.get("parallel_drafting") or fields.get("parallel_drafting"):
         raise UnsupportedModelError(f"EAGLE-3 heads with eagle_config={own!r} are not supported")
@@ -157,7 +158,7 @@ def _eagle(fields: Mapping[str, Any], target: ModelConfig) -> EagleConfig:
     )
 
 
-def _layers(fields: Mapping[str, Any], own: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
+def _layers(fields: Mapping[str, Any], own: Mapping[str, Any], target: DescribedModel) -> tuple[int, ...]:
     """Before which of the target's layers the residual stream is read: 2, the middle one and the last but two, as
     EAGLE's own code does, if the configuration does not say it. There are two spellings: vLLM's names those layers at
     the top level, SGLang's, in eagle_config, the layers before them.
@@ -176,14 +177,22 @@ def _layers(fields: Mapping[str, Any], own: Mapping[str, Any], target: ModelConf
     return tuple(sorted(layers))
 
 
-def _medusa(fields: Mapping[str, Any], target: ModelConfig) -> MedusaConfig:
+def _medusa(fields: Mapping[str, Any], target: DescribedModel) -> MedusaConfig:
     heads = checked_integer("medusa_num_heads", fields.get("medusa_num_heads"), most=_MOST_HEADS)
     blocks = checked_integer("medusa_num_layers", fields.get("medusa_num_layers", 1), most=_MOST_HEADS)
     for field, targets in (("hidden_size", target.hidden), ("vocab_size", target.vocab_size)):
         if fields.get(field) is not None:
             require_same(MedusaConfig.name, field, fields[field], targets)
-    shape = replace(target, architecture=MedusaConfig.name, layers=0, windows=(), tied=False, quantization=None)
-    return MedusaConfig(shape, (target.layers,), heads, blocks)
+    return MedusaConfig(_shape_without_layers(target), (target.layers,), heads, blocks)
+
+
+def _shape_without_layers(target: DescribedModel) -> ModelConfig:
+    """A size of heads it has all the same, which operators are chosen by."""
+    return ModelConfig(
+        MedusaConfig.name, target.vocab_size, target.hidden, 0, target.kv_heads, target.kv_heads, target.head_dim,
+        target.hidden, eps=0.0, tied=False, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="none",
+        windows=(), max_position_embeddings=target.longest, rope={"rope_type": "default"}, dtype=target.dtype,
+    )  # fmt: skip
 
 
 def _llama(fields: Mapping[str, Any]) -> ModelConfig:

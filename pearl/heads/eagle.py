@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pearl.heads.config import EagleConfig
 from pearl.models import ForwardBatch, KVCache
+from pearl.models.fused_decoder import EmbeddingRows
 from pearl_kernels import KernelSet, LinearWeight
 
 
@@ -47,10 +48,14 @@ class EagleHead:
         cos_sin: Tensor,
         kernels: KernelSet,
         embed: Callable[[Tensor], Tensor],
+        embeddings: EmbeddingRows | None = None,
     ) -> None:
-        """``embed``: int64 ids ``[N]`` of the target to embeddings ``[N, D]``, its own or the target's."""
+        """``embed``: int64 ids ``[N]`` of the target to embeddings ``[N, D]``, its own or the target's; ``embeddings``:
+        the same ones, where C++ can read them.
+        """
         self.config, self.weights, self.kernels, self._embed = config, weights, kernels, embed
-        self._cos_sin = cos_sin  # [max_model_len, head_dim]
+        self.embeddings = embeddings
+        self.cos_sin = cos_sin  # [max_model_len, head_dim]
 
     def features(self, states: Tensor) -> Tensor:
         """``[N, D]`` of the target's hidden states ``[N, T, Dt]``."""
@@ -91,7 +96,7 @@ class EagleHead:
         qkv = kernels.linear(x, weights.qkv, weights.qkv_bias).view(x.shape[0], -1, shape.head_dim)
         q, k, v = qkv.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
         kernels.rope_and_cache(
-            q, k, v, batch.positions, self._cos_sin, keys, values, batch.slot_mapping, None, None, shape.eps
+            q, k, v, batch.positions, self.cos_sin, keys, values, batch.slot_mapping, None, None, shape.eps
         )
         attended = kernels.verify_attention(
             q, keys, values, batch.block_tables, batch.query_start, batch.context_lens,

@@ -14,6 +14,7 @@ from pearl.heads.config import EagleConfig, HeadConfig, MedusaConfig
 from pearl.heads.eagle import EagleHead, EagleWeights
 from pearl.heads.medusa import MedusaHead, MedusaWeights
 from pearl.heads.tensors import HeadTensors
+from pearl.models.fused_decoder import EmbeddingRows
 from pearl.models.rope import cos_sin_table
 from pearl.models.weight_memory import WeightMemory
 from pearl_kernels import KernelSet, LinearWeight
@@ -36,8 +37,10 @@ def load_head(
     kernels: KernelSet,
     embed: Embed,
     embedding_width: int,
+    embeddings: EmbeddingRows | None = None,
 ) -> Head:
-    """``embed``: the target's embeddings, of that width, for a head that has none of its own.
+    """``embed``: the target's embeddings, of that width, for a head that has none of its own; ``embeddings``: where
+    they are, if they are on the head's device and of its dtype.
 
     Raises ModelLoadError or UnsupportedModelError about its tensors, ConfigurationError where it needs another target.
     """
@@ -46,7 +49,7 @@ def load_head(
         if isinstance(config, MedusaConfig):
             return reader.medusa(HeadTensors(path, _MEDUSA_FILES, _medusa_name, stack), config)
         tensors = HeadTensors(path, _EAGLE_FILES, _eagle_name, stack)
-        return reader.eagle(tensors, config, max_model_len, embed, embedding_width)
+        return reader.eagle(tensors, config, max_model_len, embed, embedding_width, embeddings)
 
 
 def _eagle_name(stored: str) -> str:
@@ -72,21 +75,27 @@ class _Reader:
                 table[f"{head}.{block}.linear.bias"] = (d,)
             table[f"{head}.{config.blocks}.weight"] = (config.shape.vocab_size, d)
         tensors.require(table, {})
-        weights = tuple(
-            MedusaWeights(
-                tuple(
-                    (self._matrix(tensors, f"{head}.{block}.linear.weight"),
-                     self._vector(tensors, f"{head}.{block}.linear.bias"))
-                    for block in range(config.blocks)
-                ),
-                self._matrix(tensors, f"{head}.{config.blocks}.weight"),
-            )
-            for head in range(config.heads)
-        )  # fmt: skip
+        heads = range(config.heads)
+
+        def stacked(index: int, *which: int) -> tuple[LinearWeight, Tensor]:
+            """Of these heads, one matrix."""
+            names = [f"{head}.{index}.linear." for head in which]
+            matrix = self._matrix(tensors, *[name + "weight" for name in names])
+            return matrix, self._vector(tensors, *[name + "bias" for name in names])
+
+        later = tuple(tuple(stacked(index, head) for index in range(1, config.blocks)) for head in heads)
+        outputs = tuple(self._matrix(tensors, f"{head}.{config.blocks}.weight") for head in heads)
+        weights = MedusaWeights(stacked(0, *heads), later, outputs)
         return MedusaHead(config, weights, self._kernels)
 
     def eagle(
-        self, tensors: HeadTensors, config: EagleConfig, max_model_len: int, embed: Embed, embedding_width: int
+        self,
+        tensors: HeadTensors,
+        config: EagleConfig,
+        max_model_len: int,
+        embed: Embed,
+        embedding_width: int,
+        embeddings: EmbeddingRows | None,
     ) -> EagleHead:
         shape = config.shape
         table, optional = _eagle_tables(config)
@@ -94,7 +103,7 @@ class _Reader:
         target_ids = _target_ids(tensors, config)
         if _EMBEDDING in tensors.names:
             embedding = self._vector(tensors, _EMBEDDING)
-            embed = embedding.__getitem__
+            embed, embeddings = embedding.__getitem__, EmbeddingRows(embedding)
         elif embedding_width != shape.hidden:
             raise ConfigurationError(
                 f"draft is {config.name} with hidden_size={shape.hidden} and without {_EMBEDDING}, but the target's "
@@ -118,7 +127,7 @@ class _Reader:
             target_ids=None if target_ids is None else target_ids.to(self._device),
         )
         angles = cos_sin_table(shape.rope, shape.head_dim, shape.max_position_embeddings, max_model_len)
-        return EagleHead(config, weights, angles.to(self._device), self._kernels, embed)
+        return EagleHead(config, weights, angles.to(self._device), self._kernels, embed, embeddings)
 
     def _matrix(self, tensors: HeadTensors, *names: str) -> LinearWeight:
         """Of projections of one input, stacked."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pearl.heads.fused_eagle import FusedEagle, can_fuse_head
 from pearl.heads.loader import Head
 from pearl.host_tensors import from_numbers
 from pearl.kv import PageCopy
@@ -24,10 +25,14 @@ class HeadRunner:
     cache: KVCache
     page_size: int
     queue: DeviceQueue
+    threads: int = 1  # of a fused window, the calling one included
     stopwatch: Stopwatch = field(init=False)
+    fused: FusedEagle | None = field(init=False)  # where a window is one call, with threads of its own
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stopwatch", Stopwatch(self.queue))
+        fused = FusedEagle(self.model, self.cache, self.threads) if can_fuse_head(self.model) else None
+        object.__setattr__(self, "fused", fused)
 
     @property
     def kernels(self) -> KernelSet:

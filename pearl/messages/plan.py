@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pearl.grammars import Grammar
+from pearl.host_tensors import from_numbers
 from pearl.kv import PageCopy
 from pearl.messages.drafted import Drafted
 from pearl.pace import Load, Pace
@@ -73,13 +76,15 @@ class DraftWork(NamedTuple):
 
     A drafter that reads the target's hidden states lags one position behind the text: what it computes at position p
     is of the state at p and the token at p + 1, which ``forward.tokens`` has for each p in [start, end). Its
-    ``forward`` ends where the target's states do, before ``pending``; the window comes after these.
+    ``forward`` ends where the target's states do, before ``pending``; the window comes after these. Its branches begin
+    when the first token of the window is drawn, also those whose token is known.
     """
 
     forward: ForwardWork
     num_draft: int
     branches: tuple[Branch, ...] = ()
     pending: tuple[int, ...] | None = None  # None: of another drafter, whose ``forward`` has them
+    slot: int | None = None  # of the branch that the first pending tokens were drafted in; None: in no branch
 
     def state_of(self, branch: Branch) -> SequenceState:
         """With the keys that draws have behind a branch's token, should the branch be the verdict."""
@@ -131,12 +136,25 @@ class TargetStates(NamedTuple):
             begin += len(work.tokens)
         return cls(hidden, spans)
 
-    def at(self, request_id: int, begin: int, end: int) -> Tensor:
-        """``[end - begin, layers, D]``, of positions [begin, end). LookupError if one is not of that forward."""
+    def of_work(self, work: Sequence[ForwardWork]) -> Tensor:
+        """``[N, layers, D]``, of all positions of these items. LookupError if one is not of that forward."""
+        return self._take([row for item in work for row in self._rows(item.state.request_id, item.start, item.end)])
+
+    def of_ends(self, work: Sequence[ForwardWork]) -> Tensor:
+        """``[R, layers, D]``, of the last position of each. LookupError likewise."""
+        return self._take([row for item in work for row in self._rows(item.state.request_id, item.end - 1, item.end)])
+
+    def _rows(self, request_id: int, begin: int, end: int) -> range:
         row, first, last = self.spans.get(request_id, (0, 0, 0))
         if not first <= begin <= end <= last:
             raise LookupError(f"the target's hidden states at [{begin}, {end}) are not at hand, only [{first}, {last})")
-        return self.rows[row + begin - first : row + end - first]
+        return range(row + begin - first, row + end - first)
+
+    def _take(self, rows: list[int]) -> Tensor:
+        begin, end = (rows[0], rows[0] + len(rows)) if rows else (0, 0)
+        if rows == list(range(begin, end)):
+            return self.rows[begin:end]
+        return self.rows[from_numbers(rows, torch.int64, self.rows.device)]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ a small model's arithmetic. The kernels and their order are the same, so the res
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor
 
 from pearl.messages import ForwardWork
@@ -18,7 +20,7 @@ from pearl.models.forward_batch import ForwardBatch
 from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
 from pearl.models.mixture import Mixture
-from pearl_kernels import LinearWeight
+from pearl_kernels import KernelSet, LinearWeight
 
 if TYPE_CHECKING:
     from pearl_kernels.cpu import _core
@@ -42,10 +44,57 @@ def can_fuse(model: CausalModel) -> TypeGuard[Decoder]:
     """Whether it is our decoder, all of whose operators the C++ provider runs, and no other rank has a part in it."""
     if not isinstance(model, Decoder):
         return False
-    return model.collective is None and all(model.kernels.providers[op] == "cpu" for op in _OPERATORS)
+    return model.collective is None and runs_in_one_call(model.kernels)
 
 
-class FusedDecoder:
+def runs_in_one_call(kernels: KernelSet) -> bool:
+    """Whether the C++ provider runs all operators of a decoder."""
+    return all(kernels.providers[op] == "cpu" for op in _OPERATORS)
+
+
+@dataclass(frozen=True)
+class EmbeddingRows:
+    """Where a forward in C++ finds embeddings: in ``table`` ``[V, D]``, or, None, in the rows of ``packed``."""
+
+    table: Tensor | None
+    packed: LinearWeight | None = None
+    factor: float = 1.0  # that they are multiplied by
+
+    @classmethod
+    def of(cls, model: Decoder) -> EmbeddingRows:
+        return cls(model.weights.embedding, model.weights.head, model.config.embedding_factor(model.dtype))
+
+    def native(self) -> _core.Embedding:
+        from pearl_kernels.cpu import _core
+
+        return _core.Embedding(address_of(self.table), native_matrix(self.packed, None))
+
+
+class BoundDecoder:
+    """A C++ decoder, bound to its weights and KV tensors, with what its batches are made of. Belongs to one worker."""
+
+    def __init__(self, native: _core.Decoder, page_size: int, like: Tensor, vocab_size: int) -> None:
+        """Its logits are ``vocab_size`` wide, in the dtype of ``like``."""
+        from pearl_kernels.cpu import _core
+
+        self.native, self.vocab_size, self._like = native, vocab_size, like
+        self._batch = _core.WorkBatch(page_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    def work_batch(self, work: Sequence[ForwardWork]) -> _core.WorkBatch:
+        """The batch of these items: always the same object, which holds it until the next call."""
+        self._batch.set(work)
+        return self._batch
+
+    def new_logits(self, rows: int) -> Tensor:
+        """Uninitialised, ``[rows, V]``."""
+        return self._like.new_empty(rows, self.vocab_size)
+
+
+class FusedDecoder(BoundDecoder):
     """A decoder bound to its KV tensors. Belongs to one worker; ``can_fuse`` must hold for the model.
 
     The calling thread computes, helped by ``threads - 1`` of the decoder's own, which sleep between forwards.
@@ -59,24 +108,19 @@ class FusedDecoder:
         self._core = _core
         config, weights = model.config, model.weights
         pages, page_size, _, _ = cache.layers[0][0].shape
-        self._batch = _core.WorkBatch(page_size)
+        embedding = EmbeddingRows.of(model)
         shape = _core.Shape(
             DTYPE_CODES[model.dtype], config.hidden, config.heads, config.kv_heads, config.head_dim,
             config.ffn, config.vocab_size, model.max_model_len, pages, page_size, config.residual_eps, config.eps,
             config.attention_scale, config.attention_softcap, config.qk_norm == "projection",
-            _ACTIVATIONS[config.activation], config.embedding_factor(model.dtype), config.logits_scale,
+            _ACTIVATIONS[config.activation], embedding.factor, config.logits_scale,
             config.logits_softcap, config.residual_multiplier,
         )  # fmt: skip
         parts = zip(weights.layers, model.cos_sin, cache.layers, config.windows, strict=True)
         layers = [_layer(*part, _mixture(config.mixture, part[0].mixture)) for part in parts]
-        self._decoder = _core.Decoder(
-            shape, layers, _address(weights.embedding), _address(weights.norm),
-            _matrix(weights.head, weights.head_bias), threads,
-        )  # fmt: skip
-
-    @property
-    def native(self) -> _core.Decoder:
-        return self._decoder
+        head = _core.Head(address_of(weights.norm), native_matrix(weights.head, weights.head_bias), 0)
+        native = _core.Decoder(shape, layers, embedding.native(), head, threads, None)
+        super().__init__(native, page_size, weights.norm, config.vocab_size)
 
     def forward(self, batch: ForwardBatch, hidden: HiddenStates | None = None) -> Tensor:
         """As ``Decoder.forward``. Raises ValueError, with nothing written, if an index of the batch is out of range."""
@@ -87,13 +131,13 @@ class FusedDecoder:
                 sequences,
                 table_width,
                 batch.logits_rows.shape[0],
-                _address(batch.input_ids),
-                _address(batch.positions),
-                _address(batch.slot_mapping),
-                _address(batch.block_tables),
-                _address(batch.query_start),
-                _address(batch.context_lens),
-                _address(batch.logits_rows),
+                address_of(batch.input_ids),
+                address_of(batch.positions),
+                address_of(batch.slot_mapping),
+                address_of(batch.block_tables),
+                address_of(batch.query_start),
+                address_of(batch.context_lens),
+                address_of(batch.logits_rows),
             ),
             batch.logits_rows.shape[0],
             hidden,
@@ -103,19 +147,10 @@ class FusedDecoder:
         """As ``forward``, of the batch that these items make, without a tensor for each of its arrays."""
         return self._forward(self.work_batch(work), sum(item.num_logits for item in work), hidden)
 
-    def work_batch(self, work: Sequence[ForwardWork]) -> _core.WorkBatch:
-        """The batch of these items: always the same object, which holds it until the next call."""
-        self._batch.set(work)
-        return self._batch
-
-    def new_logits(self, rows: int) -> Tensor:
-        """Uninitialised, ``[rows, V]``."""
-        return self._model.weights.norm.new_empty(rows, self._model.config.vocab_size)
-
     def _forward(self, batch: _core.AnyBatch, rows: int, hidden: HiddenStates | None) -> Tensor:
         logits = self.new_logits(rows)
-        layers, address = ((), 0) if hidden is None else (hidden.layers, _address(hidden.rows))
-        self._decoder.forward(batch, logits.data_ptr(), layers, address)
+        layers, address = ((), 0) if hidden is None else (hidden.layers, address_of(hidden.rows))
+        self.native.forward(batch, logits.data_ptr(), layers, address)
         return logits
 
 
@@ -130,21 +165,21 @@ def _layer(
 
     keys, values = keys_values
     return _core.Layer(
-        _address(layer.input_norm),
-        _matrix(layer.qkv, layer.qkv_bias),
-        _address(layer.q_norm),
-        _address(layer.k_norm),
-        _matrix(layer.output, layer.output_bias),
-        _address(layer.attention_post_norm),
-        _address(layer.mlp_norm),
-        _matrix(layer.gate_up, layer.gate_up_bias),
-        _matrix(layer.down, layer.down_bias),
-        _address(layer.mlp_post_norm),
-        _address(cos_sin),
-        _address(keys),
-        _address(values),
+        address_of(layer.input_norm),
+        native_matrix(layer.qkv, layer.qkv_bias),
+        address_of(layer.q_norm),
+        address_of(layer.k_norm),
+        native_matrix(layer.output, layer.output_bias),
+        address_of(layer.attention_post_norm),
+        address_of(layer.mlp_norm),
+        native_matrix(layer.gate_up, layer.gate_up_bias),
+        native_matrix(layer.down, layer.down_bias),
+        address_of(layer.mlp_post_norm),
+        address_of(cos_sin),
+        address_of(keys),
+        address_of(values),
         window,
-        _address(layer.sinks),
+        address_of(layer.sinks),
         mixture,
     )
 
@@ -156,12 +191,12 @@ def _mixture(shape: Mixture | None, weights: MixtureWeights | None) -> _core.Mix
     from pearl_kernels.cpu.experts import native_experts
 
     return _core.Mixture(
-        _matrix(weights.router, weights.router_bias), native_experts(weights.experts),
-        _matrix(weights.shared_gate, None), shape.top_k, shape.renormalise,
+        native_matrix(weights.router, weights.router_bias), native_experts(weights.experts),
+        native_matrix(weights.shared_gate, None), shape.top_k, shape.renormalise,
     )  # fmt: skip
 
 
-def _matrix(weight: LinearWeight | None, bias: Tensor | None) -> _core.Matrix:
+def native_matrix(weight: LinearWeight | None, bias: Tensor | None) -> _core.Matrix:
     from pearl_kernels.cpu import _core
     from pearl_kernels.cpu.linear import weight_format
 
@@ -169,12 +204,12 @@ def _matrix(weight: LinearWeight | None, bias: Tensor | None) -> _core.Matrix:
         return _core.Matrix(0, 0, 0, 0, 0, 0, 0, 0)
 
     return _core.Matrix(
-        weight_format(weight), weight.in_features, weight.out_features, _address(weight.data), _address(weight.scale),
-        _address(weight.offset), weight.group, _address(bias),
+        weight_format(weight), weight.in_features, weight.out_features, address_of(weight.data),
+        address_of(weight.scale), address_of(weight.offset), weight.group, address_of(bias),
     )  # fmt: skip
 
 
-def _address(tensor: Tensor | None) -> int:
+def address_of(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
     assert tensor.is_contiguous()

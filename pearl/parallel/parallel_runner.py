@@ -38,8 +38,10 @@ class ParallelRunner(GraphRunner):
         ranks: Ranks,
         most_sequences: int = 0,
         rows_per_sequence: int = 0,
+        hidden_layers: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(model, cache, page_size, queue, most_rows, most_sequences, rows_per_sequence)
+        """``hidden_layers``: they are whole on each rank, so this one's are read, and the others keep none."""
+        super().__init__(model, cache, page_size, queue, most_rows, most_sequences, rows_per_sequence, hidden_layers)
         self._ranks = ranks
         self._process = os.getpid()
         # Also where nobody closes it: the interpreter would destroy group and graphs in any order.
@@ -102,10 +104,15 @@ def _close(runner: weakref.ref[ParallelRunner]) -> None:
 
 
 def start_parallel(
-    spec: RankSpec, devices: Sequence[str], queue: DeviceQueue, most_sequences: int = 0, rows_per_sequence: int = 0
+    spec: RankSpec,
+    devices: Sequence[str],
+    queue: DeviceQueue,
+    most_sequences: int = 0,
+    rows_per_sequence: int = 0,
+    hidden_layers: tuple[int, ...] = (),
 ) -> ParallelRunner:
     """Load a model on ``devices``, one rank on each. ``spec`` is rank 0's, without a port; so is ``queue``.
-    ``most_sequences`` and ``rows_per_sequence`` as in ``GraphRunner``.
+    ``most_sequences``, ``rows_per_sequence`` and ``hidden_layers`` as in ``GraphRunner``.
 
     Raises what loading raises; RankError if another rank could not load. Nothing is left running then.
     """
@@ -119,4 +126,6 @@ def start_parallel(
     except BaseException:
         ranks.close()
         raise
-    return ParallelRunner(model, cache, spec.page_size, queue, spec.most_rows, ranks, most_sequences, rows_per_sequence)
+    return ParallelRunner(
+        model, cache, spec.page_size, queue, spec.most_rows, ranks, most_sequences, rows_per_sequence, hidden_layers
+    )

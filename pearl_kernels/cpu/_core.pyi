@@ -280,15 +280,29 @@ class WorkBatch(AnyBatch):
     def __init__(self, page_size: int, /) -> None: ...
     def set(self, work: Sequence[tuple[object, tuple[int, ...], int, int, tuple[int, ...]]], /) -> None: ...
 
+class Embedding:
+    def __init__(self, table: int, packed: Matrix, /) -> None: ...
+
+class Head:
+    def __init__(self, norm: int, matrix: Matrix, ids: int, /) -> None: ...
+
+class FeatureInput:
+    def __init__(self, token_norm: int, feature_norm: int, norm_before_residual: bool, /) -> None: ...
+
+class States:
+    def __init__(
+        self, features: int, outputs: int, rows: int, count: int, base: list[int], size: list[int], /
+    ) -> None: ...
+
 class Decoder:
     def __init__(
         self,
         shape: Shape,
         layers: list[Layer],
-        embedding: int,
-        norm: int,
-        head: Matrix,
+        embedding: Embedding,
+        head: Head,
         threads: int,
+        features: FeatureInput | None,
         /,
     ) -> None: ...
     def forward(self, batch: AnyBatch, logits: int, hidden_layers: Sequence[int], hidden: int, /) -> None: ...
@@ -308,8 +322,9 @@ class WindowDrafter:
         ring: int,
         ring_rows: int,
         alternatives: int,
-        late: list[tuple[int, int]],
+        late: list[tuple[int, int, int, int]],
         late_copies: list[tuple[int, int]],
+        states: States | None,
         /,
     ) -> tuple[list[list[int]], list[list[float]], list[list[tuple[float, tuple[int, ...], tuple[float, ...]]]]]: ...
 

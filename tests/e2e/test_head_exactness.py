@@ -14,6 +14,7 @@ from joint_frequencies import ALARM, CONFIG, PROMPT, V, exact_joint, letters, pa
 from plain_heads import eagle_shape, random_eagle, random_medusa, save_head
 
 from pearl import LLM, SamplingParams
+from pearl.request_factory import RequestFactory
 
 if TYPE_CHECKING:
     from conftest import Headed
@@ -92,6 +93,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "greedy draft": ({"window": 3}, {"draft_temperature": 0.0}),
     "top-k": ({"window": 3}, {"top_k": 3}),
     "block": ({"window": 3, "verification": "block"}, {}),
+    "prepared": ({"window": 3, "prepared_windows": 6}, {}),
 }
 
 
@@ -102,7 +104,7 @@ def test_sampled_tokens_have_the_targets_joint_distribution(
 ) -> None:
     """With seeds, so that a run that passes passes again, and drafted all the same: nothing here changes the pace."""
     options, values = CASES[case]
-    monkeypatch.setattr(LLM, "_is_pinned", lambda self, params: False)
+    monkeypatch.setattr(RequestFactory, "_is_pinned", lambda self, params: False)
     params, llm = params_of(**values, n=600), open_llm(small[kind], max_num_seqs=16, **options)
     outputs = llm.generate([PROMPT], params)
     assert 0.05 < acceptance(outputs) < 0.99

@@ -17,6 +17,7 @@ from plain_heads import PlainEagle, Tensors, eagle_shape, random_eagle, random_m
 
 from pearl import LLM, SamplingParams
 from pearl.errors import ConfigurationError, ModelLoadError, PearlError, UnsupportedModelError
+from pearl.models.transformers_backend import trace
 
 if TYPE_CHECKING:
     from conftest import Headed
@@ -143,7 +144,7 @@ def test_configurations_that_are_refused(
 
 
 def test_other_heads_and_other_targets_are_refused(
-    headed: dict[str, Headed], open_llm: OpenLLM, tmp_path: Path
+    headed: dict[str, Headed], open_llm: OpenLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = headed["eagle"].pair
     for config, error, says in [
@@ -154,8 +155,14 @@ def test_other_heads_and_other_targets_are_refused(
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(error, match=says):
             open_llm(at(own, str(tmp_path)))
-    with pytest.raises(ConfigurationError, match="tensor-parallel target does not hand them over"):
-        open_llm(own, target_parallel=2)
+    missing = tmp_path / "empty"
+    missing.mkdir()
+    shutil.copy(Path(own.draft) / "config.json", missing)
+    with pytest.raises(ModelLoadError, match=r"holds none of model\.safetensors"):  # when its ranks are there
+        open_llm(at(own, str(missing)), target_parallel=2)
+    monkeypatch.setattr(trace, "_hidden_size", lambda states, layers: 0)
+    with pytest.raises(ConfigurationError, match="does not hand over one for each layer; choose a draft model"):
+        open_llm(own, backend="transformers")
     with pytest.raises(ConfigurationError, match=r"draft_backend='transformers' .* is an EAGLE-3 head"):
         open_llm(own, draft_backend="transformers")
 

@@ -12,6 +12,7 @@ from head_checks import HeadCheck
 from pearl import LLM, SamplingParams
 from pearl.bench.measure import replay_alone
 from pearl.messages import Windows
+from pearl.request_factory import RequestFactory
 
 if TYPE_CHECKING:
     from conftest import Headed
@@ -26,6 +27,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no-pre-3": {"window": 3, "pre_verify": False},
     "no-post-3": {"window": 3, "post_verify": False},
     "speculative-4": {"window": 4, "method": "speculative"},
+    "prepared-4": {"window": 4, "prepared_windows": 6},
+    "prepared-no-pre-3": {"window": 3, "pre_verify": False, "prepared_windows": 5},
+    "transformers-3": {"window": 3, "backend": "transformers"},
     "auto": {},
 }
 both = pytest.mark.parametrize("kind", ["eagle", "medusa"])
@@ -51,14 +55,14 @@ def test_greedy_windows_of_mixed_batches(headed: dict[str, Headed], open_llm: Op
 
 
 @both
-@pytest.mark.parametrize("setting", ["pearl-3", "speculative-4"])
+@pytest.mark.parametrize("setting", ["pearl-3", "speculative-4", "prepared-4"])
 def test_sampled_windows_and_their_rows(
     headed: dict[str, Headed], open_llm: OpenLLM, kind: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rejections at every place; what the verdict will read as q is the row that the token was drawn from. With seeds,
     and drafted all the same, so that each run is alike.
     """
-    monkeypatch.setattr(LLM, "_is_pinned", lambda self, params: False)
+    monkeypatch.setattr(RequestFactory, "_is_pinned", lambda self, params: False)
     own = headed[kind]
     check = HeadCheck(own.pair.judge, own.plain)
     llm = open_llm(own.pair, **SETTINGS[setting], max_num_seqs=3, page_size=4, observer=check)
@@ -68,6 +72,20 @@ def test_sampled_windows_and_their_rows(
     assert 0.02 < acceptance(outputs) < 0.98
     rejected = {place for o in outputs for place, count in enumerate(o.metrics.acceptance_histogram) if count}
     assert len(rejected) > 2
+    assert check.hits > 2 or setting != "prepared-4" or kind == "medusa"
+    assert_at_rest(llm)
+
+
+def test_states_of_a_tensor_parallel_target(headed: dict[str, Headed], open_llm: OpenLLM) -> None:
+    """They are whole on its first rank, whose embeddings the head takes, too."""
+    own = headed["eagle"]
+    check = HeadCheck(own.pair.judge, own.plain)
+    llm = open_llm(own.pair, window=3, page_size=4, max_num_batched_tokens=24, target_parallel=2, observer=check)
+    check.watch(llm, own.batch)
+    outputs = llm.generate(own.batch, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
+    assert token_ids(outputs) == [own.pair.greedy(prompt, TOKENS) for prompt in own.batch]
+    assert acceptance(outputs) > 0.2
+    assert check.continued > 0
     assert_at_rest(llm)
 
 

@@ -12,6 +12,7 @@ from random_pace import RandomPace
 
 from pearl import LLM, SamplingParams
 from pearl.methods import METHODS
+from pearl.request_factory import RequestFactory
 
 OpenLLM = Callable[..., LLM]
 LARGEST = 5
@@ -73,7 +74,7 @@ def test_frequencies_are_the_targets_although_modes_change(
     small: Pair, open_llm: OpenLLM, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of requests that are not pinned: tokens of the target's own beside drafted ones."""
-    monkeypatch.setattr(LLM, "_is_pinned", lambda llm, params: False)
+    monkeypatch.setattr(RequestFactory, "_is_pinned", lambda llm, params: False)
     rounds, params = Rounds(), params_of()
     llm = switching(open_llm(small, max_window=LARGEST, max_num_seqs=64, observer=rounds), seed)
     outputs = llm.generate([PROMPT], params)

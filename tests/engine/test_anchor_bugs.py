@@ -318,7 +318,7 @@ def test_13_a_pending_tokens_logits_are_not_overwritten_by_the_next_window() -> 
     ring = LogitsRing(lanes=2, window=3)
     rows = {(lane, p): ring.row(lane, p) for lane in (0, 1) for p in range(5, 11)}
     for (lane, position), row in rows.items():
-        ring.store(row, torch.full((VOCAB,), 100.0 * lane + position))
+        ring.store([row], torch.full((1, VOCAB), 100.0 * lane + position))
     assert ring.logits is not None
     for (lane, position), row in rows.items():
         assert ring.logits[row, 0] == 100.0 * lane + position

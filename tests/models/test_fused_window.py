@@ -285,6 +285,6 @@ def test_parameters_for_another_batch_are_refused(llama: Decoder) -> None:
     fused = drafting.drafter._fused
     assert fused is not None
     rows = draft_rows((item(0, 0, 2, 2), item(1, 0, 2, 2)), drafting.ring, "rejection")
-    params = fused._batches.tensors([rows[0].forward.state])
+    params = fused._call._batches.tensors([rows[0].forward.state])
     with pytest.raises(ValueError, match=r"parameters for 2 requests on cpu, not \(device\(type='cpu'\), 1\)"):
-        fused._draw(rows, params, DraftPlan(()))
+        fused._call._draw(rows, params, DraftPlan(()), None)

@@ -29,7 +29,8 @@ class TransformersConfig:
 
     ``known_ids``: ids that its weights have rows for; ``vocab_size`` may be more (``widening``).
     ``max_position_embeddings``: as many positions as give each token the same result in whatever batch it is.
-    ``parameters``: numbers in its weights, those that two layers share once.
+    ``parameters``: numbers in its weights, those that two layers share once. ``hidden``: the width of its hidden
+    states; 0: it does not hand over one for each layer.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class TransformersConfig:
     dtype: torch.dtype
     parameters: int
     sinks: bool = False  # such attention is refused (``trace``)
+    hidden: int = 0
 
     @property
     def longest(self) -> int:

@@ -57,6 +57,7 @@ def describe(path: str, dtype: torch.dtype | None = None) -> TransformersConfig:
             max_position_embeddings=longest,
             dtype=dtype or checkpoint_dtype(path, fields),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            hidden=found.hidden,
         )
 
 

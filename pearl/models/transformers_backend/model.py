@@ -61,8 +61,7 @@ class TransformersModel:
 
     def new_hidden(self, rows: int, layers: tuple[int, ...]) -> HiddenStates:
         """Uninitialised, for a forward of so many tokens."""
-        width = self._module.config.hidden_size
-        states = torch.empty(rows, len(layers), width, dtype=self.dtype, device=self._module.device)
+        states = torch.empty(rows, len(layers), self.config.hidden, dtype=self.dtype, device=self._module.device)
         return HiddenStates(layers, states)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,13 @@ _UNDERSTOOD = _WITHOUT_MEANING | {"scaling", "softcap"}
 
 @dataclass(frozen=True)
 class Trace:
-    """``attention``: each layer's, in the order of their calls. ``vocab_size``: columns of the logits."""
+    """``attention``: each layer's, in the order of their calls. ``vocab_size``: columns of the logits. ``hidden``: of
+    its hidden states, if there is one of each token before every layer and behind the last; else 0.
+    """
 
     attention: tuple[AttentionLayer, ...]
     vocab_size: int
+    hidden: int
 
 
 def trace(model: Any) -> Trace:
@@ -45,9 +48,17 @@ def trace(model: Any) -> Trace:
         attention_mask=torch.ones((1, _TOKENS), dtype=torch.int64, device="meta"),
         position_ids=torch.arange(_TOKENS, device="meta")[None],
         use_cache=False,
+        output_hidden_states=True,
     )
     _require_alike(recorder.layers)
-    return Trace(tuple(recorder.layers), output.logits.shape[-1])
+    hidden = _hidden_size(output.hidden_states, len(recorder.layers))
+    return Trace(tuple(recorder.layers), output.logits.shape[-1], hidden)
+
+
+def _hidden_size(states: Sequence[Tensor] | None, layers: int) -> int:
+    shapes = [tuple(state.shape) for state in states or ()]
+    whole = len(shapes) == layers + 1 and set(shapes) == {(1, _TOKENS, shapes[0][-1])}
+    return int(shapes[0][-1]) if whole else 0
 
 
 class _Recorder:
