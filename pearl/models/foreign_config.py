@@ -27,5 +27,5 @@ def foreign_config(fields: Mapping[str, Any]) -> PretrainedConfig | None:
 
     shared = {name: fields[name] for name in _AS_LLAMA if name in fields}
     config = LlamaConfig(**shared, attention_bias=fields.get("bias", True))
-    config.model_type = "internlm2"  # by which our families are told
+    config.update({"model_type": "internlm2"})  # by which our families are told
     return config

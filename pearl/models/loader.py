@@ -136,10 +136,9 @@ class _Assembler:
         gate_ups = (self._expert_gates(name, mixture.hidden) for name in names)
         downs = (self._expert_down(name, mixture.hidden) for name in names)
         keep, stack = self._memory.keep_matrix, self._memory.keep_stack
-        biases = self._expert_biases(names, mixture) if mixture.biases else (None, None)
-        experts = ExpertWeights(
-            stack(gate_ups, mixture.experts), stack(downs, mixture.experts), *biases, unit=mixture.unit
-        )
+        gate_up_bias, down_bias = self._expert_biases(names, mixture) if mixture.biases else (None, None)
+        gate_up, down = stack(gate_ups, mixture.experts), stack(downs, mixture.experts)
+        experts = ExpertWeights(gate_up, down, gate_up_bias, down_bias, mixture.unit)
         shared, router = mlp + "shared_expert", mlp + "gate"
         router_bias = self._read(router + ".bias") if mixture.biases else None
         if not mixture.shared:

@@ -74,4 +74,5 @@ class _OfExpert:
         if self._by_inputs:
             inputs = spans[1] if len(spans) > 1 else slice(None)
             return self._stack[expert, inputs, run][0, :, :: wanted.step].T
-        return self._stack[(expert, run, *spans[1:])][0, :: wanted.step]
+        part_of_stack: tuple[slice, ...] = (expert, run, *spans[1:])
+        return self._stack[part_of_stack][0, :: wanted.step]

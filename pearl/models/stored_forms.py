@@ -64,4 +64,5 @@ class _Rows:
     def __getitem__(self, part: slice | tuple[slice, ...] | EllipsisType) -> Tensor:
         spans = () if isinstance(part, EllipsisType) else part if isinstance(part, tuple) else (part,)
         rows = self._rows[spans[0]] if spans else self._rows
-        return self._whole[(slice(None), *spans[1:])][rows]
+        all_rows: tuple[slice, ...] = (slice(None), *spans[1:])
+        return self._whole[all_rows][rows]
