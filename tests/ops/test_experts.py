@@ -176,6 +176,15 @@ def test_of_equal_logits_the_lower_number_comes_first(route: Implementation) -> 
 
 
 @pytest.mark.parametrize("route", everyone("route"))
+def test_rows_of_logits_may_lie_apart(route: Implementation) -> None:
+    logits = torch.randn(5, 9)
+    wide = torch.full((5, 33), 50.0)
+    wide[:, 8:17] = logits
+    for apart, together in zip(route(wide[:, 8:17], 3, True), route(logits, 3, True), strict=True):
+        assert torch.equal(apart, together)
+
+
+@pytest.mark.parametrize("route", everyone("route"))
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_a_nan_is_told_by_the_weights(route: Implementation, renormalise: bool) -> None:
     logits = torch.randn(3, 6)
