@@ -8,8 +8,10 @@ memory is the limit in decoding and verification, where the rows beyond those th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -195,6 +197,11 @@ _INTEGERS = ("block_tables", "query_start", "context_lens")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+def _in_order(kernel: triton.JITFunction, types: Mapping[str, str]) -> dict[str, str]:
+    """As the kernel's arguments are: sinks are a pointer among the others, or a constant."""
+    return {name: types[name] for name in kernel.arg_names}
+
+
 def _attend_variant(
     dtype: torch.dtype,
     head_dim: int,
@@ -221,7 +228,7 @@ def _attend_variant(
             + ["sinks"] * sinks
         ),
         kernel=attend_kernel,
-        signature=pointers | integers | scalars | dict.fromkeys(constants, "constexpr"),
+        signature=_in_order(attend_kernel, pointers | integers | scalars | dict.fromkeys(constants, "constexpr")),
         constexprs=constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -239,7 +246,7 @@ def _merge_variant(dtype: torch.dtype, head_dim: int, sinks: bool = False) -> Va
     return Variant(
         name=f"merge-{_TYPES[dtype]}-d{head_dim}" + "-sinks" * sinks,
         kernel=merge_kernel,
-        signature=pointers | _PASS | {"window": "i32"} | dict.fromkeys(constants, "constexpr"),
+        signature=_in_order(merge_kernel, pointers | _PASS | {"window": "i32"} | dict.fromkeys(constants, "constexpr")),
         constexprs=constants,
         num_warps=merge_warps(head_dim),
         aligned=tuple(pointers),

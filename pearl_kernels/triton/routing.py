@@ -58,13 +58,13 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
     return made
 
 
-def _variant(name: str, experts: int, top_k: int) -> Variant:
+def _variant(dtype: str, experts: int, top_k: int) -> Variant:
     constants = {"TOP_K": top_k, "RENORMALISE": True, "BLOCK": experts}
-    types = {"logits": "*bf16", "chosen": "*i32", "weights": "*fp32"}
+    types = {"logits": f"*{dtype}", "chosen": "*i32", "weights": "*fp32"}
     names = route_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = ("logits", "chosen", "weights", "stride")
-    return Variant(f"{name}-bf16", route_kernel, signature, constants, num_warps=1, aligned=aligned)
+    return Variant(f"route-{experts}-{dtype}", route_kernel, signature, constants, num_warps=1, aligned=aligned)
 
 
-VARIANTS = (_variant("route-128", 128, 8),)
+VARIANTS = tuple(_variant(dtype, 128, 8) for dtype in ("bf16", "fp16"))
