@@ -369,11 +369,11 @@ def test_the_smallest_kernel_compiles_through_the_command_line(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_every_variant_of_triton_compiles_without_an_unexplained_spill(tmp_path: Path) -> None:
-    """For sm_90; those in bf16 also for sm_80, which has the least shared memory. To save minutes: ``python -m
+    """Those in bf16, for sm_90; attention for sm_80, which has the least shared memory. To save minutes: ``python -m
     pearl_kernels.report`` compiles all for all.
     """
     out, jobs = tmp_path / "report.json", triton_jobs(ARCHITECTURES)[0]
-    for pattern, arch in (("triton/*", 90), ("triton/*bf16*", 80)):
+    for pattern, arch in (("triton/*bf16*", 90), ("triton/attention/*bf16*d128*", 80)):
         result = report(
             "--kernels", pattern, "--arch", str(arch), "--csrc", str(tmp_path / "none"), "--json", str(out)
         )  # fmt: skip
@@ -385,8 +385,8 @@ def test_every_variant_of_triton_compiles_without_an_unexplained_spill(tmp_path:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="needs nvcc")
 def test_every_cuda_source_compiles_without_an_unexplained_spill(tmp_path: Path) -> None:
-    """For sm_80 and sm_90, as above."""
-    out, archs = tmp_path / "report.json", (80, 90)
+    """For sm_80, which has the fewest resources, as above."""
+    out, archs = tmp_path / "report.json", (80,)
     options = [text for arch in archs for text in ("--arch", str(arch))]
     result = report("--kernels", "cuda/*", *options, "--json", str(out))
     assert result.returncode == 0, result.stdout + result.stderr
