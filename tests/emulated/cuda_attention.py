@@ -1,4 +1,4 @@
-"""Inputs of CUDA's verify_attention under the shim, and calls of it, for the tests beside this file."""
+"""Calls of CUDA's verify_attention under the shim, for the tests beside this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cuda_emu import build
-from ops_support import Paged, paged, strided_rows
+from ops_support import Paged
 from torch import Tensor
 
 from pearl_kernels import reference
@@ -15,15 +15,6 @@ from pearl_kernels import reference
 attention = build.operator("verify_attention")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 HALF_ULPS = {FP32: 0.0, BF16: 0.5, FP16: 0.5 * 2.0**-3}  # in bf16's units
-
-
-def inputs(
-    sequences: Sequence[tuple[int, int]], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, page_size: int = 16
-) -> tuple[Tensor, Paged]:
-    """``sequences``: queries and context of each. With less than 4 KV heads a split has 256 keys, else 512."""
-    queries, contexts = zip(*sequences, strict=True)
-    q = strided_rows((torch.randn(sum(queries), heads[0], head_dim) * 2).to(dtype))
-    return q, paged(queries, contexts, heads[1], head_dim, page_size, dtype)
 
 
 def run(

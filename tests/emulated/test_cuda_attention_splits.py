@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_attention import BF16, FP32, HALF_ULPS, arguments, attention, exact, inputs, only, run
+from cuda_attention import BF16, FP32, HALF_ULPS, arguments, attention, exact, only, run
 from cuda_emu import build
+from emulated_attention import inputs
 from ops_support import Paged, assert_rounds_to, some_sinks, strided_rows
 from torch import Tensor
 

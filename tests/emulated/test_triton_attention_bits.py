@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_attention import BF16, FP32, HALF_ULPS, exact, inputs, only, run
+from cuda_attention import BF16, FP32, HALF_ULPS, exact, only, run
+from emulated_attention import inputs
 from ops_support import Paged, assert_rounds_to, emulated
 from torch import Tensor
 
