@@ -140,6 +140,8 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="with a GPU here Tri
 
 def triton_function(function: Callable[..., Any]) -> Implementation:
     """A function of Triton's modules on CPU tensors, which are moved if kernels run on the GPU here."""
+    if interpreting():
+        interpreter_bf16.install()
     return Implementation(function, "cpu" if interpreting() else "cuda", interpreting())
 
 
