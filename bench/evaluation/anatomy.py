@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.shared.round_times import only_decodes, together
 from pearl.engine.branches import is_hit
 from pearl.engine.judge import Judge
 from pearl.engine.rounds import RoundRecord
-from pearl.messages import Busy, DraftProposal, Interval, SchedulerOutput, TargetOutput, VerifyResult
-
-_PROMPT_TOKENS = 2  # a draft that computes more of them at once is at a prompt
+from pearl.messages import Busy, DraftProposal, SchedulerOutput, TargetOutput, VerifyResult
 
 
 class TimedJudge:
@@ -65,7 +64,7 @@ class Anatomy:
             found._count_kinds(record)
             found._count_acceptance(record, corrected)
             found._count_branches(record)
-            if _only_decodes(record):
+            if only_decodes(record):
                 found._add_times(record, verdicts[id(record.result)])
         return found
 
@@ -109,8 +108,8 @@ class Anatomy:
 
     def _add_times(self, record: RoundRecord, verdict: Busy) -> None:
         target, draft, whole = record.target, record.proposal.busy, record.whole.seconds
-        both = _together([target, draft])
-        verify = _together([target, draft, verdict]) - both
+        both = together([target, draft])
+        verify = together([target, draft, verdict]) - both
         for part, seconds in (
             ("whole", whole), ("target", target.seconds), ("draft", draft.seconds), ("verify", verify),
             ("host", max(0.0, whole - both - verify)), ("target_idle", max(0.0, whole - target.seconds)),
@@ -170,19 +169,3 @@ def _mean(times: Sequence[float]) -> list[float]:
 def _add(counts: list[int], more: Sequence[int]) -> None:
     for index, number in enumerate(more):
         counts[index] += number
-
-
-def _only_decodes(record: RoundRecord) -> bool:
-    plan = record.plan
-    if any(len(w.tokens) != w.num_logits for w in plan.target.work) or record.preparations:
-        return False
-    return all(len(w.forward.tokens) <= _PROMPT_TOKENS for w in plan.draft.work)
-
-
-def _together(intervals: Sequence[Interval]) -> float:
-    """Seconds that at least one of them covers."""
-    covered, until = 0.0, float("-inf")
-    for begin, end in sorted((i.begin, i.begin + i.seconds) for i in intervals if i.seconds):
-        covered += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return covered

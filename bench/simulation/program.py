@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.shared.round_times import only_decodes, together
 from bench.simulation.ranks import TracedText, trace
 from bench.simulation.rounds import PlayedRound, play
 from bench.simulation.times import ForwardTimes, overhead
@@ -56,21 +57,17 @@ class Run:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "both", "target", "host"), 0.0))
 
     def add(self, record: RoundRecord) -> None:
-        plan = record.plan
-        if record.preparations or any(len(w.tokens) != w.num_logits for w in plan.target.work):
-            return
-        if any(len(w.forward.tokens) > 2 for w in plan.draft.work) or plan.load is None:
+        if not only_decodes(record) or record.plan.load is None:
             return
         one = measured(record)
         self.rounds.append(one)
         target, draft = record.target, record.proposal.busy
-        both = 0.0
-        if target.seconds and draft.seconds:
-            ends = (i.begin + i.seconds for i in (target, draft))
-            both = max(0.0, min(ends) - max(target.begin, draft.begin))
-        for part, seconds in (("both", both), ("target", target.seconds - both), ("draft", draft.seconds - both)):
+        either = together([target, draft])
+        for part, seconds in (
+            ("draft", either - target.seconds), ("both", target.seconds + draft.seconds - either),
+            ("target", either - draft.seconds), ("host", one.seconds - either),
+        ):  # fmt: skip
             self.parts[part] += seconds
-        self.parts["host"] += one.seconds - target.seconds - draft.seconds + both
 
     @property
     def speed(self) -> float:
