@@ -61,6 +61,11 @@ class _Step(NamedTuple):
     shared: Tensor
 
 
+def _multiplies_bf16(device: str) -> bool:
+    """Faster than fp32: a CPU without such instructions takes longer."""
+    return device != "cpu" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
 class HeadTrainer:
     def __init__(
         self, head: TrainedHead, embeddings: Tensor, states: StateFile, texts: Texts, out: Path, options: Options
@@ -68,6 +73,7 @@ class HeadTrainer:
         """``embeddings`` ``[V, D]``: the target's."""
         self.head, self.options = head.to(options.device), options
         self._embeddings, self._states, self._texts = embeddings.detach().to(options.device), states, texts
+        self._narrow = _multiplies_bf16(options.device)
         kept = self.head.kept
         self._own_ids = torch.full((len(embeddings),), -1, device=kept.device)  # the head's id of each of the target's
         self._own_ids[kept] = torch.arange(len(kept), device=kept.device)
@@ -169,11 +175,13 @@ class HeadTrainer:
         given = self._states.read(text)
         ids = torch.tensor([text.ids], device=device)
         read, last = given.states[None].to(device).tensor_split([self.head.fc.in_features], -1)
-        found = self.head.outputs(read, self._embeddings[ids], steps, begin)
+        with torch.autocast(device, torch.bfloat16, enabled=self._narrow):
+            found = self.head.outputs(read, self._embeddings[ids], steps, begin)
+            drafted = [self.head.lm_head(output) for output in found]
         every = []
         for step, (output,) in enumerate(found):
             rows = slice(begin + 1 + step, begin + 1 + step + len(output))  # of the token at t + 2 + step
-            logits, wanted = self.head.lm_head(output), last[0, rows]
+            output, logits, wanted = output.float(), drafted[step][0].float(), last[0, rows]
             tokens, p = given.tokens[rows].to(device), given.probabilities[rows].to(device)
             own = self._own_ids[tokens]
             p = p * (own >= 0)
