@@ -36,6 +36,9 @@ const KernelTable& table();
 namespace avx512bf16 {
 const KernelTable& table();
 }
+namespace amx {
+const KernelTable& table();
+}
 
 /// The kernels for this CPU: the widest instruction set it has, or the one that the environment variable PEARL_CPU_ISA
 /// names. Chosen at the first call. Throws std::runtime_error if the variable names one that cannot run here.

@@ -13,6 +13,7 @@
 #include "cpu/experts.inl"
 #include "cpu/linear_weights.inl"
 #include "cpu/linear_prefetch.inl"
+#include "cpu/linear_tiles.inl"
 #include "cpu/linear.inl"
 #include "cpu/peak.inl"
 #include "cpu/rope.inl"

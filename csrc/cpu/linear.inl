@@ -18,20 +18,10 @@ struct alignas(64) PanelSums {
   float sum[kLinearRows * kPanelColumns];
 };
 
-/// Rows of x as words. They need not be aligned.
-struct Words {
-  const char* data;
-  int64_t count, stride;  // rows; bytes from one to the next
-};
-
-inline Words words_from(Words x, int64_t row, int64_t count, int64_t word) {
-  return {x.data + row * x.stride + word * 4, count, x.stride};
-}
-
-inline PartBits broadcast_word(const char* x) {
-  uint32_t word;
-  __builtin_memcpy(&word, x, sizeof word);
-  return broadcast_part(word);
+/// Rows that are summed up together: all, or as many as a register of AMX takes.
+template <class W>
+inline RowTiles row_tiles(int64_t rows) {
+  return {rows, W::kTiled ? kMostTileRows : kLinearRows};
 }
 
 /// sum[r][i] += weight * x for one word of each row and kParts parts of columns. The operands that are fewer stay in
@@ -127,13 +117,32 @@ inline void multiply_chunk(Words x, const char* weight, int64_t steps, Join join
   }
 }
 
+/// The same in AMX's tiles, and in vectors what steps are left over.
+template <class W>
+inline void multiply_tiled_chunk(Words x, const char* weight, int64_t steps, float* sums) {
+  const RowTiles tiles = row_tiles<W>(x.count);
+  const int64_t whole = steps / kTileSteps * kTileSteps;
+  for (int64_t tile = 0; tile < tiles.count; ++tile, sums += tiles.height * kPanelColumns) {
+    const Words own = words_from(x, tiles.begin(tile), tiles.height, 0);
+    const auto ahead = weights_ahead<W, kPanelParts, false>(weight, steps, 0, 1);
+    TileRegisters<W::kTiled>::multiply(own, weight, whole, tile == 0, ahead, sums);
+    const Words rest = words_from(own, 0, own.count, whole);
+    if (whole < steps) multiply_chunk<W>(rest, weight + whole * W::kStepBytes, steps - whole, Whole{}, sums);
+  }
+}
+
 /// Steps [begin, end) of a panel for all rows, in chunks that the caches keep from tile to tile.
 template <class W, class T, class Join>
 inline void multiply_steps(Words x, const char* weight, int64_t begin, int64_t end, Join join, float* sums) {
   constexpr int64_t kSteps = kChunkInputs<T> / W::kInputs;
   for (int64_t step = begin; step < end; step += kSteps) {
     const int64_t count = end - step < kSteps ? end - step : kSteps;
-    multiply_chunk<W>(words_from(x, 0, x.count, step * W::kWords), weight + step * W::kStepBytes, count, join, sums);
+    const Words words = words_from(x, 0, x.count, step * W::kWords);
+    if constexpr (W::kTiled) {
+      multiply_tiled_chunk<W>(words, weight + step * W::kStepBytes, count, sums);
+    } else {
+      multiply_chunk<W>(words, weight + step * W::kStepBytes, count, join, sums);
+    }
   }
 }
 
@@ -188,17 +197,25 @@ template <class W, class T>
 void multiply_panels(const LinearParams& p, Words all, Range panels) {
   const int64_t steps = (p.in_features + W::kInputs - 1) / W::kInputs;
   PanelSums sums;
+  TileRegisters<W::kTiled> registers;
   for (int64_t row = 0; row < p.rows; row += kLinearRows) {
     const Words x = words_from(all, row, p.rows - row < kLinearRows ? p.rows - row : kLinearRows, 0);
+    const auto tiles = row_tiles<W>(x.count);
+    registers.configure(tiles.height);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const char* weight = static_cast<const char*>(p.weight) + panel * steps * W::kStepBytes;
-      for (int64_t i = 0; i < x.count * kPanelColumns; i += kLanes) store(sums.sum + i, broadcast(0.0f));
+      for (int64_t i = 0; i < tiles.count * tiles.height * kPanelColumns; i += kLanes) {
+        store(sums.sum + i, broadcast(0.0f));
+      }
       if (p.group > 0) {
         multiply_groups<W, T>(p, x, weight, panel, row, steps, sums.sum);
       } else {
         multiply_steps<W, T>(x, weight, 0, steps, Whole{}, sums.sum);
       }
-      store_panel<T>(p, sums.sum, row, x.count, panel * kPanelColumns);
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const float* tile_sums = sums.sum + tile * tiles.height * kPanelColumns;
+        store_panel<T>(p, tile_sums, row + tiles.begin(tile), tiles.height, panel * kPanelColumns);
+      }
     }
   }
 }

@@ -5,6 +5,7 @@ namespace pearl::PEARL_ISA {
 
 /// Words of x that are fp32 numbers.
 struct TimesNumber {
+  static constexpr bool kTiled = false;
   using Number = float;
   using Operand = Part;
   static Part multiply(Part w, PartBits x, Part sum) { return mul_add(w, float_of(x), sum); }
@@ -55,12 +56,16 @@ struct BFloat16Pairs {
 #ifdef PEARL_PAIR_DOTS
 /// Words of x that are pairs of bf16.
 struct TimesPair {
+  static constexpr bool kTiled = false;
   using Number = BFloat16;
   using Operand = PartBits;
   static Part multiply(PartBits w, PartBits x, Part sum) { return dot_pairs(w, x, sum); }
 };
 
 struct BFloat16Weight : BFloat16Pairs, TimesPair {
+#ifdef PEARL_TILES
+  static constexpr bool kTiled = true;
+#endif
   static constexpr int kWords = 1;
   static PartBits operand(const char* step, int part, int) { return pairs(step, part); }
 };

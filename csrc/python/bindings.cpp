@@ -128,7 +128,9 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "CPU kernels on raw pointers. Use pearl_kernels, which checks its arguments.";
   bind_views(m);
   bind_shared_operators(m);
-  m.def("isa", [] { return pearl::kernels().isa; }, "The instruction set in use: avx512bf16, avx512, avx2 or scalar.");
+  m.def(
+      "isa", [] { return pearl::kernels().isa; },
+      "The instruction set in use: amx, avx512bf16, avx512, avx2 or scalar.");
   m.def("sample", &sample, NoGil());
   m.def("verify_numbers", &verify_numbers);
   m.def("uniform_noise", &uniform_noise, NoGil());

@@ -90,8 +90,12 @@ def test_a_gpu_reads_faster_than_a_cpu_thread() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 def test_the_arithmetic_limit_counts_its_operations(dtype: torch.dtype) -> None:
-    """A multiplication and an addition in each lane of twelve sums, or two of each where pairs are multiplied."""
-    lanes = {"scalar": 16, "avx2": 8, "avx512": 16, "avx512bf16": 16}[_core.isa()]
-    pairs = 2 if dtype == torch.bfloat16 and _core.isa() == "avx512bf16" else 1
-    assert _core.multiply_registers(DTYPE_CODES[dtype], 1000) == 1000 * 12 * lanes * pairs * 2
+    """A multiplication and an addition in each lane of twelve sums, or two of each where pairs are multiplied; of AMX's
+    tiles, 16 pairs for each of 16 x 16 sums, four times.
+    """
+    isa, is_bf16 = _core.isa(), dtype == torch.bfloat16
+    products = 12 * (8 if isa == "avx2" else 16) * (2 if is_bf16 and isa == "avx512bf16" else 1)
+    if is_bf16 and isa == "amx":
+        products = 4 * 16 * 16 * 32
+    assert _core.multiply_registers(DTYPE_CODES[dtype], 1000) == 1000 * products * 2
     assert _core.multiply_registers(DTYPE_CODES[dtype], 0) == 0

@@ -20,10 +20,11 @@ MODULES = (
 # Parametrised with the cpu provider on CPU tensors, or of the core alone: no reference, no other provider, no GPU.
 # Left out are the two dtypes of draft and target, which each instruction set loads with the same two functions.
 OF_THE_CORE = "(cpu-cpu or core) and not fp32-bf16 and not bf16-fp32"
-NEEDS = {  # flags of /proc/cpuinfo. The widest that can run, often avx512bf16, runs the tests of this process
+NEEDS = {  # flags of /proc/cpuinfo. The widest that can run, amx or avx512bf16, runs the tests of this process
     "scalar": (),
     "avx2": ("avx2", "fma"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "avx512bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
 }
 RUN_TESTS = (
     "import sys, pytest; from pearl_kernels.cpu import _core; print('isa', _core.isa()); sys.exit(pytest.main())"

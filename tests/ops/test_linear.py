@@ -19,7 +19,7 @@ from pearl_kernels.registry import PROVIDERS
 BY_TORCH = ("reference", "triton")  # plain matrices are torch's product there, whose rows may depend on each other
 Linear = tuple[Callable[[Tensor], LinearWeight], Callable[..., Tensor]]
 HERE = Path(__file__).parent
-ROWS = [*range(18), 33, 64, 65, 131]
+ROWS = [*range(18), 34, 50, 64, 65, 131]
 # Odd, below and above a panel, a single column, more than one chunk of inputs.
 MATRICES = [(1, 1), (7, 5), (48, 64), (49, 33), (95, 1031), (50, 193), (384, 384), (130, 2050)]  # outputs, inputs
 
