@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.head_training.data import Text, Texts, answers, cut_into_texts, own_questions, read_questions
 from bench.head_training.model import TrainedHead, shape_of
+from bench.head_training.precision import fast_dtype
 from bench.head_training.states import StateFile
 from bench.head_training.trainer import HeadTrainer, Options
 from bench.training.corpus import read_files
@@ -58,7 +59,7 @@ def main(
     mixed = [*written, *pieces]
     order = np.random.default_rng(0).permutation(len(mixed))
     texts = Texts((mixed[index] for index in order), sequence)
-    judge = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    judge = AutoModelForCausalLM.from_pretrained(path, dtype=fast_dtype(device), trust_remote_code=False)
     kept = _drafted_ids(texts, tokenizer, vocab)
     head = TrainedHead(shape_of(judge, len(kept), ffn), judge, kept)
     head.lm_head.requires_grad_(learn_vocabulary)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.head_training.data import Text, Texts
 from bench.head_training.model import TrainedHead
+from bench.head_training.precision import fast_dtype
 from bench.head_training.states import StateFile
 from pearl.devices import cpu_cores
 
@@ -61,19 +62,14 @@ class _Step(NamedTuple):
     shared: Tensor
 
 
-def _multiplies_bf16(device: str) -> bool:
-    """Faster than fp32: a CPU without such instructions takes longer."""
-    return device != "cpu" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
 class HeadTrainer:
     def __init__(
         self, head: TrainedHead, embeddings: Tensor, states: StateFile, texts: Texts, out: Path, options: Options
     ) -> None:
         """``embeddings`` ``[V, D]``: the target's."""
         self.head, self.options = head.to(options.device), options
-        self._embeddings, self._states, self._texts = embeddings.detach().to(options.device), states, texts
-        self._narrow = _multiplies_bf16(options.device)
+        self._embeddings, self._states, self._texts = embeddings.detach().float().to(options.device), states, texts
+        self._dtype = fast_dtype(options.device)
         kept = self.head.kept
         self._own_ids = torch.full((len(embeddings),), -1, device=kept.device)  # the head's id of each of the target's
         self._own_ids[kept] = torch.arange(len(kept), device=kept.device)
@@ -175,7 +171,7 @@ class HeadTrainer:
         given = self._states.read(text)
         ids = torch.tensor([text.ids], device=device)
         read, last = given.states[None].to(device).tensor_split([self.head.fc.in_features], -1)
-        with torch.autocast(device, torch.bfloat16, enabled=self._narrow):
+        with torch.autocast(device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             found = self.head.outputs(read, self._embeddings[ids], steps, begin)
             drafted = [self.head.lm_head(output) for output in found]
         every = []

@@ -5,7 +5,7 @@ namespace pearl::PEARL_ISA {
 
 /// Words of x that are fp32 numbers.
 struct TimesNumber {
-  static constexpr bool kTiled = false;
+  static constexpr bool kTiled = false, kDecoded = false;
   using Number = float;
   using Operand = Part;
   static Part multiply(Part w, PartBits x, Part sum) { return mul_add(w, float_of(x), sum); }
@@ -54,24 +54,27 @@ struct BFloat16Pairs {
 };
 
 #ifdef PEARL_PAIR_DOTS
-/// Words of x that are pairs of bf16.
+/// Words of x that are pairs of bf16. kTiled: by AMX's tiles. kDecoded: of fewer bits, which become pairs before.
 struct TimesPair {
+#ifdef PEARL_TILES
+  static constexpr bool kTiled = true;
+#else
   static constexpr bool kTiled = false;
+#endif
   using Number = BFloat16;
   using Operand = PartBits;
   static Part multiply(PartBits w, PartBits x, Part sum) { return dot_pairs(w, x, sum); }
 };
 
 struct BFloat16Weight : BFloat16Pairs, TimesPair {
-#ifdef PEARL_TILES
-  static constexpr bool kTiled = true;
-#endif
+  static constexpr bool kDecoded = false;
   static constexpr int kWords = 1;
   static PartBits operand(const char* step, int part, int) { return pairs(step, part); }
 };
 
 /// An integer from -128 to 127 is a bf16 number: the lower half of its fp32 is zero.
 struct Int8BFloat16Weight : TimesPair {
+  static constexpr bool kDecoded = true;
   static constexpr int kInputs = 2, kWords = 1, kStepBytes = Int8Weight::kStepBytes;
   static const char* place(const char* step, int part) { return Int8Weight::place(step, part); }
   static PartBits operand(const char* step, int part, int) {
@@ -81,6 +84,7 @@ struct Int8BFloat16Weight : TimesPair {
 };
 
 struct Int4BFloat16Weight : Int4Words, TimesPair {
+  static constexpr bool kDecoded = true;
   static constexpr int kWords = 4;
   static PartBits operand(const char* step, int part, int pair) {
     return nibble_pairs(words(step, part), nibble_shift(2 * pair));

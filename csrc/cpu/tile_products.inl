@@ -46,15 +46,21 @@ inline void ask_for_part(const char* weight) {
   }
 }
 
-/// sums += x @ weight for a tile of rows and `steps` steps, a multiple of kTileSteps. kAsk: it asks for the weights
-/// to come, as the first of several tiles of rows does for all.
-template <bool kAsk>
+/// sums (+)= x @ weight for a tile of rows and `steps` steps, a multiple of kTileSteps. kAdd: to what sums are. kAsk:
+/// it asks for the weights to come, as the first of several tiles of rows does for all.
+template <bool kAdd, bool kAsk>
 inline void multiply_row_tile(Words x, const char* weight, int64_t steps, float* sums) {
   static_assert(kPanelParts == 3, "a register each");
   memory_is_used();
-  _tile_loadd(0, sums, kPanelStride);
-  _tile_loadd(1, sums + kPartLanes, kPanelStride);
-  _tile_loadd(2, sums + 2 * kPartLanes, kPanelStride);
+  if constexpr (kAdd) {
+    _tile_loadd(0, sums, kPanelStride);
+    _tile_loadd(1, sums + kPartLanes, kPanelStride);
+    _tile_loadd(2, sums + 2 * kPartLanes, kPanelStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+  }
   const char* words = x.data;
   for (int64_t step = 0; step < steps;
        step += kTileSteps, words += 4 * kTileSteps, weight += kTileSteps * kPanelStride) {
@@ -129,14 +135,6 @@ struct TileRegisters<true> {
     }
     memory_is_used();
     _tile_loadconfig(&config);
-  }
-
-  /// sums += x @ weight for a chunk of `steps` steps, a multiple of kTileSteps, and one tile of rows: the first of a
-  /// chunk asks for the weights to come.
-  template <class Ahead>
-  static void multiply(Words x, const char* weight, int64_t steps, bool is_first, Ahead ahead, float* sums) {
-    if (x.count == 1) return multiply_row_as_tile(x, weight, steps, ahead, sums);
-    is_first ? multiply_row_tile<true>(x, weight, steps, sums) : multiply_row_tile<false>(x, weight, steps, sums);
   }
 };
 
