@@ -14,7 +14,7 @@ import torch
 
 from bench.evaluation.entrants import Entrants
 from bench.evaluation.setups import Setup, at, plain
-from bench.roofline.generators import transformers_contenders
+from bench.roofline.generators import assistant, transformers_contenders
 from pearl.devices import cpu_cores
 from pearl.engine.model_pair import model_paths
 from pearl.llm import LLM
@@ -79,7 +79,7 @@ def transformers(llm: LLM, max_tokens: int, batch: int) -> Engine:
     """``generate``, assisted by the draft model or by prompt lookup, and in padded batches."""
     target, draft = model_paths(llm.config)
     plain_one, assisted = transformers_contenders(llm, target, draft, [cpu_cores()])
-    name = "prompt lookup" if draft is None else "assisted"
+    name = "prompt lookup" if assistant(draft) is None else "assisted"
     padded = PaddedBatches(target, llm, max_tokens, batch)
     return Engine("transformers", {
         "generate": lambda prompts: plain_one.generate(prompts, max_tokens).tokens,

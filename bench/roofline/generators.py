@@ -15,6 +15,7 @@ import torch
 from bench.roofline.gguf_export import write_gguf
 from bench.roofline.llama_cpp import INSTALL, LlamaCpp, load_library
 from pearl.errors import ConfigurationError
+from pearl.heads import lone_head
 from pearl.llm import LLM
 from pearl.sampling_params import SamplingParams
 
@@ -112,12 +113,18 @@ def _pearl(llm: LLM) -> Generate:
     return generate
 
 
+def assistant(draft: str | None) -> str | None:
+    """What transformers can be assisted by: a model, which a head is not."""
+    return None if draft is None or lone_head(draft) is not None else draft
+
+
 def transformers_contenders(llm: LLM, target: str, draft: str | None, thread_counts: Sequence[int]) -> list[Contender]:
     """``generate`` and assisted generation with the same pair, weights in the dtype of ``llm``'s, where its target is.
-    Without a draft prompt lookup assists.
+    Without a draft model prompt lookup assists.
     """
     from transformers import AutoModelForCausalLM
 
+    draft = assistant(draft)
     dtype, device = llm.models.target.model.dtype, llm.config.resolve_device("target")
     with _silent_transformers():
         models: list[Any] = [

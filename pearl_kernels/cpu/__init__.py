@@ -1,7 +1,7 @@
 """The C++ provider: fp32 and bf16 on CPU, for the instruction set found at run time (csrc/).
 
-The environment variable PEARL_CPU_ISA=amx|avx512bf16|avx512|avx2|scalar overrides that choice; one that the CPU lacks is
-an error.
+The environment variable PEARL_CPU_ISA=amx|avx512bf16|avx512|avx2|scalar overrides that choice; one that the CPU lacks
+is an error.
 """
 
 from __future__ import annotations

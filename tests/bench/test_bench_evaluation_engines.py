@@ -12,7 +12,9 @@ import pytest
 from bench_support import ROOT
 
 from bench.evaluation.engines import Agreement, Engine, agreements, transformers
+from bench.roofline.generators import assistant
 from pearl import LLM
+from pearl.models import bundled_path
 
 _OTHER_INSTRUCTIONS = """
 import json
@@ -45,6 +47,13 @@ def test_all_methods_and_batches_agree_with_other_instructions_too(tmp_path: Pat
 def test_what_differs_is_counted() -> None:
     engine = Engine("x", {"plain": lambda p: [[1, 2], [3, 4]], "drafted": lambda p: [[1, 2], [3, 5]]})
     assert agreements(engine, [[0], [0]]) == [Agreement("x", "drafted", 2, 1, 3)]
+
+
+def test_a_head_is_no_model_that_assists(tmp_path: Path) -> None:
+    """transformers would make a model of its configuration, with random weights."""
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}')
+    assert assistant(str(tmp_path)) is None
+    assert assistant(str(bundled_path("draft"))) == str(bundled_path("draft"))
 
 
 def test_transformers_in_padded_batches() -> None:
