@@ -1,0 +1,29 @@
+"""The head that comes with ``pearl demo``: it fits a model of SmolLM2's shape, drafts for it, and costs no token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from e2e_support import acceptance, byte_tokenizer, prompts, random_model, save, token_ids
+from transformers import LlamaConfig
+
+from pearl import LLM, SamplingParams
+from pearl.demo.packaged_model import HEAD
+
+# But for the feed-forward width, which a head does not see, and the weights.
+SHAPE = LlamaConfig(
+    hidden_size=576, intermediate_size=64, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+    vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=256,
+)  # fmt: skip
+
+
+def test_it_drafts_for_a_model_of_that_shape(tmp_path: Path) -> None:
+    assert sum(file.stat().st_size for file in HEAD.iterdir()) < 30e6  # a wheel carries it
+    target = save(random_model(SHAPE, seed=0), byte_tokenizer(), tmp_path)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    with LLM(target=target, draft=str(HEAD), window=3, device="cpu", dtype="float32", prefix_caching=False) as llm:
+        outputs = llm.generate(prompts((3, 17, 40)), params)
+        with llm.variant(method="autoregressive") as plain:
+            assert token_ids(outputs) == token_ids(plain.generate(prompts((3, 17, 40)), params))
+    assert acceptance(outputs) < 0.5, "of a stranger's tokens"
+    assert all(output.metrics.drafted > 0 for output in outputs)
