@@ -15,7 +15,7 @@ from bench.evaluation.lookahead import LookaheadDrafter
 from bench.evaluation.phrases import PhraseDrafter
 from bench.evaluation.setups import PHRASE, Setup
 from bench.roofline.generators import Contender, transformers_contenders
-from pearl.bench.measure import collect_garbage
+from pearl.bench.measure import answered, collect_garbage
 from pearl.config import EngineConfig
 from pearl.devices import cpu_cores
 from pearl.engine.judge import Judge
@@ -101,7 +101,7 @@ class Entrants:
         for judge in judges:
             judge.verdicts.clear()
         begin, start = time.perf_counter(), time.monotonic()
-        outputs = [output.outputs[0] for output in llm.generate(list(prompts), params)]
+        outputs = [output.outputs[0] for output in answered(llm.generate(list(prompts), params))]
         seconds = time.perf_counter() - begin
         llm.engine.rest()
         firsts = [output.metrics.first_token_at or start for output in outputs]

@@ -24,7 +24,9 @@ from bench.evaluation.studies import STUDIES, Field, methods
 from bench.evaluation.summary import ALL, Row, as_csv, as_json, rows
 from bench.evaluation.tables import results_table
 from bench.evaluation.trace import write_trace
+from bench.roofline.generators import assistant
 from pearl.bench.report import machine, provenance, write_whole
+from pearl.engine.model_pair import model_paths
 from pearl.errors import ConfigurationError
 from pearl.llm import LLM
 from pearl.user_values import shown
@@ -51,7 +53,8 @@ class _Session:
         config = llm.config
         share = share_of_target(llm)
         self.field = Field(
-            config.uses_draft_model, config.most_prepared > 0, None if isinstance(share, str) else share, None,
+            config.uses_draft_model, config.most_prepared > 0, assistant(model_paths(config)[1]) is not None,
+            None if isinstance(share, str) else share, None,
             tuple(asked["windows"]), tuple(asked["batches"]), tuple(asked["temperatures"]),
         )  # fmt: skip
         draft, target = config.resolve_threads()
@@ -125,13 +128,13 @@ def measure_agreement(
     out: Path, asked: Mapping[str, Any], options: Mapping[str, Any], data: Path | None, console: Console, command: str
 ) -> None:
     """Of the questions' first turns: this engine's methods, alone and in batches, and transformers'."""
-    setups = [*drafting(_AGREEMENT_WINDOWS, prepares=True), *prompt_lookup()]
     widest = max(GUESS_WINDOW, _AGREEMENT_WINDOWS.speculative) + PHRASE
     found: list[Agreement] = []
     with LLM(**options, method="pearl", prefix_caching=False, max_num_seqs=_BATCH, max_window=widest) as llm:
         session = _Session(out, asked, options, data, console, llm)
-        if not session.field.has_draft:
-            setups = prompt_lookup()
+        setups = prompt_lookup()
+        if session.field.has_draft:
+            setups = [*drafting(_AGREEMENT_WINDOWS, prepares=True, phrases=session.field.phrases), *setups]
         conversations = Conversations(llm, session.chat, asked["max_tokens"])
         prompts = [conversations.ids(question, 0, ()) for question in session.questions(asked["questions"])]
         for engine in (ours(llm, setups, _BATCH, asked["max_tokens"]), transformers(llm, asked["max_tokens"], _BATCH)):

@@ -81,8 +81,10 @@ def prompt_lookup() -> list[Setup]:
     ]
 
 
-def drafting(windows: Windows, prepares: bool) -> list[Setup]:
-    """With a draft model. ``prepares``: whether it can prepare windows."""
+def drafting(windows: Windows, prepares: bool, phrases: bool = True) -> list[Setup]:
+    """With a draft model or head. ``prepares``: whether it can prepare windows; ``phrases``: whether they can follow
+    what it drafts, which a head's next window would have no features for.
+    """
     pearl = fixed("pearl", windows.pearl)
     phrased = {"method": "speculative", "window": windows.speculative + PHRASE, "prepared_windows": 0}
     found = [
@@ -92,8 +94,9 @@ def drafting(windows: Windows, prepares: bool) -> list[Setup]:
         without_pre_verify(windows.pearl),
         without_post_verify(windows.pearl),
         Setup("coupled", {"method": "pearl", "verification": "coupled"}),
-        Setup("ouroboros-like phrases", phrased, guesses="phrases"),
     ]
+    if phrases:
+        found.append(Setup("ouroboros-like phrases", phrased, guesses="phrases"))
     if prepares:
         found.insert(3, Setup(f"{pearl.name}+{PREPARED}", {**pearl.options, "prepared_windows": PREPARED}))
     return found

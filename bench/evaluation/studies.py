@@ -15,12 +15,14 @@ from bench.evaluation.setups import Setup, Windows
 
 @dataclass(frozen=True)
 class Field:
-    """What there is to compare with: a draft model, one that prepares windows, other engines; ``share``: options of the
-    second baseline, if there is one. windows: the best fixed ones; None while they are not known, and without a draft.
+    """What there is to compare with: a draft model or head, one that prepares windows, one that phrases may follow;
+    ``share``: options of the second baseline, if there is one. windows: the best fixed ones; None while they are not
+    known, and without a draft.
     """
 
     has_draft: bool
     prepares: bool
+    phrases: bool
     share: Mapping[str, Any] | None
     windows: Windows | None
     candidates: tuple[int, ...]
@@ -29,7 +31,7 @@ class Field:
 
     @property
     def drafting(self) -> list[Setup]:
-        return [] if self.windows is None else setups.drafting(self.windows, self.prepares)
+        return [] if self.windows is None else setups.drafting(self.windows, self.prepares, self.phrases)
 
     @property
     def best(self) -> list[Setup]:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from pearl import LLM, SamplingParams
+from pearl.bench.measure import answered
 from pearl.models import Tokenizer
 
 _HELD_OUT = 20  # of so many texts one is
@@ -90,7 +91,7 @@ def own_questions(
         ):
             while len(found) < count:
                 asked = [opening] * _AT_ONCE
-                outputs = llm.generate(asked, SamplingParams(temperature=1.0, max_tokens=tokens))
+                outputs = answered(llm.generate(asked, SamplingParams(temperature=1.0, max_tokens=tokens)))
                 texts = [o.outputs[0].text.strip() for o in outputs if o.outputs[0].finish_reason == "stop"]
                 new = [text for text in dict.fromkeys(texts) if text and text not in found]
                 if not new:
@@ -120,7 +121,7 @@ def answers(
                 part = [list(prompt) for prompt in prompts[begin : begin + _AT_ONCE]]
                 heats = [temperature * (place % 2) for place in range(begin, begin + len(part))]
                 params = [SamplingParams(temperature=heat, max_tokens=tokens) for heat in heats]
-                for prompt, output in zip(part, llm.generate(part, params), strict=True):
+                for prompt, output in zip(part, answered(llm.generate(part, params)), strict=True):
                     texts.append(Text((*prompt, *output.outputs[0].token_ids), len(prompt)))
                     out.write(json.dumps({"ids": texts[-1].ids, "begin": len(prompt)}) + "\n")
                 out.flush()

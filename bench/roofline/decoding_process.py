@@ -55,6 +55,7 @@ def run(job: Job) -> Timed:
 
 
 def _pearl(job: Job) -> tuple[Continue, str, Callable[[], None]]:
+    from pearl.bench.measure import answered
     from pearl.llm import LLM
     from pearl.sampling_params import SamplingParams
 
@@ -67,7 +68,7 @@ def _pearl(job: Job) -> tuple[Continue, str, Callable[[], None]]:
 
     def continue_prompt(prompt: Sequence[int]) -> Continued:
         begin = time.monotonic()
-        output = llm.generate(list(prompt), params)[0].outputs[0]
+        output = answered(llm.generate(list(prompt), params))[0].outputs[0]
         end, first = time.monotonic(), output.metrics.first_token_at
         assert first is not None
         return output.token_ids, first - begin, end - first

@@ -14,6 +14,7 @@ import torch
 
 from bench.roofline.gguf_export import write_gguf
 from bench.roofline.llama_cpp import INSTALL, LlamaCpp, load_library
+from pearl.bench.measure import answered
 from pearl.errors import ConfigurationError
 from pearl.heads import lone_head
 from pearl.llm import LLM
@@ -107,7 +108,7 @@ def pearl_contenders(stack: ExitStack, llm: LLM, threads: int) -> list[Contender
 def _pearl(llm: LLM) -> Generate:
     def generate(prompts: Tokens, max_tokens: int) -> Generated:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        outputs = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
+        outputs = [answered(llm.generate(prompt, params))[0].outputs[0] for prompt in prompts]
         return Generated([o.token_ids for o in outputs], sum(o.metrics.time_to_first_token or 0.0 for o in outputs))
 
     return generate

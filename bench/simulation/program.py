@@ -22,6 +22,7 @@ from bench.simulation.rounds import PlayedRound, play
 from bench.simulation.times import ForwardTimes, overhead
 from pearl.bench.command import run_command
 from pearl.bench.contenders import Contender, parse_contenders
+from pearl.bench.measure import answered
 from pearl.bench.options import check_output
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import provenance, write_whole
@@ -137,7 +138,7 @@ def measure(llm: LLM, contenders: Sequence[Contender], prompts: Sequence[str], t
 def traced(llm: LLM, prompts: Sequence[str], tokens: int) -> list[TracedText]:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     with llm.variant(method="autoregressive") as plain:
-        outputs = plain.generate(list(prompts), params)
+        outputs = answered(plain.generate(list(prompts), params))
     return [trace(llm, output.prompt_token_ids, output.outputs[0].token_ids) for output in outputs]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pearl.engine.rounds import RoundRecord
+from pearl.errors import RoundError
 from pearl.llm import LLM, Prompt
 from pearl.methods import Mode
 from pearl.outputs import RequestOutput
@@ -61,6 +62,14 @@ class _Run:
         return _tokens(self.outputs) / self.seconds
 
 
+def answered(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """They themselves. Raises RoundError if the engine gave one up: a measurement would take it for a short answer."""
+    for output in outputs:
+        if errors := [one.error for one in output.outputs if one.error is not None]:
+            raise RoundError(f"an answer was given up: {errors[0]}")
+    return outputs
+
+
 @dataclass
 class _Contender:
     name: str
@@ -72,7 +81,9 @@ class _Contender:
         self.rounds.clear()
         collect_garbage()
         begin = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
+        outputs = answered(
+            self.llm.generate(prompts, params, on_output=lambda d: advance() if d.finish_reason else None)
+        )
         seconds = time.perf_counter() - begin
         # At once, so that the machine is in the same mood.
         ideal = replay_alone(self.llm, self.rounds)

@@ -12,6 +12,7 @@ import pytest
 from bench_support import ROOT
 
 from bench.evaluation.engines import Agreement, Engine, agreements, transformers
+from bench.evaluation.setups import Windows, drafting
 from bench.roofline.generators import assistant
 from pearl import LLM
 from pearl.models import bundled_path
@@ -54,6 +55,7 @@ def test_a_head_is_no_model_that_assists(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}')
     assert assistant(str(tmp_path)) is None
     assert assistant(str(bundled_path("draft"))) == str(bundled_path("draft"))
+    assert not [setup for setup in drafting(Windows(3, 4), True, phrases=False) if setup.guesses == "phrases"]
 
 
 def test_transformers_in_padded_batches() -> None:

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from bench_support import Clock, FakeEngine, FakeLLM, hand_made_round
 
+from bench.evaluation.entrants import Entrants
+from bench.evaluation.setups import plain
 from pearl import LLM, SamplingParams
 from pearl.bench import measure
 from pearl.bench.measure import MethodResult, compare, replay_alone
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.engine.rounds import RoundRecord
+from pearl.errors import RoundError
 from pearl.messages import Busy
 from pearl.methods import Mode
-from pearl.outputs import RequestMetrics, RequestOutput
+from pearl.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 METHODS = ("autoregressive", "speculative", "pearl")
 PROMPTS = load_prompts(BUILT_IN, 2)
@@ -231,3 +234,21 @@ def test_rates_weigh_requests_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -
     assert result.acceptance_rate == 28 / 40
     assert result.mean_accepted_tokens == 28 / 4
     assert (result.target_forwards, result.draft_forwards) == (15, 51)
+
+
+def test_an_answer_that_was_given_up_is_no_measurement(
+    contenders: dict[str, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count as a short one, and fast."""
+    llm = contenders["pearl"]
+
+    def torn(*args: Any, **options: Any) -> list[RequestOutput]:
+        given_up = CompletionOutput(0, finish_reason="abort", error="the drafter has no features")
+        return [RequestOutput(None, [1], [CompletionOutput(0, "x", [2], [False], finish_reason="stop")]),
+                RequestOutput(None, [1], [given_up])]  # fmt: skip
+
+    monkeypatch.setattr(llm, "generate", torn)
+    with pytest.raises(RoundError, match="an answer was given up: the drafter has no features"):
+        quietly({"pearl": llm}, PARAMS)
+    with pytest.raises(RoundError, match="given up"):
+        Entrants(llm)._answer(plain(), llm, None, [], [[1], [1]], 4)

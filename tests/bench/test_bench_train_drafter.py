@@ -137,8 +137,9 @@ def test_a_chat_model_asks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for file in bundled_path("target").iterdir():
         if file.name not in ("chat_template.jinja", "generation_config.json"):
             (tmp_path / file.name).symlink_to(file)
-    path, line = str(tmp_path), Tokenizer.from_pretrained(str(bundled_path("target"))).encode("\n")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *line]}))
+    path, tokenizer = str(tmp_path), Tokenizer.from_pretrained(str(bundled_path("target")))
+    lines = [token for token in range(tokenizer.vocab_size) if "\n" in tokenizer.decode([token])]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *lines]}))
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}# {{ m['content'] }}\n{% endfor %}")
     file, console = tmp_path / "questions.jsonl", Console(quiet=True)
     found = own_questions(path, Tokenizer.from_pretrained(path), file, 3, 24, console)
