@@ -68,11 +68,12 @@ def test_linear_is_the_product_and_its_rows_are_independent(op: Linear, n: int, 
 def test_error_is_no_more_than_twice_that_of_torch(op: Linear, m: int, k: int, dtype: torch.dtype) -> None:
     pack, linear = op
     for n in (1, 4, 17):
-        x, matrix, bias = inputs(n, m, k, dtype)
+        x, matrix, bias = inputs(max(n, 16), m, k, dtype)  # of one row alone the ratio is a matter of luck
+        weight, parts = pack(matrix), x.split(n)
         exact = F.linear(x.double(), matrix.double(), bias.double())
-        ours = (linear(x, pack(matrix), bias).double() - exact).square().mean().sqrt()
-        theirs = (F.linear(x, matrix, bias).double() - exact).square().mean().sqrt()
-        assert ours <= 2 * theirs
+        ours = torch.cat([linear(part, weight, bias) for part in parts]).double() - exact
+        theirs = torch.cat([F.linear(part, matrix, bias) for part in parts]).double() - exact
+        assert ours.square().mean() <= 4 * theirs.square().mean()
 
 
 @every_provider
