@@ -11,6 +11,7 @@ import typer
 
 from pearl import LLM, SamplingParams
 from pearl.bench.command import run_command
+from pearl.bench.measure import answered
 from pearl.bench.options import check_picture, positive_numbers
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.engine.rounds import RoundRecord
@@ -128,12 +129,12 @@ def main(
     prompts, rounds = load_prompts(BUILT_IN), list[RoundRecord]()
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     with LLM(max_num_seqs=max(phases), prefix_caching=False) as llm:
-        llm.generate(prompts[0], params)
+        answered(llm.generate(prompts[0], params))
         llm.engine.observer = rounds.append
         for batch in phases:
             count = max(batch, -(-lasting // tokens // batch) * batch)
             for first in range(0, count, batch):  # all of a batch begin and end together
-                llm.generate([*islice(cycle(prompts), first, first + batch)], params)
+                answered(llm.generate([*islice(cycle(prompts), first, first + batch)], params))
     draw_pace(rounds, output, seconds)
 
 

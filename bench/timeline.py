@@ -8,6 +8,7 @@ import typer
 
 from pearl import LLM, SamplingParams
 from pearl.bench.command import run_command
+from pearl.bench.measure import answered
 from pearl.bench.options import check_picture
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.engine.rounds import RoundRecord, hits
@@ -105,9 +106,9 @@ def main(
         for name, options in RUNS.items():
             rounds: list[RoundRecord] = []
             with first.variant(**options) as llm:
-                llm.generate(prompts[prompt], SamplingParams(max_tokens=64))
+                answered(llm.generate(prompts[prompt], SamplingParams(max_tokens=64)))
                 llm.engine.observer = rounds.append
-                llm.generate(prompts[prompt], SamplingParams(max_tokens=128))
+                answered(llm.generate(prompts[prompt], SamplingParams(max_tokens=128)))
             if len(rounds) <= skip:
                 raise typer.BadParameter(f"--skip {skip} leaves nothing of the {len(rounds)} rounds of {name}")
             runs[name] = rounds[skip:]

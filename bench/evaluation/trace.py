@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evaluation.setups import PREPARED, Windows, fixed, plain
+from pearl.bench.measure import answered
 from pearl.bench.prompt_sets import BUILT_IN, load_prompts
 from pearl.bench.report import write_whole
 from pearl.engine.rounds import RoundRecord, hits
@@ -30,7 +31,7 @@ def write_trace(path: Path, llm: LLM, windows: Windows, prepares: bool) -> None:
     traces = {}
     for name, options in runs.items():
         with llm.variant(**options, max_num_seqs=1) as variant:
-            variant.generate(prompt, params)
+            answered(variant.generate(prompt, params))
             runs_of = [_run(variant, prompt, params) for _ in range(_RUNS)]
         fastest = min(runs_of, key=lambda rounds: sum(record.whole.seconds for record in rounds))
         traces[name] = [row for row in rows(fastest, lambda token: llm.tokenizer.decode([token])) if row["decodes"]]
@@ -40,7 +41,7 @@ def write_trace(path: Path, llm: LLM, windows: Windows, prepares: bool) -> None:
 def _run(llm: LLM, prompt: str, params: SamplingParams) -> list[RoundRecord]:
     rounds: list[RoundRecord] = []
     llm.engine.observer = rounds.append
-    llm.generate(prompt, params)
+    answered(llm.generate(prompt, params))
     return rounds
 
 

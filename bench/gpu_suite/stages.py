@@ -249,6 +249,7 @@ def _tests(place: Place) -> Stage:
             ("pytest of what needs it alone", alone, "tests-alone.xml", 0.6),
             ("pytest of Triton's attention", (*_parallel(), *triton), "tests-triton.xml", 1.0),
         )
+        # Of a loan of minutes: so many failures say what is wrong, and leave the other stages their time.
         options = ("--maxfail=40", "--continue-on-collection-errors")
         commands = tuple(
             _python(name, *_pytest(*options, *chosen, f"--junitxml={place.file(file)}"), share=share)

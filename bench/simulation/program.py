@@ -122,14 +122,14 @@ def measure(llm: LLM, contenders: Sequence[Contender], prompts: Sequence[str], t
         variants.append(llm.variant(observer=run.add, **options))
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     for variant in variants:
-        variant.generate(prompts[0], params)
+        answered(variant.generate(prompts[0], params))
     for run in runs:
         run.rounds.clear()
         run.parts.update(dict.fromkeys(run.parts, 0.0))
     for _ in range(repeats):
         for prompt in prompts:
             for variant in variants:
-                variant.generate(prompt, params)
+                answered(variant.generate(prompt, params))
     for variant in variants:
         variant.close()
     return runs

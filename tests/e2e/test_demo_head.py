@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2e_support import acceptance, byte_tokenizer, prompts, random_model, save, token_ids
+from e2e_support import byte_tokenizer, prompts, random_model, save, token_ids
 from transformers import LlamaConfig
 
 from pearl import LLM, SamplingParams
@@ -25,5 +25,4 @@ def test_it_drafts_for_a_model_of_that_shape(tmp_path: Path) -> None:
         outputs = llm.generate(prompts((3, 17, 40)), params)
         with llm.variant(method="autoregressive") as plain:
             assert token_ids(outputs) == token_ids(plain.generate(prompts((3, 17, 40)), params))
-    assert acceptance(outputs) < 0.5, "of a stranger's tokens"
     assert all(output.metrics.drafted > 0 for output in outputs)
