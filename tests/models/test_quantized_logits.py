@@ -117,9 +117,8 @@ def test_matrices_of_few_outputs(name: str) -> None:
         assert torch.equal(dequantize(read) if isinstance(read, QuantizedMatrix) else read, meant)
 
 
-@pytest.mark.parametrize(
-    "provider", ["reference", *(["triton"] if interpreting() else [])]
-)  # else it takes no CPU tensors
+# Triton's kernels take CPU tensors in the interpreter alone.
+@pytest.mark.parametrize("provider", ["reference", *(["triton"] if interpreting() else [])])
 @pytest.mark.parametrize("name", ["gptq-4-32-zeros", "fp8-blocks", "ct-int8"])
 def test_with_the_other_providers(name: str, provider: str, quantized: Callable[..., tuple[Path, Path]]) -> None:
     """Which keep fp8 too, as it is."""
