@@ -15,7 +15,7 @@ import typer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the checkout, whose bench/ is not installed
 
-from bench.head_training.program import main
+from bench.drafter_training.program import main
 from bench.shared.malloc import restart_for_training
 
 if __name__ == "__main__":

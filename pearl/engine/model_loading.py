@@ -77,7 +77,7 @@ def load_models(config: EngineConfig, meter: MemoryMeter | None = None) -> Loade
     draft = None
     if draft_path is not None and shares.draft is not None and pair.head is None:
         with explaining_out_of_memory(shares.draft, meter):
-            draft = _load(config, "draft", draft_path, shares.draft, pair)
+            draft = _load(config, "draft", draft_path, shares.draft, pair, target_path)
     if config.target_parallel > 1:
         return _assemble_parallel(config, pair, target_path, draft_path, draft, shares, meter)
     with explaining_out_of_memory(shares.target[0], meter):
@@ -124,7 +124,10 @@ def _require_room(config: EngineConfig, pair: Pair, meter: MemoryMeter) -> Share
     return shares
 
 
-def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair) -> CausalModel:
+def _load(
+    config: EngineConfig, role: Role, path: str, share: Share, pair: Pair, lender: str | None = None
+) -> CausalModel:
+    """``lender``: which a draft may take its embeddings from."""
     kernels = kernels_for(config, role, share.config)
     if isinstance(share.config, TransformersConfig):
         return transformers_backend.load(
@@ -138,6 +141,7 @@ def _load(config: EngineConfig, role: Role, path: str, share: Share, pair: Pair)
             max_model_len=pair.max_model_len,
             kernels=kernels,
             vocab_size=pair.vocab_size if role == "draft" else 0,
+            lender=lender,
         )
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from pearl.config import EngineConfig, Role
 from pearl.errors import ConfigurationError
-from pearl.heads import HEAD_NAMES, HeadConfig, head_kind, lone_head, read_head
-from pearl.models import Tokenizer, bundled_path
+from pearl.heads import HEAD_NAMES, HeadConfig, head_kind, lone_head, read_head, require_same
+from pearl.models import ModelConfig, Tokenizer, bundled_path
 from pearl.models.backend import DescribedModel, check_weights, describe_model
 from pearl.models.model_source import source_of
 from pearl.models.transformers_backend import TransformersConfig
@@ -47,8 +47,11 @@ def check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -
     head = None if draft_path is None else _read_head(config, draft_path, target)
     if draft_path is not None and head is None:
         draft = _describe(config, "draft", draft_path)
-        drafts = Tokenizer.from_pretrained(draft_path).vocabulary
-        require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
+        if isinstance(draft, ModelConfig) and draft.reduced_vocab:  # its ids are the target's, as a head's are
+            require_same("a draft", "vocab_size", draft.vocab_size, target.vocab_size)
+        else:
+            drafts = Tokenizer.from_pretrained(draft_path).vocabulary
+            require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
         longest = min(longest, draft.longest)
     max_model_len = config.max_model_len or longest
     for model in (target, draft, None if head is None else head.shape):
@@ -79,8 +82,22 @@ def _read_head(config: EngineConfig, path: str, target: DescribedModel) -> HeadC
     return read_head(path, target)
 
 
+def _require_lender(draft: ModelConfig, target: DescribedModel) -> None:
+    """ConfigurationError if the target's embeddings cannot be the draft's."""
+    if not isinstance(target, ModelConfig):
+        raise ConfigurationError(
+            f"the draft has no embeddings of its own, and transformers' {target.architecture} lends none; take another"
+        )
+    require_same("a draft without embeddings of its own,", "hidden_size", draft.hidden, target.hidden)
+
+
 def _describe(config: EngineConfig, role: Role, path: str) -> DescribedModel:
     model = describe_model(path, config.resolve_backend(role), config.torch_dtype)
+    if role == "target" and isinstance(model, ModelConfig) and model.reduced_vocab:
+        raise ConfigurationError(
+            f"target={path!r} can say {model.reduced_vocab} of its {model.vocab_size} ids only: it is a draft model; "
+            "give it as the draft, beside the target that it was made for"
+        )
     _require_fitting_options(config, role, model)
     return model
 
@@ -113,5 +130,7 @@ def check_pair_weights(target_path: str, draft_path: str | None, pair: Pair) -> 
         return str(target_folder), draft_path, pair  # of a head, whose tensors are checked when it is loaded
     draft_folder = source_of(draft_path).fetch_weights()
     draft = check_weights(draft_folder, pair.draft)
+    if isinstance(draft, ModelConfig) and draft.borrows_embedding:
+        _require_lender(draft, pair.target)
     draft = replace(draft, vocab_size=max(draft.vocab_size, pair.vocab_size))  # it is loaded so (models.widening)
     return str(target_folder), str(draft_folder), replace(pair, draft=draft)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pearl.heads.config import EagleConfig
 from pearl.models import ForwardBatch, KVCache
+from pearl.models.draft_vocabulary import spread
 from pearl.models.fused_decoder import EmbeddingRows
 from pearl_kernels import KernelSet, LinearWeight
 
@@ -84,11 +85,7 @@ class EagleHead:
         weights = self.weights
         normed = self.kernels.rms_norm(outputs, weights.norm, self.config.shape.eps)
         own: Tensor = self.kernels.linear(normed, weights.head)
-        if weights.target_ids is None:
-            return own
-        whole: Tensor = own.new_full((own.shape[0], self.config.shape.vocab_size), -float("inf"))
-        whole.index_copy_(1, weights.target_ids, own)
-        return whole
+        return spread(own, weights.target_ids, self.config.shape.vocab_size)
 
     def _attention(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:
         shape, weights, kernels = self.config.shape, self.weights, self.kernels

@@ -14,6 +14,7 @@ from pearl.heads.config import EagleConfig, HeadConfig, MedusaConfig
 from pearl.heads.eagle import EagleHead, EagleWeights
 from pearl.heads.medusa import MedusaHead, MedusaWeights
 from pearl.heads.tensors import HeadTensors
+from pearl.models.draft_vocabulary import checked_ids
 from pearl.models.fused_decoder import EmbeddingRows
 from pearl.models.rope import cos_sin_table
 from pearl.models.weight_memory import WeightMemory
@@ -171,14 +172,9 @@ def _target_ids(tensors: HeadTensors, config: EagleConfig) -> Tensor | None:
     if _TO_TARGET not in tensors.names:
         return None
     offsets = tensors.read(_TO_TARGET)
-    if offsets.is_floating_point() or offsets.dtype is torch.bool:
-        raise ModelLoadError(f"{_TO_TARGET} must hold integers, not {offsets.dtype}")
-    ids = torch.arange(config.draft_vocab) + offsets.to("cpu", torch.int64)
-    if ids.min() < 0 or ids.max() >= config.shape.vocab_size or len(set(ids.tolist())) < len(ids):
-        raise ModelLoadError(
-            f"{_TO_TARGET} must give each of the head's {config.draft_vocab} ids another of the target's "
-            f"{config.shape.vocab_size}: it does not"
-        )
+    whole = not offsets.is_floating_point() and offsets.dtype is not torch.bool
+    ids = checked_ids(_TO_TARGET, torch.arange(config.draft_vocab) + offsets.cpu() if whole else offsets,
+                      config.shape.vocab_size)  # fmt: skip
     if _TO_DRAFT in tensors.names and set(tensors.read(_TO_DRAFT).nonzero().flatten().tolist()) != set(ids.tolist()):
         raise ModelLoadError(f"{_TO_DRAFT} and {_TO_TARGET} name different ids of the target")
     return ids

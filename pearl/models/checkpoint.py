@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pearl.errors import ModelLoadError
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, canonical_name, decoder_tensors, is_decoders
+from pearl.models.draft_vocabulary import TARGET_IDS
 from pearl.models.model_config import ModelConfig
 from pearl.models.model_files import listed
 from pearl.models.model_source import ModelSource, StoredValues, source_of
@@ -40,6 +41,7 @@ class Checkpoint:
 
     ``config`` is the model's configuration as its files fulfil it: a head that is to be tied but is stored with other
     numbers than the embedding is a head of its own, as in transformers. These two are compared; nothing else is read.
+    A draft with a reduced vocabulary may lack the embedding: it is its target's.
     What transformers fills in the same way every time (biases with 0, norms with 1) may be missing, with a warning.
     Which matrices are quantised is what the files say, within what ``config.quantization`` says.
 
@@ -60,7 +62,7 @@ class Checkpoint:
         if quantization is not None and not quantization.storages:
             self._quantized = QuantizedTensors(folder, quantization, self._stored, self._table)
             quantization = replace(quantization, matrices=self._quantized.matrices, shuffled=self._quantized.shuffled)
-        dtypes = {name: slice_.get_dtype() for name, slice_ in self._stored.items()}
+        dtypes = {name: slice_.get_dtype() for name, slice_ in self._stored.items() if name != TARGET_IDS}
         refuse_quantized_tensors(folder, dtypes, own, quantization)
         self._require_shapes()
         self.config = self._tie(replace(config, quantization=quantization))
@@ -106,6 +108,8 @@ class Checkpoint:
                 )
 
     def _tie(self, config: ModelConfig) -> ModelConfig:
+        if config.reduced_vocab:
+            return replace(config, borrows_embedding=EMBEDDING not in self._stored)
         if not config.tied:
             return config
         if self._is_quantized(HEAD):
@@ -120,6 +124,8 @@ class Checkpoint:
 
     def _require_all(self) -> None:
         missing = [name for name in self._table if name not in self._stored and not self._is_quantized(name)]
+        if self.config.borrows_embedding:
+            missing.remove(EMBEDDING)
         if needed := [name for name in missing if self._is_needed(name)]:
             hint = "; its tie_word_embeddings is false" if needed == [HEAD] else ""
             raise ModelLoadError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pearl.models.collective import Collective
+from pearl.models.draft_vocabulary import spread
 from pearl.models.forward_batch import ForwardBatch
 from pearl.models.hidden_states import HiddenStates
 from pearl.models.kv_cache import KVCache
@@ -56,8 +57,9 @@ class DecoderWeights:
     embedding: Tensor | None  # [V, D]; None: the rows of the head
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
-    head: LinearWeight  # [V, D]
+    head: LinearWeight  # [V, D], or [Vd, D] of a reduced vocabulary
     head_bias: Tensor | None = None  # [V], of a widened vocabulary
+    draft_ids: Tensor | None = None  # int64 [Vd], of a reduced one: see draft_vocabulary
 
 
 class Decoder:
@@ -175,6 +177,7 @@ class Decoder:
         logits: Tensor = kernels.linear(normed, self.weights.head, self.weights.head_bias)
         if self.config.logits_scale != 1.0 or self.config.logits_softcap > 0:
             kernels.scale_and_cap(logits, self.config.logits_scale, self.config.logits_softcap)
+        logits = spread(logits, self.weights.draft_ids, self.config.vocab_size)
         return logits if self.collective is None else self.collective.gather_logits(logits)
 
     def _add_up(self, part: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pearl.models.draft_vocabulary import TARGET_IDS
 from pearl.models.families import Norms
 from pearl.models.mixture import Mixture
 from pearl.models.model_config import ModelConfig
@@ -15,7 +16,7 @@ from pearl.models.stored_experts import modern_name
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 EXPERTS = ".mlp.experts."  # in the names of experts' tensors
 _BASE = "model."
-_OWN = {"embed_tokens", "layers", "norm", "lm_head"}
+_OWN = {"embed_tokens", "layers", "norm", "lm_head", TARGET_IDS}
 # Constants that old checkpoints carry along: of our families' classes transformers declares the first harmless; the
 # others are computed from it. And scales of a quantised KV cache, which ours is not.
 _HARMLESS = re.compile(
@@ -55,12 +56,17 @@ def layer_prefix(index: int) -> str:
 
 
 def decoder_tensors(config: ModelConfig) -> Mapping[str, StoredTensor]:
-    """All that the whole model has, whichever ranks read them. Of tied models the head too: it may be stored."""
+    """All that the whole model has, whichever ranks read them. Of tied models the head too: it may be stored. A draft
+    with a reduced vocabulary has its ids, and a head with as many rows, if it is not tied.
+    """
     table = {EMBEDDING: StoredTensor((config.vocab_size, config.hidden)), NORM: _norm(config, config.hidden)}
     for index in range(config.layers):
         prefix = layer_prefix(index)
         table.update((prefix + name, tensor) for name, tensor in _layer(config, config.mixture_of(index)))
-    return {**table, HEAD: table[EMBEDDING]}
+    if not config.reduced_vocab:
+        return {**table, HEAD: table[EMBEDDING]}
+    table[TARGET_IDS] = StoredTensor((config.reduced_vocab,))
+    return table if config.tied else {**table, HEAD: StoredTensor((config.reduced_vocab, config.hidden))}
 
 
 def matrix_shapes(table: Mapping[str, StoredTensor]) -> Mapping[str, tuple[int, int]]:

@@ -118,7 +118,8 @@ class FusedDecoder(BoundDecoder):
         )  # fmt: skip
         parts = zip(weights.layers, model.cos_sin, cache.layers, config.windows, strict=True)
         layers = [_layer(*part, _mixture(config.mixture, part[0].mixture)) for part in parts]
-        head = _core.Head(address_of(weights.norm), native_matrix(weights.head, weights.head_bias), 0)
+        matrix = native_matrix(weights.head, weights.head_bias)
+        head = _core.Head(address_of(weights.norm), matrix, address_of(weights.draft_ids))
         native = _core.Decoder(shape, layers, embedding.native(), head, threads, None)
         super().__init__(native, page_size, weights.norm, config.vocab_size)
 

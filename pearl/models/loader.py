@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pearl.errors import ModelLoadError
 from pearl.models.checkpoint import Checkpoint
 from pearl.models.collective import Collective
 from pearl.models.decoder import Decoder, DecoderWeights, LayerWeights, MixtureWeights
 from pearl.models.decoder_tensors import EMBEDDING, HEAD, LAYER_NORMS, NORM, layer_prefix
+from pearl.models.draft_vocabulary import TARGET_IDS, checked_ids
 from pearl.models.kept_matrices import kept_matrices
 from pearl.models.mixture import Mixture
 from pearl.models.model_config import ModelConfig
@@ -37,12 +39,14 @@ def load_model(
     max_model_len: int,
     kernels: KernelSet,
     vocab_size: int = 0,
+    lender: str | Path | None = None,
     sharding: Sharding | None = None,
     collective: Collective | None = None,
 ) -> Decoder:
     """Load a model as ``source_of`` takes it; with ``sharding`` the part of one tensor-parallel rank.
 
     ``vocab_size``: ids that a whole model must take; those that it lacks are never its own choice (``widening``).
+    ``lender``: the target of a draft that has no embeddings of its own, whose are taken.
     One matrix, as stored and as packed, is in memory beside the model at any time. Raises ModelLoadError or
     UnsupportedModelError, as ``Checkpoint`` does, before any weight is read.
     """
@@ -53,8 +57,16 @@ def load_model(
         if config.quantization is not None and (sharding is None or sharding.is_first):
             _tell(str(path), config.quantization)
         sharding = sharding or widen(shard(config, 0, 1), vocab_size)
-        weights = _Assembler(checkpoint, sharding, dtype, device, kernels).decoder()
+        lent = _open_lender(lender, stack) if checkpoint.config.borrows_embedding else checkpoint
+        weights = _Assembler(checkpoint, lent, sharding, dtype, device, kernels).decoder()
     return Decoder(sharding.config, weights, rope_tables(config, max_model_len, device), kernels, collective)
+
+
+def _open_lender(path: str | Path | None, stack: ExitStack) -> Checkpoint:
+    if path is None:
+        raise ModelLoadError(f"it has no tensor {EMBEDDING!r}: it is a draft, for the target that it was trained for")
+    source = source_of(str(path))
+    return Checkpoint(source.fetch_weights(), ModelConfig.from_pretrained(str(source.place)), stack)
 
 
 def _tell(path: str, quantization: Quantization) -> None:
@@ -72,12 +84,14 @@ class _Assembler:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        lender: Checkpoint,
         sharding: Sharding,
         dtype: torch.dtype,
         device: torch.device,
         kernels: KernelSet,
     ) -> None:
-        self._checkpoint, self._sharding = checkpoint, sharding
+        """``lender``: which has the embeddings, mostly the checkpoint itself."""
+        self._checkpoint, self._lender, self._sharding = checkpoint, lender, sharding
         self._dtype, self._device, self._kernels = dtype, device, kernels
         self._memory = WeightMemory(device)
         self._kept = kept_matrices(checkpoint.config, kernels.providers["pack_quantized"], sharding.ranks)
@@ -85,10 +99,12 @@ class _Assembler:
 
     def decoder(self) -> DecoderWeights:
         config, vocab = self._checkpoint.config, self._sharding.vocab
-        embedding, head = self._ends()
+        ids = self._draft_ids() if config.reduced_vocab else None
+        embedding, head = self._ends() if ids is None else self._reduced_ends(ids)
         layers = tuple(map(self._layer, range(config.layers)))
         norm = self._norm(NORM)
-        return DecoderWeights(embedding, layers, norm, head, bias_of_missing(config.vocab_size, vocab.size, norm))
+        bias = bias_of_missing(config.vocab_size, vocab.size, norm)
+        return DecoderWeights(embedding, layers, norm, head, bias, None if ids is None else ids.to(self._device))
 
     def _ends(self) -> tuple[Tensor | None, LinearWeight]:
         """Embedding and head; the head alone where its rows are the embeddings."""
@@ -99,6 +115,15 @@ class _Assembler:
             return (None if head.scale is None else self._memory.keep(embedding)), head
         name = (EMBEDDING if config.tied else HEAD).removesuffix(".weight")
         return self._memory.keep(embedding), self._columns([(name, vocab)], config.hidden)
+
+    def _draft_ids(self) -> Tensor:
+        return checked_ids(TARGET_IDS, self._checkpoint.read(TARGET_IDS), self._checkpoint.config.vocab_size)
+
+    def _reduced_ends(self, ids: Tensor) -> tuple[Tensor, LinearWeight]:
+        """The embedding, and a head of the rows that can be drafted."""
+        embedding = self._lender.read(EMBEDDING).to(self._device, self._dtype)
+        rows = embedding[ids.to(self._device)] if self._checkpoint.config.tied else self._stored(HEAD)
+        return self._memory.keep(embedding), self._memory.keep_matrix(self._kernels.pack_linear(rows))
 
     def _layer(self, index: int) -> LayerWeights:
         config, sharding, prefix = self._checkpoint.config, self._sharding, layer_prefix(index)

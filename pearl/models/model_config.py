@@ -14,8 +14,10 @@ from pearl.errors import ModelLoadError, UnsupportedModelError
 from pearl.models import config_features as features
 from pearl.models.config_features import Activation
 from pearl.models.config_file import check_sizes
+from pearl.models.draft_vocabulary import REDUCED_SIZE
 from pearl.models.families import Norms, QKNorm, family_of
 from pearl.models.mixture import Mixture, read_mixture
+from pearl.models.model_files import checked_integer
 from pearl.models.model_source import source_of
 from pearl.models.quantization import Quantization
 from pearl.models.rope import frequencies, longest_fixed, require_fixed_frequencies
@@ -55,6 +57,8 @@ class ModelConfig:
     rope: Mapping[str, Any] = field(hash=False)  # rope_type, rope_theta and the type's own parameters
     dtype: torch.dtype = torch.float32
     quantization: Quantization | None = None  # of its checkpoint
+    reduced_vocab: int = 0  # ids that a draft can say, see draft_vocabulary; 0: all
+    borrows_embedding: bool = False  # its target's, as its files have none: the target's ids, and its hidden size
 
     norms: Norms = "before"
     norm_offset: float = 0.0  # joins the stored weights of norms when they are loaded
@@ -123,6 +127,10 @@ class ModelConfig:
         config = source.config()
         with source.naming():
             shape = cls.from_transformers(config)
+            if shape.reduced_vocab and quantization is not None:
+                raise UnsupportedModelError(
+                    f"{REDUCED_SIZE} is not supported in a quantised model; take the unquantised one"
+                )
             if shape.grouped_qkv and quantization is not None:
                 raise UnsupportedModelError(
                     f"a quantised {shape.architecture} ({quantization.method.name}) is not supported: its queries, "
@@ -158,6 +166,7 @@ class ModelConfig:
             ffn=config.intermediate_size,
             eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
+            reduced_vocab=_reduced_vocab(config),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             output_bias=attention_bias if family.output_bias is None else family.output_bias,
             mlp_bias=bool(getattr(config, "mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias,
@@ -210,3 +219,8 @@ class ModelConfig:
             raise ModelLoadError(f"rms_norm_eps must be a finite number >= 0, not {self.eps!r}")
         for rope in self._ropes():
             frequencies(rope, self.rotary_dim, self.max_position_embeddings)
+
+
+def _reduced_vocab(config: PretrainedConfig | PlainConfig) -> int:
+    value = getattr(config, REDUCED_SIZE, None)
+    return 0 if value is None else checked_integer(REDUCED_SIZE, value, most=config.vocab_size)

@@ -27,8 +27,8 @@ def weight_bytes(
     assert isinstance(config, ModelConfig)
     sharding = shard(config, rank, ranks)
     embedding = config.vocab_size * config.hidden  # whole on every rank
-    shares_embedding = config.tied and ranks == 1
-    head = 0 if shares_embedding else sharding.vocab.size * config.hidden
+    shares_embedding = config.tied and ranks == 1 and not config.reduced_vocab
+    head = 0 if shares_embedding else (config.reduced_vocab or sharding.vocab.size) * config.hidden
     layers = _layers_elements(sharding.config, sharding.is_first)
     plain = (embedding + layers + config.hidden + head) * dtype.itemsize
     sinks = config.layers * sharding.heads.size * torch.float32.itemsize if config.sinks else 0
@@ -36,11 +36,15 @@ def weight_bytes(
 
 
 def read_bytes(config: ModelShape, dtype: torch.dtype, rows: float = 1, device: str = "cuda") -> int:
-    """Bytes of weights that a forward of so many rows reads: of a mixture of experts those that the rows can be
-    expected to meet.
+    """Bytes of weights that a forward of so many rows reads: of embeddings that are not the head too a few rows, which
+    are not counted, of a mixture of experts those that the rows can be expected to meet.
     """
     held = weight_bytes(config, dtype, device=device)
-    if not isinstance(config, ModelConfig) or config.mixture is None:
+    if not isinstance(config, ModelConfig):
+        return held
+    if config.reduced_vocab or not config.tied:
+        held -= config.vocab_size * config.hidden * dtype.itemsize
+    if config.mixture is None:
         return held
     shapes = {name: shape for name, shape in matrix_shapes(decoder_tensors(config)).items() if EXPERTS in name}
     kept = kept_matrices(config, packer_on(device, dtype))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import typer
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bench.head_training.data import Text, Texts, own_questions, read_questions
-from bench.head_training.model import TrainedHead, shape_of
-from bench.head_training.program import _drafted_ids, main
-from bench.head_training.states import StateFile
+from bench.drafter_training.data import Text, Texts, answers, own_questions, read_questions
+from bench.drafter_training.head import TrainedHead, shape_of
+from bench.drafter_training.layers import TrainedLayers
+from bench.drafter_training.program import _drafted_ids, _keep, main
+from bench.drafter_training.states import StateFile
 from pearl import LLM, SamplingParams
 from pearl.heads import EagleHead, load_head, read_head
 from pearl.messages import ForwardWork, SequenceState
-from pearl.models import KVCache, ModelConfig, Tokenizer, bundled_path
+from pearl.models import KVCache, ModelConfig, Tokenizer, bundled_path, load_model
 from pearl.workers.model_runner import build_batch
 from pearl_kernels import Situation, select
 
@@ -28,10 +31,11 @@ CPU, PAGE = torch.device("cpu"), 4
 STATE = SequenceState(0, 0, SamplingParams(), 0, 0, None)
 
 
-def tiny_target() -> LlamaForCausalLM:
+def tiny_target(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=7, head_dim=8,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                         **options)  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
@@ -71,28 +75,77 @@ def test_rollouts_are_what_windows_will_be(tmp_path: Path) -> None:
                 output = head.forward(build_batch([work], PAGE, CPU), output.clone(), cache)
 
 
-def test_a_short_run_is_worth_something_and_goes_on(tmp_path: Path) -> None:
-    """A few steps on the bundled target: loss falls, acceptance rises, the command goes on, and the head drafts."""
-    options = {"files": 12, "answer_count": 8, "answer_tokens": 16, "vocab": 1024, "ffn": 128, "sequence": 40,
-               "rows": 4, "steps": 2, "lr": 3e-3, "held_out": 12}  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "folder", "other"), [({"ffn": 128}, "head", {"ffn": 64}), ({"layers": 1}, "draft", {"layers": 2})]
+)
+def test_a_short_run_is_worth_something_and_goes_on(
+    tmp_path: Path, kind: dict[str, int], folder: str, other: dict[str, int]
+) -> None:
+    """A few steps on the bundled target: loss falls, acceptance rises, the command goes on, and what it made drafts."""
+    options = {"files": 12, "answer_count": 8, "answer_tokens": 16, "vocab": 1024, "sequence": 40,
+               "rows": 4, "steps": 2, "lr": 3e-3, "held_out": 12, **kind}  # fmt: skip
     main(tmp_path, most_steps=12, **options)  # type: ignore[arg-type]
     first = json.loads((tmp_path / "report.json").read_text())
-    answers = (tmp_path / "answers.jsonl").read_text()
+    written = (tmp_path / "answers.jsonl").read_text()
     assert first["steps"] == 12
     main(tmp_path, most_steps=30, **options)  # type: ignore[arg-type]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == 30
-    assert (tmp_path / "answers.jsonl").read_text() == answers
+    assert (tmp_path / "answers.jsonl").read_text() == written
     assert report["held_out"]["loss"] < first["held_out"]["loss"] < first["before"]["loss"]
     assert sum(report["held_out"]["sampled"]) > 1.5 * sum(first["before"]["sampled"])
     assert report["held_out"]["greedy"][0] > first["before"]["greedy"][0]
-    with pytest.raises(typer.BadParameter, match="another head"):
-        main(tmp_path, most_steps=31, **{**options, "ffn": 64})  # type: ignore[arg-type]
-    with LLM(draft=str(tmp_path / "head"), device="cpu", window=2) as llm, LLM(method="autoregressive") as plain:
+    with pytest.raises(typer.BadParameter, match="another drafter"):
+        main(tmp_path, most_steps=31, **{**options, **other})  # type: ignore[arg-type]
+    with LLM(draft=str(tmp_path / folder), device="cpu", window=2) as llm, LLM(method="autoregressive") as plain:
         params = SamplingParams(max_tokens=24)
         outputs, expected = llm.generate("def add(a, b):", params), plain.generate("def add(a, b):", params)
     assert outputs[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
     assert outputs[0].metrics.drafted > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_are_the_targets_and_the_engines(tmp_path: Path, tied: bool) -> None:
+    """Of all layers and ids: the target's own logits. Of some: what the engine makes of the folder."""
+    target = tiny_target(tie_word_embeddings=tied)
+    target.save_pretrained(tmp_path / "target")
+    ids = torch.randint(60, (14,))
+    embedded = target.get_input_embeddings()(ids)
+    with torch.no_grad():
+        whole = TrainedLayers(target, range(7), range(60))(embedded, 2)
+        assert torch.allclose(whole, target(ids[None]).logits[0, 2:], rtol=1e-4, atol=1e-5)
+        some = TrainedLayers(target, [0, 1, 6], kept := list(range(0, 60, 3)))
+        assert torch.equal(some.model.layers[2].mlp.up_proj.weight, target.model.layers[6].mlp.up_proj.weight)
+        for weight in some.parameters():
+            weight.copy_(weight.bfloat16())
+        expected = some(embedded, 0)
+    some.save(tmp_path / "draft")
+    kernels = select(Situation("cpu", torch.float32, 8))
+    model = load_model(tmp_path / "draft", device=CPU, dtype=torch.float32, max_model_len=64, kernels=kernels,
+                       lender=tmp_path / "target")  # fmt: skip
+    cache = KVCache.allocate(model.config, 4, PAGE, torch.float32, CPU)
+    with torch.inference_mode():
+        work = ForwardWork(STATE, tuple(ids.tolist()), 0, len(ids), (2, 0, 3, 1))
+        found = model.forward(build_batch([work], PAGE, CPU), cache)[:, kept]
+    assert (found - expected).abs().max() <= (1e-2 if not tied else 1e-4) * expected.abs().max()  # an own head: in bf16
+
+
+def test_what_the_target_said_while_it_wrote_is_what_it_says_of_the_text(tmp_path: Path) -> None:
+    """Of cut answers too, which are learnt from; so no forward of the target is needed."""
+    path = str(bundled_path("target"))
+    judge = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    told, tell = (file := StateFile(tmp_path, judge, [])).read, partial(_keep, file, 14)
+    texts = answers(path, [[5, 6, 7], [8, 9]], tmp_path / "answers.jsonl", 16, 0.7, Console(quiet=True), tell)
+    assert len((tmp_path / "states.jsonl").read_text().splitlines()) == 3
+    for text in (Text(text.ids[:14], text.begin) for text in texts):
+        heard, places = told(text), slice(text.begin - 1, 13)
+        with torch.no_grad():
+            p = judge(torch.tensor([text.ids])).logits[0].softmax(-1)[places]
+        tokens, probabilities = heard.tokens[places, :20], heard.probabilities[places, :20]
+        assert (p.gather(-1, tokens) - probabilities).abs().max() < 0.02  # it was written in bf16
+        assert (p.max(-1).values - probabilities[:, 0]).abs().max() < 0.02
+        assert (heard.probabilities[places, 20:] == 0).all()
+    assert len((tmp_path / "states.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_head_begins_as_the_targets_last_layer() -> None:
@@ -133,7 +186,7 @@ def test_states_are_computed_once(tmp_path: Path) -> None:
 
 def test_a_chat_model_asks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled target, as if a line were a turn. What there is stays, and is asked for only once."""
-    monkeypatch.setattr("bench.head_training.data._AT_ONCE", 40)
+    monkeypatch.setattr("bench.drafter_training.data._AT_ONCE", 40)
     for file in bundled_path("target").iterdir():
         if file.name not in ("chat_template.jinja", "generation_config.json"):
             (tmp_path / file.name).symlink_to(file)

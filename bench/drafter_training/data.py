@@ -1,10 +1,10 @@
-"""What a head learns from: the target's own answers, and local text; a part of both is held out."""
+"""What a drafter learns from: the target's own answers, and local text; a part of both is held out."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pearl.bench.measure import answered
 from pearl.models import Tokenizer
 
 _HELD_OUT = 20  # of so many texts one is
+_TOLD = 20  # of the likeliest tokens in each place of an answer
 _SHORTEST = 8  # tokens of an answer; a rollout is no longer
 _AT_ONCE = 256  # prompts that the target is given together
 _SEQUENCES = 64  # that it writes at a time
@@ -29,6 +30,9 @@ class Text:
 
     ids: tuple[int, ...]
     begin: int
+
+
+Tell = Callable[[Text, Sequence[Sequence[tuple[int, float]]]], None]
 
 
 class Texts:
@@ -104,10 +108,17 @@ def own_questions(
 
 
 def answers(
-    target: str, prompts: Sequence[Sequence[int]], file: Path, tokens: int, temperature: float, console: Console
+    target: str,
+    prompts: Sequence[Sequence[int]],
+    file: Path,
+    tokens: int,
+    temperature: float,
+    console: Console,
+    tell: Tell | None = None,
 ) -> list[Text]:
     """The target's to each prompt, of ``tokens`` at most: every other one greedy, as answers mostly are asked for, the
-    others at ``temperature``. ``file`` keeps those that there are already.
+    others at ``temperature``. ``file`` keeps those that there are already. ``tell``: hears of each new one what was
+    likeliest in the place of each of its tokens.
     """
     known = file.read_text("utf-8").splitlines() if file.exists() else []
     texts = [Text(tuple(fields["ids"]), fields["begin"]) for fields in map(json.loads, known)]
@@ -120,9 +131,12 @@ def answers(
             for begin in range(len(texts), len(prompts), _AT_ONCE):
                 part = [list(prompt) for prompt in prompts[begin : begin + _AT_ONCE]]
                 heats = [temperature * (place % 2) for place in range(begin, begin + len(part))]
-                params = [SamplingParams(temperature=heat, max_tokens=tokens) for heat in heats]
+                told = None if tell is None else _TOLD
+                params = [SamplingParams(temperature=heat, max_tokens=tokens, logprobs=told) for heat in heats]
                 for prompt, output in zip(part, answered(llm.generate(part, params)), strict=True):
                     texts.append(Text((*prompt, *output.outputs[0].token_ids), len(prompt)))
+                    if tell is not None:
+                        tell(texts[-1], [one.top for one in output.outputs[0].logprobs or ()])
                     out.write(json.dumps({"ids": texts[-1].ids, "begin": len(prompt)}) + "\n")
                 out.flush()
                 console.print(f"{len(texts)} of {len(prompts)} answers")

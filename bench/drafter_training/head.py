@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bench.drafter_training.data import Text
+from bench.drafter_training.lessons import DraftVocabulary, Step
+from bench.drafter_training.precision import fast_dtype
+from bench.drafter_training.states import StateFile
+
 Shape = dict[str, Any]  # as config.json has it
+
+
+def read_layers(target: PreTrainedModel) -> list[int]:
+    """Whose states a head reads: EAGLE's own choice."""
+    count = target.config.num_hidden_layers
+    return [2, count // 2, count - 3]
 
 
 def shape_of(target: PreTrainedModel, draft_vocab: int, ffn: int) -> Shape:
@@ -37,7 +49,7 @@ def shape_of(target: PreTrainedModel, draft_vocab: int, ffn: int) -> Shape:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "eagle_aux_hidden_state_layer_ids": [2, config.num_hidden_layers // 2, config.num_hidden_layers - 3],
+        "eagle_aux_hidden_state_layer_ids": read_layers(target),
     }
 
 
@@ -172,3 +184,36 @@ class TrainedHead(nn.Module):
         tensors["t2d"] = torch.zeros(self.shape["vocab_size"], dtype=torch.bool).index_fill_(0, kept, True)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.shape, indent=2) + "\n")
+
+
+class HeadLearner:
+    """A window is rolled out on the head's own states, at every place of an answer."""
+
+    most_steps = 8
+
+    def __init__(self, module: TrainedHead, embeddings: Tensor, states: StateFile, device: str) -> None:
+        """``embeddings`` ``[V, D]``: the target's."""
+        self.module, self._device, self._states = module.to(device), device, states
+        self._embeddings = embeddings.detach().float().to(device)
+        self._vocabulary = DraftVocabulary(module.kept, len(embeddings))
+        self._dtype = fast_dtype(device)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        return {**self.module.shape, "kept": self.module.kept.cpu().tolist()}
+
+    def steps(self, text: Text, count: int) -> list[Step]:
+        """At the places whose next but one token is of the answer."""
+        begin, given = max(0, text.begin - 2), self._states.read(text)
+        ids = torch.tensor([text.ids], device=self._device)
+        read, last = given.states[None].to(self._device).tensor_split([self.module.fc.in_features], -1)
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            found = self.module.outputs(read, self._embeddings[ids], count, begin)
+            drafted = [self.module.lm_head(output) for output in found]
+        every = []
+        for step, (output,) in enumerate(found):
+            rows = slice(begin + 1 + step, begin + 1 + step + len(output))  # of the token at t + 2 + step
+            wanted, tokens, p = last[0, rows], given.tokens[rows], given.probabilities[rows]
+            apart = (output.float() - wanted).square().sum(-1) / wanted.square().sum(-1)
+            every.append(self._vocabulary.step(drafted[step][0], tokens.to(output.device), p.to(output.device), apart))
+        return every

@@ -1,4 +1,4 @@
-"""A head's training run, which continues from its last checkpoint, and what it is worth on texts that it never saw."""
+"""A training run, which continues from its last checkpoint, and what it made is worth on texts that it never saw."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from bench.head_training.data import Text, Texts
-from bench.head_training.model import TrainedHead
-from bench.head_training.precision import fast_dtype
-from bench.head_training.states import StateFile
+from bench.drafter_training.data import Text, Texts
+from bench.drafter_training.lessons import Learner, Step
 from pearl.devices import cpu_cores
 
 T = TypeVar("T")
@@ -42,8 +40,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Worth:
-    """Held out. By step of a window, given that all before it held: how often the head's likeliest token is the
-    target's; and how often a token drawn from the one would be accepted by the other, at temperature 1.
+    """Held out. By step of a window, given that all before it held: how often the likeliest token is the target's; and
+    how often a token drawn from the one would be accepted by the other, at temperature 1.
     """
 
     loss: float
@@ -51,50 +49,31 @@ class Worth:
     sampled: tuple[float, ...]
 
 
-class _Step(NamedTuple):
-    """Of each position ``[n]``: the loss; how far what the head's last matrix reads is from what the target's reads;
-    whether the likeliest token is the target's; the probability that both give alike, of the target's likeliest tokens.
-    """
-
-    losses: Tensor
-    apart: Tensor
-    same: Tensor
-    shared: Tensor
-
-
-class HeadTrainer:
-    def __init__(
-        self, head: TrainedHead, embeddings: Tensor, states: StateFile, texts: Texts, out: Path, options: Options
-    ) -> None:
-        """``embeddings`` ``[V, D]``: the target's."""
-        self.head, self.options = head.to(options.device), options
-        self._embeddings, self._states, self._texts = embeddings.detach().float().to(options.device), states, texts
-        self._dtype = fast_dtype(options.device)
-        kept = self.head.kept
-        self._own_ids = torch.full((len(embeddings),), -1, device=kept.device)  # the head's id of each of the target's
-        self._own_ids[kept] = torch.arange(len(kept), device=kept.device)
-        learnt = [parameter for parameter in head.parameters() if parameter.requires_grad]
+class Trainer:
+    def __init__(self, learner: Learner, texts: Texts, out: Path, options: Options) -> None:
+        self._learner, self._texts, self.options = learner, texts, options
+        learnt = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(learnt, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self._file, self._rng = out / "checkpoint.pt", np.random.default_rng(1)
         self.step, self.elapsed = 0, 0.0
 
     def restore(self) -> bool:
-        """Go on where the last run was. typer.BadParameter if that was of another head."""
+        """Go on where the last run was. typer.BadParameter if that was of another drafter."""
         if not self._file.exists():
             return False
         state: dict[str, Any] = torch.load(self._file, map_location=self.options.device)
-        if state["shape"] != self.head.shape or not torch.equal(state["kept"].cpu(), self.head.kept.cpu()):
-            raise typer.BadParameter(f"{self._file} is of another head or vocabulary; give what it was begun with")
-        self.head.load_state_dict(state["head"])
+        if state["origin"] != self._learner.origin:
+            raise typer.BadParameter(f"{self._file} is of another drafter or vocabulary; give what it was begun with")
+        self._learner.module.load_state_dict(state["drafter"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.bit_generator.state = state["rng"]
         self.step, self.elapsed = state["step"], state["elapsed"]
         return True
 
     def save(self) -> None:
-        state = {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict(), "step": self.step,
-                 "rng": self._rng.bit_generator.state, "elapsed": self.elapsed, "shape": self.head.shape,
-                 "kept": self.head.kept}  # fmt: skip
+        state = {"drafter": self._learner.module.state_dict(), "optimizer": self._optimizer.state_dict(),
+                 "step": self.step, "rng": self._rng.bit_generator.state, "elapsed": self.elapsed,
+                 "origin": self._learner.origin}  # fmt: skip
         unfinished = self._file.with_suffix(".partial")
         torch.save(state, unfinished)
         unfinished.replace(self._file)  # an interruption never leaves a torn checkpoint
@@ -122,14 +101,14 @@ class HeadTrainer:
         warm = min(1.0, (self.step + 1) / 20)
         for group in self._optimizer.param_groups:
             group["lr"] = self.options.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-        self.head.train()
+        self._learner.module.train()
         texts = self._texts.sample(self._rng, self.options.rows)
         self._optimizer.zero_grad()
         # The first token of a window first: it is cheapest to learn, and the others stand on it.
-        steps = min(self.options.steps, 1 + int(progress * self.options.steps))
+        steps = min(self._steps, 1 + int(progress * self._steps))
         # One by one: nothing is padded, and what is before the answer is only looked at.
         total = sum(self._each(partial(self._descend, steps=steps), texts)) / len(texts)
-        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self._learner.module.parameters(), 1.0)
         self._optimizer.step()
         self.step += 1
         return total
@@ -137,7 +116,7 @@ class HeadTrainer:
     def _descend(self, text: Text, steps: int) -> float:
         """Add a text's gradient. The threads' are added one after the other: autograd's own lock sees to it."""
         weights = [_DECAY**step for step in range(steps)]
-        found = zip(weights, self._rollout(text, steps), strict=True)
+        found = zip(weights, self._learner.steps(text, steps), strict=True)
         loss = sum(weight * (one.losses + _APART * one.apart).mean() for weight, one in found) / sum(weights)
         assert isinstance(loss, Tensor)
         (loss / self.options.rows).backward()  # type: ignore[no-untyped-call]
@@ -153,7 +132,7 @@ class HeadTrainer:
             return list(pool.map(work, texts))
 
     def worth(self) -> Worth:
-        self.head.eval()
+        self._learner.module.eval()
         found = self._each(self._judge, self._texts.held_out[: self.options.held_out])
         if not sum(len(one[0].same) for one in found):
             raise typer.BadParameter("no text is held out; give more texts or answers")
@@ -162,29 +141,9 @@ class HeadTrainer:
         return Worth(sum(losses) / len(losses), tuple(same), tuple(shared))
 
     @torch.no_grad()
-    def _judge(self, text: Text) -> list[_Step]:
-        return self._rollout(text, self.options.steps)
+    def _judge(self, text: Text) -> Sequence[Step]:
+        return self._learner.steps(text, self._steps)
 
-    def _rollout(self, text: Text, steps: int) -> list[_Step]:
-        """Of each step, at the positions whose next but one token is of the answer."""
-        device, begin = self.options.device, max(0, text.begin - 2)
-        given = self._states.read(text)
-        ids = torch.tensor([text.ids], device=device)
-        read, last = given.states[None].to(device).tensor_split([self.head.fc.in_features], -1)
-        with torch.autocast(device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            found = self.head.outputs(read, self._embeddings[ids], steps, begin)
-            drafted = [self.head.lm_head(output) for output in found]
-        every = []
-        for step, (output,) in enumerate(found):
-            rows = slice(begin + 1 + step, begin + 1 + step + len(output))  # of the token at t + 2 + step
-            output, logits, wanted = output.float(), drafted[step][0].float(), last[0, rows]
-            tokens, p = given.tokens[rows].to(device), given.probabilities[rows].to(device)
-            own = self._own_ids[tokens]
-            p = p * (own >= 0)
-            log_q = logits.gather(-1, own.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
-            # What the head cannot draft it cannot learn; where the target would say that, nothing is learnt.
-            losses = -(p * log_q).sum(-1) / p.sum(-1).clamp(min=1e-6) * (own[:, 0] >= 0)
-            apart = (output - wanted).square().sum(-1) / wanted.square().sum(-1)
-            likeliest = self.head.kept[logits.argmax(-1)] == tokens[:, 0]
-            every.append(_Step(losses, apart, likeliest, torch.minimum(p, log_q.exp()).sum(-1)))
-        return every
+    @property
+    def _steps(self) -> int:
+        return min(self.options.steps, self._learner.most_steps)

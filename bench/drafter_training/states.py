@@ -1,4 +1,4 @@
-"""What a head learns of its target: hidden states and the likeliest tokens, computed once for each text, and kept."""
+"""What a target says of a text: hidden states and likeliest tokens, computed once for each text, and kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.head_training.data import Text
+from bench.drafter_training.data import Text
 
 _LIKELIEST = 64  # tokens of each position that are kept, with their probabilities
 
@@ -32,11 +32,11 @@ class TextStates:
 class StateFile:
     """A file that grows by a text at a time; with an index, so that it goes on after an interruption.
 
-    An epoch then costs the head alone, not the target. 4 KB a token for a hidden size of 576.
+    An epoch then costs the drafter alone, not the target. 4 KB a token for three layers of 576, 0.4 without.
     """
 
     def __init__(self, folder: Path, target: PreTrainedModel, layers: Sequence[int]) -> None:
-        """typer.BadParameter if there is one of another target."""
+        """``layers``: whose states are kept. typer.BadParameter if there is a file of another target."""
         config = target.config
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._target, self._layers = target.to(self._device).eval(), tuple(layers)  # type: ignore[arg-type]
@@ -61,13 +61,24 @@ class StateFile:
             self._places[fields["key"]] = self._rows
             self._rows += fields["rows"]
 
+    def add_likeliest(self, text: Text, top: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """What is known since the target wrote the text: of each token behind ``text.begin``, which tokens were the
+        likeliest in its place, with their log-probabilities. Only for a file without states.
+        """
+        rows = np.zeros(len(text.ids), self._row)
+        for place, likeliest in zip(range(text.begin - 1, len(text.ids) - 1), top, strict=False):  # a text may be cut
+            ids, logprobs = zip(*likeliest, strict=True)
+            rows["tokens"][place, : len(ids)] = ids
+            rows["probabilities"][place, : len(ids)] = np.exp(logprobs)
+        self._add(text, rows)
+
     def read(self, text: Text) -> TextStates:
         """Computed, if it is the first time."""
         if _key(text) not in self._places:
             self._add(text, self._compute(text))
         begin = self._places[_key(text)] * self._row.itemsize
         rows = np.memmap(self._file, self._row, "r", begin, (len(text.ids),))
-        states = torch.from_numpy(np.ascontiguousarray(rows["states"])).view(torch.bfloat16).float()
+        states = torch.from_numpy(rows["states"].copy()).view(torch.bfloat16).float()
         tokens = torch.from_numpy(rows["tokens"].astype(np.int64))
         return TextStates(states, tokens, torch.from_numpy(rows["probabilities"].astype(np.float32)))
 
@@ -83,7 +94,7 @@ class StateFile:
     @torch.inference_mode()
     def _compute(self, text: Text) -> np.ndarray:
         given = self._target(torch.tensor([text.ids], device=self._device), output_hidden_states=True, use_cache=False)
-        states = torch.cat([given.hidden_states[layer][0] for layer in self._layers], -1)
+        states = torch.cat([given.hidden_states[layer][0] for layer in self._layers] or [given.logits[0, :, :0]], -1)
         logits = given.logits[0].float()
         best, tokens = logits.topk(self._likeliest)
         rows = np.empty(len(text.ids), self._row)

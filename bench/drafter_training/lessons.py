@@ -1,0 +1,62 @@
+"""What a drafter learns at each place of a text, from the target's likeliest tokens there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.drafter_training.data import Text
+
+
+class Step(NamedTuple):
+    """Of each place ``[n]``: the loss; how far what the last matrix reads is from what the target's reads, 0 where that
+    is not looked at; whether the likeliest token is the target's; the probability that both give alike, of the target's
+    likeliest tokens.
+    """
+
+    losses: Tensor
+    apart: Tensor
+    same: Tensor
+    shared: Tensor
+
+
+class Learner(Protocol):
+    """A drafter with what its target says of each text."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is and was begun with; a checkpoint of another one is refused."""
+
+    @property
+    def most_steps(self) -> int:
+        """Tokens of a window that it can be rolled out to."""
+
+    def steps(self, text: Text, count: int) -> Sequence[Step]:
+        """Of each of the first ``count`` tokens of a window, at the places of the text's answer."""
+
+
+class DraftVocabulary:
+    """``kept``: the target's ids that are drafted, rising."""
+
+    def __init__(self, kept: Tensor, vocab_size: int) -> None:
+        self.kept = kept
+        self._own = torch.full((vocab_size,), -1, device=kept.device).index_copy_(
+            0, kept, torch.arange(len(kept), device=kept.device)
+        )
+
+    def step(self, logits: Tensor, tokens: Tensor, p: Tensor, apart: Tensor | None = None) -> Step:
+        """logits ``[n, Vd]``; the target's likeliest ``tokens`` ``[n, K]``, the likeliest first, of probabilities p."""
+        own, logits = self._own[tokens], logits.float()
+        p = p * (own >= 0)
+        log_q = logits.gather(-1, own.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
+        # What it cannot draft it cannot learn; where the target would say that, nothing is learnt.
+        losses = -(p * log_q).sum(-1) / p.sum(-1).clamp(min=1e-6) * (own[:, 0] >= 0)
+        likeliest = self.kept[logits.argmax(-1)] == tokens[:, 0]
+        shared = torch.minimum(p, log_q.exp()).sum(-1)
+        return Step(losses, torch.zeros_like(losses) if apart is None else apart, likeliest, shared)
