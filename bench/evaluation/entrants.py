@@ -14,13 +14,14 @@ from bench.evaluation.guesses import GuessPool, ListeningJudge
 from bench.evaluation.lookahead import LookaheadDrafter
 from bench.evaluation.phrases import PhraseDrafter
 from bench.evaluation.setups import PHRASE, Setup
-from bench.roofline.generators import Contender, transformers_contenders
+from bench.roofline.generators import Contender, LeftOut, llama_cpp_contenders, transformers_contenders
 from pearl.bench.measure import answered, collect_garbage
 from pearl.config import EngineConfig
 from pearl.devices import cpu_cores
 from pearl.engine.judge import Judge
 from pearl.engine.model_pair import model_paths
 from pearl.engine.rounds import RoundRecord
+from pearl.errors import ConfigurationError
 from pearl.llm import LLM
 from pearl.sampling_params import SamplingParams
 
@@ -63,6 +64,8 @@ class Entrants:
     def _build(self, setup: Setup) -> Answer:
         if setup.engine.startswith("transformers"):
             return self._of_transformers(setup)
+        if setup.engine == "llama.cpp":
+            return self._of_llama_cpp()
         pool = GuessPool() if setup.guesses else None
         judges: list[TimedJudge] = []
         if setup.engine == "apart":
@@ -119,17 +122,26 @@ class Entrants:
         if not self._transformers:
             self._transformers = transformers_contenders(self._first, *model_paths(self._first.config), [cpu_cores()])
         plain, assisted = self._transformers
-        contender = assisted if setup.engine == "transformers assisted" else plain
+        return partial(_contend, assisted if setup.engine == "transformers assisted" else plain)
 
-        def answer(prompts: Sequence[list[int]], max_tokens: int) -> Measured:
-            contender.run(list(prompts), max_tokens)
-            run = contender.runs.pop()
-            return Measured(run.tokens, run.seconds)
-
-        return answer
+    def _of_llama_cpp(self) -> Answer:
+        """ConfigurationError if it is not installed, or cannot run the target as it is run here."""
+        if self._first.config.resolve_device("target").type != "cpu":
+            raise ConfigurationError("llama.cpp is compared on CPUs")
+        target, _ = model_paths(self._first.config)
+        found = llama_cpp_contenders(self._stack, self._first, target, [cpu_cores()])
+        if isinstance(found, LeftOut):
+            raise ConfigurationError(found.reason)
+        return partial(_contend, found[0])
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _contend(contender: Contender, prompts: Sequence[list[int]], max_tokens: int) -> Measured:
+    contender.run(list(prompts), max_tokens)
+    run = contender.runs.pop()
+    return Measured(run.tokens, run.seconds)
 
 
 def share_of_target(llm: LLM) -> dict[str, Any] | str:

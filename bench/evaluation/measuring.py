@@ -56,11 +56,13 @@ class _Session:
             config.uses_draft_model, config.most_prepared > 0, assistant(model_paths(config)[1]) is not None,
             None if isinstance(share, str) else share, None,
             tuple(asked["windows"]), tuple(asked["batches"]), tuple(asked["temperatures"]),
+            tuple(asked["other_drafts"]),
         )  # fmt: skip
         draft, target = config.resolve_threads()
         self.settings = {
             "target": asked["target"] or "bundled",
             "draft": asked["draft"] or "bundled",
+            "other_drafts": asked["other_drafts"],
             "max_tokens": asked["max_tokens"],
             "chat_template": self.chat,
             "ignore_eos": asked["ignore_eos"],

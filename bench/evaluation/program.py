@@ -25,6 +25,10 @@ _AGREEMENT = "agreement"
 _SETS = ("humaneval", "gsm8k", "mt_bench", "mgsm")
 
 _Data = Annotated[Path | None, typer.Option(help="Folder with humaneval.jsonl, ...; else $PEARL_DATA, the hub")]
+_OtherDrafts = Annotated[
+    list[str] | None,
+    typer.Option("--other-draft", help="Of methods: compared too, at the pace's windows"),
+]
 _CheckAnswers = Annotated[bool, typer.Option("--check-answers", help="Mark the answers: pass@1, exact match")]
 
 
@@ -33,6 +37,7 @@ def suite(
     out: Annotated[Path, typer.Option(help="Folder; a run that was killed goes on in it")] = Path("suite"),
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: the bundled pair")] = None,
     draft: Annotated[str | None, typer.Option(help='Path or hub id, or "ngram"')] = None,
+    other_drafts: _OtherDrafts = None,
     data: _Data = None,
     data_sets: Annotated[str, typer.Option(help=f"Of {', '.join(_SETS)}")] = ",".join(_SETS),
     questions: Annotated[int, typer.Option(min=1, help="Of each data set; of MGSM, languages in turn")] = 8,
@@ -60,7 +65,8 @@ def suite(
     _check_study(study, setups)
     names = _names("--data-sets", data_sets, _SETS)
     asked: dict[str, Any] = {
-        "target": target, "draft": draft, "data_sets": names, "questions": questions, "max_tokens": max_tokens,
+        "target": target, "draft": draft, "other_drafts": other_drafts or [],
+        "data_sets": names, "questions": questions, "max_tokens": max_tokens,
         "repeats": repeats, "setups": None if setups is None else _list(setups),
         "windows": positive_numbers("--windows", windows), "search_questions": search_questions,
         "batches": positive_numbers("--batches", batches), "temperatures": _temperatures(temperatures),

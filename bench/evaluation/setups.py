@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 REFERENCE = "autoregressive"
@@ -102,7 +103,16 @@ def drafting(windows: Windows, prepares: bool, phrases: bool = True) -> list[Set
     return found
 
 
+def other_drafts(drafts: Sequence[str]) -> list[Setup]:
+    """Each in an LLM of its own, at the pace's windows."""
+    return [
+        Setup(f"{Path(draft).name} {method}", {"method": method, "draft": draft}, engine="apart")
+        for draft in drafts
+        for method in ("speculative", "pearl")
+    ]
+
+
 def others() -> list[Setup]:
     """Engines that are not this one."""
-    names: tuple[EngineName, ...] = ("transformers", "transformers assisted")
+    names: tuple[EngineName, ...] = ("transformers", "transformers assisted", "llama.cpp")
     return [Setup(name, engine=name) for name in names]

@@ -28,6 +28,7 @@ class Field:
     candidates: tuple[int, ...]
     batches: tuple[int, ...]
     temperatures: tuple[float, ...]
+    other_drafts: tuple[str, ...] = ()  # that are compared too
 
     @property
     def drafting(self) -> list[Setup]:
@@ -48,7 +49,7 @@ def methods(field: Field, names: Sequence[str] | None = None) -> list[Setup]:
     found = [setups.plain()]
     if field.share is not None:
         found.append(Setup(setups.SHARE, field.share, engine="apart"))
-    found += [*field.drafting, *setups.prompt_lookup(), *setups.others()]
+    found += [*field.drafting, *setups.other_drafts(field.other_drafts), *setups.prompt_lookup(), *setups.others()]
     return found if names is None else [found[0], *(s for s in found[1:] if s.name in names)]
 
 

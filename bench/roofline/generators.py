@@ -18,6 +18,8 @@ from pearl.bench.measure import answered
 from pearl.errors import ConfigurationError
 from pearl.heads import lone_head
 from pearl.llm import LLM
+from pearl.models import ModelConfig
+from pearl.models.backend import describe_model
 from pearl.sampling_params import SamplingParams
 
 Tokens = list[list[int]]  # of each prompt
@@ -115,8 +117,11 @@ def _pearl(llm: LLM) -> Generate:
 
 
 def assistant(draft: str | None) -> str | None:
-    """What transformers can be assisted by: a model, which a head is not."""
-    return None if draft is None or lone_head(draft) is not None else draft
+    """What transformers can be assisted by: a whole model, which a head is not, nor one of some of its target's ids."""
+    if draft is None or lone_head(draft) is not None:
+        return None
+    model = describe_model(draft, "auto")
+    return None if isinstance(model, ModelConfig) and model.reduced_vocab else draft
 
 
 def transformers_contenders(llm: LLM, target: str, draft: str | None, thread_counts: Sequence[int]) -> list[Contender]:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from bench.drafter_training.layers import TrainedLayers
 from bench.evaluation.entrants import Entrants, share_of_target
 from bench.evaluation.guesses import GuessPool
 from bench.evaluation.lookahead import LookaheadDrafter
 from bench.evaluation.phrases import PhraseDrafter
-from bench.evaluation.setups import PHRASE, Setup, Windows, at, drafting, plain, prompt_lookup
+from bench.evaluation.setups import (
+    PHRASE,
+    Setup,
+    Windows,
+    at,
+    drafting,
+    other_drafts,
+    others,
+    plain,
+    prompt_lookup,
+)
+from bench.roofline.generators import Contender, Generated, assistant
 from pearl import LLM
+from pearl.errors import ConfigurationError
 from pearl.models import bundled_path
 
 PROMPTS = [
@@ -113,3 +129,38 @@ def test_the_second_baseline_has_what_pearl_leaves(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pearl.config.cpu_cores", lambda: 1)
     monkeypatch.setattr("bench.evaluation.entrants.cpu_cores", lambda: 1)
     assert "as many cores" in str(share_of_target(first))
+
+
+def test_another_draft_has_an_engine_of_its_own(first: LLM, tmp_path: Path) -> None:
+    judge = AutoModelForCausalLM.from_pretrained(bundled_path("target"))
+    TrainedLayers(judge, [0, 3], range(0, 4096, 2)).save(tmp_path / "small")
+    assert assistant(str(tmp_path / "small")) is None, "transformers would find no embeddings"
+    assert assistant(str(bundled_path("draft"))) is not None
+    entrants, ids = Entrants(first), [first.encode(PROMPTS[0])]
+    expected = entrants.answer(plain(), ids, TOKENS).outputs
+    setups = other_drafts([str(bundled_path("draft"))])
+    assert [setup.name for setup in setups] == ["draft speculative", "draft pearl"]
+    for setup in setups:
+        measured = entrants.answer(setup, ids, TOKENS)
+        assert measured.outputs == expected
+        assert any(record.proposal.steps for record in measured.rounds)
+    entrants.close()
+
+
+def test_llama_cpp_where_it_is_installed(first: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    (setup,) = [one for one in others() if one.engine == "llama.cpp"]
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)  # type: ignore[arg-type]  # makes its import fail
+    with pytest.raises(ConfigurationError, match="not installed"):
+        Entrants(first).answer(setup, [[5, 6]], 3)
+    told: list[int] = []
+
+    def contenders(stack: object, llm: LLM, target: str, threads: list[int]) -> list[Contender]:
+        told.extend(threads)
+        fake = lambda prompts, count: Generated([[7] * count for _ in prompts])  # noqa: E731
+        return [Contender("llama.cpp", "generate", threads[0], fake, "bfloat16")]
+
+    monkeypatch.setattr("bench.evaluation.entrants.llama_cpp_contenders", contenders)
+    measured = Entrants(first).answer(setup, [[5, 6]], 3)
+    assert measured.outputs == [[7, 7, 7]]
+    assert measured.seconds > 0
+    assert len(told) == 1
