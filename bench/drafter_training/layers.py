@@ -24,11 +24,6 @@ from bench.drafter_training.states import StateFile
 from pearl.models.draft_vocabulary import REDUCED_SIZE, TARGET_IDS
 
 
-def spread_layers(count: int, of: int) -> list[int]:
-    """The first ones and the last: the others refine what these say."""
-    return [*range(count - 1), of - 1]
-
-
 class TrainedLayers(nn.Module):
     """Named as transformers stores a model of that family. ``kept``: the target's ids that it drafts, rising."""
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.drafter_training.data import Text, Texts, answers, cut_into_texts, own_questions, read_questions
 from bench.drafter_training.head import HeadLearner, TrainedHead, read_layers, shape_of
-from bench.drafter_training.layers import LayersLearner, TrainedLayers, spread_layers
+from bench.drafter_training.layers import LayersLearner, TrainedLayers
 from bench.drafter_training.lessons import Learner
 from bench.drafter_training.precision import fast_dtype
 from bench.drafter_training.states import StateFile
@@ -73,7 +73,7 @@ def main(
     drafter: TrainedHead | TrainedLayers
     learner: Learner
     if layers:
-        drafter = TrainedLayers(judge, spread_layers(layers, judge.config.num_hidden_layers), kept)
+        drafter = TrainedLayers(judge, range(layers), kept)
         learner = LayersLearner(drafter, embeddings, states, device)
     else:
         drafter = TrainedHead(shape_of(judge, len(kept), ffn), judge, kept)
