@@ -23,6 +23,8 @@ from bench.drafter_training.precision import fast_dtype
 from bench.drafter_training.states import StateFile
 from pearl.models.draft_vocabulary import REDUCED_SIZE, TARGET_IDS
 
+_OF_EACH_LAYER = ("layer_types", "no_rope_layers")  # lists in a configuration
+
 
 class TrainedLayers(nn.Module):
     """Named as transformers stores a model of that family. ``kept``: the target's ids that it drafts, rising."""
@@ -31,8 +33,9 @@ class TrainedLayers(nn.Module):
         super().__init__()
         config = copy.deepcopy(target.config)
         config.num_hidden_layers = len(layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[layer] for layer in layers]
+        for name in _OF_EACH_LAYER:
+            if getattr(config, name, None):
+                setattr(config, name, [getattr(config, name)[layer] for layer in layers])
         self.config = config
         self.model = type(target.base_model)(config)
         del self.model.embed_tokens  # the target's are given

@@ -6,9 +6,28 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import typer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bench.drafter_training.data import Text
+
+
+def require_plain_ends(target: PreTrainedModel) -> None:
+    """typer.BadParameter if it scales or caps embeddings or logits, as Gemma and Granite do: what drafters learn from
+    are rows of its matrices, and products with them.
+    """
+    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()  # type: ignore[no-untyped-call]
+    assert isinstance(embedding, nn.Embedding)
+    ids = torch.arange(8, device=target.device)
+    with torch.inference_mode():
+        given = target(ids[None], output_hidden_states=True, use_cache=False)
+        logits = nn.functional.linear(given.hidden_states[-1], head.weight)
+        for found, plain in ((given.hidden_states[0], nn.Embedding.forward(embedding, ids)), (given.logits, logits)):
+            if (found - plain).abs().max() > 0.05 * plain.abs().max():
+                raise typer.BadParameter(
+                    f"a {type(target).__name__} scales or caps embeddings or logits, which no drafter learns here"
+                )
 
 
 class Step(NamedTuple):

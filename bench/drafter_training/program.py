@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from bench.drafter_training.data import Text, Texts, answers, cut_into_texts, own_questions, read_questions
 from bench.drafter_training.head import HeadLearner, TrainedHead, read_layers, shape_of
 from bench.drafter_training.layers import LayersLearner, TrainedLayers
-from bench.drafter_training.lessons import Learner
+from bench.drafter_training.lessons import Learner, require_plain_ends
 from bench.drafter_training.precision import fast_dtype
 from bench.drafter_training.states import StateFile
 from bench.drafter_training.trainer import Options, Trainer
@@ -29,7 +29,7 @@ from pearl.models import Tokenizer, bundled_path
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for answers, checkpoint, report.json, and the head itself")],
     target: Annotated[str, typer.Option(help="Folder of the target; default: the bundled one")] = "",
-    layers: Annotated[int, typer.Option(help="Of the target, to make a draft model of; 0: an EAGLE-3 head")] = 0,
+    layers: Annotated[int, typer.Option(min=0, help="Of the target, to make a draft model of; 0: an EAGLE-3 head")] = 0,
     prompts: Annotated[list[Path] | None, typer.Option(help="JSON lines with questions for a chat model")] = None,
     own: Annotated[int, typer.Option("--own-questions", help="Questions that a chat model asks itself")] = 0,
     files: Annotated[int, typer.Option(help="Files of the standard library to learn from as text; 0: none")] = 200,
@@ -56,6 +56,9 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.from_pretrained(path)
     judge = AutoModelForCausalLM.from_pretrained(path, dtype=fast_dtype(device), trust_remote_code=False)
+    if layers > judge.config.num_hidden_layers:
+        raise typer.BadParameter(f"--layers {layers}: the target has {judge.config.num_hidden_layers}")
+    require_plain_ends(judge)
     states = StateFile(out, judge, [] if layers else [*read_layers(judge), judge.config.num_hidden_layers])
     pieces = cut_into_texts(tokenizer, list(read_files()[0].values())[:files], sequence)
     questions = [text for file in prompts or [] for text in read_questions(file)]

@@ -62,7 +62,7 @@ class Trainer:
         if not self._file.exists():
             return False
         state: dict[str, Any] = torch.load(self._file, map_location=self.options.device)
-        if state["origin"] != self._learner.origin:
+        if state.get("origin") != self._learner.origin:
             raise typer.BadParameter(f"{self._file} is of another drafter or vocabulary; give what it was begun with")
         self._learner.module.load_state_dict(state["drafter"])
         self._optimizer.load_state_dict(state["optimizer"])

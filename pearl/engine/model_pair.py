@@ -48,7 +48,7 @@ def check_pair(config: EngineConfig, target_path: str, draft_path: str | None) -
     if draft_path is not None and head is None:
         draft = _describe(config, "draft", draft_path)
         if isinstance(draft, ModelConfig) and draft.reduced_vocab:  # its ids are the target's, as a head's are
-            require_same("a draft", "vocab_size", draft.vocab_size, target.vocab_size)
+            require_same("a model of some ids,", "vocab_size", draft.vocab_size, target.vocab_size)
         else:
             drafts = Tokenizer.from_pretrained(draft_path).vocabulary
             require_common_core(tokenizer.vocabulary, drafts, min(vocab_size, draft.vocab_size))
@@ -88,7 +88,7 @@ def _require_lender(draft: ModelConfig, target: DescribedModel) -> None:
         raise ConfigurationError(
             f"the draft has no embeddings of its own, and transformers' {target.architecture} lends none; take another"
         )
-    require_same("a draft without embeddings of its own,", "hidden_size", draft.hidden, target.hidden)
+    require_same("a model without embeddings,", "hidden_size", draft.hidden, target.hidden)
 
 
 def _describe(config: EngineConfig, role: Role, path: str) -> DescribedModel:

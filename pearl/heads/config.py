@@ -113,10 +113,10 @@ def read_head(path: str, target: DescribedModel) -> HeadConfig:
 
 
 def require_same(name: str, field: str, own: int, targets: int) -> None:
-    """ConfigurationError if a head was not made for such a target."""
+    """ConfigurationError if a head or a draft was not made for such a target."""
     if own != targets:
         raise ConfigurationError(
-            f"draft is {name} made for a target with {field}={own}, this one has {targets}; choose the head that was "
+            f"draft is {name} made for a target with {field}={own}, this one has {targets}; choose one that was "
             "trained for this target"
         )
 

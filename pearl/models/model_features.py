@@ -35,8 +35,12 @@ def features(config: ModelConfig) -> Iterator[str]:
         yield f"logits times {config.logits_scale:.6g}"
     if config.logits_softcap:
         yield f"logits capped at {config.logits_softcap:g}"
+    if config.reduced_vocab:
+        yield f"a draft that can say {config.reduced_vocab} of {config.vocab_size} ids"
+    if config.borrows_embedding:
+        yield "the embedding is its target's"
     if config.tied:
-        yield "the head is the embedding"
+        yield "the head is the embedding" if not config.reduced_vocab else "the head's rows are the embedding's"
 
 
 def _attention(config: ModelConfig) -> Iterator[str]:

@@ -13,11 +13,20 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from bench.drafter_training.data import Text, Texts, answers, own_questions, read_questions
-from bench.drafter_training.head import TrainedHead, shape_of
-from bench.drafter_training.layers import TrainedLayers
+from bench.drafter_training.head import HeadLearner, TrainedHead, read_layers, shape_of
+from bench.drafter_training.layers import LayersLearner, TrainedLayers, spread_layers
+from bench.drafter_training.lessons import DraftVocabulary, require_plain_ends
 from bench.drafter_training.program import _drafted_ids, _keep, main
 from bench.drafter_training.states import StateFile
 from pearl import LLM, SamplingParams
@@ -28,15 +37,16 @@ from pearl.workers.model_runner import build_batch
 from pearl_kernels import Situation, select
 
 CPU, PAGE = torch.device("cpu"), 4
+TINY: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 STATE = SequenceState(0, 0, SamplingParams(), 0, 0, None)
 
 
 def tiny_target(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=7, head_dim=8,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                         **options)  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**TINY, **options, head_dim=8)).eval()
 
 
 def test_rollouts_are_what_windows_will_be(tmp_path: Path) -> None:
@@ -128,6 +138,79 @@ def test_layers_are_the_targets_and_the_engines(tmp_path: Path, tied: bool) -> N
         work = ForwardWork(STATE, tuple(ids.tolist()), 0, len(ids), (2, 0, 3, 1))
         found = model.forward(build_batch([work], PAGE, CPU), cache)[:, kept]
     assert (found - expected).abs().max() <= (1e-2 if not tied else 1e-4) * expected.abs().max()  # an own head: in bf16
+
+
+def test_layers_are_those_that_they_were(tmp_path: Path) -> None:
+    """With a window or none, rotated or not, each as in the target: here its first two and its last."""
+    config = SmolLM3Config(**TINY, pad_token_id=0, no_rope_layers=[1, 0, 1, 1, 1, 1, 0], use_sliding_window=True,
+                           sliding_window=4)  # fmt: skip
+    config.layer_types = ["sliding_attention", *["full_attention"] * 6]
+    target = SmolLM3ForCausalLM(config)
+    some = TrainedLayers(target, spread_layers(3, 7), range(60))
+    some.save(tmp_path)
+    for found in (some.config, SmolLM3Config.from_pretrained(tmp_path)):
+        assert found.no_rope_layers == [1, 0, 0]
+        assert found.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    assert target.config.num_hidden_layers == len(target.config.no_rope_layers) == 7
+    for count in (0, 8):
+        with pytest.raises(typer.BadParameter, match=f"--layers {count}: the target has 7"):
+            spread_layers(count, 7)
+
+
+def test_what_is_learnt_at_a_place() -> None:
+    """By hand: of the ids 1, 3 and 5. In the second place the target would say what cannot be drafted."""
+    kept, logits = torch.tensor([1, 3, 5]), torch.tensor([[0.0, 2.0, 1.0], [0.5, 0.0, 1.0], [0.0, 1.0, 0.3]])
+    q1, q3, q5 = logits.softmax(-1).T
+    tokens = torch.tensor([[3, 0, 5], [0, 3, 1], [5, 3, 7]])
+    found = DraftVocabulary(kept, 8).step(
+        logits, tokens, torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0]])
+    )
+    losses = [-(0.5 * q3[0].log() + 0.1 * q5[0].log()) / 0.6, 0.0, -(0.6 * q5[2].log() + 0.3 * q3[2].log()) / 0.9]
+    assert torch.allclose(found.losses, torch.tensor(losses))
+    assert found.same.tolist() == [True, False, False]
+    assert torch.allclose(found.shared, torch.tensor([0.5 + 0.1, q3[1] + 0.1, q5[2] + 0.3]))
+    assert q3[1] < 0.3 < q3[2]
+    assert q1[1] > 0.1 < q5[0]
+    assert q5[2] < 0.6
+
+
+@pytest.mark.parametrize("begin", [1, 5])
+def test_drafters_that_say_what_the_target_says_have_nothing_to_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int
+) -> None:
+    """Each place is held against the target's own word there: all layers of it, and a head whose outputs are its last
+    states. A head's first place is that whose next but one token is the answer's first, if there is one before it.
+    """
+    target, text, steps = tiny_target(), Text(tuple(torch.randint(60, (14,)).tolist()), begin), 3
+    embeddings, count = target.get_input_embeddings().weight, len(text.ids)
+    layers = LayersLearner(
+        TrainedLayers(target, range(7), range(60)), embeddings, StateFile(tmp_path, target, []), "cpu"
+    )
+    head = TrainedHead(shape_of(target, draft_vocab=60, ffn=40), target, range(60))
+    last = target(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[-1]
+
+    def outputs(states: Any, embedded: Any, steps: int, begin: int) -> list[torch.Tensor]:
+        return [last[:, begin + 1 + step : count - steps + step] for step in range(steps)]
+
+    monkeypatch.setattr(head, "outputs", outputs)
+    (tmp_path / "head").mkdir()
+    states = StateFile(tmp_path / "head", target, [*read_layers(target), 7])
+    found = HeadLearner(head, embeddings, states, "cpu").steps(text, steps)
+    assert [len(step.same) for step in found] == [count - steps - 1 - max(0, begin - 2)] * steps
+    (own,) = layers.steps(text, 1)
+    assert len(own.same) == count - begin
+    for step in (own, *found):
+        assert step.same.all()
+        assert (step.shared > 0.98).all()
+        assert (step.apart < 1e-3).all()
+
+
+def test_targets_whose_numbers_are_scaled_are_refused() -> None:
+    require_plain_ends(tiny_target())
+    for scaled in ({"embedding_multiplier": 12.0}, {"logits_scaling": 6.0}):
+        target = GraniteForCausalLM(GraniteConfig(**TINY, **scaled))
+        with pytest.raises(typer.BadParameter, match="a GraniteForCausalLM scales or caps"):
+            require_plain_ends(target)
 
 
 def test_what_the_target_said_while_it_wrote_is_what_it_says_of_the_text(tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from e2e_support import (
     random_model,
     token_ids,
 )
+from graphed_llm import OpenGraphed
 from joint_frequencies import ALARM, DEPTH, PROMPT, exact_joint, params_of, small_pair, smallest_p
 from transformers import LlamaConfig
 
 from bench.drafter_training.layers import TrainedLayers
 from pearl import LLM, SamplingParams
-from pearl.errors import ConfigurationError
+from pearl.errors import ConfigurationError, UnsupportedModelError
 
 OpenLLM = Callable[..., LLM]
 TOKENS = 24
@@ -100,9 +101,23 @@ def test_joint_frequencies_are_the_targets(
     assert 0.1 < acceptance(outputs) < 0.98
 
 
+def test_captured_forwards_draft_the_same(
+    reduced: dict[str, Pair], open_llm: OpenLLM, open_graphed: OpenGraphed
+) -> None:
+    batch, params = prompts((1, 9, 17), seed=4), SamplingParams(temperature=0.9, seed=1, max_tokens=TOKENS)
+    expected = open_llm(reduced["qwen2"], window=3).generate(batch, params)
+    graphed = open_graphed(reduced["qwen2"], window=3)
+    outputs = graphed.llm.generate(batch, params)
+    assert token_ids(outputs) == token_ids(expected)
+    assert acceptance(outputs) == acceptance(expected) > 0.1
+    assert all(queue.replayed > 2 for queue in graphed.queues)
+
+
 def test_embeddings_come_from_a_target_that_fits(reduced: dict[str, Pair], open_llm: OpenLLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="LlamaForCausalLM lends none; take another"):
         open_llm(reduced["llama"], backend="transformers", draft_backend="native")
+    with pytest.raises(UnsupportedModelError, match="has a reduced_vocab_size, which only the native decoder runs"):
+        open_llm(reduced["llama"], draft_backend="transformers")
     TrainedLayers(random_model(LlamaConfig(**{**SHAPE, "hidden_size": 80}), 0), [0], SAID).save(tmp_path)
     with pytest.raises(ConfigurationError, match="hidden_size=80, this one has 64"):
         open_llm(replace(reduced["llama"], draft=str(tmp_path)))

@@ -19,6 +19,7 @@ from pearl.errors import ConfigurationError, ModelLoadError, UnsupportedModelErr
 from pearl.models import Decoder, ModelConfig, load_model
 from pearl.models.checkpoint import stored_config
 from pearl.models.draft_vocabulary import REDUCED_SIZE, TARGET_IDS
+from pearl.models.model_features import features
 from pearl.models.weight_size import read_bytes, weight_bytes
 from pearl_kernels import Situation, select
 from pearl_kernels.registry import OPERATORS
@@ -52,12 +53,23 @@ def load_draft(draft: Path, lender: Path | None, dtype: torch.dtype = torch.floa
 def test_logits_are_the_whole_models(tmp_path: Path, family: str, keeps_embedding: bool, provider: str) -> None:
     whole, draft = reduced(family, tmp_path, keeps_embedding)
     text = [*tokens_of(3, 30), 130, 0]  # most of which it cannot say
-    models = load(whole), load_draft(draft, None if keeps_embedding else whole, provider=provider)
+    lender = tmp_path / "nowhere" if keeps_embedding else whole
+    models = load(whole), load_draft(draft, lender, provider=provider)
     expected, found = (Harness(model, [len(text)]).forward([(0, text, 0)])[0] for model in models)
     assert found.shape == (len(text), V)
     assert (found[:, IDS] - expected[:, IDS]).abs().max() <= 2e-5 * expected.abs().max()
     others = [token for token in range(V) if token not in IDS.tolist()]
     assert (found[:, others] == -torch.inf).all()
+
+
+def test_a_gguf_file_lends_too(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="writes files with the package gguf")
+    from gguf_support import written
+
+    whole, draft = reduced("llama-tied", tmp_path)
+    written("llama-tied", tmp_path)
+    lent = (load_draft(draft, lender).weights.embedding for lender in (whole, tmp_path / "model.gguf"))
+    assert torch.equal(*lent)
 
 
 @both_dtypes
@@ -79,6 +91,19 @@ def test_bytes(tmp_path: Path, family: str) -> None:
     assert read_bytes(config, torch.float32) == held - embedding.nbytes
 
 
+@pytest.mark.parametrize(
+    ("family", "keeps_embedding", "words"),
+    [("llama", False, ["its target's"]), ("llama-tied", False, ["its target's", "rows are the embedding's"]),
+     ("llama-tied", True, ["rows are the embedding's"])],
+)  # fmt: skip
+def test_what_is_recognised(tmp_path: Path, family: str, keeps_embedding: bool, words: list[str]) -> None:
+    draft = reduced(family, tmp_path, keeps_embedding)[1]
+    found = list(features(stored_config(draft, ModelConfig.from_pretrained(str(draft)))))
+    begin = found.index("a draft that can say 27 of 131 ids")
+    assert len(found) == begin + 1 + len(words)
+    assert all(word in text for word, text in zip(words, found[begin + 1 :], strict=True))
+
+
 Change = Callable[[Path], None]
 SENTENCES: dict[str, tuple[Change, str]] = {
     "twice": (lambda f: rewrite(f, {TARGET_IDS: IDS.clone().index_fill_(0, torch.tensor([4]), 130)}), "another of the"),
@@ -90,6 +115,13 @@ SENTENCES: dict[str, tuple[Change, str]] = {
     "no head": (lambda f: rewrite(f, {HEAD: None}), r"no tensor 'lm_head\.weight'"),
     "a whole head": (lambda f: rewrite(f, {HEAD: torch.ones(V, 48)}), r"'lm_head\.weight' has shape"),
     "nothing said of it": (lambda f: edit_config(f, **{REDUCED_SIZE: None}), r"has shape \(27, 48\)"),
+    "nothing said of its ids": (
+        lambda f: (
+            rewrite(f, {EMBEDDING: torch.ones(V, 48), HEAD: torch.ones(V, 48)}),
+            edit_config(f, **{REDUCED_SIZE: None}),
+        )[1],
+        "holds 'draft_ids', of which a LlamaForCausalLM .* makes no use",
+    ),
     "more than there are": (lambda f: edit_config(f, **{REDUCED_SIZE: V + 1}), f"{REDUCED_SIZE}.*131"),
     "no number": (lambda f: edit_config(f, **{REDUCED_SIZE: "27"}), REDUCED_SIZE),
     "quantised": (

@@ -72,13 +72,16 @@ def test_of_each_rank(name: str, ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_row_reads_the_experts_that_it_meets(name: str, tmp_path: Path) -> None:
-    """All of a layer's experts but as many as it meets are left out; many rows meet all of them."""
+    """All of a layer's experts but as many as it meets are left out, and embeddings that are not the head; many rows
+    meet all of them.
+    """
     reference = build(name)
     reference.save_pretrained(tmp_path)
     config = ModelConfig.from_pretrained(str(tmp_path))
     mixture = config.mixture
     assert mixture is not None
-    held = weight_bytes(config, torch.float32)
+    embedding = 0 if config.tied else reference.get_input_embeddings().weight.nbytes
+    held = weight_bytes(config, torch.float32) - embedding
     experts = {n: p for n, p in reference.named_parameters() if ".mlp.experts." in n}
     assert len({n.rsplit(".", 1)[0] for n in experts}) == mixture.layers
     left_out = sum(p.numel() * 4 * (mixture.experts - mixture.top_k) // mixture.experts for p in experts.values())
@@ -88,6 +91,11 @@ def test_a_row_reads_the_experts_that_it_meets(name: str, tmp_path: Path) -> Non
     assert held - left_out < two < held or left_out == 0
 
 
-def test_a_dense_model_is_read_whole() -> None:
+def test_a_dense_model_is_read_whole_but_for_embeddings(tmp_path: Path) -> None:
     config = ModelConfig.from_pretrained(str(BUNDLED[0]))
+    assert config.tied
     assert read_bytes(config, torch.bfloat16) == weight_bytes(config, torch.bfloat16)
+    build("llama").save_pretrained(tmp_path)
+    config = ModelConfig.from_pretrained(str(tmp_path))
+    embedding = 2 * config.vocab_size * config.hidden
+    assert read_bytes(config, torch.bfloat16) == weight_bytes(config, torch.bfloat16) - embedding

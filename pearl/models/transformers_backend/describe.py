@@ -11,6 +11,7 @@ import torch
 
 from pearl.errors import ModelLoadError, PearlError, UnsupportedModelError
 from pearl.models.config_file import made_by_transformers, naming_config
+from pearl.models.draft_vocabulary import REDUCED_SIZE
 from pearl.models.hub import fetch_description
 from pearl.models.model_dtype import checkpoint_dtype
 from pearl.models.model_files import first_line, is_gguf, read_json
@@ -38,6 +39,10 @@ def describe(path: str, dtype: torch.dtype | None = None) -> TransformersConfig:
         raise UnsupportedModelError(
             f"{path} is quantised with {quantization.method.name}, which only the native decoder reads; take the "
             "unquantised checkpoint"
+        )
+    if fields.get(REDUCED_SIZE) is not None:
+        raise UnsupportedModelError(
+            f"{path} has a {REDUCED_SIZE}, which only the native decoder runs; take a draft with all ids"
         )
     with naming_config(path):
         config = read(folder)
