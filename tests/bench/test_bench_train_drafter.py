@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
@@ -29,6 +30,7 @@ from bench.drafter_training.layers import LayersLearner, TrainedLayers, spread_l
 from bench.drafter_training.lessons import DraftVocabulary, require_plain_ends
 from bench.drafter_training.program import _drafted_ids, _keep, main
 from bench.drafter_training.states import StateFile
+from bench.drafter_training.trainer import Options, Trainer
 from pearl import LLM, SamplingParams
 from pearl.heads import EagleHead, load_head, read_head
 from pearl.messages import ForwardWork, SequenceState
@@ -89,15 +91,31 @@ def test_rollouts_are_what_windows_will_be(tmp_path: Path) -> None:
     ("kind", "folder", "other"), [({"ffn": 128}, "head", {"ffn": 64}), ({"layers": 1}, "draft", {"layers": 2})]
 )
 def test_a_short_run_is_worth_something_and_goes_on(
-    tmp_path: Path, kind: dict[str, int], folder: str, other: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, int], folder: str, other: dict[str, int]
 ) -> None:
-    """A few steps on the bundled target: loss falls, acceptance rises, the command goes on, and what it made drafts."""
+    """A few steps on the bundled target: loss falls, acceptance rises, the command goes on, and what it made drafts.
+    What layers learn of an answer comes with it; a head needs the target's states too.
+    """
+    computed, compute = [], StateFile._compute
+
+    def counted(self: StateFile, text: Text) -> np.ndarray:
+        computed.append(text)
+        return compute(self, text)
+
+    monkeypatch.setattr(StateFile, "_compute", counted)
     options = {"files": 12, "answer_count": 8, "answer_tokens": 16, "vocab": 1024, "sequence": 40,
                "rows": 4, "steps": 2, "lr": 3e-3, "held_out": 12, **kind}  # fmt: skip
     main(tmp_path, most_steps=12, **options)  # type: ignore[arg-type]
     first = json.loads((tmp_path / "report.json").read_text())
     written = (tmp_path / "answers.jsonl").read_text()
     assert first["steps"] == 12
+    known = len((tmp_path / "states.jsonl").read_text().splitlines()) - 1
+    assert known - len(computed) == (8 if folder == "draft" else 0)
+    if folder == "head":
+        tensors = load_file(tmp_path / "head" / "model.safetensors")
+        embedding = load_file(bundled_path("target") / "model.safetensors")["model.embed_tokens.weight"]
+        rows = embedding[tensors["d2t"] + torch.arange(1024)]
+        assert torch.equal(tensors["lm_head.weight"], rows.bfloat16()), "is not learnt, as nothing asks for it"
     main(tmp_path, most_steps=30, **options)  # type: ignore[arg-type]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == 30
@@ -145,16 +163,37 @@ def test_layers_are_those_that_they_were(tmp_path: Path) -> None:
     config = SmolLM3Config(**TINY, pad_token_id=0, no_rope_layers=[1, 0, 1, 1, 1, 1, 0], use_sliding_window=True,
                            sliding_window=4)  # fmt: skip
     config.layer_types = ["sliding_attention", *["full_attention"] * 6]
-    target = SmolLM3ForCausalLM(config)
+    target = SmolLM3ForCausalLM(config).bfloat16()
     some = TrainedLayers(target, spread_layers(3, 7), range(60))
     some.save(tmp_path)
     for found in (some.config, SmolLM3Config.from_pretrained(tmp_path)):
         assert found.no_rope_layers == [1, 0, 0]
         assert found.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    assert {tensor.dtype for tensor in (some.head, *some.parameters())} == {torch.float32}, "which is what learns"
     assert target.config.num_hidden_layers == len(target.config.no_rope_layers) == 7
     for count in (0, 8):
         with pytest.raises(typer.BadParameter, match=f"--layers {count}: the target has 7"):
             spread_layers(count, 7)
+
+
+def test_a_checkpoint_of_another_drafter_is_refused(tmp_path: Path) -> None:
+    """Of other layers, of other ids, or of a version that did not say."""
+    target, options = tiny_target(), Options("cpu", 1, 1, 1e-3, 1)
+
+    def trainer(count: int, kept: list[int]) -> Trainer:
+        drafter = TrainedLayers(target, spread_layers(count, 7), kept)
+        learner = LayersLearner(drafter, target.get_input_embeddings().weight, StateFile(tmp_path, target, []), "cpu")
+        return Trainer(learner, Texts([], 8), tmp_path, options)
+
+    assert not trainer(2, [1, 2]).restore()
+    trainer(2, [1, 2]).save()
+    assert trainer(2, [1, 2]).restore()
+    for other in (trainer(3, [1, 2]), trainer(2, [1, 3])):
+        with pytest.raises(typer.BadParameter, match="another drafter or vocabulary"):
+            other.restore()
+    torch.save({"head": {}, "shape": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(typer.BadParameter, match="another drafter or vocabulary"):
+        trainer(2, [1, 2]).restore()
 
 
 def test_what_is_learnt_at_a_place() -> None:
@@ -203,14 +242,19 @@ def test_drafters_that_say_what_the_target_says_have_nothing_to_learn(
         assert step.same.all()
         assert (step.shared > 0.98).all()
         assert (step.apart < 1e-3).all()
+    assert all((step.apart > 0).all() for step in found), "states are kept in bf16"
 
 
-def test_targets_whose_numbers_are_scaled_are_refused() -> None:
+def test_targets_whose_numbers_are_scaled_are_refused(tmp_path: Path) -> None:
     require_plain_ends(tiny_target())
     for scaled in ({"embedding_multiplier": 12.0}, {"logits_scaling": 6.0}):
         target = GraniteForCausalLM(GraniteConfig(**TINY, **scaled))
         with pytest.raises(typer.BadParameter, match="a GraniteForCausalLM scales or caps"):
             require_plain_ends(target)
+    target.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(bundled_path("target") / "tokenizer.json")
+    with pytest.raises(typer.BadParameter, match="scales or caps"):
+        main(tmp_path / "out", target=str(tmp_path), layers=1)
 
 
 def test_what_the_target_said_while_it_wrote_is_what_it_says_of_the_text(tmp_path: Path) -> None:
@@ -228,6 +272,7 @@ def test_what_the_target_said_while_it_wrote_is_what_it_says_of_the_text(tmp_pat
         assert (p.gather(-1, tokens) - probabilities).abs().max() < 0.02  # it was written in bf16
         assert (p.max(-1).values - probabilities[:, 0]).abs().max() < 0.02
         assert (heard.probabilities[places, 20:] == 0).all()
+        assert all(len(set(row)) == 20 for row in tokens.tolist())
     assert len((tmp_path / "states.jsonl").read_text().splitlines()) == 3
 
 

@@ -110,6 +110,7 @@ SENTENCES: dict[str, tuple[Change, str]] = {
     "none of the target's": (lambda f: rewrite(f, {TARGET_IDS: IDS + 1}), r"another of the target's 131"),
     "below 0": (lambda f: rewrite(f, {TARGET_IDS: IDS - 3}), "another of the"),
     "no integers": (lambda f: rewrite(f, {TARGET_IDS: IDS.float()}), "must hold integers"),
+    "booleans": (lambda f: rewrite(f, {TARGET_IDS: IDS > 0}), r"must hold integers, not torch\.bool"),
     "too few": (lambda f: rewrite(f, {TARGET_IDS: IDS[1:]}), r"'draft_ids' has shape \(26,\)"),
     "no ids": (lambda f: rewrite(f, {TARGET_IDS: None}), "no tensor 'draft_ids'"),
     "no head": (lambda f: rewrite(f, {HEAD: None}), r"no tensor 'lm_head\.weight'"),
