@@ -24,7 +24,7 @@ from pearl.pace.speed import Situation, tokens_per_second
 _SOON, _BETWEEN_CHOICES = 6, 64  # rounds until the next choice: after another mode was taken, and at last
 _WORTH = 200  # times what a choice costs, at least, until the next one
 _HEARD = 64  # rounds before a choice that it learns from
-_MARGIN = 0.01  # by which another pace must be better, beside the scatter
+_MARGIN = 0.01  # by which another pace must be better; another mode beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
 _STALE = 256  # and rounds after which that is no longer believed: twice as many each time that it was no better,
@@ -206,11 +206,15 @@ class AutoPace:
         self._in_vain[size, best.mode] = 0
 
     def _choose(self, choices: Mapping[Mode, _Choice], before: _Choice | None, load: Load) -> _Choice:
-        """The fastest; the one from before unless that is faster by more than what is measured scatters."""
+        """The fastest; the one from before unless that is faster by more than what is measured scatters. To windows of a
+        mode that does not matter: they are predicted from the same times, and nothing is lost on the way.
+        """
         best = max(choices.values(), key=lambda choice: choice.rate)
         if before is None:
             return best
-        margin = (_MARGIN_TO_DRAFT if before.mode == "autoregressive" else _MARGIN) + 2 * self._curves.spread(load)
+        margin = _MARGIN
+        if best.mode != before.mode:
+            margin = (_MARGIN_TO_DRAFT if before.mode == "autoregressive" else _MARGIN) + 2 * self._curves.spread(load)
         return best if best.rate >= before.rate * (1 + margin) else before
 
     def _situation(self, odds: Sequence[Odds], load: Load, pinned: bool) -> Situation:
