@@ -1,4 +1,4 @@
-"""A draft model made of a few of its target's layers, which can be trained; its embeddings and head stay the target's.
+"""A draft model made of its target's first layers, which can be trained; its embeddings and head stay the target's.
 
 It drafts the most frequent ids alone (FR-Spec, arXiv 2502.14856).
 """
@@ -27,25 +27,22 @@ _OF_EACH_LAYER = ("layer_types", "no_rope_layers")  # lists in a configuration
 
 
 class TrainedLayers(nn.Module):
-    """Named as transformers stores a model of that family. ``kept``: the target's ids that it drafts, rising."""
+    """The first ``count``, named as transformers stores a model of that family. ``kept``: the target's ids that it
+    drafts, rising.
+    """
 
-    def __init__(self, target: PreTrainedModel, layers: Sequence[int], kept: Sequence[int]) -> None:
+    def __init__(self, target: PreTrainedModel, count: int, kept: Sequence[int]) -> None:
         super().__init__()
         config = copy.deepcopy(target.config)
-        config.num_hidden_layers = len(layers)
+        config.num_hidden_layers = count
         for name in _OF_EACH_LAYER:
             if getattr(config, name, None):
-                setattr(config, name, [getattr(config, name)[layer] for layer in layers])
+                setattr(config, name, getattr(config, name)[:count])
         self.config = config
-        self.model = type(target.base_model)(config)
+        self.model = type(target.base_model)(config).float()
         del self.model.embed_tokens  # the target's are given
-        own = {name: weight for name, weight in target.base_model.state_dict().items() if "embed_tokens" not in name}
-        places = {f"layers.{layer}.": f"layers.{place}." for place, layer in enumerate(layers)}
-        chosen = {name: weight for name, weight in own.items() if not name.startswith("layers.")}
-        for old, new in places.items():
-            chosen |= {new + name.removeprefix(old): own[name] for name in own if name.startswith(old)}
-        self.model.load_state_dict(chosen)
-        self.model.float()
+        theirs = target.base_model.state_dict()
+        self.model.load_state_dict({name: theirs[name] for name in self.model.state_dict()})
         self.kept: Tensor
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
         head = target.get_output_embeddings().weight.detach()  # type: ignore[no-untyped-call]

@@ -76,7 +76,7 @@ def main(
     drafter: TrainedHead | TrainedLayers
     learner: Learner
     if layers:
-        drafter = TrainedLayers(judge, range(layers), kept)
+        drafter = TrainedLayers(judge, layers, kept)
         learner = LayersLearner(drafter, embeddings, states, device)
     else:
         drafter = TrainedHead(shape_of(judge, len(kept), ffn), judge, kept)

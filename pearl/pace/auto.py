@@ -206,8 +206,8 @@ class AutoPace:
         self._in_vain[size, best.mode] = 0
 
     def _choose(self, choices: Mapping[Mode, _Choice], before: _Choice | None, load: Load) -> _Choice:
-        """The fastest; the one from before unless that is faster by more than what is measured scatters. To windows of a
-        mode that does not matter: they are predicted from the same times, and nothing is lost on the way.
+        """The fastest; the one from before unless that is faster by more than what is measured scatters. Among windows
+        of a mode that does not matter: they are predicted from the same times, and nothing is lost on the way.
         """
         best = max(choices.values(), key=lambda choice: choice.rate)
         if before is None:

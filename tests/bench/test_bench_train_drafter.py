@@ -140,10 +140,10 @@ def test_layers_are_the_targets_and_the_engines(tmp_path: Path, tied: bool) -> N
     ids = torch.randint(60, (14,))
     embedded = target.get_input_embeddings()(ids)
     with torch.no_grad():
-        whole = TrainedLayers(target, range(7), range(60))(embedded, 2)
+        whole = TrainedLayers(target, 7, range(60))(embedded, 2)
         assert torch.allclose(whole, target(ids[None]).logits[0, 2:], rtol=1e-4, atol=1e-5)
-        some = TrainedLayers(target, [0, 1, 6], kept := list(range(0, 60, 3)))
-        assert torch.equal(some.model.layers[2].mlp.up_proj.weight, target.model.layers[6].mlp.up_proj.weight)
+        some = TrainedLayers(target, 3, kept := list(range(0, 60, 3)))
+        assert torch.equal(some.model.layers[2].mlp.up_proj.weight, target.model.layers[2].mlp.up_proj.weight)
         for weight in some.parameters():
             weight.copy_(weight.bfloat16())
         expected = some(embedded, 0)
@@ -159,15 +159,15 @@ def test_layers_are_the_targets_and_the_engines(tmp_path: Path, tied: bool) -> N
 
 
 def test_layers_are_those_that_they_were(tmp_path: Path) -> None:
-    """With a window or none, rotated or not, each as in the target: here its first two and its last."""
+    """With a window or none, rotated or not, each as in the target."""
     config = SmolLM3Config(**TINY, pad_token_id=0, no_rope_layers=[1, 0, 1, 1, 1, 1, 0], use_sliding_window=True,
                            sliding_window=4)  # fmt: skip
     config.layer_types = ["sliding_attention", *["full_attention"] * 6]
     target = SmolLM3ForCausalLM(config).bfloat16()
-    some = TrainedLayers(target, [0, 1, 6], range(60))
+    some = TrainedLayers(target, 3, range(60))
     some.save(tmp_path)
     for found in (some.config, SmolLM3Config.from_pretrained(tmp_path)):
-        assert found.no_rope_layers == [1, 0, 0]
+        assert found.no_rope_layers == [1, 0, 1]
         assert found.layer_types == ["sliding_attention", "full_attention", "full_attention"]
     assert {tensor.dtype for tensor in (some.head, *some.parameters())} == {torch.float32}, "which is what learns"
     assert target.config.num_hidden_layers == len(target.config.no_rope_layers) == 7
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_drafter_is_refused(tmp_path: Path) -> None:
     target, options = tiny_target(), Options("cpu", 1, 1, 1e-3, 1)
 
     def trainer(count: int, kept: list[int]) -> Trainer:
-        drafter = TrainedLayers(target, range(count), kept)
+        drafter = TrainedLayers(target, count, kept)
         learner = LayersLearner(drafter, target.get_input_embeddings().weight, StateFile(tmp_path, target, []), "cpu")
         return Trainer(learner, Texts([], 8), tmp_path, options)
 
@@ -219,9 +219,7 @@ def test_drafters_that_say_what_the_target_says_have_nothing_to_learn(
     """
     target, text, steps = tiny_target(), Text(tuple(torch.randint(60, (14,)).tolist()), begin), 3
     embeddings, count = target.get_input_embeddings().weight, len(text.ids)
-    layers = LayersLearner(
-        TrainedLayers(target, range(7), range(60)), embeddings, StateFile(tmp_path, target, []), "cpu"
-    )
+    layers = LayersLearner(TrainedLayers(target, 7, range(60)), embeddings, StateFile(tmp_path, target, []), "cpu")
     head = TrainedHead(shape_of(target, draft_vocab=60, ffn=40), target, range(60))
     last = target(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[-1]
 

@@ -41,7 +41,7 @@ def reduced(pairs: dict[str, Pair], tmp_path_factory: pytest.TempPathFactory) ->
     built = {}
     for name in ("llama", "qwen2"):
         folder = tmp_path_factory.mktemp(name)
-        TrainedLayers(pairs[name].judge, [0, 1, 2], SAID).save(folder)
+        TrainedLayers(pairs[name].judge, 3, SAID).save(folder)
         built[name] = replace(pairs[name], draft=str(folder))
     return built
 
@@ -92,7 +92,7 @@ def test_joint_frequencies_are_the_targets(
     open_llm: OpenLLM, tmp_path: Path, options: dict[str, Any], values: dict[str, Any]
 ) -> None:
     pair = small_pair(tmp_path)
-    TrainedLayers(pair.judge, [0], [1, 2, 4, 7]).save(tmp_path / "reduced")
+    TrainedLayers(pair.judge, 1, [1, 2, 4, 7]).save(tmp_path / "reduced")
     params = params_of(n=1000, max_tokens=DEPTH, **values)
     llm = open_llm(replace(pair, draft=str(tmp_path / "reduced")), **options, max_num_seqs=64)
     poison_ring(llm)
@@ -118,6 +118,6 @@ def test_embeddings_come_from_a_target_that_fits(reduced: dict[str, Pair], open_
         open_llm(reduced["llama"], backend="transformers", draft_backend="native")
     with pytest.raises(UnsupportedModelError, match="has a reduced_vocab_size, which only the native decoder runs"):
         open_llm(reduced["llama"], draft_backend="transformers")
-    TrainedLayers(random_model(LlamaConfig(**{**SHAPE, "hidden_size": 80}), 0), [0], SAID).save(tmp_path)
+    TrainedLayers(random_model(LlamaConfig(**{**SHAPE, "hidden_size": 80}), 0), 1, SAID).save(tmp_path)
     with pytest.raises(ConfigurationError, match="hidden_size=80, this one has 64"):
         open_llm(replace(reduced["llama"], draft=str(tmp_path)))
