@@ -16,10 +16,11 @@ import numpy as np
 from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
 from pearl.pace.calibration import Calibration
-from pearl.pace.curves import Curves, Numbers, Sizes
+from pearl.pace.curves import Curves, Sizes
 from pearl.pace.hits import Hits
 from pearl.pace.rounds import Load, MeasuredRound, Pace
-from pearl.pace.speed import Situation, tokens_per_second
+from pearl.pace.search import Choice, Search
+from pearl.pace.speed import Situation
 
 _SOON, _BETWEEN_CHOICES = 6, 64  # rounds until the next choice: after another mode was taken, and at last
 _WORTH = 200  # times what a choice costs, at least, until the next one
@@ -31,9 +32,6 @@ _STALE = 256  # and rounds after which that is no longer believed: twice as many
 _MOST_DOUBLED = 5
 _LINGERING = 16  # rounds that a batch that became smaller keeps its mode: it may be at its end, where no change pays
 _WORTH_A_TRY = 0.6  # if it promises so much of the best one's speed
-_RAGGED = 1.02  # by how much windows of their own must promise more: odds of single requests are noisy
-_PREPARED = (1, 2, 3, 4, 6, 8, 16, 32)  # windows that are looked at, if so many may be,
-_WORTH_PREPARING = 1.01  # and by how much they must promise more than none
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
 _ALIKE = 0.1  # by which batches may differ to which a prediction applies
@@ -47,36 +45,14 @@ _ALONE: frozenset[Mode] = frozenset({"whole-windows", "pre-verify-only"})
 
 
 @dataclass(frozen=True)
-class _Choice:
-    mode: Mode
-    longest: int
-    threshold: float  # a request drafts no token that is reached with a smaller chance
-    predicted: float  # tokens per second, in the machine's usual mood,
-    factor: float  # and how far such predictions were off
-    informed: bool = False  # whether the times that it rests on were measured
-    prepared: int = 0  # windows beside those of the requests
-
-    @property
-    def rate(self) -> float:
-        return self.predicted * self.factor
-
-    def windows(self, odds: Sequence[Odds]) -> list[int]:
-        later = np.array([one.later for one in odds])
-        windows: list[int] = (
-            _ragged(np.array([self.longest]), np.array([self.threshold]), later)[0].astype(int).tolist()
-        )
-        return windows
-
-
-@dataclass(frozen=True)
 class _Decision:
     """What holds for batches of a size until the round ``until``. A request without a window gets the typical one."""
 
-    choice: _Choice
+    choice: Choice
     windows: Mapping[int, int]
     typical: int
     until: int
-    best: _Choice  # what was chosen, where ``choice`` is only looked at
+    best: Choice  # what was chosen, where ``choice`` is only looked at
     span: int  # rounds that a choice is kept
 
 
@@ -88,13 +64,12 @@ class AutoPace:
     changes = True
 
     def __init__(self, modes: Sequence[Mode], largest: int, sizes: Sizes, most_prepared: int = 0) -> None:
-        self._modes, self._largest = tuple(modes), largest
-        self._prepared = [number for number in _PREPARED if number <= most_prepared]
-        self._hits = Hits()
+        self._modes, self._hits = tuple(modes), Hits()
+        self._search = Search(largest, most_prepared, self._hits)
         self._curves, self._acceptance, self._calibration = Curves(sizes), Acceptance(), Calibration()
         self._decisions: dict[tuple[int, bool], _Decision] = {}  # by size of batch, and whether it is pinned
         self._latest: _Decision | None = None
-        self._running: _Choice | None = None
+        self._running: Choice | None = None
         self._running_for = 0  # requests, which it was chosen for
         self._since = 0  # the round in which its mode began
         self._in_vain: defaultdict[tuple[int, Mode], int] = defaultdict(int)  # looks at a mode, since it was last best
@@ -183,14 +158,14 @@ class AutoPace:
         until = self._rounds + (_SOON if probe or not choice.informed else span)
         return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
 
-    def _typical(self, choice: _Choice, windows: Mapping[int, int], now: Situation) -> int:
+    def _typical(self, choice: Choice, windows: Mapping[int, int], now: Situation) -> int:
         """The window of requests that come before the next choice. One that ran alone says little of them."""
         if len(windows) > 1 or choice.mode == "autoregressive":
             return sorted(windows.values())[len(windows) // 2]
         odds = self._acceptance.of_a_new_one
         return self._best(choice.mode, replace(now, first=np.array([odds.first]), later=np.array([odds.later]))).longest
 
-    def _span(self, before: _Decision | None, best: _Choice, looks: bool) -> int:
+    def _span(self, before: _Decision | None, best: Choice, looks: bool) -> int:
         """Twice as long each time that a mode stays the best, until choosing costs little of the time."""
         if before is None or before.best.mode != best.mode:
             return _SOON
@@ -199,13 +174,13 @@ class AutoPace:
             longest = max(longest, int(_WORTH * self._deciding / self._round))
         return before.span if looks else min(2 * before.span, longest)
 
-    def _judge_look(self, before: _Decision | None, best: _Choice, load: Load) -> None:
+    def _judge_look(self, before: _Decision | None, best: Choice, load: Load) -> None:
         size = load.batch.bit_length()
         if before is not None and before.choice.mode not in (before.best.mode, best.mode):
             self._in_vain[size, before.choice.mode] += 1
         self._in_vain[size, best.mode] = 0
 
-    def _choose(self, choices: Mapping[Mode, _Choice], before: _Choice | None, load: Load) -> _Choice:
+    def _choose(self, choices: Mapping[Mode, Choice], before: Choice | None, load: Load) -> Choice:
         """The fastest; the one from before unless that is faster by more than what is measured scatters. Among windows
         of a mode that does not matter: they are predicted from the same times, and nothing is lost on the way.
         """
@@ -231,53 +206,13 @@ class AutoPace:
             pinned,
         )
 
-    def _best(self, mode: Mode, now: Situation) -> _Choice:
-        """Of a mode, with as many prepared windows as pay: all windows alike, or each as long as its tokens pay for the
-        rows that they cost the target.
-        """
-        factor = self._calibration.factor(mode, round(now.batch))
-        longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
-        prepared = self._pays(now, longest) if mode == "pearl" and self._prepared else 0
-        now = self._with(now, prepared)
-        alike = longest[:, None] * np.ones_like(now.count)
-        rates = tokens_per_second(mode, now, alike)
-        best = int(np.argmax(rates))
-        choice = _Choice(mode, int(longest[best]), 0.0, float(rates[best]), factor, prepared=prepared)
-        if len(now.count) == 1 or mode == "autoregressive":
-            return choice
-        thresholds = rates * _row_seconds(now, alike)
-        ragged = _ragged(longest, thresholds, now.later)
-        rates = tokens_per_second(mode, now, ragged)
-        best = int(np.argmax(rates))
-        if rates[best] > _RAGGED * choice.predicted:
-            predicted, threshold = float(rates[best]), float(thresholds[best])
-            choice = replace(choice, longest=int(longest[best]), threshold=threshold, predicted=predicted)
-        return choice
+    def _best(self, mode: Mode, now: Situation) -> Choice:
+        return self._search.best(mode, now, self._calibration.factor(mode, round(now.batch)))
 
-    def _pays(self, now: Situation, longest: Numbers) -> int:
-        """How many prepared windows do, in PEARL: all numbers with all windows at once."""
-        numbers = np.array([0, *self._prepared], dtype=np.float64)
-        hits = np.array([self._hits.chance(number / now.batch) for number in numbers])
-        prepared, windows = np.repeat(numbers, len(longest)), np.tile(longest, len(numbers))
-        every = replace(now, prepared=prepared, hits=np.repeat(hits, len(longest))[:, None])
-        rates = tokens_per_second("pearl", every, windows[:, None] * np.ones_like(now.count))
-        rates[(prepared > 0) & (windows < 2)] = 0.0  # nothing would be pending
-        best = rates.reshape(len(numbers), -1).max(1)
-        index = int(np.argmax(best))
-        return int(numbers[index]) if best[index] > _WORTH_PREPARING * best[0] else 0
+    def _again(self, choice: Choice, now: Situation) -> Choice:
+        return self._search.again(choice, now, self._calibration.factor(choice.mode, round(now.batch)))
 
-    def _with(self, now: Situation, prepared: int) -> Situation:
-        if not prepared:
-            return now
-        return replace(now, prepared=np.array(float(prepared)), hits=np.array(self._hits.chance(prepared / now.batch)))
-
-    def _again(self, choice: _Choice, now: Situation) -> _Choice:
-        """The same choice, with what is predicted now."""
-        windows = _ragged(np.array([choice.longest]), np.array([choice.threshold]), now.later)
-        predicted = float(tokens_per_second(choice.mode, self._with(now, choice.prepared), windows)[0])
-        return replace(choice, predicted=predicted, factor=self._calibration.factor(choice.mode, round(now.batch)))
-
-    def _probe(self, choices: Mapping[Mode, _Choice], chosen: _Choice, load: Load) -> _Choice | None:
+    def _probe(self, choices: Mapping[Mode, Choice], chosen: Choice, load: Load) -> Choice | None:
         """A choice that tells what is not known: how long forwards take alone, or beside each other, which all other
         predictions hang on; then what a mode is like that promises nearly as much and was not run for long.
         """
@@ -306,17 +241,3 @@ class AutoPace:
 
     def _knows(self, load: Load, alone: bool) -> bool:
         return self._curves.knows(load, beside=not alone, rounds=_PROBED)
-
-
-def _row_seconds(now: Situation, windows: Numbers) -> Numbers:
-    """``[W]``: what one row more costs the target where each request has so many."""
-    rows = (now.count * windows).sum(1)
-    seconds: Numbers = (now.beside.target(1.1 * rows) - now.beside.target(rows)) / (0.1 * rows)
-    return seconds
-
-
-def _ragged(longest: Numbers, thresholds: Numbers, later: Numbers) -> Numbers:
-    """``[W, C]``: windows up to ``longest`` whose every token is reached with a chance of ``thresholds`` at least."""
-    with np.errstate(divide="ignore"):
-        worth = 1 + np.floor(np.log(thresholds)[:, None] / np.log(later)[None, :])
-    return np.clip(np.where(thresholds[:, None] > 0, worth, np.inf), 1, longest[:, None])
