@@ -31,7 +31,8 @@ _PROBED = 3  # rounds that tell how long forwards take in a state of the other m
 _STALE = 256  # and rounds after which that is no longer believed: twice as many each time that it was no better,
 _MOST_DOUBLED = 5
 _LINGERING = 16  # rounds that a batch that became smaller keeps its mode: it may be at its end, where no change pays
-_WORTH_A_TRY = 0.8  # if it promises so much of the best one's speed
+_WORTH_A_TRY, _WORTH_ANOTHER = 0.8, 0.6  # if it promises so much of the best one's speed: what was tried may have had
+# bad times, in which nothing else ran. Plain decoding, whose few rows nothing else has, is tried whatever it promises.
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
 _ALIKE = 0.1  # by which batches may differ to which a prediction applies
@@ -229,7 +230,9 @@ class AutoPace:
             within = self._curves.rounds
             if chosen.mode != "autoregressive":
                 within = _STALE << min(self._in_vain[size, mode], _MOST_DOUBLED)
-            if choice.rate > _WORTH_A_TRY * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within):
+            known = self._curves.tried(load.batch, mode, _PROBED, self._curves.rounds)
+            share = _WORTH_ANOTHER if known else _WORTH_A_TRY if mode != "autoregressive" else 0.0
+            if choice.rate > share * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within):
                 untried.append(choice)
         return max(untried, key=lambda choice: choice.rate, default=None)
 

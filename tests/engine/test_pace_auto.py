@@ -99,8 +99,8 @@ def test_a_machine_whose_speed_wanders(machine: Machine, batch: int, odds: Odds,
     """By a third, for some hundred rounds at a time: that one mode ran in bad times must not speak against it."""
     fixed = served(FixedPace(*best), Batch(machine, batch, lambda *_: odds), 900, 100)
     wanders = replace(machine, noise=0.1, wanders=0.3)
-    found = [served(auto(machine), Batch(wanders, batch, lambda *_: odds, seed=seed), 900, 100) for seed in (0, 1)]
-    assert np.mean(found) > 0.95 * fixed
+    found = [served(auto(machine), Batch(wanders, batch, lambda *_: odds, seed=seed), 900, 100) for seed in (1, 2)]
+    assert min(found) > 0.95 * fixed
 
 
 def test_it_switches_off_under_load_and_on_again() -> None:
