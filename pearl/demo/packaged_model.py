@@ -50,7 +50,8 @@ SMOLLM2 = PackagedModel(
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-HEAD = Path(__file__).parent / "head"  # that was trained for it
+# That were trained for it and come along: an EAGLE-3 head, and a draft model of some of its ids.
+DRAFTERS: Mapping[str, Path] = {"head": Path(__file__).parent / "head", "model": Path(__file__).parent / "draft"}
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:

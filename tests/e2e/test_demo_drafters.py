@@ -1,14 +1,15 @@
-"""The head that comes with ``pearl demo``: it fits a model of SmolLM2's shape, drafts for it, and costs no token."""
+"""The drafters that come with ``pearl demo``: they fit a model of SmolLM2's shape, draft for it, and cost no token."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from e2e_support import byte_tokenizer, prompts, random_model, save, token_ids
 from transformers import LlamaConfig
 
 from pearl import LLM, SamplingParams
-from pearl.demo.packaged_model import HEAD
+from pearl.demo.packaged_model import DRAFTERS
 
 # But for the feed-forward width, which a head does not see, and the weights.
 SHAPE = LlamaConfig(
@@ -17,11 +18,14 @@ SHAPE = LlamaConfig(
 )  # fmt: skip
 
 
-def test_it_drafts_for_a_model_of_that_shape(tmp_path: Path) -> None:
-    assert sum(file.stat().st_size for file in HEAD.iterdir()) < 30e6  # a wheel carries it
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_it_drafts_for_a_model_of_that_shape(tmp_path: Path, name: str) -> None:
+    assert sum(file.stat().st_size for file in DRAFTERS[name].iterdir()) < 20e6  # a wheel carries both
     target = save(random_model(SHAPE, seed=0), byte_tokenizer(), tmp_path)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    with LLM(target=target, draft=str(HEAD), window=3, device="cpu", dtype="float32", prefix_caching=False) as llm:
+    with LLM(
+        target=target, draft=str(DRAFTERS[name]), window=3, device="cpu", dtype="float32", prefix_caching=False
+    ) as llm:
         outputs = llm.generate(prompts((3, 17, 40)), params)
         with llm.variant(method="autoregressive") as plain:
             assert token_ids(outputs) == token_ids(plain.generate(prompts((3, 17, 40)), params))
