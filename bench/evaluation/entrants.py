@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -128,6 +129,8 @@ class Entrants:
         """ConfigurationError if it is not installed, or cannot run the target as it is run here."""
         if self._first.config.resolve_device("target").type != "cpu":
             raise ConfigurationError("llama.cpp is compared on CPUs")
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+            raise ConfigurationError("OMP_WAIT_POLICY=passive halves llama.cpp's speed, and not ours; unset it")
         target, _ = model_paths(self._first.config)
         found = llama_cpp_contenders(self._stack, self._first, target, [cpu_cores()])
         if isinstance(found, LeftOut):

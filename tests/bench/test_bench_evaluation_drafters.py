@@ -149,6 +149,10 @@ def test_another_draft_has_an_engine_of_its_own(first: LLM, tmp_path: Path) -> N
 
 def test_llama_cpp_where_it_is_installed(first: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     (setup,) = [one for one in others() if one.engine == "llama.cpp"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with pytest.raises(ConfigurationError, match="unset it"):
+        Entrants(first).answer(setup, [[5, 6]], 3)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)  # type: ignore[arg-type]  # makes its import fail
     with pytest.raises(ConfigurationError, match="not installed"):
         Entrants(first).answer(setup, [[5, 6]], 3)
