@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.drafter_training.data import Text
-from bench.drafter_training.lessons import DraftVocabulary, Step
-from bench.drafter_training.precision import fast_dtype
+from bench.drafter_training.lessons import Learner, Step
 from bench.drafter_training.states import StateFile
 
 Shape = dict[str, Any]  # as config.json has it
@@ -186,30 +184,26 @@ class TrainedHead(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.shape, indent=2) + "\n")
 
 
-class HeadLearner:
+class HeadLearner(Learner):
     """A window is rolled out on the head's own states, at every place of an answer."""
 
     most_steps = 8
 
     def __init__(self, module: TrainedHead, embeddings: Tensor, states: StateFile, device: str) -> None:
-        """``embeddings`` ``[V, D]``: the target's."""
-        self.module, self._device, self._states = module.to(device), device, states
-        self._embeddings = embeddings.detach().float().to(device)
-        self._vocabulary = DraftVocabulary(module.kept, len(embeddings))
-        self._dtype = fast_dtype(device)
+        super().__init__(module, module.kept, embeddings, states, device)
+        self._drafter = module
 
-    @cached_property
-    def origin(self) -> dict[str, Any]:
-        return {**self.module.shape, "kept": self.module.kept.cpu().tolist()}
+    def _shape(self) -> dict[str, Any]:
+        return dict(self._drafter.shape)
 
     def steps(self, text: Text, count: int) -> list[Step]:
         """At the places whose next but one token is of the answer."""
         begin, given = max(0, text.begin - 2), self._states.read(text)
         ids = torch.tensor([text.ids], device=self._device)
-        read, last = given.states[None].to(self._device).tensor_split([self.module.fc.in_features], -1)
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            found = self.module.outputs(read, self._embeddings[ids], count, begin)
-            drafted = [self.module.lm_head(output) for output in found]
+        read, last = given.states[None].to(self._device).tensor_split([self._drafter.fc.in_features], -1)
+        with self._fast():
+            found = self._drafter.outputs(read, self._embeddings[ids], count, begin)
+            drafted = [self._drafter.lm_head(output) for output in found]
         every = []
         for step, (output,) in enumerate(found):
             rows = slice(begin + 1 + step, begin + 1 + step + len(output))  # of the token at t + 2 + step

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.drafter_training.data import Text
-from bench.drafter_training.lessons import DraftVocabulary, Step
-from bench.drafter_training.precision import fast_dtype
+from bench.drafter_training.lessons import Learner, Step
 from bench.drafter_training.states import StateFile
 from pearl.models.draft_vocabulary import REDUCED_SIZE, TARGET_IDS
 
@@ -68,27 +66,23 @@ class TrainedLayers(nn.Module):
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-class LayersLearner:
+class LayersLearner(Learner):
     """Teacher forcing: in a text that the target wrote every place is one where all before it was accepted."""
 
     most_steps = 1
 
     def __init__(self, module: TrainedLayers, embeddings: Tensor, states: StateFile, device: str) -> None:
-        """``embeddings`` ``[V, D]``: the target's."""
-        self.module, self._device, self._states = module.to(device), device, states
-        self._embeddings = embeddings.detach().float().to(device)
-        self._vocabulary = DraftVocabulary(module.kept, len(embeddings))
-        self._dtype = fast_dtype(device)
+        super().__init__(module, module.kept, embeddings, states, device)
+        self._drafter = module
 
-    @cached_property
-    def origin(self) -> dict[str, Any]:
-        return {"layers": self.module.config.num_hidden_layers, "kept": self.module.kept.cpu().tolist()}
+    def _shape(self) -> dict[str, Any]:
+        return {"layers": self._drafter.config.num_hidden_layers}
 
     def steps(self, text: Text, count: int) -> list[Step]:
         given, begin = self._states.read(text), max(0, text.begin - 1)
         ids = torch.tensor(text.ids[:-1], device=self._device)
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            logits = self.module(self._embeddings[ids], begin)
+        with self._fast():
+            logits = self._drafter(self._embeddings[ids], begin)
         rows = slice(begin, len(ids))
         tokens, p = (t[rows].to(self._device) for t in (given.tokens, given.probabilities))
         return [self._vocabulary.step(logits, tokens, p)]

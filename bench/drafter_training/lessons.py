@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import typer
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.drafter_training.data import Text
+from bench.drafter_training.precision import fast_dtype
+from bench.drafter_training.states import StateFile
 
 
 def require_plain_ends(target: PreTrainedModel) -> None:
@@ -42,24 +46,6 @@ class Step(NamedTuple):
     shared: Tensor
 
 
-class Learner(Protocol):
-    """A drafter with what its target says of each text."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What it is and was begun with; a checkpoint of another one is refused."""
-
-    @property
-    def most_steps(self) -> int:
-        """Tokens of a window that it can be rolled out to."""
-
-    def steps(self, text: Text, count: int) -> Sequence[Step]:
-        """Of each of the first ``count`` tokens of a window, at the places of the text's answer."""
-
-
 class DraftVocabulary:
     """``kept``: the target's ids that are drafted, rising."""
 
@@ -79,3 +65,31 @@ class DraftVocabulary:
         likeliest = self.kept[logits.argmax(-1)] == tokens[:, 0]
         shared = torch.minimum(p, log_q.exp()).sum(-1)
         return Step(losses, torch.zeros_like(losses) if apart is None else apart, likeliest, shared)
+
+
+class Learner(ABC):
+    """A drafter with what its target says of each text. ``most_steps``: tokens of a window that it is rolled out to."""
+
+    most_steps: ClassVar[int]
+
+    def __init__(self, module: nn.Module, kept: Tensor, embeddings: Tensor, states: StateFile, device: str) -> None:
+        """``kept`` as in ``DraftVocabulary``; ``embeddings`` ``[V, D]``: the target's."""
+        self.module, self._device, self._states = module.to(device), device, states
+        self._embeddings = embeddings.detach().float().to(device)
+        self._vocabulary = DraftVocabulary(kept.to(device), len(embeddings))
+        self._dtype = fast_dtype(device)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What it is and was begun with; a checkpoint of another one is refused."""
+        return {**self._shape(), "kept": self._vocabulary.kept.cpu().tolist()}
+
+    @abstractmethod
+    def _shape(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def steps(self, text: Text, count: int) -> Sequence[Step]:
+        """Of each of the first ``count`` tokens of a window, at the places of the text's answer."""
+
+    def _fast(self) -> torch.autocast:
+        return torch.autocast(self._device, torch.bfloat16, enabled=self._dtype == torch.bfloat16)

@@ -171,10 +171,7 @@ def _target_ids(tensors: HeadTensors, config: EagleConfig) -> Tensor | None:
     """int64 ``[Vd]``: the target's id of each of the head's. ``d2t`` has by how much it is larger."""
     if _TO_TARGET not in tensors.names:
         return None
-    offsets = tensors.read(_TO_TARGET)
-    whole = not offsets.is_floating_point() and offsets.dtype is not torch.bool
-    ids = checked_ids(_TO_TARGET, torch.arange(config.draft_vocab) + offsets.cpu() if whole else offsets,
-                      config.shape.vocab_size)  # fmt: skip
+    ids = checked_ids(_TO_TARGET, tensors.read(_TO_TARGET), config.shape.vocab_size, offsets=True)
     if _TO_DRAFT in tensors.names and set(tensors.read(_TO_DRAFT).nonzero().flatten().tolist()) != set(ids.tolist()):
         raise ModelLoadError(f"{_TO_DRAFT} and {_TO_TARGET} name different ids of the target")
     return ids
