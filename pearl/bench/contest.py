@@ -48,7 +48,8 @@ def check_contenders(contenders: Sequence[Contender], options: Mapping[str, Any]
 class Contest:
     """On one pair, which is loaded once. ``shapes``: of random weights.
 
-    prompts: a batch gets the first ``count`` of them, or as many as it is large, repeated in turn if there are fewer.
+    prompts: a batch gets the first ``count`` of them, repeated in turn if there are fewer; one larger than 1 at least
+    ``waves`` times as many as it is large: at the end fewer run.
     """
 
     contenders: Sequence[Contender]
@@ -56,13 +57,15 @@ class Contest:
     batches: Sequence[int]
     prompts: Sequence[Prompt]
     count: int
+    waves: int
     params: SamplingParams
     repeats: int
     shapes: tuple[str, str] | None = None
     acceptance: float | None = None
 
     def prompts_of(self, batch: int) -> list[Prompt]:
-        return [*islice(cycle(self.prompts), max(batch, min(self.count, len(self.prompts))))]
+        least = self.waves * batch if batch > 1 else 1
+        return [*islice(cycle(self.prompts), max(least, min(self.count, len(self.prompts))))]
 
     def run(self, console: Console, ended: Callable[[list[MethodResult]], None]) -> list[MethodResult]:
         """``ended`` as in ``compare``, with the results of all batches."""

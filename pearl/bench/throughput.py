@@ -54,7 +54,10 @@ _DraftThreads = Annotated[
 def throughput(
     dataset: Annotated[str, typer.Option(help="builtin, humaneval, gsm8k, mt_bench, mgsm or a JSONL file")] = BUILT_IN,
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {FORMS}; the first is the baseline")] = ALL_METHODS,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts; a larger batch gets as many as it holds")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts, at least")] = 8,
+    waves: Annotated[
+        int, typer.Option(min=1, help="Prompts for each place of a batch, at least: few are soon over")
+    ] = 4,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest output")] = 96,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each method, interleaved")] = 5,
     batch: Annotated[str, typer.Option(help="Requests that run at once, max_num_seqs; several comma-separated")] = "1",
@@ -85,7 +88,7 @@ def throughput(
     batches = positive_numbers("--batch", batch)
     settings: dict[str, Any] = {
         "dataset": dataset, "methods": [contender.name for contender in contenders], "prompts": prompts,
-        "max_tokens": max_tokens, "repeats": repeats, "batch": batches, "window": window,
+        "waves": waves, "max_tokens": max_tokens, "repeats": repeats, "batch": batches, "window": window,
         "verification": verification, "temperature": temperature, "ignore_eos": ignore_eos,
         "target": target or "bundled", "draft": draft or "bundled", "shapes": shapes, "prompt_tokens": prompt_tokens,
         "synthetic_acceptance": synthetic_acceptance, "device": device, "draft_device": draft_device,
@@ -119,10 +122,13 @@ def _compare(
     from pearl.bench.report import JsonReport, table
 
     check_contenders(contenders, options, batches)
-    prompts, acceptance = settings["prompts"], settings["synthetic_acceptance"]
-    there = read_prompts(settings["dataset"], max(prompts, *batches), pair, settings["prompt_tokens"])
+    prompts, waves, acceptance = settings["prompts"], settings["waves"], settings["synthetic_acceptance"]
+    count = max(prompts, waves * max(batches))
+    there = read_prompts(settings["dataset"], count, pair, settings["prompt_tokens"])
     settings["different_prompts"] = len(there)
-    contest = Contest(contenders, options, batches, there, prompts, params, settings["repeats"], pair, acceptance)
+    contest = Contest(
+        contenders, options, batches, there, prompts, waves, params, settings["repeats"], pair, acceptance
+    )  # fmt: skip
     console = Console()
     label = _label(settings)
     report = None if json_out is None else JsonReport(json_out, settings | {"label": label} if label else settings)

@@ -7,32 +7,30 @@ scatter, and now and then runs what it has not measured for long, if that promis
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
 from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
-from pearl.pace.calibration import Calibration
+from pearl.pace.calibration import Calibration, Stretch
 from pearl.pace.curves import Curves, Sizes
 from pearl.pace.hits import Hits
+from pearl.pace.looks import Looks
 from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.search import Choice, Search
 from pearl.pace.speed import Situation
 
 _SOON, _BETWEEN_CHOICES = 6, 64  # rounds until the next choice: after another mode was taken, and at last
 _WORTH = 200  # times what a choice costs, at least, until the next one
-_HEARD = 64  # rounds before a choice that it learns from
+_HEARD, _FEWEST_HEARD = 64, 16  # rounds before a choice that it learns from: of one request, and of many
 _MARGIN = 0.01  # by which another pace must be better; another mode beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
-_PROBED = 3  # rounds that tell how long forwards take in a state of the other model, or what a mode is like,
-_STALE = 256  # and rounds after which that is no longer believed: twice as many each time that it was no better,
-_MOST_DOUBLED = 5
+_PROBED = 3  # rounds that tell how long forwards take in a state of the other model
 _LINGERING = 16  # rounds that a batch that became smaller keeps its mode: it may be at its end, where no change pays
-_WORTH_A_TRY, _WORTH_ANOTHER = 0.8, 0.6  # if it promises so much of the best one's speed: what was tried may have had
-# bad times, in which nothing else ran. Plain decoding, whose few rows nothing else has, is tried whatever it promises.
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
 _ALIKE = 0.1  # by which batches may differ to which a prediction applies
@@ -73,7 +71,8 @@ class AutoPace:
         self._running: Choice | None = None
         self._running_for = 0  # requests, which it was chosen for
         self._since = 0  # the round in which its mode began
-        self._in_vain: defaultdict[tuple[int, Mode], int] = defaultdict(int)  # looks at a mode, since it was last best
+        self._looks, self._stretch = Looks(), Stretch()
+        self._asked, self._heard = 0, 0  # rounds in all, and the latest of them that was learnt from
         self._deciding, self._round = 0.0, 0.0  # seconds that a choice takes, and a round
         self._lately: deque[float] = deque(maxlen=_LATELY)  # seconds of rounds
         self._rounds = 0  # that could be learnt from; where nothing is, all
@@ -82,13 +81,16 @@ class AutoPace:
 
     @property
     def listens(self) -> bool:
-        return self._rounds >= self._until - _HEARD
+        heard = max(_HEARD // max(1, self._running_for), _FEWEST_HEARD)
+        return self._rounds >= self._until - heard
 
     def decide(self, request_ids: Sequence[int], load: Load, pinned: bool) -> Pace:
         if not request_ids:
             return Pace(self._modes[0], ())
+        self._asked += 1
         self._rounds += not self.listens  # the others are counted when they are observed
         if self._latest is not None and self._lingers(load):
+            self._looks.note(load.batch.bit_length(), self._latest.choice, self._rounds)
             return self._paced(self._latest, request_ids)
         key = load.batch.bit_length(), pinned
         decision = self._decisions.get(key)
@@ -99,6 +101,8 @@ class AutoPace:
         self._latest, self._until = decision, decision.until
         if self._running is None or self._running.mode != decision.choice.mode:
             self._since = self._rounds
+        if self._running is not decision.choice:
+            self._stretch.break_off()
         self._running, self._running_for = decision.choice, len(decision.windows)
         return self._paced(decision, request_ids)
 
@@ -118,6 +122,11 @@ class AutoPace:
         return True
 
     def observe(self, measured: MeasuredRound) -> None:
+        if self._asked != self._heard + 1:
+            self._stretch.break_off()
+        if self._asked > self._heard + _FEWEST_HEARD:
+            self._curves.mood.look_away()
+        self._heard = self._asked
         self._curves.observe(measured, steady=self._rounds - self._since >= _WARMING)
         self._rounds += 1
         self._acceptance.observe(measured.requests)
@@ -125,12 +134,21 @@ class AutoPace:
             self._hits.observe(measured.prepared / measured.load.batch, measured.rejections, measured.hits)
         seconds = self._without_stall(measured.seconds)
         self._round += (seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
+        self._judge(measured, seconds / self._curves.felt)
+
+    def _judge(self, measured: MeasuredRound, seconds: float) -> None:
+        """What was predicted, by what came of it. ``seconds``: as the round usually takes: how fast the machine was is
+        no fault of a prediction.
+        """
         running = self._running
         for_these = abs(measured.load.batch - self._running_for) <= _ALIKE * self._running_for
-        if running is not None and running.informed and running.mode == measured.mode and for_these and self._settled():
-            tokens = sum(request.committed for request in measured.requests)
-            usual = seconds / self._curves.mood.factor
-            self._calibration.observe(running.mode, tokens, usual, running.predicted, measured.load.batch)
+        known = running is not None and running.informed and running.mode == measured.mode
+        if running is None or not (known and for_these and self._settled()):
+            self._stretch.break_off()
+            return
+        stretch = self._stretch.add(sum(request.committed for request in measured.requests), seconds)
+        if stretch is not None:
+            self._calibration.observe(running.mode, *stretch, running.predicted, measured.load.batch)
 
     def _without_stall(self, seconds: float) -> float:
         """A stall of a tenth of a second would outweigh a hundred rounds, to the harm of the mode in which it fell."""
@@ -150,13 +168,13 @@ class AutoPace:
         choices = {mode: self._best(mode, now) for mode in modes}
         known = before is not None and before.best.mode in choices
         best = self._choose(choices, self._again(before.best, now) if before and known else None, load)
-        self._judge_look(before, best, load)
-        probe = self._probe(choices, best, load)
+        probe = self._probe(choices, best, now, load)
         choice = probe or best
         windows = dict(zip(ids, choice.windows(odds), strict=True))
         choice = replace(choice, informed=self._is_informed(choice.mode, sum(windows.values()), load))
         span = self._span(before, best, probe is not None)
         until = self._rounds + (_SOON if probe or not choice.informed else span)
+        self._looks.note(load.batch.bit_length(), choice, until)
         return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
 
     def _typical(self, choice: Choice, windows: Mapping[int, int], now: Situation) -> int:
@@ -174,12 +192,6 @@ class AutoPace:
         if self._round:
             longest = max(longest, int(_WORTH * self._deciding / self._round))
         return before.span if looks else min(2 * before.span, longest)
-
-    def _judge_look(self, before: _Decision | None, best: Choice, load: Load) -> None:
-        size = load.batch.bit_length()
-        if before is not None and before.choice.mode not in (before.best.mode, best.mode):
-            self._in_vain[size, before.choice.mode] += 1
-        self._in_vain[size, best.mode] = 0
 
     def _choose(self, choices: Mapping[Mode, Choice], before: Choice | None, load: Load) -> Choice:
         """The fastest; the one from before unless that is faster by more than what is measured scatters. Among windows
@@ -213,9 +225,9 @@ class AutoPace:
     def _again(self, choice: Choice, now: Situation) -> Choice:
         return self._search.again(choice, now, self._calibration.factor(choice.mode, round(now.batch)))
 
-    def _probe(self, choices: Mapping[Mode, Choice], chosen: Choice, load: Load) -> Choice | None:
+    def _probe(self, choices: Mapping[Mode, Choice], chosen: Choice, now: Situation, load: Load) -> Choice | None:
         """A choice that tells what is not known: how long forwards take alone, or beside each other, which all other
-        predictions hang on; then what a mode is like that promises nearly as much and was not run for long.
+        predictions hang on; then what promises nearly as much and was not run for long (``Looks``).
         """
         for alone in (True, False):
             there = [choice for mode, choice in choices.items() if (mode in _TAKES_TURNS) == alone]
@@ -223,18 +235,18 @@ class AutoPace:
                 there = [choices["speculative"]]
             if there and not self._knows(load, alone):
                 return max(there, key=lambda choice: choice.rate)
-        # After plain decoding it costs more to let the draft catch up than it is worth to know.
-        size = load.batch.bit_length()
-        untried = []
-        for mode, choice in choices.items():
-            within = self._curves.rounds
-            if chosen.mode != "autoregressive":
-                within = _STALE << min(self._in_vain[size, mode], _MOST_DOUBLED)
-            known = self._curves.tried(load.batch, mode, _PROBED, self._curves.rounds)
-            share = _WORTH_ANOTHER if known else _WORTH_A_TRY if mode != "autoregressive" else 0.0
-            if choice.rate > share * chosen.rate and not self._curves.tried(load.batch, mode, _PROBED, within):
-                untried.append(choice)
-        return max(untried, key=lambda choice: choice.rate, default=None)
+        size, looks = load.batch.bit_length(), self._looks
+        behind = load.context // load.batch if chosen.mode == "autoregressive" else 0
+        hopes = [
+            (looks.hope_of_mode(size, choice, self._rounds, behind), choice)
+            for mode, choice in choices.items()
+            if mode != chosen.mode
+        ]
+        hopes += [
+            (looks.hope_of_window(size, choice, self._rounds), choice) for choice in self._search.others(chosen, now)
+        ]
+        most, candidate = max(hopes, key=itemgetter(0), default=(0.0, None))
+        return candidate if most > chosen.rate else None
 
     def _is_informed(self, mode: Mode, drafted: int, load: Load) -> bool:
         """Whether the prediction rests on measured times, not on what rows might cost that nobody has seen."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pearl.methods import Mode
 
-_FORGET = 0.999  # of the rounds before, with each further one of any mode: what a mode was once is looked at again
+_STRETCH = 8  # rounds that are judged together: even, for modes that take turns
+_FORGET = 0.992  # of those before, with each further one of any mode: what a mode was once is looked at again
 _DOUBT = 250.0  # rounds of a request after which half of what was found is believed: its tokens vary about as much as
 # they are, while formulas are seldom off by more than a sixteenth
 _CHANCE = 3.0  # relative: of the tokens of a request's round, three standard deviations
@@ -45,6 +46,26 @@ class _Sums:
         return math.copysign(max(part, abs(self.off) - _CHANCE / math.sqrt(self.requests)), self.off)
 
 
+class Stretch:
+    """Rounds one after another, judged together: where models take turns, each of two has all the tokens or none."""
+
+    def __init__(self) -> None:
+        self._rounds, self._tokens, self._seconds = 0, 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> tuple[int, float] | None:
+        """Another round. Tokens and seconds of all of them, as soon as there are enough."""
+        self._rounds, self._tokens, self._seconds = self._rounds + 1, self._tokens + tokens, self._seconds + seconds
+        if self._rounds < _STRETCH:
+            return None
+        found = self._tokens, self._seconds
+        self.break_off()
+        return found
+
+    def break_off(self) -> None:
+        """The next round does not follow: there was one with prompts between, or another choice."""
+        self._rounds, self._tokens, self._seconds = 0, 0, 0.0
+
+
 class Calibration:
     """Belongs to one pace."""
 
@@ -53,11 +74,11 @@ class Calibration:
         self._sums: defaultdict[int, defaultdict[Mode, _Sums]] = defaultdict(lambda: defaultdict(_Sums))
 
     def observe(self, mode: Mode, tokens: int, seconds: float, predicted_rate: float, batch: int) -> None:
-        """A round, whose mode was predicted to give so many tokens per second (before any factor)."""
+        """A stretch of rounds, whose mode was predicted to give so many tokens per second (before any factor)."""
         modes = self._sums[batch.bit_length()]
         for known in modes.values():
             known.forget()
-        modes[mode].add(tokens, predicted_rate * seconds, batch)
+        modes[mode].add(tokens, predicted_rate * seconds, batch * _STRETCH)
 
     def factor(self, mode: Mode, batch: int) -> float:
         """To multiply predictions with, for batches of that size."""

@@ -24,7 +24,7 @@ Numbers = NDArray[np.float64]
 
 COLD_ROUNDS = 24  # in which memory is touched and code run for the first time: their times are forgotten then
 _RECENT = 24  # rounds of a mode
-_BEYOND = 1.25  # times the most rows that were measured: a guess from there on
+_BEYOND = 1.25  # times the most rows that were measured, or the fewest over it: a guess from there on
 _SIMILAR = 1  # steps between contexts whose forwards take about as long
 _LEAST = 0.25  # of a forward of the fewest measured rows: what fewer take at least
 _ROW_SHARE = 0.05  # a guess: of a forward's time for each of its rows, that one row more costs
@@ -101,7 +101,7 @@ class Curves:
         self._overhead: defaultdict[tuple[int, Mode], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self._known: dict[tuple[Load, bool, str], Summary] = {}  # until the next round is measured
         self.mood = Mood()
-        self._run: dict[tuple[int, Mode], int] = {}  # the latest round of a mode
+        self.felt = 1.0  # how many times longer than usual the latest round's forwards took
         self.rounds = 0
         self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
 
@@ -113,31 +113,31 @@ class Curves:
             self._overhead.clear()
         self._known.clear()
         if not steady:
+            self.felt = self.mood.factor
             return
         beside = bool(measured.target_seconds and measured.draft_seconds)
         samples = self._samples[measured.load.bucket, beside]
         mood = self._felt(measured, samples)
         target, draft = measured.target_seconds / mood, measured.draft_seconds / mood
         if target:
-            samples.target.add(measured.target_rows, target)
+            samples.target.add(measured.target_rows, target, self.rounds)
         if draft:
-            samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps)
-            samples.windows.add(measured.draft_steps, draft)
+            samples.draft.add(max(1, measured.draft_sequences), draft / measured.draft_steps, self.rounds)
+            samples.windows.add(measured.draft_steps, draft, self.rounds)
         rest = max(0.0, measured.seconds / mood - max(target, draft))
-        kind = measured.load.batch.bit_length(), measured.mode
-        self._overhead[kind].append(rest)
-        self._run[kind] = self.rounds
+        self._overhead[measured.load.batch.bit_length(), measured.mode].append(rest)
 
     def _felt(self, measured: MeasuredRound, samples: _Forwards) -> float:
         """The mood before this round, which is then learnt from: its own would make its times the usual ones."""
         mood, seconds, usual = self.mood.factor, 0.0, 0.0
+        self.felt = mood
         if measured.target_seconds and (known := samples.target.usual(measured.target_rows, self._share)):
             seconds, usual = measured.target_seconds, known
         if measured.draft_seconds and (known := samples.draft.usual(max(1, measured.draft_sequences), _ROW_SHARE)):
             seconds, usual = seconds + measured.draft_seconds, usual + known * measured.draft_steps
         if usual:
-            self.mood.observe(seconds, usual)
-        self.mood.fade()
+            self.felt = seconds / usual
+            self.mood.observe(self.felt)
         return mood
 
     def knows(self, load: Load, beside: bool, rounds: int) -> bool:
@@ -149,18 +149,10 @@ class Curves:
         return enough >= rounds
 
     def covers(self, load: Load, beside: bool, rows: float) -> bool:
-        """Whether about so many rows of the target were measured, or more."""
+        """Whether about so many rows of the target were measured, or fewer and more; not while memory was cold."""
         points = self._about(load, beside, "target").points
-        return bool(points) and rows <= _BEYOND * points[-1][0]
-
-    def tried(self, batch: int, mode: Mode, rounds: int, within: int) -> bool:
-        """Whether the mode was run for so many rounds of about such a batch, and in one of the latest ``within``."""
-        size = batch.bit_length()
-        return any(
-            len(samples) >= rounds and self.rounds - self._run[other, its] <= within
-            for (other, its), samples in self._overhead.items()
-            if its == mode and abs(other - size) <= 1
-        )
+        known = bool(points) and self.rounds >= COLD_ROUNDS
+        return known and points[0][0] / _BEYOND <= rows <= _BEYOND * points[-1][0]
 
     def overhead(self, batch: int, mode: Mode) -> float:
         """Seconds of a mode's round beyond its longer forward: the mean, as its rounds may be of several kinds, without

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import statistics
+from collections import deque
 
-_GAIN = 0.2  # of the latest round: a mood lasts for more than a few
-_FADES = 0.002  # a round: known times follow what lasts, within some thousand rounds
-_AT_MOST = 0.5  # that one round changes, before the gain: a stall is no mood
+_LATELY = 9  # rounds: a mood lasts for more than a few, a stall is none
 
 
 class Mood:
     """Times that are kept are divided by it, so that those of different moods can be compared: what was measured of one
     mode a minute ago with what is measured of another now. It is learnt from forwards of which enough is known, and
-    carried over to those that are new. Without fading, what is known and the mood would wander off together.
+    carried over to those that are new.
+
+    Nothing ties "usual" to a clock: only ratios matter, to each other and to now. But mood and known times must be off
+    in the same way. With a mean beside medians, rounds that are long now and then made a mood too slow, what had been
+    divided by it too fast, and the mood slower still: what had not run for a thousand rounds looked slow for ever.
     """
 
     def __init__(self) -> None:
-        self._log = 0.0
+        self._ratios: deque[float] = deque(maxlen=_LATELY)
+        self.factor = 1.0  # how many times longer forwards take than usual
 
-    @property
-    def factor(self) -> float:
-        """How many times longer forwards take than usual."""
-        return math.exp(self._log)
+    def observe(self, ratio: float) -> None:
+        """How many times longer than usual a round's forwards took."""
+        self._ratios.append(ratio)
+        self.factor = statistics.median(self._ratios)
 
-    def observe(self, measured: float, usual: float) -> None:
-        """The seconds of a round's forwards, and what is known of them, in no mood."""
-        off = math.log(measured / usual) - self._log
-        self._log += _GAIN * min(max(off, -_AT_MOST), _AT_MOST)
-
-    def fade(self) -> None:
-        """A round has gone by."""
-        self._log *= 1 - _FADES
+    def look_away(self) -> None:
+        """Rounds went by of which nothing was heard: the next one tells more than those before."""
+        self._ratios.clear()

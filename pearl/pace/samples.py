@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-_RECENT = 64  # samples of about the same x that are kept
+_RECENT = 64  # samples of about the same x that are kept,
+_OLD = 256  # until so many rounds have gone by without another one, which then stands alone
 _RATIO = 1.12  # of x that count as the same
 _ENOUGH = 3  # samples
 
@@ -58,13 +59,16 @@ class _Group:
     def __init__(self) -> None:
         self._samples: deque[Point] = deque(maxlen=_RECENT)
         self._median: _Median | None = None
+        self._latest = 0  # the round of the latest one
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def add(self, x: float, y: float) -> None:
+    def add(self, x: float, y: float, now: int) -> None:
+        if now - self._latest > _OLD:
+            self._samples.clear()
         self._samples.append((x, y))
-        self._median = None
+        self._median, self._latest = None, now
 
     @property
     def median(self) -> _Median:
@@ -97,11 +101,12 @@ class Samples:
             return 0.0
         return group.median.y * (1 + share * (x / group.median.x - 1))
 
-    def add(self, x: float, seconds: float) -> None:
+    def add(self, x: float, seconds: float, now: int) -> None:
+        """``now``: a count of rounds."""
         group = round(math.log(x, _RATIO))
         if group not in self.groups:
             self.groups[group] = _Group()
-        self.groups[group].add(x, seconds)
+        self.groups[group].add(x, seconds, now)
         self.count += 1
 
 

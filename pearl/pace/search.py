@@ -53,7 +53,7 @@ class Search:
         """Of a mode, with as many prepared windows as pay: all windows alike, or each as long as its tokens pay for the
         rows that they cost the target.
         """
-        longest = np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
+        longest = self._windows(mode)
         prepared = self._pays(now, longest) if mode == "pearl" and self._prepared else 0
         now = self._with(now, prepared)
         alike = longest[:, None] * np.ones_like(now.count)
@@ -87,6 +87,19 @@ class Search:
         if not prepared:
             return now
         return replace(now, prepared=np.array(float(prepared)), hits=np.array(self._hits.chance(prepared / now.batch)))
+
+    def _windows(self, mode: Mode) -> Numbers:
+        return np.arange(1, (1 if mode == "autoregressive" else self._largest) + 1, dtype=np.float64)
+
+    def others(self, choice: Choice, now: Situation) -> list[Choice]:
+        """The same mode with every other window, all alike."""
+        alike = self._windows(choice.mode)[:, None] * np.ones_like(now.count)
+        rates = enumerate(tokens_per_second(choice.mode, self._with(now, choice.prepared), alike).tolist(), 1)
+        return [
+            replace(choice, longest=window, threshold=0.0, predicted=rate)
+            for window, rate in rates
+            if window != choice.longest
+        ]
 
     def again(self, choice: Choice, now: Situation, factor: float) -> Choice:
         """The same choice, with what is predicted now."""

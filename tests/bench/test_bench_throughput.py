@@ -246,7 +246,7 @@ def test_options_reach_the_library(script: Script, tmp_path: Path, monkeypatch: 
     out = tmp_path / "report.json"
     finished = script(
         *("--methods", "pearl, autoregressive,pearl@balanced,speculative@20", "--window", "7"),
-        *("--prompts", "3", "--batch", "2,18"),
+        *("--prompts", "3", "--batch", "2,18", "--waves", "1"),
         *("--temperature", "0.5", "--max-tokens", "9", "--ignore-eos", "--repeats", "4", "--draft", "ngram"),
         *("--draft-threads", "2", "--target-threads", "3", "--verification", "coupled", "--json", str(out)),
     )
@@ -290,7 +290,7 @@ def test_batches_follow_each_other_on_the_same_models(script: Script, tmp_path: 
         patch.setattr(JsonReport, "write", note)
         finished = script(
             "--methods", "autoregressive,pearl@3,pearl", "--batch", "1,3", "--prompts", "2", "--max-tokens", "8",
-            "--repeats", "2", "--json", str(out), "--plot", str(picture),
+            "--waves", "2", "--repeats", "2", "--json", str(out), "--plot", str(picture),
         )  # fmt: skip
     assert finished.code == 0, finished.err
     names = ["autoregressive", "pearl@3", "pearl"]
@@ -301,7 +301,7 @@ def test_batches_follow_each_other_on_the_same_models(script: Script, tmp_path: 
     rows = report["results"]
     assert report["complete"] is True
     assert [(row["method"], row["batch"], row["prompts"]) for row in rows] == [
-        *((name, 1, 2) for name in names), *((name, 3, 3) for name in names)
+        *((name, 1, 2) for name in names), *((name, 3, 6) for name in names)
     ]  # fmt: skip
     assert [row["speedup"] for row in rows] == pytest.approx(
         [row["tok_s"] / rows[index // 3 * 3]["tok_s"] for index, row in enumerate(rows)]
@@ -330,7 +330,7 @@ def test_random_weights_and_scripted_verdicts_say_so(script: Script, tmp_path: P
     out = tmp_path / "report.json"
     finished = script(
         *SHAPES, "--synthetic-acceptance", "0.8", "--prompts", "3", "--max-tokens", "120", "--repeats", "1",
-        "--batch", "3", "--prompt-tokens", "20", "--window", "4", "--json", str(out),
+        "--batch", "3", "--waves", "1", "--prompt-tokens", "20", "--window", "4", "--json", str(out),
     )  # fmt: skip
     assert finished.code == 0, finished.err
     label = f"tiny-target:tiny-draft, random weights, random prompts; {LABEL}"

@@ -82,7 +82,8 @@ class Batch:
                 if prepared and intent.draft and found[-1].accepted < found[-1].tested:
                     self._look_up(index, window, rng)
             measured = self._measure(pace.mode, rows, sequences, steps, found, rng, prepared)
-            policy.observe(_in_a_mood(measured, math.exp(mood)))
+            if policy.listens:
+                policy.observe(_in_a_mood(measured, math.exp(mood)))
             yield sum(f.committed for f in found), measured.seconds
             kept = math.exp(-measured.seconds / self.machine.for_long)
             mood = kept * mood + math.sqrt(1 - kept**2) * moods.gauss(0.0, self.machine.wanders)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import numpy as np
 import pytest
 from pace_support import SIZES, measured_round
@@ -11,8 +14,8 @@ from pearl.engine.builder import build_pace
 from pearl.methods import METHODS
 from pearl.pace import AutoPace, BalancedPace, FixedPace, Load, Pace, Progressed, Sizes
 from pearl.pace.acceptance import Acceptance
-from pearl.pace.calibration import Calibration
-from pearl.pace.curves import Curves
+from pearl.pace.calibration import Calibration, Stretch
+from pearl.pace.curves import COLD_ROUNDS, Curves
 from pearl.pace.hits import Hits
 
 ONE = Load(1, 50)
@@ -117,12 +120,19 @@ def test_rows_that_a_batch_never_had_are_known_from_other_batches() -> None:
     assert target(curves, 4) == 3.0
 
 
-def test_what_lasts_becomes_usual() -> None:
+def test_rounds_that_are_long_now_and_then_do_not_make_slow_what_rests() -> None:
+    curves, rng = Curves(SIZES), random.Random(1)
+    in_a_mood(curves, 1.0, 60, rows=9)
+    for _ in range(6000):
+        in_a_mood(curves, math.exp(abs(rng.gauss(0.0, 0.15))) * (1.5 if rng.random() < 0.1 else 1.0), 1)
+    assert target(curves, 9) / target(curves, 4) == pytest.approx(7.5 / 5.0, rel=0.25)
+
+
+def test_a_change_that_lasts_is_predicted() -> None:
     curves = Curves(SIZES)
-    for seconds in [3.0] * 200 + [9.0] * 9000:
-        curves.observe(measured_round(target_seconds=seconds))
-    assert target(curves, 4) == pytest.approx(9.0, rel=0.1)
-    assert target(curves, 4) * curves.mood.factor == pytest.approx(9.0, rel=0.01)
+    in_a_mood(curves, 1.0, 200)
+    in_a_mood(curves, 3.0, 20)
+    assert target(curves, 4) * curves.mood.factor == pytest.approx(15.0, rel=0.01)
 
 
 def in_a_mood(curves: Curves, factor: float, rounds: int, rows: int = 4, steps: int = 4) -> None:
@@ -143,6 +153,34 @@ def test_times_of_different_moods_can_be_compared() -> None:
     assert target(curves, 4) == pytest.approx(5.0, rel=0.02)
     assert target(curves, 1, beside=False) == pytest.approx(3.5, rel=0.05)
     assert target(curves, 9) == pytest.approx(7.5, rel=0.05)
+
+
+def test_after_rounds_that_nobody_heard_of_the_mood_is_that_of_the_next() -> None:
+    curves = Curves(SIZES)
+    in_a_mood(curves, 1.0, 60)
+    curves.mood.look_away()
+    assert curves.mood.factor == pytest.approx(1.0, rel=0.02)
+    in_a_mood(curves, 1.5, 1)
+    assert curves.felt == pytest.approx(1.5, rel=0.02)
+    assert curves.mood.factor == pytest.approx(1.5, rel=0.02)
+
+
+def test_what_is_measured_again_after_long_stands_alone() -> None:
+    curves = Curves(SIZES)
+    in_a_mood(curves, 1.0, 30)
+    for _ in range(10):  # cold
+        curves.observe(measured_round(rows=9, target_seconds=15.0))
+    in_a_mood(curves, 1.0, 300)
+    in_a_mood(curves, 1.0, 3, rows=9)
+    assert target(curves, 9) == pytest.approx(7.5, rel=0.02)
+
+
+def test_a_prediction_rests_on_rows_about_as_many_as_were_measured_and_not_while_memory_was_cold() -> None:
+    curves = Curves(SIZES)
+    in_a_mood(curves, 1.0, COLD_ROUNDS - 1, rows=64)
+    assert not curves.covers(ONE, True, 64)
+    in_a_mood(curves, 1.0, 8, rows=64)
+    assert [rows for rows in (16, 48, 56, 64, 76, 90) if curves.covers(ONE, True, rows)] == [56, 64, 76]
 
 
 def test_a_stall_is_no_mood() -> None:
@@ -229,9 +267,10 @@ def test_rounds_that_judged_nothing_change_nothing() -> None:
 
 def calibrated(rate: float, rounds: int, tokens: int = 1) -> Calibration:
     """Of PEARL, after rounds that were predicted to give ``rate`` tokens and gave ``tokens``."""
-    calibration = Calibration()
+    calibration, stretch = Calibration(), Stretch()
     for _ in range(rounds):
-        calibration.observe("pearl", tokens=tokens, seconds=1.0, predicted_rate=rate, batch=1)
+        if found := stretch.add(tokens, 1.0):
+            calibration.observe("pearl", *found, predicted_rate=rate, batch=1)
     return calibration
 
 
