@@ -13,7 +13,7 @@ from pearl.pace.search import Choice
 
 _BELIEVED = 128  # rounds for which what was measured is;
 _DOUBT = 0.03  # then it may be better by this share, and by as much again each time that it is twice as old,
-_DOUBT_OF_FIRST = 0.4  # and by this share, over the square of the number of occasions on which it was run
+_DOUBT_OF_FIRST = 0.2  # and by this share, over the square of the number of occasions on which it was run
 _CATCHING_UP = 8  # rounds, after plain decoding, for each token of a request, which the draft must compute first
 # By which a mode may be better that was never run; plain decoding, whose few rows nothing else has, is always tried.
 _WORTH_A_TRY = 0.25

@@ -33,11 +33,11 @@ def test_doubt_grows_with_age_and_shrinks_with_every_occasion() -> None:
     looks = Looks()
     looks.note(3, choice("pearl"), 10)
     young, old = (looks.hope_of_mode(3, choice("pearl"), now, 0) for now in (200, 2000))
-    assert 130 < young < old < 200
+    assert 115 < young < old < 200
     looks.note(3, choice("pearl"), 16)  # it went on: the same occasion
     assert looks.hope_of_mode(3, choice("pearl"), 206, 0) == young
     looks.note(3, choice("pearl"), 1000)
-    assert looks.hope_of_mode(3, choice("pearl"), 1190, 0) < young - 20
+    assert looks.hope_of_mode(3, choice("pearl"), 1190, 0) < young - 10
 
 
 def test_after_plain_decoding_a_look_waits_for_as_long_as_catching_up_is_dear() -> None:
