@@ -12,11 +12,12 @@ from pearl.methods import Mode
 from pearl.pace.search import Choice
 
 _BELIEVED = 128  # rounds for which what was measured is;
-_DOUBT = 0.03  # then it may be better by this share, and by as much again each time that it is twice as old,
-_DOUBT_OF_FIRST = 0.2  # and by this share, over the square of the number of occasions on which it was run
+_DOUBT = 0.03  # then it may be better by this share, and by as much again each time that it is twice as old
 _CATCHING_UP = 8  # rounds, after plain decoding, for each token of a request, which the draft must compute first
-# By which a mode may be better that was never run; plain decoding, whose few rows nothing else has, is always tried.
-_WORTH_A_TRY = 0.25
+_WORTH_A_TRY = 0.25  # by which a mode may be better that was never run
+# Plain decoding, whose few rows nothing else has, is always tried, and afterwards may be better by this share too, over
+# the square of the number of occasions on which it was run.
+_DOUBT_OF_PLAIN = 0.4
 
 
 class _Run(NamedTuple):
@@ -45,7 +46,8 @@ class Looks:
         if not runs:
             return math.inf if choice.mode == "autoregressive" else choice.rate * (1 + _WORTH_A_TRY)
         age, believed = now - max(run.until for run in runs), max(_BELIEVED, _CATCHING_UP * behind)
-        return _hope(choice, age / believed, _DOUBT_OF_FIRST / max(run.occasions for run in runs) ** 2)
+        doubt = _DOUBT_OF_PLAIN / max(run.occasions for run in runs) ** 2 if choice.mode == "autoregressive" else 0.0
+        return _hope(choice, age / believed, doubt)
 
     def hope_of_window(self, size: int, choice: Choice, now: int) -> float:
         """Likewise another window of the mode that runs."""

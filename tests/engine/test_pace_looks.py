@@ -29,15 +29,18 @@ def test_what_has_just_been_run_is_not_looked_at() -> None:
     assert looks.hope_of_window(3, choice("pearl", 5), 300) > 100
 
 
-def test_doubt_grows_with_age_and_shrinks_with_every_occasion() -> None:
-    looks = Looks()
+def test_doubt_grows_with_age_and_that_of_plain_decoding_shrinks_with_every_occasion() -> None:
+    looks, plain = Looks(), choice("autoregressive")
     looks.note(3, choice("pearl"), 10)
+    looks.note(3, plain, 10)
     young, old = (looks.hope_of_mode(3, choice("pearl"), now, 0) for now in (200, 2000))
-    assert 115 < young < old < 200
-    looks.note(3, choice("pearl"), 16)  # it went on: the same occasion
-    assert looks.hope_of_mode(3, choice("pearl"), 206, 0) == young
-    looks.note(3, choice("pearl"), 1000)
-    assert looks.hope_of_mode(3, choice("pearl"), 1190, 0) < young - 10
+    assert 100 < young < old < 120
+    once = looks.hope_of_mode(3, plain, 200, 0)
+    assert once > young + 30
+    looks.note(3, plain, 16)  # it went on: the same occasion
+    assert looks.hope_of_mode(3, plain, 206, 0) == once
+    looks.note(3, plain, 1000)
+    assert young < looks.hope_of_mode(3, plain, 1190, 0) < once - 20
 
 
 def test_after_plain_decoding_a_look_waits_for_as_long_as_catching_up_is_dear() -> None:
