@@ -43,13 +43,15 @@ class Intent(NamedTuple):
         """The same for a request whose tokens must all be drafted. Where its drafter is dry, there is no other way."""
         if self.draft or not self.verify or progress.draft_is_dry:
             return self
-        return Intent(draft=False, verify=True, bonus=False) if progress.pending else Intent(draft=True, verify=True)
+        return Intent(draft=False, verify=True, bonus=False) if progress.pending else BOTH
 
 
 WAIT = Intent(draft=False, verify=False)
 
 
 PLAIN = Intent(draft=False, verify=True)
+DRAFT = Intent(draft=True, verify=False)
+BOTH = Intent(draft=True, verify=True)
 
 
 def plain_intent(mode: Mode, others: Sequence[Intent]) -> Intent:
@@ -79,13 +81,9 @@ class Pearl:
     post_verify: bool = True
 
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
-        return [self._intent(progress) for progress in batch]
-
-    def _intent(self, progress: Progress) -> Intent:
-        if progress.pending:
-            return Intent(draft=self.post_verify, verify=True)
+        first, later = BOTH if self.pre_verify else DRAFT, BOTH if self.post_verify else PLAIN
         # A dry drafter may stay dry; the target must move on or the request would wait forever.
-        return Intent(draft=True, verify=self.pre_verify or progress.draft_is_dry)
+        return [later if pending else BOTH if dry else first for pending, dry in batch]
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Speculative:
     def intents(self, batch: Sequence[Progress]) -> list[Intent]:
         drafts = [_needs_window(progress) for progress in batch]
         if any(drafts):
-            return [Intent(draft=True, verify=False) if draft else WAIT for draft in drafts]
+            return [DRAFT if draft else WAIT for draft in drafts]
         return [PLAIN] * len(batch)
 
 
@@ -110,7 +108,7 @@ class TwoHalves:
         for progress in batch:
             drafts = _needs_window(progress)
             room[drafts] -= 1
-            intents.append(Intent(draft=drafts, verify=not drafts) if room[drafts] >= 0 else WAIT)
+            intents.append((DRAFT if drafts else PLAIN) if room[drafts] >= 0 else WAIT)
         return intents
 
 

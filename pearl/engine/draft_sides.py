@@ -29,12 +29,8 @@ class DraftSide(Protocol):
         """Whether the target may take over what it computes for others while it waits."""
         ...
 
-    def end(self, request: Request, num_draft: int) -> int:
-        """Where its forward ends if so many tokens are drafted."""
-        ...
-
-    def written(self, request: Request, num_draft: int) -> int:
-        """Up to where its KV is written with so many, at least one, drafted."""
+    def ends(self, request: Request, num_draft: int) -> tuple[int, int]:
+        """Where its forward ends if so many tokens are drafted; and up to where its KV is written then."""
         ...
 
     def progress(self, lag: int, share: int) -> tuple[bool, int]:
@@ -71,11 +67,11 @@ class OwnTokens:
     def leaves_pages(self, request: Request) -> bool:
         return True
 
-    def end(self, request: Request, num_draft: int) -> int:
-        return request.length + len(request.pending) if num_draft and self.kv else request.draft_computed
-
-    def written(self, request: Request, num_draft: int) -> int:
-        return request.length + len(request.pending) + num_draft - 1  # the last drafted token is not computed
+    def ends(self, request: Request, num_draft: int) -> tuple[int, int]:
+        if not num_draft or self.kv is None:
+            return request.draft_computed, request.draft_computed
+        end = len(request.tokens) + len(request.pending)
+        return end, end + num_draft - 1  # the last drafted token is not computed
 
     def progress(self, lag: int, share: int) -> tuple[bool, int]:
         ready = lag <= max(share, 2)
@@ -112,11 +108,9 @@ class TargetStates:
         """Not where the states of all its tokens are read: beyond what ``begin`` found the target computes them."""
         return not request.params.draft
 
-    def end(self, request: Request, num_draft: int) -> int:
-        return max(request.draft_computed, request.target_computed if request.params.draft else 0)
-
-    def written(self, request: Request, num_draft: int) -> int:
-        return request.length + len(request.pending) + num_draft - 2
+    def ends(self, request: Request, num_draft: int) -> tuple[int, int]:
+        end = max(request.draft_computed, request.target_computed if request.params.draft else 0)
+        return end, request.length + len(request.pending) + num_draft - 2 if num_draft else end
 
     def progress(self, lag: int, share: int) -> tuple[bool, int]:
         return True, lag

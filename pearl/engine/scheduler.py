@@ -101,7 +101,7 @@ class Scheduler:
         if len(drafted) < len(batch):
             intents, windows = _beside_plain(batch, pace, intents)
         intents = self._draft.intents(batch, intents)
-        lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
+        lag = [r.target_lags or self._draft.is_behind(r, intent) for r, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch, intents)
         for request, intent, window, lags in zip(batch, intents, windows, lag, strict=True):
@@ -115,7 +115,7 @@ class Scheduler:
         """For the requests that are drafted for. Where all others are plain, there is nothing to choose."""
         if self.running and not drafted:
             return Pace("autoregressive", ()), None, ()
-        load = Load(len(drafted), sum(r.length for r in drafted))
+        load = Load(len(drafted), sum([len(r.tokens) for r in drafted]))
         pinned = self._pace.changes and any(r.pinned for r in drafted)
         pace = self._pace.decide([r.id for r in drafted], load, pinned)
         progress = [Progress(len(r.pending), r.draft_is_dry) for r in drafted]
@@ -174,26 +174,21 @@ class Scheduler:
         left = self._max_num_batched_tokens - rows
         return max(min(left, self._prefill_chunk) if decodes else left, self.target_kv.page_size)
 
-    def _lags(self, request: Request, intent: Intent) -> bool:
-        """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
-        return request.target_lags or self._draft.is_behind(request, intent)
-
     def _plan_request(self, plan: RoundPlan, request: Request, intent: Intent, window: int, lags: bool) -> None:
         length, k, remaining = len(request.tokens), len(request.pending), request.remaining
         num_draft = min(window, remaining - k) if intent.draft else 0
         # Rows the target judges: the pending tokens and one more, never past max_tokens.
         rows = min(k + intent.bonus, remaining) if intent.verify or (intent.draft and not num_draft) else 0
         target_end = length + rows - 1 if rows else request.target_computed
-        draft_end = self._draft.end(request, num_draft)
+        draft_end, draft_written = self._draft.ends(request, num_draft)
         if lags and (chunks := self._chunks(plan, request, target_end, draft_end)):
             rows = num_draft = 0
             target_end, draft_end = chunks
-        if self._reserve(
-            plan, request, target_end, self._draft.written(request, num_draft) if num_draft else draft_end
-        ):
+            draft_written = draft_end
+        if self._reserve(plan, request, target_end, draft_written):
             self._emit(plan, request, rows, num_draft, target_end, draft_end)
-            if rows and num_draft:
-                plan.drafting.append(Drafting(request, len(plan.draft.work) - 1, window, late=rows > k))
+            if rows and num_draft and plan.pace.branches:
+                plan.drafting.append(Drafting(request, len(plan.draft.work) - 1, window, rows > k))
 
     def _chunks(self, plan: RoundPlan, request: Request, target_end: int, draft_end: int) -> tuple[int, int] | None:
         """Where both forwards end instead, if a model cannot come as far as the method wants; None if both can.
@@ -237,11 +232,12 @@ class Scheduler:
         state = request.state(with_history=self._drafter_reads_history or request.params.changes_logits)
         start = request.target_computed
         if target_end > start:
-            table, logits = self.target_kv.block_table(request.id), rows
+            logits = rows
             if request.prompt_logprobs and (wanted := request.prompt_logprobs.wanted(request.id, start, target_end)):
                 plan.prompts.append(wanted)
                 logits += len(wanted.tokens)
-            plan.target.append(ForwardWork(state, request.token_range(start, target_end), start, logits, table))
+            table, tokens = self.target_kv.block_table(request.id), request.token_range(start, target_end)
+            plan.target.append(ForwardWork(state, tokens, start, logits, table))
         if rows:
             plan.verify.append(VerifyWork(request.id, request.pending, len(request.tokens), request.pinned))
         start = request.draft_computed
@@ -249,7 +245,7 @@ class Scheduler:
             table = self.draft_kv.block_table(request.id) if self.draft_kv else ()
             tokens, pending = self._draft.tokens(request, start, draft_end)
             forward = ForwardWork(state, tokens, start, 1 if num_draft else 0, table)
-            plan.draft.work.append(DraftWork(forward, num_draft, pending=pending, slot=request.slot))
+            plan.draft.work.append(DraftWork(forward, num_draft, (), pending, request.slot))
 
     def _admit(self) -> None:
         while self.waiting and self._free_lanes:
