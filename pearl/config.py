@@ -87,8 +87,8 @@ class EngineConfig:
         GPUs what is free after a profiling run.
     max_waiting: requests that may wait beside those that run; more are refused. seed: of requests without one; None =
         fresh ones.
-    draft_threads, target_threads: CPU threads of each model's forwards; None: all cores for the target, and for a draft
-        that works beside it a quarter.
+    draft_threads, target_threads: CPU threads of each model's forwards; None: all cores for the target, and for the
+        draft a quarter while it works beside the target, all while it works alone.
     """
 
     target: str | None = None
@@ -302,6 +302,11 @@ class EngineConfig:
         cores = cpu_cores()
         alone = cores if self.method == "speculative" else max(1, cores // 4)
         return self.draft_threads or (alone if self.uses_draft_model else 1), self.target_threads or cores
+
+    @property
+    def draft_threads_alone(self) -> int:
+        """Of a draft that our kernels compute, in rounds in which the target rests: it has all cores then."""
+        return cpu_cores() if self.uses_draft_model and not self.draft_threads else self.resolve_threads()[0]
 
     @property
     def target_torch_threads(self) -> int:

@@ -101,14 +101,19 @@ struct DecoderBatch {
   void* outputs = nullptr;         // [N, hidden]: of the last layer, before the final norm; null: they are not wanted
 };
 
-/// Belongs to one thread, which its pool's helpers help. The tensors behind the pointers must outlive it.
+/// Belongs to one thread, which its pool's helpers help: as many as make `threads` with it, or `beside` while cores are
+/// shared. The tensors behind the pointers must outlive it.
 class Decoder {
  public:
   Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, const Embedding& embedding,
-          const DecoderHead& head, int64_t threads, std::optional<FeatureInput> features = std::nullopt);
+          const DecoderHead& head, int64_t threads, int64_t beside,
+          std::optional<FeatureInput> features = std::nullopt);
 
   /// Throws std::invalid_argument, before anything is written, if an index of the batch is out of range.
   void forward(const DecoderBatch& batch);
+
+  /// Whether forwards from now on run beside another model's, which wants cores too.
+  void share_cores(bool shared) { cores_shared_ = shared; }
 
   /// Of all layers' keys and values: `pairs` [count, 2] of source and destination, below shape().pages, in any order.
   void copy_pages(const int64_t* pairs, int64_t count);
@@ -156,7 +161,8 @@ class Decoder {
   std::vector<int32_t> chosen_;
   std::vector<float> expert_weights_;
 
-  ThreadPool pool_, alone_{1};
+  ThreadPool pool_, beside_, alone_{1};
+  bool cores_shared_ = false;
   ThreadPool* threads_ = &pool_;  // of this forward
   parallel::LinearScratch scratch_;
   Experts experts_;

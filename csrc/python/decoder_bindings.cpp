@@ -94,8 +94,8 @@ struct FeatureArgument : pearl::FeatureInput {
 
 pearl::Decoder* make_decoder(const ShapeArgument& shape, const std::vector<LayerArgument>& layers,
                              const EmbeddingArgument& embedding, const HeadArgument& head, int64_t threads,
-                             const FeatureArgument* features) {
-  return new pearl::Decoder(shape, {layers.begin(), layers.end()}, embedding, head, threads,
+                             int64_t beside, const FeatureArgument* features) {
+  return new pearl::Decoder(shape, {layers.begin(), layers.end()}, embedding, head, threads, beside,
                             features == nullptr ? std::nullopt : std::optional<pearl::FeatureInput>(*features));
 }
 
@@ -258,6 +258,7 @@ void bind_decoder(py::module_& m) {
       .def(py::init<Address, Address, Address, int64_t, std::vector<int64_t>, std::vector<int64_t>>());
   py::class_<pearl::Decoder>(m, "Decoder")
       .def(py::init(&make_decoder))
+      .def("share_cores", &pearl::Decoder::share_cores)
       .def("forward", &forward, py::call_guard<py::gil_scoped_release>());
   py::class_<pearl::WindowDrafter>(m, "WindowDrafter")
       .def(py::init<pearl::Decoder&>(), py::keep_alive<1, 2>())

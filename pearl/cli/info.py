@@ -67,7 +67,8 @@ def _machine_table(config: EngineConfig) -> Table:
         table.add_row(package, installed(package))
     table.add_row("device", f"target on {config.resolve_device('target')}, draft on {config.resolve_device('draft')}")
     table.add_row("cuda", _cuda())
-    table.add_row("threads", f"target {target_threads}, draft {draft_threads}")
+    alone = config.draft_threads_alone
+    table.add_row("threads", f"target {target_threads}, draft {draft_threads} beside it, {alone} alone")
     table.add_row("memory", f"{resident() or 'unknown'}, without a model")
     return table
 

@@ -32,6 +32,8 @@ class HeadDrafter(ABC):
 
     def propose(self, plan: DraftPlan) -> DraftProposal:
         stopwatch, queue = self._runner.stopwatch, self._runner.queue
+        if self._runner.fused is not None:
+            self._runner.fused.share_cores(not plan.alone)
         stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         stopwatch.start()

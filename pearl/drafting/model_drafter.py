@@ -38,6 +38,8 @@ class ModelDrafter:
     def propose(self, plan: DraftPlan) -> DraftProposal:
         if not plan.work:
             return DraftProposal()
+        if self._runner.fused is not None:
+            self._runner.fused.share_cores(not plan.alone)
         self._runner.stopwatch.reset()
         self._runner.copy_pages(plan.copies)
         (windows, prepared, steps), late = self._draft(plan)

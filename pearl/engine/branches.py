@@ -55,8 +55,8 @@ class DraftParts:
     late_copies: list[PageCopy] = field(default_factory=list)
     alternatives: int = 0
 
-    def freeze(self) -> DraftPlan:
-        return DraftPlan(tuple(self.work), tuple(self.copies), tuple(self.late_copies), self.alternatives)
+    def freeze(self, alone: bool) -> DraftPlan:
+        return DraftPlan(tuple(self.work), tuple(self.copies), tuple(self.late_copies), self.alternatives, alone)
 
 
 class Branches:

@@ -27,7 +27,7 @@ class RoundPlan:
     def freeze(self) -> SchedulerOutput:
         return SchedulerOutput(
             TargetPlan(tuple(self.target), tuple(self.target_copies), tuple(self.prompts)),
-            self.draft.freeze(),
+            self.draft.freeze(alone=not self.target),
             tuple(self.verify),
             tuple(self.preempted),
             self.pace,

@@ -31,8 +31,9 @@ def make_runner(
     config: EngineConfig, role: Role, model: CausalModel, cache: KVCache, hidden_layers: tuple[int, ...] = ()
 ) -> ModelRunner:
     """Around a model and its cache, with the queue of its device. ``hidden_layers``: whose states a drafter reads."""
-    draft_threads, target_threads = config.resolve_threads()
-    queue, threads = _queue(config, role), draft_threads if role == "draft" else target_threads
+    queue, (beside, threads) = _queue(config, role), config.resolve_threads()
+    if role == "draft":
+        threads = config.draft_threads_alone
     # What transformers' own code does between its kernels may need the host.
     most_rows = _most_graph_rows(config, role, model.kernels, queue) if isinstance(model, Decoder) else 0
     if isinstance(model, Decoder) and most_rows:
@@ -46,11 +47,14 @@ def make_runner(
             _rows_per_sequence(config, role),
             hidden_layers,
         )
-    return ModelRunner(model, cache, config.page_size, queue, threads, hidden_layers)
+    return ModelRunner(
+        model, cache, config.page_size, queue, threads, hidden_layers, beside if role == "draft" else None
+    )
 
 
 def make_head_runner(config: EngineConfig, head: Head, cache: KVCache) -> HeadRunner:
-    return HeadRunner(head, cache, config.page_size, _queue(config, "draft"), config.resolve_threads()[0])
+    queue, beside = _queue(config, "draft"), config.resolve_threads()[0]
+    return HeadRunner(head, cache, config.page_size, queue, config.draft_threads_alone, beside)
 
 
 def make_parallel_runner(

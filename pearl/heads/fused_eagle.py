@@ -24,7 +24,8 @@ def can_fuse_head(head: Head) -> TypeGuard[EagleHead]:
 class FusedEagle(BoundDecoder):
     """A head bound to its KV tensors, for whole windows in one call. ``can_fuse_head`` must hold for it."""
 
-    def __init__(self, head: EagleHead, cache: KVCache, threads: int = 1) -> None:
+    def __init__(self, head: EagleHead, cache: KVCache, threads: int = 1, beside: int | None = None) -> None:
+        """``threads``, ``beside``: as of a ``FusedDecoder``."""
         from pearl_kernels.checks import DTYPE_CODES
         from pearl_kernels.cpu import _core
 
@@ -43,6 +44,7 @@ class FusedEagle(BoundDecoder):
             head.embeddings.native(),
             _core.Head(address_of(weights.norm), native_matrix(weights.head, None), address_of(weights.target_ids)),
             threads,
+            beside or threads,
             _core.FeatureInput(
                 address_of(weights.token_norm), address_of(weights.feature_norm), head.config.norm_before_residual
             ),

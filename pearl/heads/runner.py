@@ -25,13 +25,14 @@ class HeadRunner:
     cache: KVCache
     page_size: int
     queue: DeviceQueue
-    threads: int = 1  # of a fused window, the calling one included
+    threads: int = 1  # of a fused window, the calling one included,
+    beside: int | None = None  # and while the target works too; None: as many
     stopwatch: Stopwatch = field(init=False)
     fused: FusedEagle | None = field(init=False)  # where a window is one call, with threads of its own
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stopwatch", Stopwatch(self.queue))
-        fused = FusedEagle(self.model, self.cache, self.threads) if can_fuse_head(self.model) else None
+        fused = FusedEagle(self.model, self.cache, self.threads, self.beside) if can_fuse_head(self.model) else None
         object.__setattr__(self, "fused", fused)
 
     @property

@@ -159,12 +159,15 @@ class TargetStates(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """``alternatives``: how many are to be ranked for each drafted token of the main windows."""
+    """``alternatives``: how many are to be ranked for each drafted token of the main windows. ``alone``: the target
+    rests meanwhile.
+    """
 
     work: tuple[DraftWork, ...]
     copies: tuple[PageCopy, ...] = ()
     late_copies: tuple[PageCopy, ...] = ()  # performed when every item has caught up, before late branches begin
     alternatives: int = 0
+    alone: bool = False
     states: TargetStates | None = None  # of the round before, for a drafter that reads them
 
 

@@ -84,6 +84,10 @@ class BoundDecoder:
     def dtype(self) -> torch.dtype:
         return self._like.dtype
 
+    def share_cores(self, shared: bool) -> None:
+        """Whether it works beside another model from now on."""
+        self.native.share_cores(shared)
+
     def work_batch(self, work: Sequence[ForwardWork]) -> _core.WorkBatch:
         """The batch of these items: always the same object, which holds it until the next call."""
         self._batch.set(work)
@@ -97,10 +101,11 @@ class BoundDecoder:
 class FusedDecoder(BoundDecoder):
     """A decoder bound to its KV tensors. Belongs to one worker; ``can_fuse`` must hold for the model.
 
-    The calling thread computes, helped by ``threads - 1`` of the decoder's own, which sleep between forwards.
+    The calling thread computes, helped by ``threads - 1`` of the decoder's own, which sleep between forwards; while it
+    shares cores with another model by ``beside - 1`` (None: as many).
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, threads: int = 1) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, threads: int = 1, beside: int | None = None) -> None:
         from pearl_kernels.checks import DTYPE_CODES
         from pearl_kernels.cpu import _core
 
@@ -120,7 +125,7 @@ class FusedDecoder(BoundDecoder):
         layers = [_layer(*part, _mixture(config.mixture, part[0].mixture)) for part in parts]
         matrix = native_matrix(weights.head, weights.head_bias)
         head = _core.Head(address_of(weights.norm), matrix, address_of(weights.draft_ids))
-        native = _core.Decoder(shape, layers, embedding.native(), head, threads, None)
+        native = _core.Decoder(shape, layers, embedding.native(), head, threads, beside or threads, None)
         super().__init__(native, page_size, weights.norm, config.vocab_size)
 
     def forward(self, batch: ForwardBatch, hidden: HiddenStates | None = None) -> Tensor:

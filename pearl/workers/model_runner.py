@@ -27,13 +27,16 @@ class ModelRunner:
         queue: DeviceQueue,
         threads: int = 1,
         hidden_layers: tuple[int, ...] = (),
+        beside: int | None = None,
     ) -> None:
-        """``threads``: of a fused forward, the calling one included. ``hidden_layers``: whose states ``hidden`` has."""
+        """``threads``: of a fused forward, the calling one included; ``beside``: while it shares cores with another
+        model, None: as many. ``hidden_layers``: whose states ``hidden`` has.
+        """
         self.model, self.cache, self.page_size, self.queue = model, cache, page_size, queue
         self.kernels = model.kernels
         self.stopwatch = Stopwatch(queue)
         # Where it is there, a forward is one call, with threads of its own.
-        self.fused = FusedDecoder(model, cache, threads) if can_fuse(model) else None
+        self.fused = FusedDecoder(model, cache, threads, beside) if can_fuse(model) else None
         self.hidden_layers = hidden_layers
         self.hidden: HiddenStates | None = None  # of the latest forward; None where none are wanted
 

@@ -302,9 +302,11 @@ class Decoder:
         embedding: Embedding,
         head: Head,
         threads: int,
+        beside: int,
         features: FeatureInput | None,
         /,
     ) -> None: ...
+    def share_cores(self, shared: bool, /) -> None: ...
     def forward(self, batch: AnyBatch, logits: int, hidden_layers: Sequence[int], hidden: int, /) -> None: ...
 
 class WindowDrafter:

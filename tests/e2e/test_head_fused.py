@@ -151,7 +151,8 @@ class Rounds:
             if window or forward.tokens:
                 work.append(DraftWork(forward, window, branches, pending, one.slot))
         states = torch.randn(rows, 3, 40, generator=torch.Generator().manual_seed(self.rng.randrange(1000)))
-        return DraftPlan(tuple(work), (), tuple(late_copies), 3, TargetStates(states.to(self.dtype), spans))
+        found, alone = TargetStates(states.to(self.dtype), spans), self.rng.random() < 0.5
+        return DraftPlan(tuple(work), (), tuple(late_copies), 3, alone, found)
 
     def go_on(self, plan: DraftPlan, proposal: DraftProposal) -> None:
         for item in plan.work:

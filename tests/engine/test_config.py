@@ -230,6 +230,23 @@ def test_the_target_may_use_all_cores_but_where_its_threads_would_spin(
     assert (config.resolve_threads(), config.target_torch_threads) == (threads, torch_threads)
 
 
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        ({}, 8),
+        ({"method": "speculative"}, 8),
+        ({"draft_threads": 3}, 3),
+        ({"method": "autoregressive"}, 1),
+        ({"draft": "ngram"}, 1),
+    ],
+)
+def test_a_draft_whose_target_rests_has_all_cores(
+    options: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert EngineConfig(**options).draft_threads_alone == threads
+
+
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_int8_weights_need_the_cpu(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -228,6 +230,36 @@ def test_threads_change_no_bit() -> None:
             assert torch.equal(bits(found), bits(expected))
     for tensors in zip(*(chain.from_iterable(cache.layers) for cache in caches), strict=True):
         assert all(torch.equal(bits(tensor), bits(tensors[0])) for tensor in tensors)
+
+
+def running_seconds(threads: set[str]) -> float:
+    """That these threads of the process were on a core."""
+    return sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[0]) / 1e9 for t in threads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not tell when threads run")
+def test_helpers_sleep_while_cores_are_shared() -> None:
+    kernels = select(Situation("cpu", torch.bfloat16))
+    decoder = load_model(bundled_path("target"), device=CPU, dtype=torch.bfloat16, max_model_len=128, kernels=kernels)
+    before = set(os.listdir("/proc/self/task"))
+    fused = FusedDecoder(decoder, poisoned_cache(decoder, torch.bfloat16), threads=3, beside=1)
+    helpers = set(os.listdir("/proc/self/task")) - before
+    assert len(helpers) == 2
+    ran = []
+    for shared in (True, False, True):
+        fused.share_cores(shared)
+        time.sleep(0.01)  # until they sleep
+        begin = running_seconds(helpers)
+        for batch in BATCHES * 3:
+            fused.forward(batch)
+        ran.append(running_seconds(helpers) - begin)
+    assert ran[0] == ran[2] == 0.0
+    assert ran[1] > 0.0
+
+
+def test_no_more_threads_beside_another_model_than_alone(llama: Decoder) -> None:
+    with pytest.raises(ValueError, match="more threads beside another model than alone"):
+        FusedDecoder(llama, poisoned_cache(llama, torch.float32), threads=2, beside=3)
 
 
 @both_dtypes

@@ -78,6 +78,17 @@ def test_same_bits_as_token_by_token(folder: Path, dtype: torch.dtype, rule: Rul
     assert kept == {-1}  # of the last round's request: its draft is greedy
 
 
+def test_it_shares_cores_but_in_rounds_in_which_the_target_rests(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafting, told = Drafting(llama, "rejection", fused=True), list[bool]()
+    runner = drafting.drafter._runner
+    monkeypatch.setattr(runner.fused, "share_cores", told.append)
+    for alone in (False, True, False):
+        drafting.propose((item(0, 0, 9, 2),), alone=alone)
+    assert told == [True, False, True]
+
+
 def test_q_is_kept_under_the_rejection_rule_alone(llama: Decoder) -> None:
     for rule, rows in (("rejection", True), ("coupled", False)):
         drafting = Drafting(llama, rule, fused=True)  # type: ignore[arg-type]
