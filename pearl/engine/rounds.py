@@ -65,14 +65,16 @@ def measured(record: RoundRecord) -> MeasuredRound:
     assert plan.load is not None
     plain = {work.state.request_id for work in plan.target.work if not work.state.params.draft}
     prepared, rejections, hit = _prepared(record) if plan.pace.branches else (0, 0, 0)
+    # A draft that only catches up, as a head does with every token, is part of what plain rounds cost.
+    drafts = any(work.num_draft for work in plan.draft.work)
     return MeasuredRound(
         mode=plan.pace.mode,
         load=plan.load,
         target_rows=sum([len(w.tokens) for w in plan.target.work]),
         target_seconds=record.target.seconds,
-        draft_sequences=len(plan.draft.work) + prepared,
+        draft_sequences=len(plan.draft.work) + prepared if drafts else 0,
         draft_steps=max(1, proposal.steps),
-        draft_seconds=proposal.busy.seconds,
+        draft_seconds=proposal.busy.seconds if drafts else 0.0,
         seconds=record.whole.seconds,
         requests=tuple(
             [

@@ -17,8 +17,9 @@ import numpy as np
 from pearl.methods import Mode
 from pearl.pace.acceptance import Acceptance, Odds
 from pearl.pace.calibration import Calibration, Stretch
-from pearl.pace.curves import Curves, Sizes
+from pearl.pace.curves import Curves, Numbers, Sizes
 from pearl.pace.hits import Hits
+from pearl.pace.hopes import Hopes
 from pearl.pace.looks import Looks
 from pearl.pace.rounds import Load, MeasuredRound, Pace
 from pearl.pace.search import Choice, Search
@@ -30,6 +31,7 @@ _HEARD, _FEWEST_HEARD = 64, 16  # rounds before a choice that it learns from: of
 _MARGIN = 0.01  # by which another pace must be better; another mode beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model
+_WORTH_FOR_NEW = 20  # times what a choice costs, at least, before new requests get one of their own
 _LINGERING = 16  # rounds that a batch that became smaller keeps its mode: it may be at its end, where no change pays
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
@@ -54,6 +56,10 @@ class _Decision:
     best: Choice  # what was chosen, where ``choice`` is only looked at
     span: int  # rounds that a choice is kept
 
+    @property
+    def looks(self) -> bool:
+        return self.choice.mode != self.best.mode
+
 
 class AutoPace:
     """``modes``: those that may be chosen; ``largest``: the longest window; ``most_prepared``: windows that may be
@@ -71,8 +77,9 @@ class AutoPace:
         self._running: Choice | None = None
         self._running_for = 0  # requests, which it was chosen for
         self._since = 0  # the round in which its mode began
-        self._looks, self._stretch = Looks(), Stretch()
+        self._looks, self._hopes, self._stretch = Looks(), Hopes(), Stretch()
         self._asked, self._heard = 0, 0  # rounds in all, and the latest of them that was learnt from
+        self._chosen = 0  # and the latest with a choice
         self._deciding, self._round = 0.0, 0.0  # seconds that a choice takes, and a round
         self._lately: deque[float] = deque(maxlen=_LATELY)  # seconds of rounds
         self._rounds = 0  # that could be learnt from; where nothing is, all
@@ -94,8 +101,11 @@ class AutoPace:
             return self._paced(self._latest, request_ids)
         key = load.batch.bit_length(), pinned
         decision = self._decisions.get(key)
+        if decision is not None and self._are_new(request_ids, decision):
+            self._hopes.renew()
+            decision = replace(decision, until=0)
         if decision is None or self._rounds >= decision.until:
-            begin = time.perf_counter()
+            begin, self._chosen = time.perf_counter(), self._asked
             self._decisions[key] = decision = self._decide(request_ids, load, pinned, decision or self._latest)
             self._deciding = time.perf_counter() - begin
         self._latest, self._until = decision, decision.until
@@ -104,7 +114,13 @@ class AutoPace:
         if self._running is not decision.choice:
             self._stretch.break_off()
         self._running, self._running_for = decision.choice, len(decision.windows)
+        self._hopes.note(decision.choice.mode, self._asked)
         return self._paced(decision, request_ids)
+
+    def _are_new(self, ids: Sequence[int], decision: _Decision) -> bool:
+        """Whether the choice was made for none of these requests, whose texts may be others, and another is cheap."""
+        spent = (self._asked - self._chosen) * self._round
+        return decision.windows.keys().isdisjoint(ids) and spent >= _WORTH_FOR_NEW * self._deciding
 
     def _paced(self, decision: _Decision, request_ids: Sequence[int]) -> Pace:
         choice, windows, typical = decision.choice, decision.windows, decision.typical
@@ -127,12 +143,13 @@ class AutoPace:
         if self._asked > self._heard + _FEWEST_HEARD:
             self._curves.mood.look_away()
         self._heard = self._asked
-        self._curves.observe(measured, steady=self._rounds - self._since >= _WARMING)
+        seconds = self._without_stall(measured.seconds)
+        steady = self._rounds - self._since >= _WARMING and seconds == measured.seconds
+        self._curves.observe(measured, steady, self._latest is not None and self._latest.looks)
         self._rounds += 1
-        self._acceptance.observe(measured.requests)
+        self._acceptance.observe(measured.requests, self._asked)
         if measured.prepared:
             self._hits.observe(measured.prepared / measured.load.batch, measured.rejections, measured.hits)
-        seconds = self._without_stall(measured.seconds)
         self._round += (seconds - self._round) / min(_BETWEEN_CHOICES, self._curves.rounds)
         self._judge(measured, seconds / self._curves.felt)
 
@@ -162,18 +179,22 @@ class AutoPace:
         return self._rounds - self._since > _SETTLING
 
     def _decide(self, ids: Sequence[int], load: Load, pinned: bool, before: _Decision | None) -> _Decision:
-        odds = self._acceptance.odds(ids)
+        odds = self._acceptance.odds(ids, self._asked)
         now = self._situation(odds, load, pinned)
         modes = [mode for mode in self._modes if load.batch == 1 or mode not in _ALONE] or self._modes
         choices = {mode: self._best(mode, now) for mode in modes}
         known = before is not None and before.best.mode in choices
         best = self._choose(choices, self._again(before.best, now) if before and known else None, load)
         probe = self._probe(choices, best, now, load)
+        if probe is None and best.mode == "autoregressive":
+            probe = self._hope(best, modes, now, ids, load)
         choice = probe or best
         windows = dict(zip(ids, choice.windows(odds), strict=True))
         choice = replace(choice, informed=self._is_informed(choice.mode, sum(windows.values()), load))
         span = self._span(before, best, probe is not None)
         until = self._rounds + (_SOON if probe or not choice.informed else span)
+        if choice.mode == "autoregressive" and (waits := self._hopes.waits(self._asked)):
+            until = min(until, self._rounds + max(waits, _SOON))
         self._looks.note(load.batch.bit_length(), choice, until)
         return _Decision(choice, windows, self._typical(choice, windows, now), until, best, span)
 
@@ -206,13 +227,8 @@ class AutoPace:
         return best if best.rate >= before.rate * (1 + margin) else before
 
     def _situation(self, odds: Sequence[Odds], load: Load, pinned: bool) -> Situation:
-        levels = np.array(odds) * _LEVELS
-        classes, count = np.unique(np.round(levels) if len(odds) > 1 else levels, axis=0, return_counts=True)
-        first, later = np.clip(classes / _LEVELS, 0.01, 0.99).T
         return Situation(
-            first,
-            later,
-            count.astype(np.float64),
+            *_classes(odds),
             self._curves.times(load, beside=False),
             self._curves.times(load, beside=True),
             {mode: self._curves.overhead(load.batch, mode) for mode in self._modes},
@@ -248,6 +264,23 @@ class AutoPace:
         most, candidate = max(hopes, key=itemgetter(0), default=(0.0, None))
         return candidate if most > chosen.rate else None
 
+    def _hope(
+        self, plain: Choice, modes: Sequence[Mode], now: Situation, ids: Sequence[int], load: Load
+    ) -> Choice | None:
+        """What would be faster than plain decoding if drafted tokens held as often as they easily may (``Hopes``)."""
+        behind = 0 if self._acceptance.has_tested(ids) else load.context // load.batch
+        if self._hopes.waits(self._asked) or not self._hopes.allows(behind, self._asked):
+            return None
+        odds = self._acceptance.odds(ids, self._asked)
+        first, later, count = _classes(self._acceptance.hoped(ids, odds, self._hopes.errors(len(ids), self._asked)))
+        then = replace(now, first=first, later=later, count=count)
+        choices = [self._best(mode, then) for mode in modes if mode != plain.mode]
+        best = max(choices, key=lambda choice: choice.rate, default=plain)
+        if best.rate <= plain.rate:
+            return None
+        self._hopes.try_it(self._asked)
+        return self._again(best, now)
+
     def _is_informed(self, mode: Mode, drafted: int, load: Load) -> bool:
         """Whether the prediction rests on measured times, not on what rows might cost that nobody has seen."""
         alone = mode in _TAKES_TURNS
@@ -256,3 +289,11 @@ class AutoPace:
 
     def _knows(self, load: Load, alone: bool) -> bool:
         return self._curves.knows(load, beside=not alone, rounds=_PROBED)
+
+
+def _classes(odds: Sequence[Odds]) -> tuple[Numbers, Numbers, Numbers]:
+    """``[C]`` each: the two odds of requests that are predicted together, and how many these are."""
+    levels = np.array(odds) * _LEVELS
+    classes, count = np.unique(np.round(levels) if len(odds) > 1 else levels, axis=0, return_counts=True)
+    first, later = np.clip(classes / _LEVELS, 0.01, 0.99).T
+    return first, later, count.astype(np.float64)

@@ -105,8 +105,11 @@ class Curves:
         self.rounds = 0
         self._share, self._share_of = _ROW_SHARE, -1  # ``_row_share``, and after which round it was found
 
-    def observe(self, measured: MeasuredRound, steady: bool = True) -> None:
-        """``steady``: whether its times are those of rounds of its kind; else it only counts as one."""
+    def observe(self, measured: MeasuredRound, steady: bool = True, looks: bool = False) -> None:
+        """``steady``: whether its times are those of rounds of its kind; else it only counts as one. ``looks``: whether
+        its kind runs for a moment only, to be measured in the mood of the rounds before: by its own, what is wrongly
+        known of it would look like a mood, and stay.
+        """
         self.rounds += 1
         if self.rounds == COLD_ROUNDS:
             self._samples.clear()
@@ -117,7 +120,9 @@ class Curves:
             return
         beside = bool(measured.target_seconds and measured.draft_seconds)
         samples = self._samples[measured.load.bucket, beside]
-        mood = self._felt(measured, samples)
+        mood = self.felt = self.mood.factor
+        if not looks:  # its own mood would make its times the usual ones
+            self._feel(measured, samples)
         target, draft = measured.target_seconds / mood, measured.draft_seconds / mood
         if target:
             samples.target.add(measured.target_rows, target, self.rounds)
@@ -127,10 +132,9 @@ class Curves:
         rest = max(0.0, measured.seconds / mood - max(target, draft))
         self._overhead[measured.load.batch.bit_length(), measured.mode].append(rest)
 
-    def _felt(self, measured: MeasuredRound, samples: _Forwards) -> float:
-        """The mood before this round, which is then learnt from: its own would make its times the usual ones."""
-        mood, seconds, usual = self.mood.factor, 0.0, 0.0
-        self.felt = mood
+    def _feel(self, measured: MeasuredRound, samples: _Forwards) -> None:
+        """Learn the mood from a round, by what was known before it."""
+        seconds = usual = 0.0
         if measured.target_seconds and (known := samples.target.usual(measured.target_rows, self._share)):
             seconds, usual = measured.target_seconds, known
         if measured.draft_seconds and (known := samples.draft.usual(max(1, measured.draft_sequences), _ROW_SHARE)):
@@ -138,7 +142,6 @@ class Curves:
         if usual:
             self.felt = seconds / usual
             self.mood.observe(self.felt)
-        return mood
 
     def knows(self, load: Load, beside: bool, rounds: int) -> bool:
         """Whether so many rounds of about such a load were measured, of both models."""

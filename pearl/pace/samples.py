@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _RECENT = 64  # samples of about the same x that are kept,
-_OLD = 256  # until so many rounds have gone by without another one, which then stands alone
+_OLD = 96  # rounds after which one no longer counts beside newer ones
 _RATIO = 1.12  # of x that count as the same
 _ENOUGH = 3  # samples
 
@@ -58,17 +58,19 @@ class _Group:
 
     def __init__(self) -> None:
         self._samples: deque[Point] = deque(maxlen=_RECENT)
+        self._rounds: deque[int] = deque(maxlen=_RECENT)  # in which they were measured
         self._median: _Median | None = None
-        self._latest = 0  # the round of the latest one
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def add(self, x: float, y: float, now: int) -> None:
-        if now - self._latest > _OLD:
-            self._samples.clear()
+        while self._rounds and now - self._rounds[0] > _OLD:
+            self._samples.popleft()
+            self._rounds.popleft()
         self._samples.append((x, y))
-        self._median, self._latest = None, now
+        self._rounds.append(now)
+        self._median = None
 
     @property
     def median(self) -> _Median:

@@ -47,27 +47,34 @@ class Machine:
 
 @dataclass
 class _Request:
+    id: int
     pending: int = 0
     corrected: bool = True
+    tokens: int = 0
 
 
 @dataclass
 class Batch:
-    """``odds(request, round)``: that a token holds, the first after a correction and later ones."""
+    """``odds(request, round)``: that a token holds, the first after a correction and later ones. ``lasting``: tokens of
+    a request, after which another one comes; 0: for ever.
+    """
 
     machine: Machine
     size: int
     odds: Callable[[int, int], Odds]
     pinned: bool = False
     seed: int = 0
+    lasting: int = 0
     requests: list[_Request] = field(default_factory=list)
 
     def serve(self, policy: PacePolicy, rounds: int) -> Iterator[tuple[int, float]]:
         """Tokens and seconds of each round, as the machine usually needs."""
         moods, mood = random.Random(self.seed), 0.0
-        rng, self.requests = random.Random(self.seed), [_Request() for _ in range(self.size)]
+        rng, self.requests = random.Random(self.seed), [_Request(index) for index in range(self.size)]
         for number in range(rounds):
-            pace = policy.decide(range(self.size), Load(self.size, 100 * self.size), self.pinned)
+            self._renew()
+            ids = [request.id for request in self.requests]
+            pace = policy.decide(ids, Load(self.size, 100 * self.size), self.pinned)
             progress = [Progress(request.pending, False) for request in self.requests]
             intents = METHODS[pace.mode].intents(progress)
             if self.pinned:
@@ -78,7 +85,7 @@ class Batch:
             for index, (intent, window) in enumerate(zip(intents, pace.windows, strict=True)):
                 steps, sequences = (max(steps, window), sequences + 1) if intent.draft else (steps, sequences)
                 rows += self._rows(index, intent)
-                found.append(self._judge(index, intent, window, self.odds(index, number), rng))
+                found.append(self._judge(index, intent, window, self.odds(ids[index], number), rng))
                 if prepared and intent.draft and found[-1].accepted < found[-1].tested:
                     self._look_up(index, window, rng)
             measured = self._measure(pace.mode, rows, sequences, steps, found, rng, prepared)
@@ -87,6 +94,11 @@ class Batch:
             yield sum(f.committed for f in found), measured.seconds
             kept = math.exp(-measured.seconds / self.machine.for_long)
             mood = kept * mood + math.sqrt(1 - kept**2) * moods.gauss(0.0, self.machine.wanders)
+
+    def _renew(self) -> None:
+        for index, request in enumerate(self.requests):
+            if self.lasting and request.tokens >= self.lasting:
+                self.requests[index] = _Request(max(r.id for r in self.requests) + 1)
 
     def _look_up(self, index: int, window: int, rng: random.Random) -> None:
         """Whether the window behind a correction was prepared."""
@@ -103,7 +115,7 @@ class Batch:
         drafted = window if intent.draft else 0
         if not intent.verify:
             request.pending += drafted
-            return Progressed(index, 0, 0, 0)
+            return Progressed(request.id, 0, 0, 0)
         tested = request.pending + bool(drafted)
         accepted = 0
         while accepted < tested and rng.random() < (odds.first if request.corrected else odds.later):
@@ -111,7 +123,8 @@ class Batch:
         own = accepted < tested or (not drafted and intent.bonus)
         request.corrected = request.corrected or own
         request.pending = drafted - 1 if drafted and accepted == tested else 0
-        return Progressed(index, tested, accepted, accepted + own)
+        request.tokens += accepted + own
+        return Progressed(request.id, tested, accepted, accepted + own)
 
     def _measure(
         self,

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from engine_rig import Rig
 
-from pearl.engine.rounds import EngineStats
+from pearl.engine.rounds import EngineStats, measured
+from pearl.messages import Busy
 from pearl.pace import Progressed
 
 
@@ -46,6 +47,17 @@ def test_window_does_not_learn_from_rounds_in_which_the_draft_catches_up(rig: Ri
         assert (len(plan.draft.work[0].forward.tokens) > 2) == bool(behind)
         learned += not behind
         assert len(rig.pace.measured) == learned
+
+
+def test_a_draft_that_only_catches_up_is_part_of_a_plain_round(rig: Rig) -> None:
+    """As a head does with every token: it is no drafting beside the target."""
+    rig.add(1, max_tokens=30)
+    rig.engine.step()
+    record = replace(rig.records[-1], proposal=replace(rig.records[-1].proposal, busy=Busy(0.0, 1.0)))
+    assert measured(record).draft_seconds == 1.0
+    work = tuple(work._replace(num_draft=0) for work in record.plan.draft.work)
+    plain = replace(record, plan=replace(record.plan, draft=replace(record.plan.draft, work=work)))
+    assert (measured(plain).draft_sequences, measured(plain).draft_seconds) == (0, 0.0)
 
 
 def test_window_does_not_learn_from_rounds_that_prepared_something(rig: Rig) -> None:

@@ -155,16 +155,16 @@ def test_easy_and_hard_requests_of_a_batch_get_windows_of_different_length() -> 
 def test_a_stall_of_the_machine_says_nothing_of_the_mode_in_which_it_fell() -> None:
     """As of Python's garbage collection: a hundred rounds long."""
     machine, odds = Machine(1.0, 5.0, 0.1, 0.3, noise=0.03), Odds(0.75, 0.75)
-    policy = auto(machine)
-    for _ in Batch(machine, 1, lambda *_: odds).serve(policy, 600):
-        pass
-    mode, rate = policy._latest.best.mode, policy._latest.best.rate  # type: ignore[union-attr]
-    policy.observe(measured_round(mode=mode, rows=6, target_seconds=600.0, steps=5))
-    after = {policy._calibration.factor(other, 1) for other in METHODS}
-    assert min(after) > 0.95
-    for _ in Batch(machine, 1, lambda *_: odds, seed=1).serve(policy, 200):
-        pass
-    assert policy._latest.best.rate > 0.9 * rate  # type: ignore[union-attr]
+    calm, stalled = auto(machine), auto(machine)
+    for policy in (calm, stalled):
+        for _ in Batch(machine, 1, lambda *_: odds).serve(policy, 600):
+            pass
+        mode = policy._latest.best.mode  # type: ignore[union-attr]
+        policy.observe(measured_round(mode=mode, rows=6, target_seconds=600.0 if policy is stalled else 5.6, steps=5))
+        assert min(policy._calibration.factor(other, 1) for other in METHODS) > 0.95
+        for _ in Batch(machine, 1, lambda *_: odds, seed=1).serve(policy, 200):
+            pass
+    assert stalled._latest.best.rate == pytest.approx(calm._latest.best.rate, rel=0.05)  # type: ignore[union-attr]
 
 
 def test_a_prediction_is_judged_by_batches_of_about_that_size() -> None:
@@ -272,7 +272,7 @@ def test_a_mode_that_never_keeps_its_promise_is_left() -> None:
         rows = 1 if pace.mode == "autoregressive" else 9
         policy.observe(measured_round(mode=pace.mode, rows=rows, target_seconds=5.0, steps=0, requests=held))
     assert chosen[:100].count("speculative") > 50
-    assert chosen[-300:].count("autoregressive") > 250
+    assert chosen[-1000:].count("autoregressive") > 850
 
 
 @pytest.mark.parametrize(("row", "hits", "pays"), [(0.01, 0.75, True), (0.9, 0.1, False)])
@@ -340,3 +340,38 @@ def test_an_empty_batch_needs_no_decision() -> None:
 
 
 MACHINE = Machine()
+
+
+# Requests that come and go --------------------------------------------------------------------------------------------
+
+HEAD = Machine(1.0, 7.4, 0.35, 0.35, beside=1.5, noise=0.06)  # a drafter whose gain hangs on the text
+
+
+def coming_and_going(policy: PacePolicy, batch: int, odds: Callable[[int], float], rounds: int, skip: int) -> float:
+    """Requests of a hundred tokens, each with odds of its own."""
+    requests = Batch(HEAD, batch, lambda request, _: Odds(odds(request), odds(request)), lasting=100)
+    return served(policy, requests, rounds, skip)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_hard_texts_are_not_held_against_easy_ones_that_come_later(batch: int) -> None:
+    """Plain decoding tests nothing: what twelve requests of each lane have shown must not stand for ever."""
+
+    def odds(request: int) -> float:
+        return 0.1 if request < 12 * batch else 0.75
+
+    plain = coming_and_going(FixedPace("autoregressive", 1), batch, odds, 2400, 1600)
+    assert coming_and_going(auto(HEAD), batch, odds, 2400, 1600) > 1.4 * plain
+
+
+def test_hard_texts_cost_little_to_look_at() -> None:
+    plain = coming_and_going(FixedPace("autoregressive", 1), 1, lambda _: 0.1, 2000, 200)
+    assert coming_and_going(auto(HEAD), 1, lambda _: 0.1, 2000, 200) > 0.95 * plain
+
+
+def test_one_hard_request_does_not_speak_for_the_next() -> None:
+    def odds(request: int) -> float:
+        return 0.08 if request == 0 else 0.7
+
+    best = coming_and_going(FixedPace("speculative", 2), 1, odds, 600, 100)
+    assert coming_and_going(auto(HEAD), 1, odds, 600, 100) > 0.9 * best
