@@ -31,7 +31,7 @@ _HEARD, _FEWEST_HEARD = 64, 16  # rounds before a choice that it learns from: of
 _MARGIN = 0.01  # by which another pace must be better; another mode beside the scatter
 _MARGIN_TO_DRAFT = 0.05  # likewise after plain decoding: the draft must first catch up with all tokens since then
 _PROBED = 3  # rounds that tell how long forwards take in a state of the other model
-_WORTH_FOR_NEW = 20  # times what a choice costs, at least, before new requests get one of their own
+_WORTH_FOR_NEW = 50  # times what a choice costs, at least, before new requests get one of their own
 _LINGERING = 16  # rounds that a batch that became smaller keeps its mode: it may be at its end, where no change pays
 _WARMING = 2  # rounds after another mode in which threads wake and caches fill
 _SETTLING = 6  # rounds until a mode is in its steady state
@@ -118,9 +118,10 @@ class AutoPace:
         return self._paced(decision, request_ids)
 
     def _are_new(self, ids: Sequence[int], decision: _Decision) -> bool:
-        """Whether the choice was made for none of these requests, whose texts may be others, and another is cheap."""
-        spent = (self._asked - self._chosen) * self._round
-        return decision.windows.keys().isdisjoint(ids) and spent >= _WORTH_FOR_NEW * self._deciding
+        """Whether plain decoding was chosen for none of these requests, whose texts may be others, and is paid for."""
+        if decision.best.mode != "autoregressive" or not decision.windows.keys().isdisjoint(ids):
+            return False
+        return (self._asked - self._chosen) * self._round >= _WORTH_FOR_NEW * self._deciding
 
     def _paced(self, decision: _Decision, request_ids: Sequence[int]) -> Pace:
         choice, windows, typical = decision.choice, decision.windows, decision.typical
