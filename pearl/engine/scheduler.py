@@ -101,7 +101,7 @@ class Scheduler:
         if len(drafted) < len(batch):
             intents, windows = _beside_plain(batch, pace, intents)
         intents = self._draft.intents(batch, intents)
-        lag = [r.target_lags or self._draft.is_behind(r, intent) for r, intent in zip(batch, intents, strict=True)]
+        lag = [self._lags(request, intent) for request, intent in zip(batch, intents, strict=True)]
         if any(lag):
             self._share_budget(plan, batch, intents)
         for request, intent, window, lags in zip(batch, intents, windows, lag, strict=True):
@@ -173,6 +173,10 @@ class Scheduler:
     def _left_beside(self, rows: int, decodes: bool) -> int:
         left = self._max_num_batched_tokens - rows
         return max(min(left, self._prefill_chunk) if decodes else left, self.target_kv.page_size)
+
+    def _lags(self, request: Request, intent: Intent) -> bool:
+        """Whether a model still computes the prompt, or, a draft that rested, the text; otherwise both are ready."""
+        return request.target_lags or self._draft.is_behind(request, intent)
 
     def _plan_request(self, plan: RoundPlan, request: Request, intent: Intent, window: int, lags: bool) -> None:
         length, k, remaining = len(request.tokens), len(request.pending), request.remaining

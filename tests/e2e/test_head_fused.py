@@ -222,6 +222,18 @@ def test_same_bits_as_step_by_step(folder: str, dtype: torch.dtype, rule: Rule) 
     assert rounds.hits > 5
 
 
+def test_it_shares_cores_but_in_rounds_in_which_the_target_rests(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafting, told, alone = Drafting(folder, torch.float32, "rejection", fused=True), list[bool](), list[bool]()
+    monkeypatch.setattr(drafting.drafter._runner.fused, "share_cores", told.append)
+    rounds = Rounds(torch.float32, random.Random(3))
+    for _ in range(6):
+        plan = rounds.plan()
+        rounds.go_on(plan, drafting.propose(plan))
+        alone.append(plan.alone)
+    assert told == [not one for one in alone]
+    assert len(set(alone)) == 2
+
+
 def test_a_request_whose_logits_depend_on_the_host_is_drafted_step_by_step(folder: str) -> None:
     """And with it the batch, to the same tokens; a window in one call goes on from there."""
     steps, fused = (Drafting(folder, torch.float32, "rejection", fused) for fused in (False, True))

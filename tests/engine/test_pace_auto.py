@@ -45,7 +45,7 @@ def share_of_the_best(machine: Machine, batch: int, odds: Odds, pinned: bool, se
         pass
     policy._decisions.clear()
     policy._latest = None  # what it would choose now, if it were not to look at what it does not know
-    policy._probe = lambda *_: None  # type: ignore[method-assign, assignment]
+    policy._probe = policy._hope = lambda *_: None  # type: ignore[method-assign, assignment]
     pace = policy.decide(range(batch), Load(batch, 100 * batch), pinned)
     best = max(value(Pace(m, (g,) * batch), machine, batch, odds, pinned) for m, g in candidates(batch))
     return value(pace, machine, batch, odds, pinned) / best
@@ -224,7 +224,7 @@ def test_a_slow_machine_is_no_fault_of_a_prediction() -> None:
 @pytest.mark.parametrize(("batch", "heard"), [(1, 64), (64, 16)])
 def test_it_listens_to_the_last_rounds_before_a_choice_to_fewer_of_many_requests(batch: int, heard: int) -> None:
     policy, listening = AutoPace(("pearl",), LARGEST, SIZES), list[bool]()
-    policy._probe = lambda *_: None  # type: ignore[method-assign, assignment]
+    policy._probe = policy._hope = lambda *_: None  # type: ignore[method-assign, assignment]
     for _ in range(1200):
         policy._deciding, policy._round = 1.0, 1.0  # so that a choice is kept for 200 rounds
         policy.decide(range(batch), Load(batch, 100 * batch), False)

@@ -53,6 +53,7 @@ def test_who_drafts_and_how_many_rows_are_judged(method: str, rounds: list[tuple
     for _ in rounds:
         plan = simulation.step()
         seen.append((draft_chunks(plan).get(1, (0, 0, 0))[2], target_chunks(plan).get(1, (0, 0, 0))[2]))
+        assert plan.draft.alone == (not target_chunks(plan))
     assert seen == rounds
 
 
