@@ -269,8 +269,9 @@ class AutoPace:
         self, plain: Choice, modes: Sequence[Mode], now: Situation, ids: Sequence[int], load: Load
     ) -> Choice | None:
         """What would be faster than plain decoding if drafted tokens held as often as they easily may (``Hopes``)."""
-        behind = 0 if self._acceptance.has_tested(ids) else load.context // load.batch
-        if self._hopes.waits(self._asked) or not self._hopes.allows(behind, self._asked):
+        alone = load.batch == 1 and self._acceptance.has_tested(ids)  # then it lacks a few tokens at most
+        behind = 0 if alone else load.context // load.batch
+        if self._hopes.waits(self._asked) or not self._hopes.allows(behind, load.batch, self._asked):
             return None
         odds = self._acceptance.odds(ids, self._asked)
         first, later, count = _classes(self._acceptance.hoped(ids, odds, self._hopes.errors(len(ids), self._asked)))

@@ -35,9 +35,12 @@ def test_each_trial_is_waited_for_twice_as_long_until_all_requests_are_new() -> 
 
 
 @pytest.mark.parametrize(
-    ("behind", "plain", "allowed"), [(0, 0, True), (40, 10, False), (40, 20, True), (500, 100, False)]
+    ("behind", "batch", "plain", "allowed"),
+    [(0, 1, 0, True), (32, 1, 33, False), (32, 1, 34, True), (150, 64, 700, False), (150, 64, 750, True)],
 )
-def test_the_draft_comes_back_when_plain_decoding_has_saved_it_as_much(behind: int, plain: int, allowed: bool) -> None:
+def test_the_draft_comes_back_when_that_is_cheap_beside_what_was_decoded_without(
+    behind: int, batch: int, plain: int, allowed: bool
+) -> None:
     hopes = Hopes()
     hopes.note("speculative", 70)
-    assert hopes.allows(behind, 70 + plain) is allowed
+    assert hopes.allows(behind, batch, 70 + plain) is allowed
