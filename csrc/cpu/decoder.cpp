@@ -62,10 +62,10 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderLayer> layers, co
       head_(head),
       features_(features),
       pool_(threads),
-      beside_(beside),
       scratch_(pool_),
       experts_(pool_) {
   if (beside > threads) throw std::invalid_argument("decoder: more threads beside another model than alone");
+  if (beside < threads) beside_.emplace(beside);
   if (layers_.empty()) throw std::invalid_argument("decoder: a model needs at least one layer");
   for (const DecoderLayer& layer : layers_) {
     for (const PackedMatrix* matrix : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) count_weights(*matrix);
@@ -94,7 +94,7 @@ void Decoder::forward(const DecoderBatch& batch) {
   reserve(batch.tokens);
   check(batch);
   const bool long_enough = weight_bytes_ * std::max<int64_t>(1, batch.tokens / kFewRows) >= kWorthHelpers;
-  threads_ = !long_enough ? &alone_ : cores_shared_ ? &beside_ : &pool_;
+  threads_ = !long_enough ? &alone_ : cores_shared_ && beside_ ? &*beside_ : &pool_;
   embed(batch);
   for (const DecoderLayer& layer : layers_) {
     const bool first = &layer == layers_.data();

@@ -161,7 +161,8 @@ class Decoder {
   std::vector<int32_t> chosen_;
   std::vector<float> expert_weights_;
 
-  ThreadPool pool_, beside_, alone_{1};
+  ThreadPool pool_, alone_{1};
+  std::optional<ThreadPool> beside_;  // where it has fewer threads than the pool
   bool cores_shared_ = false;
   ThreadPool* threads_ = &pool_;  // of this forward
   parallel::LinearScratch scratch_;

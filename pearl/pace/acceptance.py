@@ -9,8 +9,8 @@ and what was tested long ago tells less.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pearl.pace.rounds import Progressed
@@ -70,16 +70,25 @@ class _Request:
 
 @dataclass
 class _Shown:
-    """What requests that have ended have shown: each as far as it had more tests than ``_WEIGHT``."""
+    """What requests have shown together: each counts as far as it had more tests than ``_WEIGHT``."""
 
     requests: float = 0.0
     held: float = 0.0
 
     def add(self, tests: _Tests) -> None:
+        self.requests += tests.tested / (tests.tested + _WEIGHT)
+        self.held += tests.held / (tests.tested + _WEIGHT)
+
+    def fade(self) -> None:
         self.requests, self.held = _FORGET_ENDED * self.requests, _FORGET_ENDED * self.held
-        if tests.tested:
-            weight = tests.tested / (tests.tested + _WEIGHT)
-            self.requests, self.held = self.requests + weight, self.held + weight * tests.held / tests.tested
+
+    def mean(self, running: Iterable[_Tests], guess: float) -> float:
+        """Of these, which have ended, and of those that run."""
+        every = replace(self)
+        for tests in running:
+            every.add(tests)
+        share = (every.held + _GUESS_WEIGHT * guess) / (every.requests + _GUESS_WEIGHT)
+        return min(max(share, _LOWEST), _HIGHEST)
 
 
 class Acceptance:
@@ -116,8 +125,9 @@ class Acceptance:
         known = self._requests
         for request_id in known.keys() - set(request_ids):
             ended = known.pop(request_id)
-            self._first.add(ended.first)
-            self._later.add(ended.later)
+            for shown, tests in ((self._first, ended.first), (self._later, ended.later)):
+                shown.fade()
+                shown.add(tests)
         for request in known.values():
             request.age(now)
         every = self.of_a_new_one
@@ -144,14 +154,6 @@ class Acceptance:
 
     @property
     def of_a_new_one(self) -> Odds:
-        first = _mean(self._first, (request.first for request in self._requests.values()), _FIRST_GUESS)
-        return Odds(first, _mean(self._later, (request.later for request in self._requests.values()), first))
-
-
-def _mean(ended: _Shown, running: Iterator[_Tests], guess: float) -> float:
-    """Of all requests, each of which counts as far as it had more tests than ``_WEIGHT``."""
-    requests, held = ended.requests + _GUESS_WEIGHT, ended.held + _GUESS_WEIGHT * guess
-    for tests in running:
-        requests += tests.tested / (tests.tested + _WEIGHT)
-        held += tests.held / (tests.tested + _WEIGHT)
-    return min(max(held / requests, _LOWEST), _HIGHEST)
+        running = self._requests.values()
+        first = self._first.mean([request.first for request in running], _FIRST_GUESS)
+        return Odds(first, self._later.mean([request.later for request in running], first))

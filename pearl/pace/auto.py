@@ -187,8 +187,9 @@ class AutoPace:
         known = before is not None and before.best.mode in choices
         best = self._choose(choices, self._again(before.best, now) if before and known else None, load)
         probe = self._probe(choices, best, now, load)
-        if probe is None and best.mode == "autoregressive":
-            probe = self._hope(best, modes, now, ids, load)
+        if probe is None and best.mode == "autoregressive" and self._may_hope(ids, load):
+            hoped = self._acceptance.hoped(ids, odds, self._hopes.errors(load.batch, self._asked))
+            probe = self._hope(best, modes, now, hoped)
         choice = probe or best
         windows = dict(zip(ids, choice.windows(odds), strict=True))
         choice = replace(choice, informed=self._is_informed(choice.mode, sum(windows.values()), load))
@@ -265,16 +266,14 @@ class AutoPace:
         most, candidate = max(hopes, key=itemgetter(0), default=(0.0, None))
         return candidate if most > chosen.rate else None
 
-    def _hope(
-        self, plain: Choice, modes: Sequence[Mode], now: Situation, ids: Sequence[int], load: Load
-    ) -> Choice | None:
-        """What would be faster than plain decoding if drafted tokens held as often as they easily may (``Hopes``)."""
-        alone = load.batch == 1 and self._acceptance.has_tested(ids)  # then it lacks a few tokens at most
+    def _may_hope(self, ids: Sequence[int], load: Load) -> bool:
+        alone = load.batch == 1 and self._acceptance.has_tested(ids)  # then the draft lacks a few tokens at most
         behind = 0 if alone else load.context // load.batch
-        if self._hopes.waits(self._asked) or not self._hopes.allows(behind, load.batch, self._asked):
-            return None
-        odds = self._acceptance.odds(ids, self._asked)
-        first, later, count = _classes(self._acceptance.hoped(ids, odds, self._hopes.errors(len(ids), self._asked)))
+        return not self._hopes.waits(self._asked) and self._hopes.allows(behind, load.batch, self._asked)
+
+    def _hope(self, plain: Choice, modes: Sequence[Mode], now: Situation, hoped: Sequence[Odds]) -> Choice | None:
+        """What would be faster than plain decoding if drafted tokens held as often as is ``hoped``."""
+        first, later, count = _classes(hoped)
         then = replace(now, first=first, later=later, count=count)
         choices = [self._best(mode, then) for mode in modes if mode != plain.mode]
         best = max(choices, key=lambda choice: choice.rate, default=plain)

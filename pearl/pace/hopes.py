@@ -13,6 +13,7 @@ _OUTDATED = 512  # and, after so many rounds of plain decoding, those of all req
 _PATIENCE, _MOST_PATIENCE = 8, 256  # rounds between the first trial and the second; then twice as many each time
 # Coming back, the draft computes all that it lacks. With the bundled pair a token of each request takes 0.01 rounds of
 # plain decoding of one request, 0.05 of many: so it takes a fortieth of the time at most.
+# (``Looks`` wait longer for the same: they may find some per cent, a trial half as much again.)
 _SHARED = 16  # requests among which coming back waits for twice as many rounds
 
 

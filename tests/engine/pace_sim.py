@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pearl.methods import METHODS, Intent, Progress
-from pearl.pace import Load, MeasuredRound, PacePolicy, Progressed
+from pearl.methods import METHODS, Intent, Mode, Progress
+from pearl.pace import AutoPace, Load, MeasuredRound, PacePolicy, Progressed, Sizes
 from pearl.pace.acceptance import Odds
 from pearl.pace.curves import Times
 
-RowTimes = Callable[[float], float]
+LARGEST = 16  # window
 
 
 @dataclass(frozen=True)
@@ -159,3 +160,13 @@ def speed(rounds: Iterator[tuple[int, float]]) -> float:
     """Tokens per second."""
     tokens, seconds = zip(*rounds, strict=True)
     return float(sum(tokens)) / sum(seconds)
+
+
+def served(policy: PacePolicy, batch: Batch, rounds: int, skip: int) -> float:
+    """Tokens per second of the rounds after the first ``skip``."""
+    return speed(itertools.islice(batch.serve(policy, rounds), skip, None))
+
+
+def auto(machine: Machine, modes: Sequence[Mode] = tuple(METHODS)) -> AutoPace:
+    """As an engine makes it: what is known at first is how many bytes each model has."""
+    return AutoPace(modes, LARGEST, Sizes(int(machine.base * 1e6), int(machine.step * 1e6)))

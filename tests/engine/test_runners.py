@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from pearl.config import EngineConfig
+from pearl.config import EngineConfig, Role
 from pearl.engine import runners
 from pearl.engine.runners import kernels_for, make_runner
 from pearl.errors import ConfigurationError
 from pearl.models import Decoder, KVCache, ModelConfig, bundled_path, load_model
-from pearl.workers import GraphRunner, HostQueue, why_not_captured
+from pearl.workers import GraphRunner, HostQueue, model_runner, why_not_captured
 from pearl.workers.shapes import ShapeLimits
 
 CPU = torch.device("cpu")
@@ -49,6 +50,17 @@ def captured(draft: Decoder) -> Decoder:
 
 def test_on_a_cpu_nothing_is_captured(draft: Decoder, cache: KVCache) -> None:
     assert not isinstance(make_runner(EngineConfig(device="cpu"), "draft", draft, cache), GraphRunner)
+
+
+@pytest.mark.parametrize(("role", "threads"), [("draft", (8, 2)), ("target", (8, None))])
+def test_a_draft_gets_more_threads_while_the_target_rests(
+    role: Role, threads: tuple[int, int | None], draft: Decoder, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    asked = list[tuple[int, int | None]]()
+    monkeypatch.setattr(model_runner, "FusedDecoder", lambda model, cache, *counts: asked.append(counts))
+    make_runner(EngineConfig(device="cpu"), role, draft, cache)
+    assert asked == [threads]
 
 
 @pytest.mark.usefixtures("asynchronous")

@@ -257,6 +257,15 @@ def test_helpers_sleep_while_cores_are_shared() -> None:
     assert ran[1] > 0.0
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the kernel does not list a process's threads")
+def test_there_are_as_many_helpers_as_are_wanted_at_most(llama: Decoder) -> None:
+    for beside, helpers in ((None, 3), (4, 3), (2, 3 + 1), (1, 3)):
+        before = set(os.listdir("/proc/self/task"))
+        fused = FusedDecoder(llama, poisoned_cache(llama, torch.float32), threads=4, beside=beside)
+        assert len(set(os.listdir("/proc/self/task")) - before) == helpers
+        del fused
+
+
 def test_no_more_threads_beside_another_model_than_alone(llama: Decoder) -> None:
     with pytest.raises(ValueError, match="more threads beside another model than alone"):
         FusedDecoder(llama, poisoned_cache(llama, torch.float32), threads=2, beside=3)
